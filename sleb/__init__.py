@@ -1,0 +1,28 @@
+"""Which transformer blocks can a language model lose, what does it cost, and how sure is that?
+
+    import sleb
+    run = sleb.search("demo", remove=3)
+    run.trace.removal_list
+
+Importing this module imports no torch; the functions do when they need a model.
+"""
+
+from .api import analyze, export_model, load, resume, runs, search
+from .errors import SlebError
+from .records import Run, RunSpec, Step, Trace
+
+__version__ = "0.1.0"
+__all__ = [
+    "Run",
+    "RunSpec",
+    "SlebError",
+    "Step",
+    "Trace",
+    "__version__",
+    "analyze",
+    "export_model",
+    "load",
+    "resume",
+    "runs",
+    "search",
+]

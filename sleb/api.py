@@ -1,0 +1,298 @@
+"""The same work from a notebook: what the command line calls, with the same defaults. Imports torch only to work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from . import jobs, store
+from .errors import OptionError, RunBusy
+from .records import CalibrationSpec, JobSpec, Method, Proof, Run, RunSpec
+
+if TYPE_CHECKING:
+    from .worker import Watcher
+
+PAPER_SEQUENCES = 128
+PAPER_SEQUENCE_LENGTH = 2048
+PAPER_RATIO = 0.2
+DEMO_SEQUENCES = 16
+DEMO_SEQUENCE_LENGTH = 256
+DEMO_RATIO = 0.1
+
+
+def search(
+    model: str,
+    *,
+    remove: int | None = None,
+    ratio: float | None = None,
+    method: str | Method = Method.METRIC3,
+    calibration: str | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    held_out: int | None = None,
+    sampling: Literal["random", "first"] = "random",
+    seed: int = 0,
+    protect: Sequence[int] | None = None,
+    until_perplexity: float | None = None,
+    confidence: float = 0.95,
+    bos: Literal["auto", "yes", "no"] = "auto",
+    chat: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    batch_size: int | None = None,
+    revision: str | None = None,
+    analysis: bool = True,
+    run_dir: str | PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Search for the blocks a model can lose, in this process, and return the finished run.
+
+    Args:
+        model: a Hugging Face name, a local folder, a `.gguf` file, or `"demo"`.
+        remove: how many blocks; or `ratio`, a share rounded up. Default: the paper's 0.2 (demo: 0.1).
+        method: `metric3` (SLEB), `metric2`, `metric1`, `early-exit` or `best-chunk`.
+        calibration: `wikitext2`, `c4`, `wikitext2-rows`, `demo`, a local `.txt`, `.jsonl` or `.parquet` file
+            (`file.jsonl:column`), or a hub data set `name:config:split:column`.
+        sequences, sequence_length: windows of so many tokens. Default: 128 of 2048 (demo: 16 of 256).
+        held_out: sequences that take no part in any choice. Default: a quarter of `sequences`.
+        protect: blocks that are never removed. Default: the first and the last one (none for early exit and
+            best chunk).
+        until_perplexity: stop before the held-out perplexity rises by more than this share (0.1 is 10 %).
+        confidence: of the interval by which candidates are told apart or called tied.
+        device, batch_size: how, not what: they do not belong to the run.
+        run_dir: a new folder for the run. Default: one under `SLEB_HOME`.
+
+    Raises:
+        SlebError: with one sentence that says what was found, what was needed and what to do. The run folder keeps
+            what was finished; `resume` goes on from there.
+    """
+    spec = run_spec(
+        model,
+        remove=remove,
+        ratio=ratio,
+        method=method,
+        calibration=calibration,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        held_out=held_out,
+        sampling=sampling,
+        seed=seed,
+        protect=protect,
+        until_perplexity=until_perplexity,
+        confidence=confidence,
+        bos=bos,
+        chat=chat,
+        dtype=dtype,
+        revision=revision,
+        analysis=analysis,
+    )
+    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code)
+    return start(spec, job, run_dir, watcher)
+
+
+def analyze(
+    model: str,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    run_dir: str | PathLike[str] | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+    **options: Any,
+) -> Run:
+    """The two analyses alone: block output similarity and prediction alignment. Options as for `search`."""
+    spec = run_spec(model, kind="analyze", **options)
+    job = job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code)
+    return start(spec, job, run_dir, watcher)
+
+
+def resume(
+    run: str | PathLike[str] | Run,
+    *,
+    device: str = "auto",
+    batch_size: int | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Run:
+    """Go on after the last finished step; a finished run is returned as it is."""
+    found = _found(run)
+    if is_finished(found):
+        return found
+    job = job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code)
+    return execute(found, job, watcher)
+
+
+def export_model(
+    run: str | PathLike[str] | Run,
+    out: str | PathLike[str],
+    *,
+    steps: int | None = None,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    watcher: Watcher | None = None,
+) -> Proof:
+    """Write the smaller model to the folder `out` and prove it: reloaded in a fresh process, equal, smaller.
+
+    Raises `ExportError` where the architecture cannot express the removal, or the proof fails.
+    """
+    found = _found(run)
+    job = job_spec("export", device, None, allow_pickle, trust_remote_code)
+    job = job.model_copy(update={"steps": steps, "out": str(Path(out).expanduser().absolute())})
+    done = execute(found, job, watcher)
+    return store.read_proof(done)
+
+
+def load(run: str | PathLike[str]) -> Run:
+    """A run by its id or folder, with the state of its jobs. Raises `RunError`."""
+    return jobs.watched(store.load(run))
+
+
+def runs() -> list[Run]:
+    """All readable runs under `SLEB_HOME`, newest first."""
+    return [jobs.watched(run) for run in store.list_runs() if isinstance(run, Run)]
+
+
+def run_spec(
+    model: str,
+    *,
+    kind: Literal["search", "analyze"] = "search",
+    remove: int | None = None,
+    ratio: float | None = None,
+    method: str | Method = Method.METRIC3,
+    calibration: str | None = None,
+    sequences: int | None = None,
+    sequence_length: int | None = None,
+    held_out: int | None = None,
+    sampling: Literal["random", "first"] = "random",
+    seed: int = 0,
+    protect: Sequence[int] | None = None,
+    until_perplexity: float | None = None,
+    confidence: float = 0.95,
+    bos: Literal["auto", "yes", "no"] = "auto",
+    chat: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    revision: str | None = None,
+    analysis: bool = True,
+) -> RunSpec:
+    """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
+    is_demo = model == "demo"
+    if remove is None and ratio is None and until_perplexity is None:
+        ratio = DEMO_RATIO if is_demo else PAPER_RATIO
+    if not model.strip():
+        raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
+    if protect is not None and len(set(protect)) != len(protect):
+        raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
+    try:
+        return RunSpec(
+            kind=kind,
+            model=_absolute(model),
+            revision=revision,
+            dtype=dtype,
+            calibration=CalibrationSpec(
+                source=_absolute(calibration or ("demo" if is_demo else "wikitext2")),
+                sequences=_default(sequences, DEMO_SEQUENCES if is_demo else PAPER_SEQUENCES),
+                sequence_length=_default(sequence_length, DEMO_SEQUENCE_LENGTH if is_demo else PAPER_SEQUENCE_LENGTH),
+                sampling=sampling,
+                bos=bos,
+                chat=chat,
+            ),
+            held_out=held_out,
+            method=Method(method),
+            num_remove=remove,
+            ratio=ratio,
+            protected=None if protect is None else tuple(protect),
+            until_perplexity=until_perplexity,
+            confidence=confidence,
+            seed=seed,
+            analysis=analysis,
+        )
+    except ValidationError as error:
+        raise OptionError(_sentence(error)) from error
+    except ValueError as error:
+        names = ", ".join(each.value for each in Method)
+        raise OptionError(f"There is no method {method!r}; use one of {names}.") from error
+
+
+def job_spec(
+    kind: Literal["search", "analyze", "export"],
+    device: str = "auto",
+    batch_size: int | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> JobSpec:
+    """How it is to be done. Raises `OptionError` out of range."""
+    try:
+        return JobSpec(
+            kind=kind,
+            device=device,
+            batch_size=batch_size,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValidationError as error:
+        raise OptionError(_sentence(error)) from error
+
+
+def start(
+    spec: RunSpec, job: JobSpec, run_dir: str | PathLike[str] | None = None, watcher: Watcher | None = None
+) -> Run:
+    """Create a run and execute its first job here."""
+    return execute(store.create(spec, Path(run_dir) if run_dir is not None else None), job, watcher)
+
+
+def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to do."""
+    if run.spec.kind == "search" and (run.trace is None or run.trace.finished is None):
+        return False
+    return run.analysis is not None or (run.spec.kind == "search" and not run.spec.analysis)
+
+
+def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:
+    """Execute a new job of a run in this process. Raises `RunBusy` while another process does."""
+    job = jobs.next_job(run, spec)
+    from . import worker  # imports torch
+
+    try:
+        return jobs.watched(worker.execute(job.directory, watcher))
+    except RunBusy:
+        store.withdraw_job(job)
+        raise
+
+
+def _found(run: str | PathLike[str] | Run) -> Run:
+    return store.load(run.run_dir if isinstance(run, Run) else run)
+
+
+def _default(value: int | None, otherwise: int) -> int:
+    return otherwise if value is None else value
+
+
+def _absolute(name: str) -> str:
+    """Local paths are kept absolute, so that a run resumes from any directory; other names stay as they are."""
+    path, _, column = name.partition(":")
+    local = Path(name).expanduser()
+    if name in ("demo", "wikitext2", "c4", "wikitext2-rows"):
+        return name
+    if local.exists():
+        return str(local.absolute())
+    if column and Path(path).expanduser().is_file():
+        return f"{Path(path).expanduser().absolute()}:{column}"
+    return name
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = "--" + str(first["loc"][-1]).replace("_", "-") if first["loc"] else "The options"
+    option = {"--num-remove": "--remove", "--kind": "kind"}.get(where, where)
+    if first["type"] == "value_error":
+        return f"{first['ctx']['error']}."
+    return f"{option}: found {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -1,0 +1,317 @@
+"""The block stack of a model: the only file that knows how Hugging Face models are built.
+
+It asks the model instead of recognising it: the stack is the `nn.ModuleList` as long as the config says, what a
+block is passed is recorded as the model passes it, what it returns is observed. Embedding, final norm and head are
+never looked up: the model runs its own `forward` around blocks that return their input.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+
+_ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model passed to one block: everything but the hidden state is replayed for every stream."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_hidden(self, hidden: torch.Tensor, own: dict[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments for another hidden state; mutable ones are replaced by the stream's own copies."""
+        args = tuple(own.get(id(value), value) for value in self.args)
+        kwargs = {name: own.get(id(value), value) for name, value in self.kwargs.items()}
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return (), {**kwargs, _HIDDEN: hidden}
+
+
+_HIDDEN = "hidden_states"  # what Hugging Face blocks call their input where it is passed by name
+
+
+@dataclass
+class Stream:
+    """A hidden state on its way up the stack, shared by all skip sets that agree on the blocks seen so far."""
+
+    hidden: torch.Tensor  # (batch, sequence, hidden)
+    own: dict[int, Any] = field(default_factory=dict)
+    """Shallow copies of mutable arguments, by the id of the captured original."""
+
+    def fork(self) -> Stream:
+        """The same state, going another way: what one writes into a shared container the other must not see."""
+        return Stream(self.hidden, {key: copy.copy(value) for key, value in self.own.items()})
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What one batch brings to the stack: the embedding output and the arguments of every block."""
+
+    embeddings: torch.Tensor  # (batch, sequence, hidden)
+    calls: tuple[Call, ...]
+
+    def start(self) -> Stream:
+        """A stream that has seen no block yet."""
+        own: dict[int, Any] = {}
+        for call in self.calls:
+            for value in (*call.args, *call.kwargs.values()):
+                if isinstance(value, MutableMapping | MutableSequence | MutableSet):
+                    own.setdefault(id(value), copy.copy(value))
+        return Stream(self.embeddings, own)
+
+
+class BlockStack:
+    """A causal language model seen as embedding, blocks, read-out. Leaves the model as it found it.
+
+    Raises `ModelError` where no single stack of blocks can be found, where a block is used more than once or out of
+    order, or where the model is not causal (an encoder), each with its reason.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.path, self.blocks = find_stack(model)
+        self._tuple_lengths = _observe_outputs(model, self.blocks)
+        _require_causal(model)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        weight = getattr(embedding, "weight", None)
+        return weight.device if weight is not None else next(self.model.parameters()).device
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, sequence, vocabulary) of the model as it stands, skips included."""
+        return call_model(self.model, ids).logits
+
+    def parameters_of(self, block: int) -> int:
+        """Number of parameters in one block."""
+        return sum(parameter.numel() for parameter in self.blocks[block].parameters())
+
+    @contextmanager
+    def skipping(self, skipped: set[int] | frozenset[int] | tuple[int, ...]) -> Iterator[None]:
+        """Within it the blocks of `skipped` return their input; the plain way, and the twin of the sweep."""
+        with self._replacing({block: self._passing_through(block) for block in skipped}):
+            yield
+
+    def capture(self, ids: torch.Tensor) -> BlockInputs:
+        """What the model passes to each block for a batch of token ids (batch, sequence); runs no block."""
+        calls: dict[int, Call] = {}
+        embeddings: list[torch.Tensor] = []
+
+        def recorder(block: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = _hidden_of(args, kwargs)
+                if block == 0:
+                    embeddings.append(hidden)
+                calls[block] = Call(args, kwargs)
+                return self._as_output(block, hidden)
+
+            return forward
+
+        with self._replacing({block: recorder(block) for block in range(len(self))}):
+            self.forward_trunk(ids)
+        return BlockInputs(embeddings[0], tuple(calls[block] for block in range(len(self))))
+
+    def advance(self, block: int, inputs: BlockInputs, stream: Stream) -> None:
+        """Take a stream through one block: one block evaluation for every sequence of the batch."""
+        args, kwargs = inputs.calls[block].with_hidden(stream.hidden, stream.own)
+        output = self.blocks[block](*args, **kwargs)
+        stream.hidden = _first(output)
+
+    def read_out(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Logits of hidden states (batch, sequence, hidden) that come out of the last block.
+
+        The model's own forward runs on `ids`, which only lend their shape (batch, sequence).
+        """
+        last = len(self) - 1
+        replaced = {block: self._passing_through(block) for block in range(last)}
+        replaced[last] = lambda *args, **kwargs: self._as_output(last, hidden)
+        with self._replacing(replaced):
+            return self.forward(ids)
+
+    def outputs(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """Embedding output and every block's output for a batch, N+1 tensors (batch, sequence, hidden), from hooks.
+
+        `output_hidden_states=True` would give the last one after the final norm.
+        """
+        found: list[torch.Tensor] = []
+
+        def embedding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_hidden_of(args, kwargs))
+
+        def output(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
+            found.append(_first(result))
+
+        handles = [self.blocks[0].register_forward_pre_hook(embedding, with_kwargs=True)]
+        handles += [block.register_forward_hook(output) for block in self.blocks]
+        try:
+            self.forward_trunk(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def forward_trunk(self, ids: torch.Tensor) -> None:
+        """A forward pass whose logits nobody needs: the head sees one position where the model allows it."""
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:  # type: ignore[arg-type]
+            try:
+                call_model(self.model, ids, logits_to_keep=1)
+                return
+            except TypeError:  # a wrapper that swallows the argument's name but not its value
+                pass
+        call_model(self.model, ids)
+
+    def _as_output(self, block: int, hidden: torch.Tensor) -> Any:
+        length = self._tuple_lengths[block]
+        return hidden if length is None else (hidden, *([None] * (length - 1)))
+
+    def _passing_through(self, block: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._as_output(block, _hidden_of(args, kwargs))
+
+        return forward
+
+    @contextmanager
+    def _replacing(self, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
+        # The previous attribute is put back rather than deleted: accelerate keeps its device hooks in the same slot.
+        previous = {block: self.blocks[block].__dict__.get("forward", _ABSENT) for block in forwards}
+        try:
+            for block, forward in forwards.items():
+                self.blocks[block].forward = forward
+            yield
+        finally:
+            for block, before in previous.items():
+                if before is _ABSENT:
+                    self.blocks[block].__dict__.pop("forward", None)
+                else:
+                    self.blocks[block].forward = before
+
+
+def call_model(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> Any:
+    """The model's own forward without a cache, and without the router losses some mixtures of experts compute."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
+        kwargs["output_router_logits"] = False
+    return model(input_ids=ids, use_cache=False, **kwargs)
+
+
+def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the model's blocks: the only `nn.ModuleList` as long as `num_hidden_layers` that is run."""
+    name = type(model).__name__
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    expected = getattr(config, "num_hidden_layers", None)
+    if not isinstance(expected, int):
+        raise ModelError(f"{name} does not say how many blocks it has (num_hidden_layers); it cannot be searched.")
+    if expected < 2:
+        raise ModelError(f"{name} has {expected} block; at least two are needed to remove one.")
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == expected
+    }
+    found = {  # lists inside blocks are no stack of their own
+        path: module for path, module in found.items() if not any(path.startswith(f"{outer}.") for outer in found)
+    }
+    if len(found) > 1:  # a vision tower can be as deep as the language model: keep what a text runs through
+        found = {path: module for path, module in found.items() if _calls_in_order(model, module)}
+    if len(found) != 1:
+        what = "no list" if not found else "several lists (" + ", ".join(found) + ")"
+        raise ModelError(
+            f"{name} should have one list of {expected} blocks (config.num_hidden_layers), and has {what}; "
+            "this architecture is not supported."
+        )
+    return next(iter(found.items()))
+
+
+def _probe_ids(model: nn.Module, length: int) -> torch.Tensor:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 64)  # type: ignore[union-attr,operator]
+    ids = torch.arange(3, 3 + length).remainder(max(vocabulary, 1))
+    return ids[None].to(next(model.parameters()).device)
+
+
+def _recorded_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[int, Any]]:
+    calls: list[tuple[int, Any]] = []
+    handles = [
+        block.register_forward_hook(lambda _module, _args, output, index=index: calls.append((index, output)))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        with torch.inference_mode():
+            call_model(model, _probe_ids(model, 4))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {_first_line(error)}); "
+            "a causal language model is needed."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _calls_in_order(model: nn.Module, blocks: nn.ModuleList) -> bool:
+    return [index for index, _ in _recorded_calls(model, blocks)] == list(range(len(blocks)))
+
+
+def _observe_outputs(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
+    """Per block, the length of the tuple it returns, or None for a bare tensor."""
+    calls = _recorded_calls(model, blocks)
+    order = [index for index, _ in calls]
+    if order != list(range(len(blocks))):
+        raise ModelError(
+            f"{type(model).__name__} runs its blocks in the order {order[:12]}, not once each from first to last; "
+            "skipping one block has no clear meaning there."
+        )
+    lengths: list[int | None] = []
+    for index, output in calls:
+        hidden = _first(output)
+        if not isinstance(hidden, torch.Tensor):
+            raise ModelError(
+                f"Block {index} of {type(model).__name__} returns {type(output).__name__}, not a hidden state; "
+                "this architecture is not supported."
+            )
+        lengths.append(len(output) if isinstance(output, tuple | list) else None)
+    return lengths
+
+
+def _require_causal(model: nn.Module) -> None:
+    """An encoder loaded as a language model predicts a token it has already seen: ask whether the future leaks."""
+    ids = _probe_ids(model, 6)
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    with torch.inference_mode():
+        before, after = (call_model(model, each).logits[0, :-1] for each in (ids, other))
+    # Equal to the last bit where every token takes the same way; mixtures of experts group tokens differently.
+    tolerance = max(1e-4, 4 * torch.finfo(before.dtype).eps)
+    before, after = before.float(), after.float()
+    if float((before - after).abs().max()) > tolerance * float(before.abs().max().clamp(min=1e-6)):
+        raise ModelError(
+            f"{type(model).__name__} is not causal: its prediction for a token depends on later tokens, as in an "
+            "encoder; a causal (decoder-only) language model is needed."
+        )
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs[_HIDDEN]
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,296 @@
+"""Text -> windows of token ids. Knows data sets, files and tokenizers; knows no model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from . import demo
+from .errors import CalibrationError
+from .records import CalibrationSpec
+
+log = logging.getLogger(__name__)
+
+SEPARATOR = "\n\n"
+_STREAMED_CHARACTERS = 8_000_000
+"""At least so much text is drawn from a data set that is too large to be tokenised whole."""
+_BUFFER_DOCUMENTS = 10_000  # of the shuffle of a streamed data set
+_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+_C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+_CONTENT_KEYS = ("text", "content", "messages", "conversations")
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Windows of token ids: the first `sequences` choose, the others are held out."""
+
+    ids: np.ndarray  # (sequences + held_out, sequence_length) int64
+    sequences: int
+    bos: bool
+    text: str
+    """Where the text came from and how much of it there was, in words."""
+
+    @property
+    def held_out(self) -> int:
+        """Sequences that take no part in any choice."""
+        return len(self.ids) - self.sequences
+
+    @property
+    def tokens_hash(self) -> str:
+        """Equal means the same token ids in the same order."""
+        return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.ids).tobytes())
+
+
+def default_held_out(sequences: int) -> int:
+    """A quarter of the calibration set, at least one."""
+    return max(1, round(sequences / 4))
+
+
+def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any, vocab_size: int) -> CalibrationSet:
+    """Read, tokenise whole, cut into windows, draw. Raises `CalibrationError` where the text cannot give them.
+
+    A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one.
+    """
+    bos = _bos(spec.bos, tokenizer)
+    if spec.source == "wikitext2-rows":
+        return _rows(spec, held_out, seed, tokenizer, vocab_size, bos)
+    held = default_held_out(spec.sequences) if held_out is None else held_out
+    wanted = spec.sequences + held
+    documents, origin = _documents(spec, wanted, seed)
+    texts = [_rendered(document, spec, tokenizer) for document in documents]
+    windows = _windows(SEPARATOR.join(texts), spec, tokenizer, vocab_size, bos, origin)
+    if len(windows) < wanted:
+        raise CalibrationError(
+            f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
+            f"{origin} gives {len(windows)}. Lower --sequences, --held-out or --sequence-length."
+        )
+    if spec.sampling == "random":
+        chosen = np.random.default_rng(seed).permutation(len(windows))[:wanted]
+    else:
+        chosen = np.arange(wanted)
+    text = f"{origin}: {len(texts):,} documents, {len(windows):,} windows of {spec.sequence_length} tokens"
+    return CalibrationSet(windows[chosen], spec.sequences, bos is not None, text)
+
+
+def _rows(
+    spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any, vocab_size: int, bos: int | None
+) -> CalibrationSet:
+    """The reference's loader: `sequences` shuffled rows (many empty) joined, every whole window used.
+
+    Held-out windows come from the rows that follow in the same shuffle.
+    """
+    data = _load_dataset(*_WIKITEXT, split="train").shuffle(seed=seed)
+    rows = [str(row) for row in data[:]["text"]]
+    origin = f"{spec.sequences} shuffled rows of WikiText-2 raw"
+    calibration = _windows(SEPARATOR.join(rows[: spec.sequences]), spec, tokenizer, vocab_size, bos, origin)
+    if not len(calibration):
+        raise CalibrationError(
+            f"{origin} give less than one window of {spec.sequence_length} tokens. Raise --sequences (rows) or lower "
+            "--sequence-length."
+        )
+    held = default_held_out(len(calibration)) if held_out is None else held_out
+    rest = _windows(SEPARATOR.join(rows[spec.sequences :]), spec, tokenizer, vocab_size, bos, origin)[:held]
+    text = f"{origin}: {len(calibration)} windows of {spec.sequence_length} tokens, as in the reference's loader"
+    return CalibrationSet(np.concatenate([calibration, rest]), len(calibration), bos is not None, text)
+
+
+def _bos(choice: str, tokenizer: Any) -> int | None:
+    """The id that begins every window, or None."""
+    token = tokenizer.bos_token_id
+    if choice == "no":
+        return None
+    if choice == "yes":
+        if token is None:
+            raise CalibrationError("--bos yes: this tokenizer has no BOS token. Use --bos auto or no.")
+        return int(token)
+    habit = tokenizer("a").input_ids
+    return int(token) if token is not None and len(habit) > 1 and habit[0] == token else None
+
+
+def _windows(
+    text: str, spec: CalibrationSpec, tokenizer: Any, vocab_size: int, bos: int | None, origin: str
+) -> np.ndarray:
+    """Non-overlapping windows (count, sequence_length) int64 of the text tokenised whole; the rest is dropped."""
+    if not text.strip():
+        raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
+    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise CalibrationError(
+            f"The tokenizer gives the token id {int(ids.max())}, and the model knows {vocab_size}: they do not belong "
+            "together. Save the model's own tokenizer beside it."
+        )
+    size = spec.sequence_length - (bos is not None)
+    windows = ids[: len(ids) // size * size].reshape(-1, size)
+    if bos is not None:
+        windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
+    return windows
+
+
+def _documents(spec: CalibrationSpec, wanted: int, seed: int) -> tuple[list[Any], str]:
+    """Documents (strings, or conversations) and a name for where they came from."""
+    source = spec.source
+    if source == "demo":
+        return demo.documents(), "the demo text (Wikipedia sample)"
+    if source == "wikitext2":
+        return list(_load_dataset(*_WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
+    needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
+    if source == "c4":
+        data = _load_dataset(_C4[0], data_files={"train": _C4[1]}, split="train", streaming=True)
+        return _drawn(data, "text", needed, spec, seed, "C4, train"), "C4, train (first shard)"
+    path, column = _local(source)
+    if path is not None:
+        return _from_file(path, column, spec, needed, seed), path.name
+    name, config, split, column = _hub_parts(source)
+    data = _load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
+    return _drawn(data, column, needed, spec, seed, source), source
+
+
+def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int) -> list[Any]:
+    kind = path.suffix.lower()
+    try:
+        if kind == ".jsonl":
+            rows: Iterable[dict[str, Any]] = _json_lines(path)
+        elif kind == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(path)
+            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+        else:
+            return [path.read_text(encoding="utf-8")]
+        return _drawn(rows, column, needed, spec, seed, path.name)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise CalibrationError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(f"Line {number} of {path} is not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise CalibrationError(f"Line {number} of {path} is no JSON object with columns.")
+            yield row
+
+
+def _drawn(
+    rows: Iterable[dict[str, Any]], column: str | None, needed: int, spec: CalibrationSpec, seed: int, origin: str
+) -> list[Any]:
+    """Documents until there is text enough: in order, or shuffled with the seed through a buffer."""
+    found: list[Any] = []
+    characters = 0
+    iterator = iter(rows)
+    if spec.sampling == "random":
+        iterator = _shuffled(iterator, seed)
+    for row in iterator:
+        column = column or _default_column(row, origin)
+        if column not in row:
+            raise CalibrationError(
+                f"{origin} has no column {column!r}; it has {', '.join(sorted(row)[:8])}. Name one after a colon."
+            )
+        value = row[column]
+        if value is None or value == "":
+            continue
+        found.append(value)
+        characters += len(value) if isinstance(value, str) else sum(len(str(turn)) for turn in value)
+        if characters >= needed:
+            break
+    return found
+
+
+def _shuffled(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
+    draw = random.Random(seed)
+    buffer = list(itertools.islice(rows, _BUFFER_DOCUMENTS))
+    for row in rows:
+        place = draw.randrange(len(buffer))
+        buffer[place], row = row, buffer[place]
+        yield row
+    draw.shuffle(buffer)
+    yield from buffer
+
+
+def _default_column(row: dict[str, Any], origin: str) -> str:
+    for name in _CONTENT_KEYS:
+        if name in row:
+            return name
+    raise CalibrationError(
+        f"{origin} has no column 'text'; it has {', '.join(sorted(row)[:8])}. Name one after a colon."
+    )
+
+
+def _rendered(document: Any, spec: CalibrationSpec, tokenizer: Any) -> str:
+    """A document as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
+    if not spec.chat:
+        if isinstance(document, str):
+            return document
+        raise CalibrationError("The column holds conversations, not text. Add --chat, or name a text column.")
+    if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
+        raise CalibrationError(
+            "--chat needs a column of conversations (a list of messages with role and content); found text. "
+            "Name that column after a colon, or leave --chat out."
+        )
+    if not tokenizer.chat_template:
+        raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
+    return str(tokenizer.apply_chat_template([_turn(turn) for turn in document], tokenize=False))
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, str]:
+    if "role" in turn and "content" in turn:
+        return {"role": str(turn["role"]), "content": str(turn["content"])}
+    if "from" in turn and "value" in turn:  # the ShareGPT layout
+        roles = {"human": "user", "gpt": "assistant"}
+        return {"role": roles.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"])}
+    raise CalibrationError(f"A message has the keys {', '.join(sorted(turn))}; role and content are needed.")
+
+
+def _local(source: str) -> tuple[Path | None, str | None]:
+    """A local file and the column named after it, where the source is one."""
+    suffixes = (".txt", ".raw", ".md", ".jsonl", ".parquet")
+    for text, column in ((source, None), tuple(source.rpartition(":")[::2])):
+        if text and text.lower().endswith(suffixes):
+            path = Path(text).expanduser()
+            if not path.is_file():
+                raise CalibrationError(f"There is no file {path}. Give a {', '.join(suffixes)} file or a data set.")
+            return path, column or None
+    if Path(source).expanduser().exists():
+        raise CalibrationError(f"{source} is none of the files that can be read: {', '.join(suffixes)}.")
+    return None, None
+
+
+def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
+    parts = [part or None for part in source.split(":")]
+    if len(parts) > 4 or not parts[0]:
+        raise CalibrationError(f"{source!r} is no data set; write name:config:split:column, or a local file.")
+    name, config, split, column = (*parts, None, None, None)[:4]
+    assert name is not None
+    return name, config, split, column
+
+
+def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, *args, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CalibrationError(
+            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or use --calibration "
+            "with a local .txt, .jsonl or .parquet file, or demo."
+        ) from error

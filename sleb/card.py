@@ -1,0 +1,155 @@
+"""The README.md of an exported model: where it comes from, what it costs. Knows records; never sees a model.
+
+Whatever comes from outside (names, folders, descriptions of texts) is escaped for Markdown and YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .formats import in_words, trace_of, yaml_string
+from .records import Proof, Run, Step
+
+PAPER = "https://arxiv.org/abs/2402.09025"
+
+
+def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None = None) -> str:
+    """Front matter and provenance of the run's model without these blocks; no licence, which the base model
+    has.
+
+    `base_model` is the model's name on the hub, where the run was started with another name.
+    """
+    trace = trace_of(run)
+    stack = run.stack
+    assert stack is not None  # trace_of has looked
+    name = base_model or run.spec.model
+    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
+    # Where a folder lies is nobody else's business.
+    shown = name if on_hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+    steps = [step for step in trace.steps if set(step.removal_list) <= set(removal_list)] or list(trace.steps)
+    front = ["---", "library_name: transformers"]
+    front += [f"base_model: {yaml_string(name)}", "base_model_relation: finetune"] if on_hub else []
+    front += ["tags:", "  - sleb", "  - depth-pruning", "  - text-generation", "---"]
+    calibration = run.spec.calibration
+    baseline = trace.baseline
+    lines = [
+        *front,
+        "",
+        f"# {escaped(shown)} without {len(removal_list)} of its {stack.num_blocks} blocks",
+        "",
+        "Transformer blocks that the calibration text needs least were removed whole "
+        f"([SLEB]({PAPER})); nothing was trained afterwards.",
+        "",
+        f"- **Base model:** {escaped(shown)}, {_revision(run)}, {escaped(stack.model_class)}, "
+        f"weights hash {code(stack.weights_hash)}",
+        f"- **Removal list:** {code(list(removal_list))}",
+        f"- **Blocks:** {escaped(in_words(stack.num_blocks, removal_list))}",
+        f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, "
+        f"blocks {code(list(stack.protected))} protected",
+        f"- **Calibration:** {escaped(calibration.source)} ({escaped(stack.text)}), {stack.sequences} "
+        "sequences "
+        f"of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
+        f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",
+        f"- **Scored in:** {escaped(stack.dtype)}",
+        f"- **Run:** {code(run.run_id)}",
+        "",
+        "| step | removed | perplexity | held-out perplexity | margin ± standard error (nats) | tied with |",
+        "|---:|:---|---:|---:|---:|:---|",
+        f"| baseline | | {_number(baseline.perplexity)} | {_number(baseline.held_out.perplexity)} | | |",
+        *(_row(step) for step in steps),
+        "",
+        "Perplexity is of the calibration text, on which the blocks were chosen, and so too good; the "
+        "held-out "
+        "sequences took no part in any choice. The margin is the runner-up's mean score above the "
+        "winner's; a "
+        "block is tied when the two cannot be told apart on these sequences.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+    versions = _versions(run)
+    if versions:
+        lines += ["## Versions", "", *(f"- {escaped(what)} {escaped(which)}" for what, which in versions), ""]
+    return "\n".join(lines)
+
+
+def with_proof(card: str, proof: Proof) -> str:
+    """The card with what the proof found."""
+    saved = 1 - proof.parameters_after / proof.parameters_before
+    lines = [
+        "## Proof",
+        "",
+        "Reloaded in a fresh process with plain transformers "
+        f"{escaped(proof.versions.get('transformers', ''))}: "
+        f"{proof.blocks_after} of {proof.blocks_before} blocks, {proof.parameters_after:,} of "
+        f"{proof.parameters_before:,} parameters ({saved:.1%} fewer), {proof.bytes_after:,} bytes of "
+        "weights in "
+        f"{escaped(proof.dtype)}. Over {proof.tokens} positions its logits differ by at most "
+        f"{proof.max_logit_difference:.3g} from those of the original with the blocks skipped "
+        f"({proof.tolerance:.3g} allowed). {_generation(proof)} The details are in `proof.json`.",
+        "",
+    ]
+    return card.rstrip("\n") + "\n\n" + "\n".join(lines)
+
+
+def _generation(proof: Proof) -> str:
+    if proof.generated_with_cache == proof.generated_without_cache == proof.generated_by_skipping:
+        return f"{proof.generated_tokens} greedily generated tokens agree with and without the KV cache."
+    return (
+        f"Of {proof.generated_tokens} greedily generated tokens some differ, where two were as likely as "
+        "each other "
+        "or where the base model too answers otherwise with the KV cache than without."
+    )
+
+
+def escaped(text: object) -> str:
+    """The text as Markdown that shows it as it is, on one line and inside a table."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^])", r"\\\1", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """The text as inline code, whatever ticks are in it."""
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    padding = " " if "`" in line else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _revision(run: Run) -> str:
+    revision = (run.stack.revision if run.stack else None) or run.spec.revision
+    return f"revision {code(revision)}" if revision else "revision unknown"
+
+
+def _row(step: Step) -> str:
+    margin = _number(step.margin)
+    if step.margin is not None and step.margin_standard_error is not None:
+        margin += f" ± {_number(step.margin_standard_error)}"
+    removed = ", ".join(map(str, step.removed))
+    if step.restored:
+        removed += f" (back: {', '.join(map(str, step.restored))})"
+    cells = [
+        step.number,
+        removed,
+        _number(step.perplexity),
+        _number(step.held_out.perplexity),
+        margin,
+        ", ".join(map(str, step.tied)),
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _versions(run: Run) -> list[tuple[str, str]]:
+    attempts = [job.attempt for job in run.jobs if job.attempt is not None]
+    return sorted(attempts[-1].versions.items()) if attempts else []

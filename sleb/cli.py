@@ -1,0 +1,495 @@
+"""The command line: parse, call, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import api, jobs, store
+from .errors import BadInput, OptionError, RunError, SlebError, Stopped
+from .records import JobSpec, JobState, Method, Run, RunSpec
+from .screen import Screen, duration, print_run, print_runs, table
+from .summary import summary
+
+app = typer.Typer(
+    name="sleb",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Which transformer blocks can a language model lose, what does it cost, and how sure is that?\n\n"
+        "Try [bold]sleb search demo[/bold] first: a real model and real text come with the installation.\n\n"
+        "Then [bold]sleb search MODEL --ratio 0.2[/bold], [bold]sleb show RUN[/bold] and "
+        "[bold]sleb export RUN --format hf --out FOLDER[/bold]."
+    ),
+)
+
+
+class Sampling(StrEnum):
+    """Which windows of the text."""
+
+    RANDOM = "random"
+    FIRST = "first"
+
+
+class Bos(StrEnum):
+    """Whether windows begin with BOS."""
+
+    AUTO = "auto"
+    YES = "yes"
+    NO = "no"
+
+
+class Dtype(StrEnum):
+    """What the model computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Format(StrEnum):
+    """What a removal list is written as."""
+
+    JSON = "json"
+    CSV = "csv"
+    LIST = "list"
+    SLEB = "sleb"
+    MERGEKIT = "mergekit"
+    LLAMA_QUANTIZE = "llama-quantize"
+    HF = "hf"
+
+
+_TEXT, _CHOICE, _HOW = "Which text", "Which blocks", "How"
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or [bold]demo[/bold].")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run id (see sleb runs) or a run folder.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        rich_help_panel=_TEXT,
+        help="wikitext2, c4, wikitext2-rows (the reference's loader), demo, a local .txt, .jsonl or .parquet file "
+        "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN. \\[default: wikitext2; demo for demo]",
+    ),
+]
+Sequences = Annotated[
+    int | None,
+    typer.Option(min=1, rich_help_panel=_TEXT, help="Calibration sequences. \\[default: 128; 16 for demo]"),
+]
+SequenceLength = Annotated[
+    int | None, typer.Option(min=2, rich_help_panel=_TEXT, help="Tokens each. \\[default: 2048; 256 for demo]")
+]
+HeldOut = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=_TEXT, help="Sequences that take no part in any choice. \\[default: a quarter]"),
+]
+SamplingOption = Annotated[
+    Sampling, typer.Option(rich_help_panel=_TEXT, help="Windows drawn without overlap, or the first ones.")
+]
+BosOption = Annotated[
+    Bos, typer.Option(rich_help_panel=_TEXT, help="BOS at the head of every window; auto follows the tokenizer.")
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", rich_help_panel=_TEXT, help="The column holds conversations: use the chat template.")
+]
+Seed = Annotated[int, typer.Option(rich_help_panel=_TEXT, help="Of everything that is drawn.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(rich_help_panel=_HOW, help="auto is what is fast on the device (16 bits where it can).")
+]
+Device = Annotated[str, typer.Option(rich_help_panel=_HOW, help="auto, cpu, cuda:0 …")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=_HOW, help="Sequences at once; halved when memory runs out.")
+]
+Revision = Annotated[str | None, typer.Option(rich_help_panel=_HOW, help="Branch, tag or commit on the hub.")]
+RunDir = Annotated[
+    Path | None, typer.Option(rich_help_panel=_HOW, help="A new folder for the run. \\[default: under SLEB_HOME]")
+]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", rich_help_panel=_HOW, help="Read weights that can run code when read.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", rich_help_panel=_HOW, help="Run code that comes with the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
+
+
+@app.command()
+def search(
+    model: Model,
+    calibration: Calibration = None,
+    sequences: Sequences = None,
+    sequence_length: SequenceLength = None,
+    held_out: HeldOut = None,
+    sampling: SamplingOption = Sampling.RANDOM,
+    bos: BosOption = Bos.AUTO,
+    chat: Chat = False,
+    seed: Seed = 0,
+    remove: Annotated[int | None, typer.Option(min=1, rich_help_panel=_CHOICE, help="How many blocks.")] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=_CHOICE, help="Or which share, rounded up. \\[default: 0.2; 0.1 for demo]"),
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(rich_help_panel=_CHOICE, help="metric3 is SLEB; the others are what the paper compares it with."),
+    ] = Method.METRIC3,
+    until_perplexity: Annotated[
+        str | None,
+        typer.Option(metavar="+10%", rich_help_panel=_CHOICE, help="Stop before the held-out perplexity rises more."),
+    ] = None,
+    protect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,29", rich_help_panel=_CHOICE, help="Blocks never removed; '' for none. \\[default: first and last]"
+        ),
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(rich_help_panel=_CHOICE, help="Of the interval that calls candidates tied.")
+    ] = 0.95,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    analysis: Annotated[
+        bool, typer.Option("--analysis/--no-analysis", rich_help_panel=_HOW, help="Similarity and alignment as well.")
+    ] = True,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Find the blocks a model can lose, one removal at a time, with error bars.
+
+    Each step scores every block that is left on the calibration text, under the model as streamlined so far, and
+    removes the one whose absence costs least (Metric3 of the SLEB paper). Text kept out of every choice tells what it
+    really costs.
+
+    [bold]sleb search demo[/bold] takes a few minutes on two CPU cores.
+    """
+    spec = api.run_spec(
+        model,
+        remove=remove,
+        ratio=ratio,
+        method=method,
+        calibration=calibration,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        held_out=held_out,
+        sampling=sampling.value,
+        seed=seed,
+        protect=_blocks(protect),
+        until_perplexity=_share(until_perplexity),
+        confidence=confidence,
+        bos=bos.value,
+        chat=chat,
+        dtype=dtype.value,
+        revision=revision,
+        analysis=analysis,
+    )
+    _start(spec, api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code), run_dir, as_json)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    calibration: Calibration = None,
+    sequences: Sequences = None,
+    sequence_length: SequenceLength = None,
+    sampling: SamplingOption = Sampling.RANDOM,
+    bos: BosOption = Bos.AUTO,
+    chat: Chat = False,
+    seed: Seed = 0,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """How similar the blocks' outputs are, and where the prediction is already decided."""
+    spec = api.run_spec(
+        model,
+        kind="analyze",
+        calibration=calibration,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        held_out=0,
+        sampling=sampling.value,
+        seed=seed,
+        bos=bos.value,
+        chat=chat,
+        dtype=dtype.value,
+        revision=revision,
+    )
+    _start(spec, api.job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code), run_dir, as_json)
+
+
+@app.command()
+def resume(
+    run: RunName,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Go on after the last finished step; a finished run is printed."""
+    found = store.load(run)
+    if not api.is_finished(found):
+        job = api.job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code)
+        found = _execute(found, job, as_json)
+        if not as_json:
+            return
+    _print(found, as_json)
+
+
+@app.command()
+def show(run: RunName, as_json: Json = False) -> None:
+    """Print a run: baseline, steps with their evidence, removal list."""
+    _print(api.load(run), as_json)
+
+
+@app.command()
+def runs(as_json: Json = False) -> None:
+    """List all runs, newest first."""
+    found = store.list_runs()
+    if as_json:
+        typer.echo(json.dumps([{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)]))
+    else:
+        print_runs(found)
+    for error in found:
+        if isinstance(error, RunError):
+            typer.echo(f"sleb: {error}", err=True)
+
+
+@app.command()
+def stop(run: RunName) -> None:
+    """Stop the process that is executing a run; what it finished is kept."""
+    found = store.load(run)
+    jobs.stop(found)
+    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {found.run_id}", err=True)
+
+
+@app.command()
+def delete(
+    run: RunName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a run folder for good."""
+    found = store.load(run)
+    jobs.require_idle(found)
+    if not yes and not typer.confirm(f"Delete {found.run_dir} for good?", err=True):
+        raise typer.Exit(1)
+    store.delete(run)
+    typer.echo(f"Deleted {found.run_dir}.", err=True)
+
+
+@app.command("import")
+def bring_in(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere.")]) -> None:
+    """Copy a run folder into the runs folder, so that it has an id and is listed."""
+    typer.echo(store.bring_in(folder).run_id)
+
+
+@app.command()
+def export(
+    run: RunName,
+    format: Annotated[
+        Format, typer.Option("--format", "-f", help="hf writes the smaller model and proves it; the others, the list.")
+    ] = Format.JSON,
+    steps: Annotated[int | None, typer.Option(min=0, help="The list after so many steps. [default: all]")] = None,
+    out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
+    device: Device = "cpu",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Take the removal list away, or the smaller model itself.
+
+    [bold]hf[/bold]: safetensors with the blocks really gone, reloaded in a fresh process and compared with the
+    original before the folder appears. [bold]mergekit[/bold]: a passthrough merge. [bold]llama-quantize[/bold]: for a
+    GGUF file. [bold]sleb[/bold]: the reference's own option.
+    """
+    from .formats import render
+
+    found = store.load(run)
+    if format is not Format.HF:
+        text = render(found, format.value, steps)
+        if out is None:
+            typer.echo(text)
+        else:
+            store.replace_file(out, text if text.endswith("\n") else text + "\n")
+            typer.echo(f"Wrote {out}.", err=True)
+        return
+    if out is None:
+        raise OptionError("--format hf writes a folder: name it with --out.")
+    with Screen(as_json) as screen:
+        proof = api.export_model(
+            found,
+            out,
+            steps=steps,
+            device=device,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            watcher=screen.watcher(),
+        )
+    if as_json:
+        typer.echo(proof.model_dump_json())
+        return
+    table(
+        f"Wrote and proved {out}",
+        ("", "before", "after"),
+        [
+            ("blocks", str(proof.blocks_before), str(proof.blocks_after)),
+            ("parameters", f"{proof.parameters_before:,}", f"{proof.parameters_after:,}"),
+        ],
+    )
+    typer.echo(
+        f"Reloaded in a fresh process: logits of {proof.tokens} tokens differ by at most "
+        f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
+        "equal with and without cache."
+    )
+
+
+@app.command()
+def cache(
+    clear: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is cached, or clear it. Runs are not touched."""
+    from . import cache as block_cache
+
+    if clear is not None:
+        gone = block_cache.clear(store.home(), clear)
+        freed = sum(entry.bytes for entry in gone)
+        typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
+        return
+    found = block_cache.usage(store.home())
+    if as_json:
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
+        typer.echo(json.dumps(rows))
+        return
+    table(
+        f"Cache in {store.home() / 'cache'}",
+        ("folder", "entry", "model", "MB", "last used"),
+        [
+            (e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago")
+            for e in found
+        ],
+    )
+
+
+@app.command()
+def work(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
+) -> None:
+    """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
+    job_dir = _job_dir(directory.expanduser().absolute())
+    from .worker import execute
+
+    execute(job_dir)
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(prog_name="sleb", standalone_mode=True)
+    except SlebError as error:
+        typer.echo(f"sleb: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> None:
+    run = store.create(spec, run_dir)
+    done = _execute(run, job, as_json)
+    if as_json:
+        _print(done, as_json)
+
+
+def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
+    with Screen(as_json) as screen:
+        screen.begin(run)
+        try:
+            done = api.execute(run, job, screen.watcher())
+        except (KeyboardInterrupt, Stopped) as stopped:
+            now = store.load(run.run_dir)
+            count = len(now.trace.steps) if now.trace else 0
+            raise Stopped(f"Stopped after {count} finished steps. Go on with: sleb resume {_name(run)}") from stopped
+        except BadInput:
+            if store.load(run.run_dir).stack is None:  # it never began: nothing would be lost, nothing can be resumed
+                screen.note(f"The run folder {run.run_dir} was not kept.")
+                store.delete(run.run_dir)
+            raise
+        except SlebError as error:
+            raise type(error)(f"{error} What was finished is kept; go on with: sleb resume {_name(run)}") from error
+        screen.end(done)
+    return done
+
+
+def _name(run: Run) -> str:
+    """What to type to name the run: its id, or the folder it was given."""
+    return run.run_id if run.run_dir.parent == store.runs_folder() else str(run.run_dir)
+
+
+def _print(run: Run, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(summary(run)))
+    else:
+        print_run(run)
+
+
+def _job_dir(directory: Path) -> Path:
+    if directory.parent.name == "jobs":
+        store.load(directory.parent.parent)
+        return directory
+    run = jobs.watched(store.load(directory))
+    waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]
+    if not waiting:
+        if api.is_finished(run):
+            raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {_name(run)}")
+        return jobs.next_job(run, api.job_spec(run.spec.kind)).directory
+    return waiting[-1].directory
+
+
+def _blocks(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",") if part]
+    except ValueError as error:
+        raise OptionError(f"--protect takes block indices such as 0,29; found {text!r}.") from error
+
+
+def _share(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        number = text.strip().removeprefix("+")
+        value = float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
+    except ValueError as error:
+        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.") from error
+    if not 0 <= value < 1e6:
+        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.")
+    return value
+

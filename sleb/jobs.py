@@ -1,0 +1,227 @@
+"""Starting, stopping and watching the process that executes a run. No daemon: files, a lock and a pid.
+
+Only the holder of a run's lock writes a job's status. `interrupted` is derived: the status says running, but its
+process is gone (a pid means something on its own host only, and only with the time its process started).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from filelock import FileLock, Timeout
+
+from . import store
+from .errors import RunBusy, RunError, SlebError, StorageError, Stopped
+from .records import Job, JobSpec, JobState, JobStatus, Progress, Run
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+SILENCE_SECONDS = 60.0
+"""A job on another host that has been silent for longer is taken for interrupted."""
+
+
+class Reporter:
+    """Keeps a job's status file fresh from a thread of its own; the worker only says how far it is."""
+
+    def __init__(self, job_dir: Path) -> None:
+        self.job_dir = job_dir
+        process = psutil.Process()
+        self._status = JobStatus(
+            state=JobState.RUNNING,
+            pid=process.pid,
+            host=socket.gethostname(),
+            process_started=process.create_time(),
+            started=time.time(),
+            heartbeat=time.time(),
+        )
+        self._progress: Progress | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        store.write_status(job_dir, self._status)
+        self._thread.start()
+
+    def progress(self, progress: Progress) -> None:
+        """How far the job is; written with the next heartbeat."""
+        self._progress = progress
+
+    def close(self, state: JobState, message: str = "") -> None:
+        """The last word on the job."""
+        self._done.set()
+        self._thread.join()
+        store.write_status(self.job_dir, self._now().model_copy(update={"state": state, "message": message}))
+
+    def _now(self) -> JobStatus:
+        return self._status.model_copy(update={"heartbeat": time.time(), "progress": self._progress})
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            try:
+                store.write_status(self.job_dir, self._now())
+            except StorageError as error:  # the job itself will meet the full disk, and say so
+                log.debug("No heartbeat: %s", error)
+
+
+@contextlib.contextmanager
+def executing(job_dir: Path) -> Iterator[Reporter]:
+    """Hold the run's lock, keep the status, and write how it ended. Raises `RunBusy` if another process holds it.
+
+    SIGTERM is turned into `Stopped`, raised wherever the main thread is.
+    """
+    run_dir = job_dir.parent.parent
+    lock = lock_of(run_dir)
+    try:
+        with store.writing(run_dir):
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunBusy(_busy(run_dir)) from error
+    try:
+        reporter = Reporter(job_dir)
+        try:
+            with _stopping_on_sigterm():
+                yield reporter
+        except (Stopped, KeyboardInterrupt):
+            reporter.close(JobState.STOPPED, "Stopped on request.")
+            raise
+        except SlebError as error:
+            _close_failed(reporter, str(error))
+            raise
+        except BaseException as error:
+            _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
+            raise
+        reporter.close(JobState.FINISHED)
+    finally:
+        lock.release()
+
+
+def _close_failed(reporter: Reporter, message: str) -> None:
+    with contextlib.suppress(StorageError):  # a full disk is what it may have failed of
+        reporter.close(JobState.FAILED, message)
+
+
+def lock_of(run_dir: Path) -> FileLock:
+    """The lock whose holder executes the run."""
+    return FileLock(run_dir / ".lock")
+
+
+def watched(run: Run) -> Run:
+    """The run with the state of jobs whose process is gone derived."""
+    return run.model_copy(update={"jobs": tuple(_derived(job) for job in run.jobs)})
+
+
+def state_of(run: Run) -> JobState:
+    """The state of the run's newest search or analysis."""
+    own = [job for job in watched(run).jobs if job.spec.kind == run.spec.kind]
+    return own[-1].status.state if own else JobState.QUEUED
+
+
+def running(run: Run) -> Job | None:
+    """The job that is being executed now, if any."""
+    return next((job for job in watched(run).jobs if job.status.state is JobState.RUNNING), None)
+
+
+def require_idle(run: Run) -> None:
+    """Raises `RunBusy` while a process executes the run."""
+    if running(run) is not None:
+        raise RunBusy(_busy(run.run_dir))
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
+    with store.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sleb", "work", str(job.directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def stop(run: Run, *, patience: float = 20.0) -> Job:
+    """Ask the running job to stop; kill it when it does not, and record that. Raises `RunError` if nothing runs."""
+    job = running(run)
+    if job is None:
+        raise RunError(f"Run {run.run_id} is {state_of(run).value}; there is nothing to stop.")
+    if job.status.host != socket.gethostname() or job.status.pid is None:
+        raise RunError(
+            f"Run {run.run_id} is being executed on {job.status.host} (process {job.status.pid}); stop it there."
+        )
+    lock = lock_of(run.run_dir)
+    process = psutil.Process(job.status.pid)
+    process.send_signal(signal.SIGTERM)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        process.kill()
+        lock.acquire(timeout=patience)
+    try:
+        now = store.load_job(job.directory)
+        if now.status.state is JobState.RUNNING:  # it could not say so itself
+            killed = now.status.model_copy(update={"state": JobState.STOPPED, "message": "Killed on request."})
+            store.write_status(job.directory, killed)
+        return store.load_job(job.directory)
+    finally:
+        lock.release()
+
+
+def next_job(run: Run, spec: JobSpec) -> Job:
+    """A new job folder, once nobody executes the run."""
+    require_idle(run)
+    return store.create_job(run.run_dir, spec)
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread; a notebook's worker thread is stopped by its caller
+        return
+
+    def stop_now(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped("Stopped on request.")
+
+    before = signal.signal(signal.SIGTERM, stop_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _derived(job: Job) -> Job:
+    status = job.status
+    if status.state is not JobState.RUNNING or _alive(status):
+        return job
+    lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
+    return job.model_copy(update={"status": status.model_copy(update=lost)})
+
+
+def _alive(status: JobStatus) -> bool:
+    if status.host != socket.gethostname():
+        return time.time() - (status.heartbeat or 0.0) < SILENCE_SECONDS
+    if status.pid is None:
+        return False
+    try:
+        process = psutil.Process(status.pid)
+        started = abs(process.create_time() - (status.process_started or 0.0)) < 1.0
+        return started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _busy(run_dir: Path) -> str:
+    run = store.load(run_dir)
+    job = running(run)
+    who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
+    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: sleb stop {run.run_id}"
+

@@ -1,0 +1,291 @@
+"""A model name, a local folder or a GGUF file -> model and tokenizer. Refuses what it cannot use, in one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from . import demo
+from .errors import ModelError, OptionError
+
+log = logging.getLogger(__name__)
+
+# What transformers, safetensors, gguf and the hub client raise for checkpoints that are absent, damaged or foreign.
+_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+    OverflowError,
+    UnicodeDecodeError,
+    MemoryError,
+)
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, and its tokenizer."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    revision: str | None
+    """The commit that was loaded, where the hub names one."""
+    dtype: str
+    device: str
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights are stored in.
+
+    Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
+    that is not there.
+    """
+    where = resolve_device(device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: str | Path = name
+    gguf = None
+    if name == "demo":
+        source = demo.model_folder(convert_gguf)
+    elif name.lower().endswith(".gguf"):
+        gguf = Path(name).expanduser()
+        _require_gguf(gguf)
+        source = gguf.parent
+        options["gguf_file"] = gguf.name
+    elif _is_path(name):
+        source = Path(name).expanduser()
+        _require_folder(source, allow_pickle)
+    config = _config(str(source), name, options)
+    chosen = _dtype(dtype, config, where)
+    kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
+    if where.type == "cuda" and gguf is None:
+        kwargs["device_map"] = {"": where}  # straight to the GPU, without a second copy in memory
+    model = _loading(name, lambda: _auto_model().from_pretrained(str(source), **kwargs))
+    tokenizer = _loading(name, lambda: _auto_tokenizer().from_pretrained(str(source), **options))
+    if kwargs.get("device_map") is None:
+        model.to(where)
+    model.eval()
+    model.requires_grad_(False)
+    if not getattr(tokenizer, "vocab_size", None):
+        raise ModelError(f"{name} has no usable tokenizer; save one beside the weights (tokenizer.json).")
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return LoadedModel(model, tokenizer, name, commit, str(chosen).removeprefix("torch."), str(where))
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Write a GGUF model and its tokenizer as a safetensors folder (float32: quantised weights are dequantised)."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = _auto_model().from_pretrained(str(source.parent), gguf_file=source.name)
+    tokenizer = _auto_tokenizer().from_pretrained(str(source.parent), gguf_file=source.name)
+    forget_quantisation(model)
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def forget_quantisation(model: nn.Module) -> None:
+    """A model dequantised from GGUF still says it is quantised, and then refuses to be saved."""
+    if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is not None:
+        method = getattr(model.hf_quantizer.quantization_config, "quant_method", None)
+        if str(getattr(method, "value", method)) != "gguf":
+            return
+        model.hf_quantizer = None  # type: ignore[assignment]
+        del model.config.quantization_config  # type: ignore[union-attr]
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none."""
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise OptionError(f"There is no device {device!r}; use auto, cpu, or cuda:0 and so on.")
+    if device == "cpu":
+        return torch.device("cpu")
+    index = int(device.partition(":")[2] or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise OptionError(f"Asked for {device}; this machine has {count} CUDA devices. Use --device cpu or auto.")
+    return torch.device("cuda", index)
+
+
+def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What `--dtype auto` means: 16 bits where the device multiplies them faster, else float32.
+
+    A GPU keeps a 16-bit checkpoint's own type. A CPU is asked: bfloat16 runs three times faster than float32 where
+    it has instructions for it, and slower where it has not.
+    """
+    if device.type == "cuda":
+        if stored in (torch.float16, torch.bfloat16):
+            return stored
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_is_faster_in(torch.bfloat16) else torch.float32
+
+
+def weights_hash(model: nn.Module) -> str:
+    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights."""
+    digest = xxhash.xxh3_128()
+    seen: set[int] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if tensor.data_ptr() in seen:  # tied
+            continue
+        seen.add(tensor.data_ptr())
+        plain = tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor
+        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _cpu_is_faster_in(dtype: torch.dtype) -> bool:
+    left, right = torch.ones(512, 1024), torch.ones(1024, 1024)
+
+    def seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+        best = float("inf")
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(left.to(dtype), right.to(dtype)) * 1.3 < seconds(left, right)
+
+
+def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if asked == "checkpoint":
+        return stored or torch.float32
+    return fast_dtype(stored, device) if asked == "auto" else getattr(torch, asked)
+
+
+def _config(source: str, name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = _loading(name, lambda: AutoConfig.from_pretrained(source, **options))
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({kind}); removing blocks is defined here for decoder-only ones."
+        )
+    if kind not in CAUSAL and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(f"{name} ({kind}) is no causal language model; a decoder-only language model is needed.")
+    return config
+
+
+def _loading(name: str, load: Any) -> Any:
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        return load()
+    except (*_FAILURES, SafetensorError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: BaseException) -> str:
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    if "trust_remote_code" in text:
+        return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
+    if "gated" in text.lower() or "401" in text:
+        return f"{name} is gated or private on the hub: accept its terms there and log in with: hf auth login."
+    if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
+        return f"{name} has no safetensors weights that can be read: {first}"
+    if isinstance(error, ImportError):
+        return f"{name} needs a library that is not installed: {first}"
+    if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
+        return (
+            f"There is no model {name!r}: neither a folder nor a .gguf file here, and the hub did not give it "
+            f"({first}). Check the name, --revision and the network."
+        )
+    return f"{name} cannot be loaded ({type(error).__name__}): {first}"
+
+
+def _is_path(name: str) -> bool:
+    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
+    if Path(name).expanduser().exists():
+        return True
+    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"There is no model folder {name!r}. Give a folder, a .gguf file, a hub name, or demo.")
+    return False
+
+
+def _require_folder(folder: Path, allow_pickle: bool) -> None:
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file; a model is a folder with config.json, a .gguf file, or a hub name.")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter, not a model. Merge it into its base model first.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json is not JSON ({error}); the folder is damaged.") from error
+    if list(folder.glob("*.safetensors")):
+        return
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickles and not allow_pickle:
+        raise ModelError(
+            f"{folder} has its weights only as a pickle ({pickles[0].name}), which can run any code when it is read. "
+            "Convert it to safetensors, or allow it with --allow-pickle."
+        )
+    if not pickles:
+        raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
+
+
+def _require_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}.")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file (it begins with {magic!r}).")
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(str(path)).tensors
+        short = not tensors
+    except _FAILURES as error:
+        raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
+    if short:
+        raise ModelError(f"{path} holds no tensors; fetch it again.")
+
+
+def _auto_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _auto_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

@@ -1,0 +1,450 @@
+"""What is asked and what was found: frozen records, the same on disk, on the screen and in a notebook.
+
+Block indices are the original, 0-based ones, everywhere. Sums are kept in nats beside their token counts; only
+a property named `perplexity` divides.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT_VERSION = 1
+"""Version of the run folder. A folder of another version is refused, never guessed at."""
+
+
+class Record(BaseModel):
+    """A value: frozen, and strict about unknown fields, so that a misspelt one is found when it is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class Method(StrEnum):
+    """How blocks are chosen; the paper's Metric3 and what it is compared with (paper, 3.2 and Figures 4 and 7)."""
+
+    METRIC3 = "metric3"
+    METRIC2 = "metric2"
+    METRIC1 = "metric1"
+    EARLY_EXIT = "early-exit"
+    BEST_CHUNK = "best-chunk"
+
+    @property
+    def protects_ends(self) -> bool:
+        """Whether the first and last block are protected unless the user says otherwise."""
+        return self not in (Method.EARLY_EXIT, Method.BEST_CHUNK)
+
+
+class CalibrationSpec(Record):
+    """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
+
+    source: str = "wikitext2"
+    sequences: Annotated[int, Field(ge=1)] = 128
+    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    sampling: Literal["random", "first"] = "random"
+    bos: Literal["auto", "yes", "no"] = "auto"
+    chat: bool = False
+
+
+class RunSpec(Record):
+    """What was asked; immutable once written. Permissions and devices are no part of it: see `JobSpec`."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["search", "analyze"] = "search"
+    model: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    calibration: CalibrationSpec = CalibrationSpec()
+    held_out: Annotated[int, Field(ge=0)] | None = None
+    """Held-out sequences; None is a quarter of the calibration set."""
+    method: Method = Method.METRIC3
+    num_remove: Annotated[int, Field(ge=1)] | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the blocks to remove, rounded up. With neither, every block that may go is a candidate to the end."""
+    protected: tuple[int, ...] | None = None
+    """Blocks that are never candidates; None is the method's default."""
+    until_perplexity: Annotated[float, Field(ge=0)] | None = None
+    """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Of the interval by which two candidates are told apart, or called tied."""
+    seed: int = 0
+    analysis: bool = True
+
+    @model_validator(mode="after")
+    def _one_target(self) -> RunSpec:
+        if self.num_remove is not None and self.ratio is not None:
+            raise ValueError("give either the number of blocks to remove or the ratio, not both")
+        return self
+
+
+class SelfCheck(Record):
+    """Every candidate, on one tiny batch: the sweep against a plain forward pass with the block skipped."""
+
+    scoring: Literal["sweep", "plain"]
+    reason: str | None = None
+    """Why the run fell back to plain scoring."""
+    candidates: int
+    tokens: int
+    max_difference: float
+    """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token."""
+    protected: dict[int, str] = {}
+    """Blocks whose plain skip raises, with the reason."""
+
+
+class StackDescription(Record):
+    """The model as loaded, and what the run settled on with it. Written once, by the first job."""
+
+    format_version: int = FORMAT_VERSION
+    model_class: str
+    path: str
+    block_class: str
+    num_blocks: int
+    block_parameters: tuple[int, ...]
+    total_parameters: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    revision: str | None = None
+    weights_hash: str
+    tokens_hash: str
+    """Of the calibration and held-out token ids: a resumed run must see the same text."""
+    sequences: int
+    held_out: int
+    sequence_length: int
+    bos: bool
+    text: str
+    """Where the text came from and how much of it there was, in words."""
+    num_remove: int
+    protected: tuple[int, ...]
+    self_check: SelfCheck
+
+
+class Measured(Record):
+    """A sum of negative log-likelihoods in nats and the tokens it was summed over."""
+
+    nll_sum: float | None
+    """None where the predictions were not numbers."""
+    token_count: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll_sum / token_count)."""
+        if self.nll_sum is None or self.token_count == 0:
+            return None
+        nats = self.nll_sum / self.token_count
+        return math.exp(nats) if nats < 700 else math.inf
+
+
+class Candidate(Record):
+    """A set of blocks that was scored: `score_sum` is what was compared, lowest first.
+
+    For the likelihood it equals `nll_sum`; for Metric1 it is the sum over tokens of 1 - cosine, and `nll_sum` is
+    None, because nobody ran the model without the block.
+    """
+
+    block: int
+    """The block this candidate adds to the removal list; the first of the chunk for best chunk."""
+    skipped: tuple[int, ...]
+    objective: Literal["nll", "metric1"] = "nll"
+    score_sum: float | None
+    nll_sum: float | None = None
+    token_count: int
+
+    @property
+    def score(self) -> float | None:
+        """Mean score per token, in nats for the likelihood."""
+        return None if self.score_sum is None else self.score_sum / self.token_count
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(nll_sum / token_count), where the likelihood was measured."""
+        return Measured(nll_sum=self.nll_sum, token_count=self.token_count).perplexity
+
+
+class Step(Record):
+    """One decision with all its evidence. Carries the whole removal list after it: best chunks are not nested."""
+
+    number: int
+    removed: tuple[int, ...]
+    restored: tuple[int, ...] = ()
+    removal_list: tuple[int, ...]
+    candidates: tuple[Candidate, ...]
+    calibration: Measured
+    """The calibration set under the model without `removal_list`."""
+    held_out: Measured
+    """Sequences that took no part in the choice."""
+    margin: float | None
+    """Mean paired difference of the runner-up's score to the winner's, per token; None without a runner-up."""
+    margin_standard_error: float | None
+    """None where one sequence gives no spread."""
+    tied: tuple[int, ...]
+    """Candidates (their `block`) whose paired difference to the winner cannot be told from zero."""
+    block_evaluations: int
+    head_evaluations: int
+    seconds: float
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the calibration set after this step."""
+        return self.calibration.perplexity
+
+
+class Baseline(Record):
+    """The unmodified model on the same text."""
+
+    calibration: Measured
+    held_out: Measured
+    block_evaluations: int
+    head_evaluations: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of the calibration set."""
+        return self.calibration.perplexity
+
+
+class Trace(Record):
+    """The baseline and every finished step."""
+
+    baseline: Baseline
+    steps: tuple[Step, ...] = ()
+    finished: str | None = None
+    """Why the search ended, once it has."""
+
+    @property
+    def removal_list(self) -> tuple[int, ...]:
+        """Blocks in the order of removal, after the last step."""
+        return self.steps[-1].removal_list if self.steps else ()
+
+    def with_step(self, step: Step) -> Trace:
+        """The trace with one more step."""
+        return self.model_copy(update={"steps": (*self.steps, step)})
+
+    @property
+    def block_evaluations(self) -> int:
+        """Blocks times sequences, the baseline and held-out sequences included."""
+        return self.baseline.block_evaluations + sum(step.block_evaluations for step in self.steps)
+
+    @property
+    def head_evaluations(self) -> int:
+        """Skip sets times sequences, the baseline and held-out sequences included."""
+        return self.baseline.head_evaluations + sum(step.head_evaluations for step in self.steps)
+
+
+class JobSpec(Record):
+    """What one process is to do with a run, and what it may: permissions live here, never in what is shared."""
+
+    format_version: int = FORMAT_VERSION
+    kind: Literal["search", "analyze", "export"]
+    device: str = "auto"
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Sequences per batch; None chooses for the device."""
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    steps: Annotated[int, Field(ge=0)] | None = None
+    """Export: the removal list after this many steps; None is all of them."""
+    out: str | None = None
+    """Export: the folder to write."""
+
+
+class Attempt(Record):
+    """How one try was made; never part of what."""
+
+    device: str
+    batch_size: int | None
+    threads: int
+    host: str
+    processes: int = 1
+    memory_budget: int | None = None
+    peak_memory: int | None = None
+    """Bytes."""
+    versions: dict[str, str]
+
+
+class JobState(StrEnum):
+    """`interrupted` is derived, never written: running, but its process is gone."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    INTERRUPTED = "interrupted"
+
+
+class Progress(Record):
+    """How far a job is; `fraction` counts work, not steps, so that the ETA is right."""
+
+    phase: str
+    step: int = 0
+    steps: int = 0
+    fraction: float = 0.0
+    eta_seconds: float | None = None
+    message: str = ""
+
+
+class JobStatus(Record):
+    """The state of a job, replaced atomically by the holder of the run's lock."""
+
+    state: JobState = JobState.QUEUED
+    pid: int | None = None
+    host: str | None = None
+    process_started: float | None = None
+    """Start time of the process, seconds since the epoch: a pid alone may be reused."""
+    started: float | None = None
+    heartbeat: float | None = None
+    progress: Progress | None = None
+    message: str = ""
+    """Why it failed or stopped: one sentence."""
+
+
+class Job(Record):
+    """One try at something, in `jobs/<n>-<kind>/`."""
+
+    name: str
+    directory: Path
+    spec: JobSpec
+    status: JobStatus
+    attempt: Attempt | None = None
+
+
+class ExitStatistics(Record):
+    """Where predictions are already decided, over `token_count` tokens (paper, Figure 5, Tables 5 and 6)."""
+
+    source: str
+    """On which tokens: said in words."""
+    token_count: int
+    agreement: tuple[float, ...]
+    """Per block: share of tokens whose top prediction after it equals the final one."""
+    first_exit: tuple[int, ...]
+    """Per block: tokens for which it is the first that agrees (the paper's ideal exit)."""
+    settled_exit: tuple[int, ...]
+    """Per block: tokens for which it is the one from which the prediction stays."""
+    skipped_share: dict[int, float]
+    """Batch size -> share of blocks an ideal first exit skips, where the batch waits for its slowest token."""
+    settled_skipped_share: dict[int, float]
+
+    @staticmethod
+    def speedup(skipped_share: float) -> float:
+        """1 / (1 - skipped share) (paper, B.1)."""
+        return 1.0 / (1.0 - skipped_share)
+
+
+class Alignment(Record):
+    """Prediction alignment on the calibration tokens and on the model's own generated ones."""
+
+    calibration: ExitStatistics
+    generated: ExitStatistics | None
+    generated_reason: str | None = None
+    """Why there are no generated tokens, if so."""
+
+
+class Similarity(Record):
+    """Cosine similarity between block outputs; index 0 is the embedding output, index i + 1 is block i."""
+
+    token_count: int
+    mean: tuple[tuple[float, ...], ...]
+    """(N+1) x (N+1), mean over the sampled calibration tokens."""
+    mean_without_first: tuple[tuple[float, ...], ...]
+    """The same without each sequence's first token, whose huge norm hides the rest."""
+    random_token: tuple[tuple[float, ...], ...]
+    """The paper's own: one random token fed alone (3.1, Figure 6)."""
+    random_token_id: int
+    metric1: tuple[float, ...]
+    """Per block, 1 - mean cosine of its input and output (paper, equation 3; elsewhere called Block Influence)."""
+    chunk_angular_distance: tuple[tuple[float | None, ...], ...]
+    """[length - 1][start]: mean angular distance, in [0, 1], between the input and the output of a chunk."""
+
+
+class PassageToken(Record):
+    """One token of the passage and what each block would have predicted after it."""
+
+    token: str
+    top: tuple[tuple[tuple[str, float], ...], ...]
+    """Per block: the five most likely next tokens and their probabilities."""
+    first_exit: int
+    settled_exit: int
+
+
+class Passage(Record):
+    """A short piece of the calibration text for the token view."""
+
+    tokens: tuple[PassageToken, ...]
+
+
+class AnalysisDescription(Record):
+    """Which cache entry the analyses came from, and what they were made of."""
+
+    cache_key: str
+    sequences: int
+    sequence_length: int
+    token_count: int
+    seconds: float
+    cached: bool
+
+
+class Analysis(Record):
+    """Both analyses of a run, as pages draw them."""
+
+    description: AnalysisDescription
+    similarity: Similarity
+    alignment: Alignment
+    passage: Passage
+
+
+class Proof(Record):
+    """An exported model, reloaded in a fresh process with plain transformers and compared with the skipped original."""
+
+    passed: bool
+    reasons: tuple[str, ...] = ()
+    """Why it did not pass, one sentence each."""
+    blocks_before: int
+    blocks_after: int
+    kept_blocks: tuple[int, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_after: int
+    """Of the weight files."""
+    dtype: str
+    tokens: int
+    """Positions whose logits were compared."""
+    max_logit_difference: float
+    tolerance: float
+    """Largest difference that passes."""
+    generated_tokens: int
+    generated_with_cache: tuple[int, ...]
+    generated_without_cache: tuple[int, ...]
+    generated_by_skipping: tuple[int, ...]
+    """By the original model with the blocks skipped, without a cache."""
+    seconds: float
+    versions: dict[str, str]
+
+
+class Run(Record):
+    """A run folder, read: what `store.load` returns and pages draw."""
+
+    run_id: str
+    run_dir: Path
+    spec: RunSpec
+    stack: StackDescription | None = None
+    trace: Trace | None = None
+    analysis: Analysis | None = None
+    jobs: tuple[Job, ...] = ()
+
+    @property
+    def removal_list(self) -> tuple[int, ...]:
+        """Blocks in the order of removal so far."""
+        return self.trace.removal_list if self.trace else ()
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Blocks that stay, in the order of the stack; empty until the model has been opened."""
+        if self.stack is None:
+            return ()
+        removed = set(self.removal_list)
+        return tuple(block for block in range(self.stack.num_blocks) if block not in removed)

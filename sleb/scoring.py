@@ -1,0 +1,257 @@
+"""The sweep: skip sets and sequences in, nats out. Knows the block stack; knows nothing of searches or runs.
+
+The stack is walked once for all skip sets of a batch; those that agree on the blocks seen so far share one stream,
+so that a greedy step over n alive blocks costs about n^2/2 block evaluations instead of n^2.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from .blocks import BlockStack, Stream
+from .errors import ScoringError
+from .records import SelfCheck
+
+log = logging.getLogger(__name__)
+
+SkipSet = tuple[int, ...]
+
+_READ_OUT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
+_UPCAST_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits: stays in a CPU's cache
+_NOTHING = -100  # the target that `cross_entropy` leaves out
+_MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring takes: blocks x sequences, and distinct skip sets x sequences."""
+
+    block_evaluations: int
+    head_evaluations: int
+
+    def units(self, head_weight: float) -> float:
+        """Work in block evaluations, where one read-out costs `head_weight` of them."""
+        return self.block_evaluations + head_weight * self.head_evaluations
+
+
+def cost_of(skip_sets: Iterable[SkipSet], num_blocks: int, sequences: int = 1, *, plain: bool = False) -> Cost:
+    """Evaluations the sweep needs: the nodes of the trie of skip sets. `plain`: one forward pass per skip set."""
+    distinct = {tuple(sorted(skipped)) for skipped in skip_sets}
+    if plain:
+        blocks = sum(num_blocks - len(skipped) for skipped in distinct)
+    else:
+        # A prefix is evaluated at a block if some skip set that goes on from it does not skip the block.
+        blocks = sum(
+            len({tuple(b for b in skipped if b < block) for skipped in distinct if block not in skipped})
+            for block in range(num_blocks)
+        )
+    return Cost(blocks * sequences, len(distinct) * sequences)
+
+
+class Scorer:
+    """Scores skip sets on sequences of token ids; counts what it did.
+
+    `ids` is (sequences, length) int64; every sequence has length - 1 predicted tokens. Out of memory halves the
+    batch and goes on. With `plain` every skip set is a forward pass of its own.
+    """
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        ids: np.ndarray,
+        *,
+        batch_size: int | None = None,
+        plain: bool = False,
+        watch: Callable[[float], None] = lambda units: None,
+    ) -> None:
+        self.stack = stack
+        self.ids = torch.from_numpy(np.ascontiguousarray(ids))
+        self.plain = plain
+        self.batch_size = batch_size or default_batch_size(stack.device, ids.shape[1])
+        self.watch = watch
+        self.block_evaluations = 0
+        self.head_evaluations = 0
+        self.head_weight = head_weight(stack)
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """Predicted tokens per sequence, int64 (sequences,)."""
+        return np.full(len(self.ids), self.ids.shape[1] - 1, dtype=np.int64)
+
+    def cost(self, skip_sets: Sequence[SkipSet], sequences: int) -> Cost:
+        """What `score` would take."""
+        return cost_of(skip_sets, len(self.stack), sequences, plain=self.plain)
+
+    @torch.inference_mode()
+    def score(self, skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
+        """Negative log-likelihood, float64 (skip_sets, sequences), nats; NaN where predictions are not numbers.
+
+        Raises `ScoringError` when a single sequence does not fit into memory.
+        """
+        result = np.empty((len(skip_sets), len(sequences)), dtype=np.float64)
+        start = 0
+        while start < len(sequences):
+            batch = sequences[start : start + self.batch_size]
+            try:
+                nats = self._score_batch(skip_sets, self.ids[torch.from_numpy(np.asarray(batch))])
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                    raise
+                self._halve()
+                continue
+            result[:, start : start + len(batch)] = nats
+            cost = self.cost(skip_sets, len(batch))
+            self.block_evaluations += cost.block_evaluations
+            self.head_evaluations += cost.head_evaluations
+            start += len(batch)
+        return result
+
+    def _score_batch(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> np.ndarray:
+        ids = ids.to(self.stack.device, non_blocking=True)
+        by_set = self._plain(skip_sets, ids) if self.plain else self._sweep(skip_sets, ids)
+        nats = torch.stack([by_set[tuple(sorted(skipped))] for skipped in skip_sets])
+        return nats.cpu().numpy()  # the only synchronisation with a GPU
+
+    def _sweep(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
+        inputs = self.stack.capture(ids)
+        streams: dict[SkipSet, Stream] = {(): inputs.start()}  # what was skipped so far -> where that leads
+        members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
+        for block in range(len(self.stack)):
+            for prefix in list(streams):
+                leaving = {skipped for skipped in members[prefix] if block in skipped}
+                if leaving:
+                    streams[(*prefix, block)] = streams[prefix].fork()
+                    members[(*prefix, block)] = leaving
+                    members[prefix] -= leaving
+                    if not members[prefix]:
+                        del streams[prefix], members[prefix]
+                        continue
+                self.stack.advance(block, inputs, streams[prefix])
+                self.watch(len(ids))
+        nats = {}
+        for skipped, stream in streams.items():
+            nats[skipped] = self._nll(stream.hidden, ids)
+            self.watch(self.head_weight * len(ids))
+        return nats
+
+    def _nll(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Summed over tokens: float64 (batch,). Logits of the whole batch never exist at once."""
+        batch, length = ids.shape
+        config = self.stack.model.config.get_text_config()
+        row_bytes = batch * config.vocab_size * hidden.element_size()
+        chunk = max(1, min(length, _READ_OUT_BYTES[_kind(hidden.device)] // row_bytes))
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=_NOTHING)  # nothing follows the last token
+        total = torch.zeros(batch, dtype=torch.float64, device=ids.device)
+        for start in range(0, length, chunk):
+            part = slice(start, start + chunk)
+            logits = self.stack.read_out(hidden[:, part], ids[:, part])
+            nll = token_nll(logits, targets[:, part].to(logits.device))
+            total += nll.double().sum(dim=1).to(total.device)
+        return total
+
+    def _plain(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
+        nats = {}
+        for skipped in dict.fromkeys(tuple(sorted(skipped)) for skipped in skip_sets):
+            try:
+                nats[skipped] = plain_nll(self.stack, skipped, ids)
+            except _MODEL_FAILURES as error:
+                if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                    raise
+                log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
+                nats[skipped] = torch.full((len(ids),), float("nan"), dtype=torch.float64, device=ids.device)
+            self.watch(cost_of([skipped], len(self.stack), len(ids), plain=True).units(self.head_weight))
+        return nats
+
+    def _halve(self) -> None:
+        if self.batch_size == 1:
+            raise ScoringError(
+                f"Out of memory with one sequence of {self.ids.shape[1]} tokens on {self.stack.device}. "
+                "Lower --sequence-length, or choose a smaller --dtype."
+            )
+        self.batch_size //= 2
+        log.warning("Out of memory: going on with batches of %d.", self.batch_size)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Per-token negative log-likelihood, float32 like `targets` (batch, sequence), from logits of any dtype.
+
+    Upcast in pieces: `cross_entropy` on bfloat16 logits would return three digits, and all logits in float32 at
+    once cost as much time as several blocks.
+    """
+    flat, goal = logits.flatten(0, -2), targets.flatten()
+    rows = max(1, _UPCAST_BYTES[_kind(logits.device)] // (4 * logits.shape[-1]))
+    pieces = [
+        torch.nn.functional.cross_entropy(part.float(), aim, reduction="none", ignore_index=_NOTHING)
+        for part, aim in zip(flat.split(rows), goal.split(rows), strict=True)
+    ]
+    return torch.cat(pieces).view(targets.shape)
+
+
+def plain_nll(stack: BlockStack, skipped: SkipSet, ids: torch.Tensor) -> torch.Tensor:
+    """The twin: one plain forward pass with the blocks skipped. float64 (batch,), nats."""
+    with stack.skipping(skipped):
+        logits = stack.forward(ids)
+    return token_nll(logits[:, :-1], ids[:, 1:].to(logits.device)).double().sum(dim=1).to(ids.device)
+
+
+def default_batch_size(device: torch.device, length: int) -> int:
+    """Sequences per batch: enough tokens to keep the device busy, few enough for its cache or memory."""
+    tokens = 8192 if device.type == "cuda" else 1024
+    return max(1, tokens // length)
+
+
+def head_weight(stack: BlockStack) -> float:
+    """What reading out one skip set costs, in block evaluations: the ratio of their multiplications."""
+    config = stack.model.config.get_text_config()
+    per_block = sum(stack.parameters_of(block) for block in range(len(stack))) / len(stack)
+    return config.vocab_size * config.hidden_size / max(per_block, 1.0)
+
+
+@torch.inference_mode()
+def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) -> SelfCheck:
+    """Every candidate on one tiny batch: the sweep, forks interleaved, against a plain forward pass.
+
+    A block whose plain skip raises is protected, with the reason; where sweep and plain differ, the run is scored
+    the plain way. `ids` is (sequences, length); two sequences of 16 tokens are used.
+    """
+    tiny = torch.from_numpy(np.ascontiguousarray(ids[:2, :16])).to(stack.device)
+    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), tiny)}
+    protected: dict[int, str] = {}
+    for block in candidates:
+        try:
+            plain[(block,)] = plain_nll(stack, (block,), tiny)
+        except _MODEL_FAILURES as error:
+            protected[block] = f"the model cannot run without it ({type(error).__name__}: {error})"
+    tokens = tiny.shape[1] - 1
+    tolerance = 1e-5 if next(stack.model.parameters()).dtype == torch.float32 else 0.02
+    difference, reason = float("inf"), None
+    try:
+        swept = Scorer(stack, tiny.cpu().numpy(), batch_size=len(tiny))._sweep(list(plain), tiny)
+        pairs = [(plain[skipped], swept[skipped]) for skipped in plain]
+        difference = max(float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max()) for a, b in pairs) / tokens
+        if difference > tolerance:
+            reason = f"the sweep differs from the plain forward pass by {difference:.3g} nats per token"
+    except _MODEL_FAILURES as error:
+        reason = f"blocks cannot be replayed ({type(error).__name__}: {error})"
+    return SelfCheck(
+        scoring="sweep" if reason is None else "plain",
+        reason=reason,
+        candidates=len(candidates),
+        tokens=tiny.numel() - len(tiny),
+        max_difference=difference,
+        protected=protected,
+    )
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"

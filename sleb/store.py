@@ -1,0 +1,383 @@
+"""Run folders: create, list, load, append, replace atomically. Knows files; knows no model and no process.
+
+    runs/<run_id>/  spec.json stack.json trace.jsonl scores/ analysis/ jobs/<n>-<kind>/
+
+A line of the trace is written whole or not at all as far as a reader can tell: a torn last line is ignored when
+reading, and cut off before the next one is appended.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from .errors import RunError, StorageError
+from .records import (
+    FORMAT_VERSION,
+    Analysis,
+    Attempt,
+    Baseline,
+    Job,
+    JobSpec,
+    JobStatus,
+    Proof,
+    Run,
+    RunSpec,
+    StackDescription,
+    Step,
+    Trace,
+)
+
+R = TypeVar("R", bound=BaseModel)
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def home() -> Path:
+    """Where runs and cache live: `SLEB_HOME`, or a per-user data folder."""
+    chosen = os.environ.get("SLEB_HOME")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    from platformdirs import user_data_path
+
+    return user_data_path("sleb", appauthor=False)
+
+
+def runs_folder() -> Path:
+    """The folder that holds runs which were given no folder of their own."""
+    return home() / "runs"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what a disk can refuse into one sentence; nothing already written is touched."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"The disk is full: {path} could not be written. What was finished is kept; free some space and resume."
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise StorageError(
+                f"{path} cannot be written ({error.strerror}). Choose another folder with --run-dir or SLEB_HOME."
+            ) from error
+        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, whole."""
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
+    """A new run folder with what was asked. Raises `RunError` where the folder is taken."""
+    directory = (run_dir or runs_folder() / _new_run_id(spec)).expanduser().absolute()
+    with writing(directory):
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise RunError(
+                f"{directory} already holds something. Name a new folder, or continue the run there with: "
+                f"sleb resume {directory}"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
+    return load(str(directory))
+
+
+def locate(run: str | os.PathLike[str]) -> Path:
+    """The folder of a run given by its id or by a folder. Raises `RunError` where there is none."""
+    text = os.fspath(run)
+    if _RUN_ID.fullmatch(text) and (runs_folder() / text / "spec.json").is_file():
+        return runs_folder() / text
+    folder = Path(text).expanduser().absolute()
+    if (folder / "spec.json").is_file():
+        return folder
+    known = [each.name for each in _run_dirs()][:3]
+    hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
+    raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
+
+
+def load(run: str | os.PathLike[str]) -> Run:
+    """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
+    directory = locate(run)
+    analysis = directory / "analysis" / "analysis.json"
+    return Run(
+        run_id=directory.name,
+        run_dir=directory,
+        spec=_read(directory / "spec.json", RunSpec),
+        stack=_read(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None,
+        trace=read_trace(directory),
+        analysis=_read(analysis, Analysis) if analysis.exists() else None,
+        jobs=tuple(_read_jobs(directory)),
+    )
+
+
+def list_runs() -> list[Run | RunError]:
+    """All runs of the runs folder, newest first; an unreadable one is its error, so that it can be shown."""
+    found: list[Run | RunError] = []
+    for directory in _run_dirs():
+        try:
+            found.append(load(directory))
+        except RunError as error:
+            found.append(error)
+    return found
+
+
+def delete(run: str) -> Path:
+    """Remove a run folder for good. The caller makes sure that no process is executing it."""
+    directory = locate(run)
+    with writing(directory):
+        shutil.rmtree(directory)
+    return directory
+
+
+def bring_in(folder: Path) -> Run:
+    """Copy a run folder from elsewhere into the runs folder. Raises `RunError` where it cannot be read."""
+    run = load(str(folder.expanduser().absolute()))
+    target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
+    if target.exists():
+        raise RunError(f"A run {target.name} is already there. Rename {folder}, or delete the other first.")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
+        try:
+            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False)
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return load(target)
+
+
+def write_stack(directory: Path, stack: StackDescription) -> None:
+    """What the run settled on with its model; written once."""
+    replace_file(directory / "stack.json", stack.model_dump_json(indent=1))
+
+
+def write_analysis(directory: Path, analysis: Analysis) -> None:
+    """Both analyses, as pages draw them."""
+    replace_file(directory / "analysis" / "analysis.json", analysis.model_dump_json())
+
+
+def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
+    """Per-sequence sums of a step or of the baseline, beside the trace and before its line."""
+    path = directory / "scores" / f"{name}.npz"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.SpooledTemporaryFile() as buffer:
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]
+            buffer.seek(0)
+            replace_file(path, buffer.read())
+
+
+def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
+    """What `write_scores` wrote."""
+    with np.load(directory / "scores" / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def append_baseline(directory: Path, baseline: Baseline) -> None:
+    """First line of the trace."""
+    _append(directory, {"format_version": FORMAT_VERSION, "baseline": baseline.model_dump(mode="json")})
+
+
+def append_step(directory: Path, step: Step) -> None:
+    """One more finished step."""
+    _append(directory, {"step": step.model_dump(mode="json")})
+
+
+def append_finished(directory: Path, reason: str) -> None:
+    """The search is over, and why."""
+    _append(directory, {"finished": reason})
+
+
+def read_trace(directory: Path) -> Trace | None:
+    """The trace as far as it was written; None before the baseline."""
+    path = directory / "trace.jsonl"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}).") from error
+    lines = data[: data.rfind(b"\n") + 1].splitlines()  # what follows the last newline was torn off
+    baseline, steps, finished = None, [], None
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if entry.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+                raise RunError(_other_version(path, entry["format_version"]))
+            if "baseline" in entry:
+                baseline = Baseline.model_validate(entry["baseline"])
+            elif "step" in entry:
+                steps.append(Step.model_validate(entry["step"]))
+            else:
+                finished = str(entry["finished"])
+        except (ValueError, ValidationError, KeyError, AttributeError) as error:
+            raise RunError(
+                f"Line {number} of {path} is damaged. Delete the lines from there on, and resume the run."
+            ) from error
+    if baseline is None:
+        if steps:
+            raise RunError(f"{path} has steps but no baseline; it is damaged. Delete the file, and resume the run.")
+        return None
+    return Trace(baseline=baseline, steps=tuple(steps), finished=finished)
+
+
+def create_job(directory: Path, spec: JobSpec) -> Job:
+    """The next numbered job folder of a run."""
+    jobs = directory / "jobs"
+    with writing(jobs):
+        jobs.mkdir(exist_ok=True)
+        number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
+        while True:
+            number += 1
+            try:
+                target = jobs / f"{number}-{spec.kind}"
+                target.mkdir()
+                break
+            except FileExistsError:
+                continue
+    replace_file(target / "spec.json", spec.model_dump_json(indent=1))
+    replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
+    return load_job(target)
+
+
+def load_job(directory: Path) -> Job:
+    """One job folder, read as it was written; `jobs.watched` derives what a dead process could not write."""
+    attempt = directory / "attempt.json"
+    status = directory / "status.json"
+    return Job(
+        name=directory.name,
+        directory=directory,
+        spec=_read(directory / "spec.json", JobSpec),
+        status=_read(status, JobStatus) if status.exists() else JobStatus(),
+        attempt=_read(attempt, Attempt) if attempt.exists() else None,
+    )
+
+
+def write_status(job_dir: Path, status: JobStatus) -> None:
+    """Only the holder of the run's lock calls this."""
+    replace_file(job_dir / "status.json", status.model_dump_json(indent=1))
+
+
+def write_attempt(job_dir: Path, attempt: Attempt) -> None:
+    """How this try is made."""
+    replace_file(job_dir / "attempt.json", attempt.model_dump_json(indent=1))
+
+
+def write_result(job_dir: Path, result: dict[str, Any]) -> None:
+    """What a job that is no search found."""
+    replace_file(job_dir / "result.json", json.dumps(result, indent=1))
+
+
+def read_proof(run: Run) -> Proof:
+    """The proof of the run's newest export."""
+    results = [job.directory / "result.json" for job in run.jobs if job.spec.kind == "export"]
+    found = [path for path in results if path.exists()]
+    if not found:
+        raise RunError(f"Run {run.run_id} has no finished export.")
+    return Proof.model_validate(json.loads(found[-1].read_text())["proof"])
+
+
+def withdraw_job(job: Job) -> None:
+    """Take back a job that never began."""
+    shutil.rmtree(job.directory, ignore_errors=True)
+
+
+def _append(directory: Path, entry: dict[str, Any]) -> None:
+    path = directory / "trace.jsonl"
+    line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    with writing(path), open(path, "ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)  # a torn last line would swallow the next one
+        try:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.ftruncate(file.fileno(), whole)
+            raise
+
+
+def _run_dirs() -> list[Path]:
+    folder = runs_folder()
+    if not folder.is_dir():
+        return []
+    found = [each for each in folder.iterdir() if _RUN_ID.fullmatch(each.name) and (each / "spec.json").is_file()]
+    return sorted(found, key=lambda each: (each / "spec.json").stat().st_mtime, reverse=True)
+
+
+def _job_dirs(directory: Path) -> list[Path]:
+    jobs = directory / "jobs"
+    if not jobs.is_dir():
+        return []
+    found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
+    return sorted(found, key=lambda each: int(each.name.split("-")[0]))
+
+
+def _read_jobs(directory: Path) -> Iterator[Job]:
+    for job_dir in _job_dirs(directory):
+        if (job_dir / "spec.json").exists():  # a job being created is none yet
+            yield load_job(job_dir)
+
+
+def _read(path: Path, record: type[R]) -> R:
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise RunError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: it is not JSON. Restore it, or delete the run.") from error
+    version = data.get("format_version", FORMAT_VERSION) if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise RunError(_other_version(path, version))
+    try:
+        return record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(f"{path} is damaged: {where}: {first['msg']}. Restore it, or delete the run.") from error
+
+
+def _other_version(path: Path, version: object) -> str:
+    return (
+        f"{path} is of version {version}, and this program reads version {FORMAT_VERSION}. "
+        "Open it with the version of sleb that wrote it."
+    )
+
+
+def _new_run_id(spec: RunSpec) -> str:
+    """Sortable by time, telling by name, unlikely to collide."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
+    what = spec.method.value if spec.kind == "search" else "analysis"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{what}-{secrets.token_hex(2)}"
