@@ -114,15 +114,16 @@ def analyze(
         progress(0.98, "Writing the block outputs to the cache")
         depends = {"weights": weights_hash, "revision": revision or "", "dtype": dtype, **_versions()}
         cache.write(home, key, found, depends)
-    analysis = analysis_of(found, tokenizer, key, seconds=time.monotonic() - started, cached=cached)
+    analysis = analysis_of(found, tokenizer, key, cached=cached, since=started)
     progress(1.0, "Analyses read from the cache" if cached else "Analyses finished")
     return analysis
 
 
 def analysis_of(
-    found: cache.BlockOutputs, tokenizer: Any, key: str, *, seconds: float = 0.0, cached: bool = True
+    found: cache.BlockOutputs, tokenizer: Any, key: str, *, cached: bool = True, since: float | None = None
 ) -> Analysis:
-    """The record of a run from a cache entry; runs no model."""
+    """The record of a run from a cache entry; runs no model. `since`: `time.monotonic()` when work began."""
+    since = time.monotonic() if since is None else since
     tokens = len(found.token_ids)
     of_text = f"{tokens:,} tokens of the calibration text ({_count(found.sequences, 'sequence')})"
     generated = None
@@ -135,14 +136,6 @@ def analysis_of(
         )
     shown = len(found.passage_top)
     return Analysis(
-        description=AnalysisDescription(
-            cache_key=key,
-            sequences=found.sequences,
-            sequence_length=found.sequence_length,
-            token_count=tokens,
-            seconds=seconds,
-            cached=cached,
-        ),
         similarity=similarity.similarity_from(
             found.cosine, found.position, found.random_cosine, found.random_token_id
         ),
@@ -157,6 +150,14 @@ def analysis_of(
             found.predictions[:, :shown],
             found.passage_top,
             found.passage_probability,
+        ),
+        description=AnalysisDescription(  # last: it says how long the rest took
+            cache_key=key,
+            sequences=found.sequences,
+            sequence_length=found.sequence_length,
+            token_count=tokens,
+            seconds=time.monotonic() - since,
+            cached=cached,
         ),
     )
 
@@ -282,8 +283,8 @@ def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> lis
     same = np.concatenate([each.predictions[-1] == each.ids for each in results]).mean()
     if same < _GENERATION_AGREES:
         raise alignment.GenerationUnavailable(
-            f"{type(stack.model).__name__} generates other tokens with its cache than its forward pass predicts "
-            f"({same:.0%} are the same); exits were not measured on them."
+            f"{type(stack.model).__name__} generates with its cache what its forward pass does not predict "
+            f"({same:.0%} of the tokens are the same); exits were not measured on them."
         )
     return results
 
@@ -294,8 +295,8 @@ def _to_host(stack: BlockStack, outputs: list[torch.Tensor], target: np.ndarray,
         where = f"Block {index - 1}" if index else "The embedding"
         if output.ndim != 3 or output.shape[0] * output.shape[1] != target.shape[1]:
             raise ModelError(
-                f"{where} of {type(stack.model).__name__} puts out {tuple(output.shape)} for {target.shape[1]} tokens, "
-                "not one hidden state for each; the analyses cannot be made for this architecture."
+                f"{where} of {type(stack.model).__name__} puts out {tuple(output.shape)} for "
+                f"{target.shape[1]} tokens, not one hidden state for each; it cannot be analysed."
             )
         target[index] = output.flatten(0, 1).float().cpu().numpy()
         if not np.isfinite(target[index]).all():

@@ -253,7 +253,8 @@ def is_finished(run: Run) -> bool:
     """Whether there is nothing left to do."""
     if run.spec.kind == "search" and (run.trace is None or run.trace.finished is None):
         return False
-    return run.analysis is not None or (run.spec.kind == "search" and not run.spec.analysis)
+    analysed = run.analysis is not None or run.analysis_unavailable is not None
+    return analysed or (run.spec.kind == "search" and not run.spec.analysis)
 
 
 def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:

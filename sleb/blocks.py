@@ -7,8 +7,8 @@ never looked up: the model runs its own `forward` around blocks that return thei
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +20,11 @@ from torch import nn
 from .errors import ModelError
 
 _ABSENT = object()
+
+
+class _Enough(Exception):
+    """Ends a forward pass after the last block; never leaves this file."""
+
 
 
 @dataclass(frozen=True)
@@ -119,12 +124,14 @@ class BlockStack:
                 if block == 0:
                     embeddings.append(hidden)
                 calls[block] = Call(args, kwargs)
+                if block == len(self) - 1:
+                    raise _Enough
                 return self._as_output(block, hidden)
 
             return forward
 
         with self._replacing({block: recorder(block) for block in range(len(self))}):
-            self.forward_trunk(ids)
+            self._run_to_the_last_block(ids)
         return BlockInputs(embeddings[0], tuple(calls[block] for block in range(len(self))))
 
     def advance(self, block: int, inputs: BlockInputs, stream: Stream) -> None:
@@ -156,25 +163,25 @@ class BlockStack:
 
         def output(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
             found.append(_first(result))
+            if len(found) == len(self) + 1:
+                raise _Enough
 
         handles = [self.blocks[0].register_forward_pre_hook(embedding, with_kwargs=True)]
         handles += [block.register_forward_hook(output) for block in self.blocks]
         try:
-            self.forward_trunk(ids)
+            self._run_to_the_last_block(ids)
         finally:
             for handle in handles:
                 handle.remove()
         return found
 
-    def forward_trunk(self, ids: torch.Tensor) -> None:
-        """A forward pass whose logits nobody needs: the head sees one position where the model allows it."""
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:  # type: ignore[arg-type]
-            try:
-                call_model(self.model, ids, logits_to_keep=1)
-                return
-            except TypeError:  # a wrapper that swallows the argument's name but not its value
-                pass
-        call_model(self.model, ids)
+    def _run_to_the_last_block(self, ids: torch.Tensor) -> None:
+        """A forward pass that nobody reads out: the last block's replacement or hook ends it with `_Enough`.
+
+        Asking for fewer logits (`logits_to_keep`) will not do: some models pass their blocks other arguments then.
+        """
+        with contextlib.suppress(_Enough):
+            call_model(self.model, ids)
 
     def _as_output(self, block: int, hidden: torch.Tensor) -> Any:
         length = self._tuple_lengths[block]

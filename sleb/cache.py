@@ -68,13 +68,9 @@ class BlockOutputs:
     sequences: int
     """Sampled sequences; the last one may be cut."""
     sequence_length: int
-    outputs: (
-        np.ndarray
-    )  # float32 (N+1, T, H): 0 is the embedding output, i + 1 block i; before the final norm
+    outputs: np.ndarray  # float32 (N+1, T, H): 0 is the embedding output, i + 1 is block i, before the norm
     cosine: np.ndarray  # float32 (T, N+1, N+1), per token
-    predictions: (
-        np.ndarray
-    )  # int32 (N, T): most likely next token after each block; the last is the model's own
+    predictions: np.ndarray  # int32 (N, T): most likely next token after each block; last: the model's own
     token_ids: np.ndarray  # int32 (T,)
     sequence: np.ndarray  # int32 (T,): index in the calibration set
     position: np.ndarray  # int32 (T,): index in the sequence
@@ -181,20 +177,19 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
     entry = _root(home) / key
     if not entry.is_dir():
         return None
+    found: BlockOutputs | None
     try:
         found = _open(entry, verify=verify)
-    except (OSError, _Damaged) as error:
-        if not entry.is_dir():  # evicted a moment ago
-            return None
-        log.warning("Cached block outputs in %s are damaged (%s); they will be computed again.", entry, error)
+    except (OSError, _Damaged):
         try:
-            with _lock(home):
-                _remove(entry)
+            with _lock(home):  # once more, with no writer at work: it may have been replaced under our eyes
+                found = _open_or_remove(entry, verify=verify)
         except OSError as failure:
             log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
-        return None
-    with contextlib.suppress(OSError):  # a read-only cache is still a cache
-        os.utime(entry / _META)
+            return None
+    if found is not None:
+        with contextlib.suppress(OSError):  # a read-only cache is still a cache
+            os.utime(entry / _META)
     return found
 
 
@@ -320,6 +315,18 @@ def _open(entry: Path, *, verify: bool) -> BlockOutputs:
         generated_reason=meta.generated_reason,
         **arrays,
     )
+
+
+def _open_or_remove(entry: Path, *, verify: bool) -> BlockOutputs | None:
+    """Under the lock: the entry if it is sound after all."""
+    if not entry.is_dir():  # evicted a moment ago
+        return None
+    try:
+        return _open(entry, verify=verify)
+    except (OSError, _Damaged) as error:
+        log.warning("Cached block outputs in %s are damaged (%s); they will be computed again.", entry, error)
+        _remove(entry)
+        return None
 
 
 def _map(path: Path) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
     shown = name if on_hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     steps = [step for step in trace.steps if set(step.removal_list) <= set(removal_list)] or list(trace.steps)
     front = ["---", "library_name: transformers"]
-    front += [f"base_model: {yaml_string(name)}", "base_model_relation: finetune"] if on_hub else []
+    front += [f"base_model: {yaml_string(name)}"] if on_hub else []
     front += ["tags:", "  - sleb", "  - depth-pruning", "  - text-generation", "---"]
     calibration = run.spec.calibration
     baseline = trace.baseline
@@ -48,8 +48,7 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, "
         f"blocks {code(list(stack.protected))} protected",
         f"- **Calibration:** {escaped(calibration.source)} ({escaped(stack.text)}), {stack.sequences} "
-        "sequences "
-        f"of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
+        f"sequences of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
         f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",
         f"- **Scored in:** {escaped(stack.dtype)}",
         f"- **Run:** {code(run.run_id)}",
@@ -60,10 +59,8 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         *(_row(step) for step in steps),
         "",
         "Perplexity is of the calibration text, on which the blocks were chosen, and so too good; the "
-        "held-out "
-        "sequences took no part in any choice. The margin is the runner-up's mean score above the "
-        "winner's; a "
-        "block is tied when the two cannot be told apart on these sequences.",
+        "held-out sequences took no part in any choice. The margin is the runner-up's mean score above the "
+        "winner's; a block is tied when the two cannot be told apart on these sequences.",
         "",
         "## How to load it",
         "",
@@ -88,13 +85,12 @@ def with_proof(card: str, proof: Proof) -> str:
         "## Proof",
         "",
         "Reloaded in a fresh process with plain transformers "
-        f"{escaped(proof.versions.get('transformers', ''))}: "
-        f"{proof.blocks_after} of {proof.blocks_before} blocks, {proof.parameters_after:,} of "
-        f"{proof.parameters_before:,} parameters ({saved:.1%} fewer), {proof.bytes_after:,} bytes of "
-        "weights in "
-        f"{escaped(proof.dtype)}. Over {proof.tokens} positions its logits differ by at most "
-        f"{proof.max_logit_difference:.3g} from those of the original with the blocks skipped "
-        f"({proof.tolerance:.3g} allowed). {_generation(proof)} The details are in `proof.json`.",
+        f"{escaped(proof.versions.get('transformers', ''))}: {proof.blocks_after} of {proof.blocks_before} "
+        f"blocks, {proof.parameters_after:,} of {proof.parameters_before:,} parameters ({saved:.1%} fewer), "
+        f"{proof.bytes_after:,} bytes of weights in {escaped(proof.dtype)}. Over {proof.tokens} positions "
+        f"its logits differ by at most {proof.max_logit_difference:.3g} from those of the original with the "
+        f"blocks skipped ({proof.tolerance:.3g} allowed). {_generation(proof)} The details are in "
+        "`proof.json`.",
         "",
     ]
     return card.rstrip("\n") + "\n\n" + "\n".join(lines)
@@ -105,8 +101,7 @@ def _generation(proof: Proof) -> str:
         return f"{proof.generated_tokens} greedily generated tokens agree with and without the KV cache."
     return (
         f"Of {proof.generated_tokens} greedily generated tokens some differ, where two were as likely as "
-        "each other "
-        "or where the base model too answers otherwise with the KV cache than without."
+        "each other or where the base model too answers otherwise with the KV cache than without."
     )
 
 

@@ -422,7 +422,12 @@ def main() -> None:
 
 def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> None:
     run = store.create(spec, run_dir)
-    done = _execute(run, job, as_json)
+    try:
+        done = _execute(run, job, as_json)
+    except BadInput:
+        if store.load(run.run_dir).stack is None:  # it never began: there is nothing to keep
+            store.delete(run.run_dir)
+        raise
     if as_json:
         _print(done, as_json)
 
@@ -437,9 +442,6 @@ def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
             count = len(now.trace.steps) if now.trace else 0
             raise Stopped(f"Stopped after {count} finished steps. Go on with: sleb resume {_name(run)}") from stopped
         except BadInput:
-            if store.load(run.run_dir).stack is None:  # it never began: nothing would be lost, nothing can be resumed
-                screen.note(f"The run folder {run.run_dir} was not kept.")
-                store.delete(run.run_dir)
             raise
         except SlebError as error:
             raise type(error)(f"{error} What was finished is kept; go on with: sleb resume {_name(run)}") from error

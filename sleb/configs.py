@@ -257,8 +257,7 @@ def _fit_periods(old: PreTrainedConfig, new: PreTrainedConfig, removed: set[int]
         name = next(name for name in wanted if wanted[name] != _derived_lists(new)[name])
         raise ExportError(
             f"its config can only say where blocks of a kind are by a period ({said}), and no period gives "
-            "the "
-            f"kinds of the blocks that stay ({name}: {', '.join(map(str, wanted[name]))})"
+            f"the kinds of the blocks that stay ({name}: {', '.join(map(str, wanted[name]))})"
         )
 
 

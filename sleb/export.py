@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,13 +44,10 @@ GENERATED = 16
 SPARE_BYTES = 64 * 1024**2  # tokenizer, card and what the file system takes
 PROOF_TEXT = (
     "A river rises in the hills, runs through the town and reaches the sea after sixty miles. In 1847 the "
-    "first "
-    "bridge was built; before that, people crossed by boat, and paid two pennies each. The mill below the "
-    "bridge "
-    "ground wheat for the whole valley until the railway came, and its wheel can still be seen. Today the "
-    "old path "
-    "beside the water is used by walkers, who follow it from the market square to the lighthouse in three "
-    "days. "
+    "first bridge was built; before that, people crossed by boat, and paid two pennies each. The mill below "
+    "the bridge ground wheat for the whole valley until the railway came, and its wheel can still be seen. "
+    "Today the old path beside the water is used by walkers, who follow it from the market square to the "
+    "lighthouse in three days. "
 )
 
 
@@ -119,16 +117,14 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
             generated = proof_process.greedy(model, prompt.to(stack.device), GENERATED)
     except proof_process.FAILURES as error:
         raise ExportError(
-            f"The model cannot run without blocks {sorted(skipped)} ({type(error).__name__}: {error}): "
-            "other blocks "
-            "need them; choose another removal list."
+            f"The model cannot run without blocks {sorted(skipped)} ({type(error).__name__}: {error}): other "
+            "blocks need them; choose another removal list."
         ) from error
     logits = torch.cat([row.cpu() for row in rows])
     if not bool(torch.isfinite(logits).all()):
         raise ExportError(
             f"Without blocks {sorted(skipped)} the model's predictions are not numbers; load it in another "
-            "dtype "
-            "(bfloat16 or float32), or choose another removal list."
+            "dtype (bfloat16 or float32), or choose another removal list."
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Expectation(ids, logits, prompt, generated, parameters, cache_works)
@@ -188,15 +184,22 @@ def run_proof(folder: Path, device: str = "cpu", trust_remote_code: bool = False
     try:
         proof = Proof.model_validate_json((folder / proof_process.PROOF).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ExportError(f"The exported model could not be reloaded and compared: {said}") from error
+        raise ExportError(f"The exported model could not be reloaded and compared: {_why(done)}") from error
     if not proof.passed:
         raise ExportError(f"The exported model is not the one that was scored: {'; '.join(proof.reasons)}.")
     return proof
 
 
+def _why(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process ended, in one line."""
+    if done.returncode < 0:
+        return f"the process was killed by signal {-done.returncode}, perhaps for want of memory."
+    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}."]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+
+
 def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
-    """Fixed token ids (sequences, length), of a text if the tokenizer can say it; longer than short windows."""
+    """Fixed token ids (sequences, length), of a text if the tokenizer knows it; longer than short windows."""
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
     settings = config.to_dict()  # reading an attribute that differs from block to block would raise
     windows = [settings.get(name) for name in ("sliding_window", "attention_chunk_size")]
@@ -285,7 +288,7 @@ def _require_space(model: nn.Module, stack: BlockStack, removal: Removal, where:
 
 @contextmanager
 def _workspace(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, on the same file system; gone afterwards, whatever happens, unless it was moved."""
+    """A folder beside `out`, on its file system; gone afterwards, whatever happens, unless it was moved."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -301,7 +304,11 @@ def _move(folder: Path, out: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     try:
-        folder.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone
+        folder.chmod(
+            0o777 & ~mask
+        )  # a temporary folder is its owner's alone, and so are some libraries' files
+        for file in folder.iterdir():
+            file.chmod(0o666 & ~mask)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)

@@ -81,11 +81,11 @@ def executing(job_dir: Path) -> Iterator[Reporter]:
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
-    try:
-        with store.writing(run_dir):
+    with store.writing(run_dir):
+        try:
             lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunBusy(_busy(run_dir)) from error
+        except Timeout as error:  # an OSError, but no refusal of the disk's
+            raise RunBusy(_busy(run_dir)) from error
     try:
         reporter = Reporter(job_dir)
         try:

@@ -78,8 +78,7 @@ def prove(folder: Path, device: str = "cpu", trust_remote_code: bool = False) ->
     if not difference <= tolerance:  # also where either is not a number
         reasons.append(
             f"its logits differ by up to {difference:.3g} from those of the original with the blocks "
-            "skipped; "
-            f"{tolerance:.3g} is allowed in {dtype}"
+            f"skipped; {tolerance:.3g} is allowed in {dtype}"
         )
 
     prompt, skipping = expected["prompt"].to(device), tuple(expected["generated"].tolist())

@@ -88,8 +88,8 @@ class SelfCheck(Record):
     """Why the run fell back to plain scoring."""
     candidates: int
     tokens: int
-    max_difference: float
-    """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token."""
+    max_difference: float | None
+    """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token. None: nothing to compare."""
     protected: dict[int, str] = {}
     """Blocks whose plain skip raises, with the reason."""
 
@@ -434,6 +434,8 @@ class Run(Record):
     stack: StackDescription | None = None
     trace: Trace | None = None
     analysis: Analysis | None = None
+    analysis_unavailable: str | None = None
+    """Why this model cannot be analysed, if so."""
     jobs: tuple[Job, ...] = ()
 
     @property

@@ -130,8 +130,8 @@ def number(value: float | None) -> str:
 def describe(stack: StackDescription) -> str:
     """The model and the text, in two lines."""
     check = stack.self_check
-    trust = f"largest difference {check.max_difference:.1g} nats per token over {check.candidates} candidates"
-    how = f"sweep checked against plain forward passes ({trust})"
+    difference = "none" if not check.max_difference else f"{check.max_difference:.1g} nats per token"
+    how = f"sweep checked against plain forward passes ({check.candidates} candidates, largest difference {difference})"
     if check.scoring == "plain":
         how = f"[bold yellow]scored the plain way[/]: {escape(check.reason or '')}"
     lines = [
@@ -254,17 +254,17 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
 
 def _describe_analysis(run: Run) -> str:
     if run.analysis is None:
-        return "No analysis yet."
+        return f"No analysis: {escape(run.analysis_unavailable or 'not made yet')}"
     similarity, alignment = run.analysis.similarity, run.analysis.alignment
     order = sorted(range(len(similarity.metric1)), key=similarity.metric1.__getitem__)
     least = ", ".join(f"{block} ({similarity.metric1[block]:.3f})" for block in order[:5])
     exits = alignment.generated or alignment.calibration
+    batches = [(size, exits.skipped_share[size]) for size in (1, 4, 16) if size in exits.skipped_share]
+    shares = ", ".join(f"batch {size}: {share:.1%} ({exits.speedup(share):.2f}x)" for size, share in batches)
     return (
         f"Similarity over {similarity.token_count:,} tokens: the blocks that change their input least are "
         f"{least} (Metric1, 1 - cosine)\n"
-        f"Alignment on {escape(exits.source)}: an ideal early exit would skip {exits.skipped_share[1]:.1%} of the blocks "
-        f"({exits.speedup(exits.skipped_share[1]):.2f}x), in a batch of 16 {exits.skipped_share[16]:.1%} "
-        f"({exits.speedup(exits.skipped_share[16]):.2f}x)"
+        f"Alignment on {escape(exits.source)}: an ideal early exit would skip, at {shares} of the blocks"
     )
 
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -117,9 +117,10 @@ def locate(run: str | os.PathLike[str]) -> Path:
     text = os.fspath(run)
     if _RUN_ID.fullmatch(text) and (runs_folder() / text / "spec.json").is_file():
         return runs_folder() / text
-    folder = Path(text).expanduser().absolute()
-    if (folder / "spec.json").is_file():
-        return folder
+    with suppress(OSError, ValueError, RuntimeError):  # names no file system takes
+        folder = Path(text).expanduser().absolute()
+        if text and (folder / "spec.json").is_file():
+            return folder
     known = [each.name for each in _run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
     raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
@@ -129,6 +130,7 @@ def load(run: str | os.PathLike[str]) -> Run:
     """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
     directory = locate(run)
     analysis = directory / "analysis" / "analysis.json"
+    unavailable = directory / "analysis" / "unavailable.txt"
     return Run(
         run_id=directory.name,
         run_dir=directory,
@@ -136,6 +138,7 @@ def load(run: str | os.PathLike[str]) -> Run:
         stack=_read(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None,
         trace=read_trace(directory),
         analysis=_read(analysis, Analysis) if analysis.exists() else None,
+        analysis_unavailable=unavailable.read_text() if unavailable.exists() else None,
         jobs=tuple(_read_jobs(directory)),
     )
 
@@ -185,6 +188,11 @@ def write_stack(directory: Path, stack: StackDescription) -> None:
 def write_analysis(directory: Path, analysis: Analysis) -> None:
     """Both analyses, as pages draw them."""
     replace_file(directory / "analysis" / "analysis.json", analysis.model_dump_json())
+
+
+def write_no_analysis(directory: Path, reason: str) -> None:
+    """Why this model cannot be analysed: the run is finished without."""
+    replace_file(directory / "analysis" / "unavailable.txt", reason)
 
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
@@ -316,16 +324,17 @@ def withdraw_job(job: Job) -> None:
 def _append(directory: Path, entry: dict[str, Any]) -> None:
     path = directory / "trace.jsonl"
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    with writing(path), open(path, "ab+") as file:
+    with writing(path), open(path, "ab+", buffering=0) as file:  # a buffer would be written again on closing
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)  # a torn last line would swallow the next one
         try:
-            file.write(line)
-            file.flush()
+            written = 0
+            while written < len(line):
+                written += file.write(line[written:])
             os.fsync(file.fileno())
         except OSError:
-            os.ftruncate(file.fileno(), whole)
+            file.truncate(whole)
             raise
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,9 +57,8 @@ def plan_removal(model: nn.Module, removal_list: Sequence[int]) -> Removal:
         return Removal(path, len(blocks), kept, skeleton, packed)
     if any(parameter.numel() and not parameter.is_floating_point() for parameter in model.parameters()):
         raise ExportError(
-            f"{type(model).__name__} is quantised ({reasons[0]}); load it without quantisation to save it "
-            "with fewer "
-            "blocks."
+            f"{type(model).__name__} is quantised ({reasons[0]}); "
+            "load it without quantisation to save it with fewer blocks."
         )
     raise ExportError(
         f"{type(model).__name__} cannot be saved without blocks {sorted(removed)}: {reasons[0]}. "
@@ -128,6 +128,8 @@ def _compare(model: nn.Module, skeleton: nn.Module, path: str, kept: tuple[int, 
     for name in old:
         for leaf, shape in _shapes(old[name]).items():
             becomes = _shapes(new[name]).get(leaf)
+            if becomes is None and leaf in old[name]._non_persistent_buffers_set:
+                continue  # never saved: the rotary table of a kind of block of which none stays
             dim = _packed_dimension(shape, becomes, len(old_blocks), len(kept))
             full_name = f"{name}.{leaf}" if name else leaf
             if dim is None:
@@ -176,7 +178,8 @@ def _require_same_attributes(
             continue
         if type(was[name]) is int and (was[name], becomes[name]) in (moved, (num_blocks, len(kept))):
             continue
-        if not any(_same(becomes[name], value) for value in _followed(was[name], kept, num_blocks)):
+        followed = _followed(was[name], kept, num_blocks) if re.search("layer|block", name) else []
+        if not any(_same(becomes[name], value) for value in followed):
             raise ExportError(f"{where}.{name} is {was[name]!r} and would be {becomes[name]!r}")
 
 
@@ -188,7 +191,7 @@ def _followed(value: Any, kept: tuple[int, ...], num_blocks: int) -> list[Any]:
     if not isinstance(value, list | tuple):
         return []
     indices = [position[entry] for entry in value if isinstance(entry, int) and entry in position]
-    return [indices] + ([[value[block] for block in kept]] if len(value) == num_blocks else [])
+    return [indices, [value[block] for block in kept]] if len(value) == num_blocks else [indices]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -19,7 +19,7 @@ import torch
 
 from . import analysis, calibration, jobs, methods, store
 from .blocks import BlockStack
-from .errors import CalibrationError, OptionError, RunError, ScoringError
+from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .export import export_checkpoint, model_card
 from .formats import removal_list_after
 from .loading import LoadedModel, load_model, weights_hash
@@ -89,7 +89,13 @@ class _Session:
         """Baseline, steps, analyses; whatever is there already is kept."""
         if self.spec.kind == "search":
             self._search()
-        if self.run.analysis is None and (self.spec.analysis or self.spec.kind == "analyze"):
+            if self.spec.analysis and self.run.analysis is None and self.run.analysis_unavailable is None:
+                try:
+                    self._analyze()
+                except (ModelError, ScoringError) as error:  # the removal list stands without it
+                    log.warning("No analysis: %s", error)
+                    store.write_no_analysis(self.run.run_dir, str(error))
+        elif self.run.analysis is None:
             self._analyze()
 
     def _describe(self, config: Any) -> StackDescription:

@@ -1,4 +1,4 @@
-"""Exits on a table made by hand, read-outs against the model's own logits, generation against a plain loop."""
+"""Exits on a table made by hand; read-outs against the model's logits; generation against a plain loop."""
 
 from __future__ import annotations
 

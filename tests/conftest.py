@@ -1,0 +1,54 @@
+"""What all tests share: no network, a home of their own, one thread, tiny models on disk, real text where it is."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: threads would only wait for each other
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own: no test sees another's runs or cache, or the user's."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("SLEB_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_text() -> Path:
+    """WikiText-2 raw, where the data folder is there."""
+    path = DATA / "wikitext2" / "wiki.valid.raw"
+    if not path.is_file():
+        pytest.skip("needs WikiText-2 raw in ../shared/data/wikitext2, which is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with six blocks, as a folder; tests copy it before they change it."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some thousand characters of made-up text."""
+    import tiny
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(tiny.text())
+    return path
