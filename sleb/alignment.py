@@ -89,7 +89,7 @@ def read_out_chunks(
 
     Each token goes through as a sequence of its own, so that no chunk is longer than the model's positions.
     """
-    config = stack.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = stack.model.config.get_text_config()
     limit = chunk_bytes or _READ_OUT_BYTES.get(hidden.device.type, _READ_OUT_BYTES["cuda"])
     chunk = max(1, limit // (config.vocab_size * hidden.element_size()))
     for start in range(0, len(hidden), chunk):
@@ -178,7 +178,7 @@ def generate(
     )
     try:
         with torch.inference_mode():
-            ids = stack.model.generate(  # type: ignore[operator]
+            ids = stack.model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 generation_config=plain,
@@ -188,9 +188,7 @@ def generate(
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise GenerationUnavailable(
-            f"{name} cannot generate text ({type(error).__name__}: {reason})."
-        ) from error
+        raise GenerationUnavailable(f"{name} cannot generate text ({type(error).__name__}: {reason}).") from error
     generated = torch.zeros_like(ids, dtype=torch.bool)
     generated[:, prompts.shape[1] :] = True
     if ends:
@@ -219,10 +217,7 @@ def passage_from(
             PassageToken(
                 token=text(int(token_ids[index])),
                 top=tuple(
-                    tuple(
-                        (text(int(token)), round(float(share), 5))
-                        for token, share in zip(*block, strict=True)
-                    )
+                    tuple((text(int(token)), round(float(share), 5)) for token, share in zip(*block, strict=True))
                     for block in zip(top[index], probability[index], strict=True)
                 ),
                 first_exit=int(first[index]),

@@ -19,6 +19,7 @@ import torch
 from . import alignment, cache, similarity
 from .blocks import BlockStack
 from .errors import ModelError, ScoringError
+from .memory import in_batches
 from .records import Alignment, Analysis, AnalysisDescription
 
 PROMPTS = 12  # about 1,500 generated tokens: the standard error of a share is near one per cent
@@ -90,7 +91,7 @@ def analyze(
     """
     started = time.monotonic()
     calibration = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64)
-    config = stack.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = stack.model.config.get_text_config()
     sample = Sample.of(calibration, cache.tokens_that_fit(len(stack), config.hidden_size))
     random_token_id = _random_token(tokenizer, config.vocab_size, seed)
     key = cache.key_of(
@@ -108,9 +109,7 @@ def analyze(
     found = cache.read(home, key)
     cached = found is not None
     if found is None:
-        found = _compute(
-            stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress
-        )
+        found = _compute(stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress)
         progress(0.98, "Writing the block outputs to the cache")
         depends = {"weights": weights_hash, "revision": revision or "", "dtype": dtype, **_versions()}
         cache.write(home, key, found, depends)
@@ -136,9 +135,7 @@ def analysis_of(
         )
     shown = len(found.passage_top)
     return Analysis(
-        similarity=similarity.similarity_from(
-            found.cosine, found.position, found.random_cosine, found.random_token_id
-        ),
+        similarity=similarity.similarity_from(found.cosine, found.position, found.random_cosine, found.random_token_id),
         alignment=Alignment(
             calibration=alignment.exit_statistics(found.predictions, of_text),
             generated=generated,
@@ -198,7 +195,7 @@ def _compute(
             predictions[:, here] = alignment.predictions_after_blocks(stack, found, ids)
             progress(0.98 * here.stop / total, f"Block outputs of {here.stop:,} of {tokens:,} tokens")
 
-        batch_size = similarity.in_batches(len(piece), batch_size, look)
+        batch_size = in_batches(len(piece), batch_size, look)
         offset += piece.size
     shown = min(PASSAGE_TOKENS, sample.pieces[0].shape[1])
     # Float32 holds every value of the model's own dtype, so that the way back is exact.
@@ -249,7 +246,7 @@ class _Generated:
 
 def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> list[_Generated]:
     """Continue the prompts greedily; then the predictions after each block where a token was generated."""
-    config = stack.model.config.get_text_config()  # type: ignore[union-attr,operator]
+    config = stack.model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     room = NEW_TOKENS if not positions else min(NEW_TOKENS, positions - prompts.shape[1])
     if room < 1:
@@ -279,7 +276,7 @@ def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> lis
         results.append(_Generated(found, _int32(ids[:, 1:][before]), _int32(rows)))
         progress(done + batch, "Read out the generated tokens")
 
-    similarity.in_batches(len(prompts), len(prompts), proceed)
+    in_batches(len(prompts), len(prompts), proceed)
     same = np.concatenate([each.predictions[-1] == each.ids for each in results]).mean()
     if same < _GENERATION_AGREES:
         raise alignment.GenerationUnavailable(

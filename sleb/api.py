@@ -135,6 +135,7 @@ def export_model(
     out: str | PathLike[str],
     *,
     steps: int | None = None,
+    replace: bool = False,
     device: str = "cpu",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -146,7 +147,7 @@ def export_model(
     """
     found = _found(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code)
-    job = job.model_copy(update={"steps": steps, "out": str(Path(out).expanduser().absolute())})
+    job = job.model_copy(update={"steps": steps, "replace": replace, "out": str(Path(out).expanduser().absolute())})
     done = execute(found, job, watcher)
     return store.read_proof(done)
 

@@ -26,7 +26,6 @@ class _Enough(Exception):
     """Ends a forward pass after the last block; never leaves this file."""
 
 
-
 @dataclass(frozen=True)
 class Call:
     """What the model passed to one block: everything but the hidden state is replayed for every stream."""
@@ -84,7 +83,7 @@ class BlockStack:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
         self.path, self.blocks = find_stack(model)
         self._tuple_lengths = _observe_outputs(model, self.blocks)
         _require_causal(model)
@@ -93,9 +92,14 @@ class BlockStack:
         return len(self.blocks)
 
     @property
+    def config(self) -> Any:
+        """The config of the text part."""
+        return self.model.config.get_text_config()
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding = self.model.get_input_embeddings()
         weight = getattr(embedding, "weight", None)
         return weight.device if weight is not None else next(self.model.parameters()).device
 

@@ -190,7 +190,12 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _drawn(
-    rows: Iterable[dict[str, Any]], column: str | None, needed: int, spec: CalibrationSpec, seed: int, origin: str
+    rows: Iterable[dict[str, Any]],
+    column: str | None,
+    needed: int,
+    spec: CalibrationSpec,
+    seed: int,
+    origin: str,
 ) -> list[Any]:
     """Documents until there is text enough: in order, or shuffled with the seed through a buffer."""
     found: list[Any] = []
@@ -291,6 +296,6 @@ def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or use --calibration "
-            "with a local .txt, .jsonl or .parquet file, or demo."
+            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or use "
+            "--calibration with a local .txt, .jsonl or .parquet file, or demo."
         ) from error

@@ -45,8 +45,7 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         f"weights hash {code(stack.weights_hash)}",
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(stack.num_blocks, removal_list))}",
-        f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, "
-        f"blocks {code(list(stack.protected))} protected",
+        f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, blocks {code(list(stack.protected))} protected",
         f"- **Calibration:** {escaped(calibration.source)} ({escaped(stack.text)}), {stack.sequences} "
         f"sequences of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
         f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",

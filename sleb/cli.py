@@ -23,12 +23,12 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     help=(
         "Which transformer blocks can a language model lose, what does it cost, and how sure is that?\n\n"
-        "Try [bold]sleb search demo[/bold] first: a real model and real text come with the installation.\n\n"
-        "Then [bold]sleb search MODEL --ratio 0.2[/bold], [bold]sleb show RUN[/bold] and "
-        "[bold]sleb export RUN --format hf --out FOLDER[/bold]."
+        "Try **sleb search demo** first: a real model and real text come with the installation.\n\n"
+        "Then **sleb search MODEL --ratio 0.2**, **sleb show RUN** and "
+        "**sleb export RUN --format hf --out FOLDER**."
     ),
 )
 
@@ -72,7 +72,8 @@ class Format(StrEnum):
 _TEXT, _CHOICE, _HOW = "Which text", "Which blocks", "How"
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or [bold]demo[/bold].")
+    str,
+    typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or **demo**."),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run id (see sleb runs) or a run folder.")]
 Calibration = Annotated[
@@ -81,46 +82,54 @@ Calibration = Annotated[
         metavar="SPEC",
         rich_help_panel=_TEXT,
         help="wikitext2, c4, wikitext2-rows (the reference's loader), demo, a local .txt, .jsonl or .parquet file "
-        "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN. \\[default: wikitext2; demo for demo]",
+        "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN. [default: wikitext2; demo for demo]",
     ),
 ]
 Sequences = Annotated[
     int | None,
-    typer.Option(min=1, rich_help_panel=_TEXT, help="Calibration sequences. \\[default: 128; 16 for demo]"),
+    typer.Option(min=1, rich_help_panel=_TEXT, help="Calibration sequences. [default: 128; 16 for demo]"),
 ]
 SequenceLength = Annotated[
-    int | None, typer.Option(min=2, rich_help_panel=_TEXT, help="Tokens each. \\[default: 2048; 256 for demo]")
+    int | None,
+    typer.Option(min=2, rich_help_panel=_TEXT, help="Tokens each. [default: 2048; 256 for demo]"),
 ]
 HeldOut = Annotated[
     int | None,
-    typer.Option(min=0, rich_help_panel=_TEXT, help="Sequences that take no part in any choice. \\[default: a quarter]"),
+    typer.Option(min=0, rich_help_panel=_TEXT, help="Sequences that take no part in any choice. [default: a quarter]"),
 ]
 SamplingOption = Annotated[
     Sampling, typer.Option(rich_help_panel=_TEXT, help="Windows drawn without overlap, or the first ones.")
 ]
 BosOption = Annotated[
-    Bos, typer.Option(rich_help_panel=_TEXT, help="BOS at the head of every window; auto follows the tokenizer.")
+    Bos,
+    typer.Option(rich_help_panel=_TEXT, help="BOS at the head of every window; auto follows the tokenizer."),
 ]
 Chat = Annotated[
-    bool, typer.Option("--chat", rich_help_panel=_TEXT, help="The column holds conversations: use the chat template.")
+    bool,
+    typer.Option("--chat", rich_help_panel=_TEXT, help="The column holds conversations: use the chat template."),
 ]
 Seed = Annotated[int, typer.Option(rich_help_panel=_TEXT, help="Of everything that is drawn.")]
 DtypeOption = Annotated[
-    Dtype, typer.Option(rich_help_panel=_HOW, help="auto is what is fast on the device (16 bits where it can).")
+    Dtype,
+    typer.Option(rich_help_panel=_HOW, help="auto is what is fast on the device (16 bits where it can)."),
 ]
 Device = Annotated[str, typer.Option(rich_help_panel=_HOW, help="auto, cpu, cuda:0 …")]
 BatchSize = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=_HOW, help="Sequences at once; halved when memory runs out.")
+    int | None,
+    typer.Option(min=1, rich_help_panel=_HOW, help="Sequences at once; halved when memory runs out."),
 ]
 Revision = Annotated[str | None, typer.Option(rich_help_panel=_HOW, help="Branch, tag or commit on the hub.")]
 RunDir = Annotated[
-    Path | None, typer.Option(rich_help_panel=_HOW, help="A new folder for the run. \\[default: under SLEB_HOME]")
+    Path | None,
+    typer.Option(rich_help_panel=_HOW, help="A new folder for the run. [default: under SLEB_HOME]"),
 ]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", rich_help_panel=_HOW, help="Read weights that can run code when read.")
+    bool,
+    typer.Option("--allow-pickle", rich_help_panel=_HOW, help="Read weights that can run code when read."),
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", rich_help_panel=_HOW, help="Run code that comes with the model.")
+    bool,
+    typer.Option("--trust-remote-code", rich_help_panel=_HOW, help="Run code that comes with the model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
 
@@ -139,7 +148,7 @@ def search(
     remove: Annotated[int | None, typer.Option(min=1, rich_help_panel=_CHOICE, help="How many blocks.")] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(rich_help_panel=_CHOICE, help="Or which share, rounded up. \\[default: 0.2; 0.1 for demo]"),
+        typer.Option(rich_help_panel=_CHOICE, help="Or which share, rounded up. [default: 0.2; 0.1 for demo]"),
     ] = None,
     method: Annotated[
         Method,
@@ -152,7 +161,9 @@ def search(
     protect: Annotated[
         str | None,
         typer.Option(
-            metavar="0,29", rich_help_panel=_CHOICE, help="Blocks never removed; '' for none. \\[default: first and last]"
+            metavar="0,29",
+            rich_help_panel=_CHOICE,
+            help="Blocks never removed; '' for none. [default: first and last]",
         ),
     ] = None,
     confidence: Annotated[
@@ -164,7 +175,8 @@ def search(
     revision: Revision = None,
     run_dir: RunDir = None,
     analysis: Annotated[
-        bool, typer.Option("--analysis/--no-analysis", rich_help_panel=_HOW, help="Similarity and alignment as well.")
+        bool,
+        typer.Option("--analysis/--no-analysis", rich_help_panel=_HOW, help="Similarity and alignment as well."),
     ] = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -176,7 +188,7 @@ def search(
     removes the one whose absence costs least (Metric3 of the SLEB paper). Text kept out of every choice tells what it
     really costs.
 
-    [bold]sleb search demo[/bold] takes a few minutes on two CPU cores.
+    **sleb search demo** takes a few minutes on two CPU cores.
     """
     spec = api.run_spec(
         model,
@@ -268,7 +280,9 @@ def runs(as_json: Json = False) -> None:
     """List all runs, newest first."""
     found = store.list_runs()
     if as_json:
-        typer.echo(json.dumps([{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)]))
+        typer.echo(
+            json.dumps([{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)])
+        )
     else:
         print_runs(found)
     for error in found:
@@ -299,7 +313,9 @@ def delete(
 
 
 @app.command("import")
-def bring_in(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere.")]) -> None:
+def bring_in(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere.")],
+) -> None:
     """Copy a run folder into the runs folder, so that it has an id and is listed."""
     typer.echo(store.bring_in(folder).run_id)
 
@@ -308,10 +324,12 @@ def bring_in(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run f
 def export(
     run: RunName,
     format: Annotated[
-        Format, typer.Option("--format", "-f", help="hf writes the smaller model and proves it; the others, the list.")
+        Format,
+        typer.Option("--format", "-f", help="hf writes the smaller model and proves it; the others, the list."),
     ] = Format.JSON,
     steps: Annotated[int | None, typer.Option(min=0, help="The list after so many steps. [default: all]")] = None,
     out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="hf: an earlier export at --out may go.")] = False,
     device: Device = "cpu",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -319,9 +337,9 @@ def export(
 ) -> None:
     """Take the removal list away, or the smaller model itself.
 
-    [bold]hf[/bold]: safetensors with the blocks really gone, reloaded in a fresh process and compared with the
-    original before the folder appears. [bold]mergekit[/bold]: a passthrough merge. [bold]llama-quantize[/bold]: for a
-    GGUF file. [bold]sleb[/bold]: the reference's own option.
+    **hf**: safetensors with the blocks really gone, reloaded in a fresh process and compared with the
+    original before the folder appears. **mergekit**: a passthrough merge. **llama-quantize**: for a
+    GGUF file. **sleb**: the reference's own option.
     """
     from .formats import render
 
@@ -341,6 +359,7 @@ def export(
             found,
             out,
             steps=steps,
+            replace=replace,
             device=device,
             allow_pickle=allow_pickle,
             trust_remote_code=trust_remote_code,
@@ -366,9 +385,7 @@ def export(
 
 @app.command()
 def cache(
-    clear: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")
-    ] = None,
+    clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is cached, or clear it. Runs are not touched."""
@@ -387,10 +404,7 @@ def cache(
     table(
         f"Cache in {store.home() / 'cache'}",
         ("folder", "entry", "model", "MB", "last used"),
-        [
-            (e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago")
-            for e in found
-        ],
+        [(e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago") for e in found],
     )
 
 
@@ -494,4 +508,3 @@ def _share(text: str | None) -> float | None:
     if not 0 <= value < 1e6:
         raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.")
     return value
-

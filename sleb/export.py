@@ -31,6 +31,7 @@ from .blocks import BlockStack
 from .card import model_card, with_proof
 from .configs import check_removal_list
 from .errors import ExportError, OptionError, StorageError
+from .loading import forget_quantisation
 from .records import Proof
 from .surgery import Removal, carry_out, plan_removal, remove_blocks
 
@@ -147,7 +148,7 @@ def write_checkpoint(
 ) -> None:
     """Remove the blocks and write the model, with what its proof needs, into an existing folder."""
     carry_out(model, removal)
-    _forget_quantisation(model)
+    forget_quantisation(model)
     facts = {
         "path": removal.path,
         "blocks_before": removal.num_blocks,
@@ -220,15 +221,6 @@ def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
     return ordinary[chosen].reshape(PROOF_SEQUENCES, length)
 
 
-def _forget_quantisation(model: Any) -> None:
-    """The weights were dequantised while loading; a quantiser still remembered refuses to save (GGUF)."""
-    for name in ("hf_quantizer", "quantization_method"):
-        vars(model).pop(name, None)
-    vars(model.config).pop("quantization_config", None)
-    if getattr(model, "is_quantized", False):
-        model.is_quantized = False
-
-
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -262,7 +254,7 @@ def _require_free(out: Path, allow_existing: bool) -> None:
         return
     if not allow_existing:
         raise OptionError(
-            f"The folder {out} is not empty; name another one, or have an earlier export replaced."
+            f"The folder {out} is not empty; name another one, or replace an earlier export with --replace."
         )
     if not (out / proof_process.PROOF).is_file():
         raise OptionError(f"The folder {out} holds something other than an earlier export; name another one.")
@@ -304,9 +296,7 @@ def _move(folder: Path, out: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     try:
-        folder.chmod(
-            0o777 & ~mask
-        )  # a temporary folder is its owner's alone, and so are some libraries' files
+        folder.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone, and so are some libraries' files
         for file in folder.iterdir():
             file.chmod(0o666 & ~mask)
         if out.exists():

@@ -35,7 +35,12 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
     if format not in _RENDERERS:
         raise OptionError(f"There is no format {format!r}; choose one of {', '.join((*FORMATS, HF))}.")
     taken = _steps(run, steps)
-    return _RENDERERS[format](run, taken, model_name or run.spec.model)
+    return _RENDERERS[format](run, taken, model_name or public_name(run.spec.model))
+
+
+def public_name(model: str) -> str:
+    """The name other tools know a model by: the demo's own, every other as it was given."""
+    return "HuggingFaceTB/SmolLM2-135M-Instruct" if model == "demo" else model
 
 
 def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int, int]]:
@@ -68,9 +73,7 @@ def in_words(num_blocks: int, removal_list: Sequence[int]) -> str:
 def trace_of(run: Run) -> Trace:
     """The run's trace with at least one finished step, or the reason why there is none."""
     if run.spec.kind == "analyze":
-        raise RunError(
-            f"Run {run.run_id} is an analysis and removes no block; search {run.spec.model} first."
-        )
+        raise RunError(f"Run {run.run_id} is an analysis and removes no block; search {run.spec.model} first.")
     if run.stack is None or run.trace is None or not run.trace.steps:
         raise RunError(
             f"Run {run.run_id} has no finished step, so there is no removal list yet; "
@@ -85,8 +88,7 @@ def _steps(run: Run, steps: int | None) -> tuple[Step, ...]:
         return done
     if not 1 <= steps <= len(done):
         raise OptionError(
-            f"{steps} steps were asked for and run {run.run_id} has {len(done)} finished; give 1 to "
-            f"{len(done)}."
+            f"{steps} steps were asked for and run {run.run_id} has {len(done)} finished; give 1 to {len(done)}."
         )
     return done[:steps]
 
@@ -182,8 +184,7 @@ def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     lines = [
         f"# {in_words(run.stack.num_blocks, removal_list)}",
         "# layer_range is half-open: [0, 14] keeps blocks 0 to 13.",
-        "# mergekit does not filter per-layer lists of the config (layer_types and its like): for a model "
-        "that",
+        "# mergekit does not filter per-layer lists of the config (layer_types and its like): for a model that",
         "# mixes kinds of blocks use `sleb export --format hf` instead, which does and proves it.",
         "slices:",
     ]

@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from . import store
-from .errors import RunBusy, RunError, SlebError, StorageError, Stopped
+from .errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from .records import Job, JobSpec, JobState, JobStatus, Progress, Run
 
 log = logging.getLogger(__name__)
@@ -224,4 +224,3 @@ def _busy(run_dir: Path) -> str:
     job = running(run)
     who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
     return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: sleb stop {run.run_id}"
-

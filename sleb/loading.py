@@ -43,7 +43,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 class LoadedModel:
     """A model in evaluation mode on its device, and its tokenizer."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     name: str
     revision: str | None
@@ -61,7 +61,7 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights are stored in.
+    """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights have.
 
     Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
     that is not there.
@@ -109,14 +109,13 @@ def convert_gguf(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(str(folder))
 
 
-def forget_quantisation(model: nn.Module) -> None:
-    """A model dequantised from GGUF still says it is quantised, and then refuses to be saved."""
-    if getattr(getattr(model, "hf_quantizer", None), "quantization_config", None) is not None:
-        method = getattr(model.hf_quantizer.quantization_config, "quant_method", None)
-        if str(getattr(method, "value", method)) != "gguf":
-            return
-        model.hf_quantizer = None  # type: ignore[assignment]
-        del model.config.quantization_config  # type: ignore[union-attr]
+def forget_quantisation(model: Any) -> None:
+    """The weights were dequantised while loading (GGUF); a quantiser still remembered refuses to save them."""
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
 
 
 def resolve_device(device: str) -> torch.device:

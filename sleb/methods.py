@@ -192,9 +192,7 @@ def _metric1(
     while len(removed) < problem.num_remove:
         alive = [block for block in problem.candidates if block not in removed]
         skip_sets = [(block,) for block in alive]
-        decision = _decide(
-            problem, score, removed, alive, skip_sets, sums[alive], alone=True, objective="metric1"
-        )
+        decision = _decide(problem, score, removed, alive, skip_sets, sums[alive], alone=True, objective="metric1")
         yield decision
         removed = decision.step.removal_list
 

@@ -63,9 +63,7 @@ def prove(folder: Path, device: str = "cpu", trust_remote_code: bool = False) ->
             f"{len(facts['kept_blocks'])} were kept"
         )
     if parameters != facts["parameters_after"]:
-        reasons.append(
-            f"the reloaded model has {parameters} parameters, and {facts['parameters_after']} were written"
-        )
+        reasons.append(f"the reloaded model has {parameters} parameters, and {facts['parameters_after']} were written")
 
     ids = expected["ids"]  # (sequences, length)
     logits = expected["logits"]  # (sequences, positions, vocabulary)
@@ -108,9 +106,7 @@ def prove(folder: Path, device: str = "cpu", trust_remote_code: bool = False) ->
         "bytes_after": sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
         "dtype": dtype,
         "tokens": ids.shape[0] * positions,
-        "max_logit_difference": sys.float_info.max
-        if math.isnan(difference)
-        else difference,  # JSON has no NaN
+        "max_logit_difference": sys.float_info.max if math.isnan(difference) else difference,  # JSON has no NaN
         "tolerance": tolerance,
         "generated_tokens": len(skipping),
         "generated_with_cache": with_cache,
@@ -155,9 +151,7 @@ def generate_with_cache(model: Any, prompt: torch.Tensor, length: int) -> tuple[
     """The same by `generate`, the way everybody does it."""
     # The model's own defaults may sample, penalise or stop: put aside, since the cache is what is tried.
     before = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, max_new_tokens=length, use_cache=True, pad_token_id=0
-    )
+    model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, use_cache=True, pad_token_id=0)
     try:
         ids = model.generate(prompt[None], attention_mask=torch.ones_like(prompt)[None])
     finally:

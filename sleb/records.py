@@ -250,6 +250,8 @@ class JobSpec(Record):
     """Export: the removal list after this many steps; None is all of them."""
     out: str | None = None
     """Export: the folder to write."""
+    replace: bool = False
+    """Export: an earlier export there may be replaced."""
 
 
 class Attempt(Record):

@@ -6,17 +6,15 @@ so that a greedy step over n alive blocks costs about n^2/2 block evaluations in
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from .blocks import BlockStack, Stream
-from .errors import ScoringError
+from .memory import in_batches, is_out_of_memory
 from .records import SelfCheck
 
 log = logging.getLogger(__name__)
@@ -96,21 +94,15 @@ class Scorer:
         Raises `ScoringError` when a single sequence does not fit into memory.
         """
         result = np.empty((len(skip_sets), len(sequences)), dtype=np.float64)
-        start = 0
-        while start < len(sequences):
-            batch = sequences[start : start + self.batch_size]
-            try:
-                nats = self._score_batch(skip_sets, self.ids[torch.from_numpy(np.asarray(batch))])
-            except (RuntimeError, MemoryError) as error:
-                if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                    raise
-                self._halve()
-                continue
-            result[:, start : start + len(batch)] = nats
-            cost = self.cost(skip_sets, len(batch))
+
+        def work(start: int, stop: int) -> None:
+            batch = self.ids[torch.from_numpy(np.asarray(sequences[start:stop]))]
+            result[:, start:stop] = self._score_batch(skip_sets, batch)
+            cost = self.cost(skip_sets, stop - start)
             self.block_evaluations += cost.block_evaluations
             self.head_evaluations += cost.head_evaluations
-            start += len(batch)
+
+        self.batch_size = in_batches(len(sequences), self.batch_size, work)
         return result
 
     def _score_batch(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> np.ndarray:
@@ -156,7 +148,7 @@ class Scorer:
 
     def _read_out_tokens(self, batch: int, hidden: torch.Tensor) -> int:
         """Tokens of a sequence to read out at once."""
-        row_bytes = batch * self.stack.model.config.get_text_config().vocab_size * hidden.element_size()
+        row_bytes = batch * self.stack.config.vocab_size * hidden.element_size()
         return max(1, _READ_OUT_BYTES[_kind(hidden.device)] // row_bytes)
 
     def _plain(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
@@ -165,24 +157,12 @@ class Scorer:
             try:
                 nats[skipped] = plain_nll(self.stack, skipped, ids)
             except _MODEL_FAILURES as error:
-                if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+                if is_out_of_memory(error):
                     raise
                 log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
                 nats[skipped] = torch.full((len(ids),), float("nan"), dtype=torch.float64, device=ids.device)
             self.watch(cost_of([skipped], len(self.stack), len(ids), plain=True).units(self.head_weight))
         return nats
-
-    def _halve(self) -> None:
-        if self.batch_size == 1:
-            raise ScoringError(
-                f"Out of memory with one sequence of {self.ids.shape[1]} tokens on {self.stack.device}. "
-                "Lower --sequence-length, or choose a smaller --dtype."
-            )
-        self.batch_size //= 2
-        log.warning("Out of memory: going on with batches of %d.", self.batch_size)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -215,7 +195,7 @@ def default_batch_size(device: torch.device, length: int) -> int:
 
 def head_weight(stack: BlockStack) -> float:
     """What reading out one skip set costs, in block evaluations: the ratio of their multiplications."""
-    config = stack.model.config.get_text_config()
+    config = stack.config
     per_block = sum(stack.parameters_of(block) for block in range(len(stack))) / len(stack)
     return config.vocab_size * config.hidden_size / max(per_block, 1.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -157,8 +158,11 @@ def describe_baseline(baseline: Baseline) -> str:
 
 def describe_step(step: Step, baseline: Baseline) -> str:
     """What was decided, on what evidence."""
-    chosen = next(c for c in step.candidates if set(c.skipped) <= set(step.removal_list) and c.block in step.removed or
-                  c.skipped == step.removal_list)
+    chosen = next(
+        c
+        for c in step.candidates
+        if (set(c.skipped) <= set(step.removal_list) and c.block in step.removed) or c.skipped == step.removal_list
+    )
     removed = ", ".join(map(str, step.removed))
     text = f"Step {step.number}: remove block{'s' if len(step.removed) > 1 else ''} [bold]{removed}[/]"
     if step.restored:
@@ -200,8 +204,10 @@ def describe_end(run: Run) -> str:
 def print_run(run: Run) -> None:
     """The whole run on stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"Run [bold]{escape(run.run_id)}[/] ({jobs.state_of(run).value}): {escape(run.spec.model)}, "
-                  f"{run.spec.method.value if run.spec.kind == 'search' else 'analysis'}")
+    console.print(
+        f"Run [bold]{escape(run.run_id)}[/] ({jobs.state_of(run).value}): {escape(run.spec.model)}, "
+        f"{run.spec.method.value if run.spec.kind == 'search' else 'analysis'}"
+    )
     for job in jobs.watched(run).jobs:
         if job.status.message:
             console.print(f"  {job.name}: {job.status.state.value}: {escape(job.status.message)}")
@@ -241,15 +247,17 @@ def print_runs(found: list[Run | RunError]) -> None:
     table("", ("run", "state", "model", "method", "removal list", "perplexity"), rows)
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table on stdout; cells are shown as they are, never as markup."""
     grid = Table(title=escape(title) or None, box=None, pad_edge=False, title_justify="left")
-    for column in columns:
-        grid.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         grid.add_row(*(escape(cell) for cell in row))
     console = Console(highlight=False)
-    console.print(grid, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)  # a file has no edge to wrap at
+    console.print(grid)
 
 
 def _describe_analysis(run: Run) -> str:

@@ -6,20 +6,17 @@ can ask for any choice of tokens; torch is imported by `block_influence` alone, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import ScoringError
+from .memory import in_batches
 from .records import Similarity
 
 if TYPE_CHECKING:
     from .blocks import BlockStack
-
-log = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 32 << 20
 _DIGITS = 6  # of the matrices in a record: finer than bfloat16 outputs can tell, and half the file
@@ -157,34 +154,6 @@ def block_influence(
 def batch_tokens(stack: BlockStack) -> int:
     """Tokens of a batch whose block outputs are all held at once: enough to keep the device busy."""
     return 4096 if stack.device.type == "cuda" else 1024
-
-
-def in_batches(count: int, batch_size: int, work: Callable[[int, int], None]) -> int:
-    """Call `work(start, stop)` over `count` sequences; out of memory halves the batch, and goes on.
-
-    Returns the batch size that fitted. Raises `ScoringError` when a single sequence does not.
-    """
-    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
-    start = 0
-    while start < count:
-        stop = min(start + batch_size, count)
-        try:
-            work(start, stop)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
-                raise
-            if stop - start == 1:
-                raise ScoringError(
-                    "Out of memory with one sequence; lower --sequence-length, or choose a smaller --dtype."
-                ) from error
-            batch_size = (stop - start) // 2
-            log.warning("Out of memory: going on with batches of %d.", batch_size)
-        else:
-            start = stop
-            continue
-        clear_device_cache(garbage_collection=True)  # here, where the exception no longer holds its frames
-    return batch_size
 
 
 def _rounded(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:

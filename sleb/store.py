@@ -154,7 +154,7 @@ def list_runs() -> list[Run | RunError]:
     return found
 
 
-def delete(run: str) -> Path:
+def delete(run: str | os.PathLike[str]) -> Path:
     """Remove a run folder for good. The caller makes sure that no process is executing it."""
     directory = locate(run)
     with writing(directory):

@@ -139,9 +139,7 @@ def _compare(model: nn.Module, skeleton: nn.Module, path: str, kept: tuple[int, 
     return packed
 
 
-def _packed_dimension(
-    old: tuple[int, ...], new: tuple[int, ...] | None, num_blocks: int, num_kept: int
-) -> int | None:
+def _packed_dimension(old: tuple[int, ...], new: tuple[int, ...] | None, num_blocks: int, num_kept: int) -> int | None:
     """The dimension with a slice per block; -1 where nothing changes, None where something else does."""
     if old == new:
         return -1
@@ -197,9 +195,7 @@ def _followed(value: Any, kept: tuple[int, ...], num_blocks: int) -> list[Any]:
 def _same(one: Any, other: Any) -> bool:
     """Equal, where nan is itself, a rounding is nothing and a tuple is the list that a file makes of it."""
     if isinstance(one, float) and isinstance(other, float):
-        return (
-            one == other or math.isclose(one, other, rel_tol=1e-12) or (math.isnan(one) and math.isnan(other))
-        )
+        return one == other or math.isclose(one, other, rel_tol=1e-12) or (math.isnan(one) and math.isnan(other))
     one, other = (list(value) if isinstance(value, tuple) else value for value in (one, other))
     return bool(repr(one) == repr(other))
 

@@ -21,7 +21,7 @@ from . import analysis, calibration, jobs, methods, store
 from .blocks import BlockStack
 from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .export import export_checkpoint, model_card
-from .formats import removal_list_after
+from .formats import public_name, removal_list_after
 from .loading import LoadedModel, load_model, weights_hash
 from .records import Attempt, Baseline, JobSpec, Progress, Run, StackDescription, Step
 from .scoring import Scorer, cost_of, self_check
@@ -74,11 +74,15 @@ class _Session:
         meter.phase("Loading the model")
         self.loaded = _load(run, job)
         self.stack = BlockStack(self.loaded.model)
-        config = self.loaded.model.config.get_text_config()
+        config = self.stack.config
         _require_positions(config, self.spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
         self.text = calibration.build(
-            self.spec.calibration, self.spec.held_out, self.spec.seed, self.loaded.tokenizer, config.vocab_size
+            self.spec.calibration,
+            self.spec.held_out,
+            self.spec.seed,
+            self.loaded.tokenizer,
+            config.vocab_size,
         )
         if self.spec.until_perplexity is not None and self.text.held_out == 0:
             raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
@@ -213,11 +217,12 @@ class _Session:
             few[:, 0] = token
             with_bos = Scorer(self.stack, few, batch_size=1, plain=True).score([()], np.arange(len(few)))[0].sum()
             tokens = few.shape[1] - 1
-            before, after = (np.exp(min(total / len(few) / tokens, 700)) for total in (nats[: len(few)].sum(), with_bos))
+            sums = (nats[: len(few)].sum(), with_bos)
+            before, after = (np.exp(min(total / len(few) / tokens, 700)) for total in sums)
             if after < 0.8 * before:
                 yield (
-                    f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences is "
-                    f"{after:.1f} instead of {before:.1f}: search with --bos yes."
+                    f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "
+                    f"is {after:.1f} instead of {before:.1f}: search with --bos yes."
                 )
         vocabulary = self.description.vocab_size
         if perplexity >= 0.5 * vocabulary:
@@ -231,9 +236,7 @@ class _Session:
                 "the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
             )
 
-    def _steps(
-        self, problem: methods.Problem, scorer: Scorer, first: Baseline, steps: list[Step]
-    ) -> None:
+    def _steps(self, problem: methods.Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
         directory = self.run.run_dir
 
         def influence() -> np.ndarray:
@@ -259,9 +262,7 @@ class _Session:
             steps.append(step)
             self.watcher.step(step, first)
 
-    def _forecast(
-        self, problem: methods.Problem, scorer: Scorer, with_baseline: bool, steps: list[Step]
-    ) -> float:
+    def _forecast(self, problem: methods.Problem, scorer: Scorer, with_baseline: bool, steps: list[Step]) -> float:
         """Work ahead in block evaluations: the search itself, run over a score that only counts."""
         total = 0.0
 
@@ -276,7 +277,9 @@ class _Session:
         on_calibration, held_out, _ = methods.baseline(problem, count)
         if not with_baseline:
             total = 0.0
-        first = Baseline(calibration=on_calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0)
+        first = Baseline(
+            calibration=on_calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0
+        )
         endless = replace(problem, until_perplexity=None)
         influence = np.ones((problem.num_blocks, len(problem.calibration)))
         for _ in methods.search(self.spec.method, endless, count, first, tuple(steps), lambda: influence):
@@ -356,8 +359,10 @@ def _export(run: Run, job: JobSpec, job_dir: Path, meter: _Meter) -> None:
         loaded.tokenizer,
         removal_list,
         Path(job.out),
-        model_card(run, removal_list),
+        model_card(run, removal_list, base_model=public_name(run.spec.model)),
+        allow_existing=job.replace,
         progress=meter.phase,
+        trust_remote_code=job.trust_remote_code,
     )
     store.write_result(job_dir, {"out": job.out, "proof": proof.model_dump(mode="json")})
 

@@ -65,9 +65,7 @@ def make_step(
         number=number,
         removed=removed or (block,),
         removal_list=removal_list,
-        candidates=(
-            Candidate(block=block, skipped=removal_list, score_sum=3000.0 + 100 * number, token_count=TOKENS),
-        ),
+        candidates=(Candidate(block=block, skipped=removal_list, score_sum=3000.0 + 100 * number, token_count=TOKENS),),
         calibration=measured(3.0 + 0.1 * number),
         held_out=measured(3.1 + 0.1 * number, 250),
         margin=0.0017,

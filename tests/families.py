@@ -97,9 +97,7 @@ FAMILIES: dict[str, Family] = {
     # blocks of one kind
     "llama": _plain("LlamaConfig"),
     "mistral": _plain("MistralConfig", "every block slides", sliding_window=WINDOW),
-    "mixtral": _plain(
-        "MixtralConfig", "every block is a mixture", num_local_experts=EXPERTS, num_experts_per_tok=2
-    ),
+    "mixtral": _plain("MixtralConfig", "every block is a mixture", num_local_experts=EXPERTS, num_experts_per_tok=2),
     "gemma": _plain("GemmaConfig", head_dim=8),
     "opt": Family(
         lambda n: _config(
@@ -181,9 +179,7 @@ FAMILIES: dict[str, Family] = {
         attention_multiplier=0.4,
     ),
     "mamba": Family(
-        lambda n: _config(
-            "MambaConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, state_size=8
-        ),
+        lambda n: _config("MambaConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, state_size=8),
         "recurrent, no attention",
     ),
     "mamba2": Family(
@@ -208,9 +204,7 @@ FAMILIES: dict[str, Family] = {
         **_MAMBA2,
     ),
     # sliding and full attention mixed
-    "qwen2": _typed(
-        "Qwen2Config", MIXED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
-    ),
+    "qwen2": _typed("Qwen2Config", MIXED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
     "qwen3": _typed("Qwen3Config", MIXED, head_dim=8, use_sliding_window=True, sliding_window=WINDOW),
     "gemma2": _typed("Gemma2Config", MIXED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW),
     "gemma3": _typed("Gemma3TextConfig", MIXED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW),
@@ -378,9 +372,7 @@ FAMILIES: dict[str, Family] = {
         use_mamba_kernels=False,
     ),
     "bamba": Family(
-        lambda n: _llama_like(
-            "BambaConfig", n, attn_layer_indices=[i for i in (1, 2, 5) if i < n], **_MAMBA2
-        ),
+        lambda n: _llama_like("BambaConfig", n, attn_layer_indices=[i for i in (1, 2, 5) if i < n], **_MAMBA2),
         "attention blocks by index list",
     ),
     "granite-moe-hybrid": _typed(
@@ -497,9 +489,7 @@ FAMILIES: dict[str, Family] = {
         "a block hands its sparse attention indices to the next, as the second element of its output",
     ),
     "rwkv": Family(
-        lambda n: _config(
-            "RwkvConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, rescale_every=2
-        ),
+        lambda n: _config("RwkvConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, rescale_every=2),
         "the model halves the hidden state between blocks; needs two blocks or more",
     ),
     # the index is mathematics

@@ -73,9 +73,7 @@ def test_batch_shares_at_the_ends() -> None:
     assert skipped_shares([0, 0, 0]) == {}
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gpt2", "gemma2", "cohere2", "granite", "opt", "qwen3-moe", "jamba"]
-)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "cohere2", "granite", "opt", "qwen3-moe", "jamba"])
 def test_predictions_equal_the_models_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family)
     stack = BlockStack(model)
@@ -180,9 +178,7 @@ def test_a_model_that_cannot_generate_says_why(monkeypatch: pytest.MonkeyPatch) 
         raise NotImplementedError("no cache here\nand more")
 
     monkeypatch.setattr(model, "generate", refuse)
-    with pytest.raises(
-        GenerationUnavailable, match=r"^LlamaForCausalLM cannot generate .*no cache here\)\.$"
-    ):
+    with pytest.raises(GenerationUnavailable, match=r"^LlamaForCausalLM cannot generate .*no cache here\)\.$"):
         generate(stack, prompts, 4)
     monkeypatch.setattr(model, "generation_config", None)
     with pytest.raises(GenerationUnavailable, match="generate"):

@@ -84,9 +84,7 @@ def test_everything_against_plain_computations(family: str, tmp_path: Path) -> N
     later = (torch.arange(60) % 12) > 0
     np.testing.assert_allclose(found.similarity.mean_without_first, cosine[..., later].mean(-1), atol=1e-5)
     for block in range(6):
-        assert found.similarity.metric1[block] == pytest.approx(
-            1 - float(cosine[block, block + 1].mean()), abs=1e-5
-        )
+        assert found.similarity.metric1[block] == pytest.approx(1 - float(cosine[block, block + 1].mean()), abs=1e-5)
     with torch.no_grad():
         alone = stack.outputs(torch.tensor([[found.similarity.random_token_id]]))
     paper = torch.nn.functional.cosine_similarity(alone[1][0, 0], alone[4][0, 0], dim=0)
@@ -277,9 +275,7 @@ def test_a_model_that_cannot_generate_has_the_rest(tmp_path: Path, monkeypatch: 
         assert found.alignment.calibration.token_count == 30
 
 
-def test_a_model_that_generates_nonsense_is_not_measured_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_generates_nonsense_is_not_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = BlockStack(build("llama"))
 
     def nonsense(stack: BlockStack, prompts: torch.Tensor, new_tokens: int, tick: object) -> Any:
@@ -309,9 +305,7 @@ def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     assert cache.usage(tmp_path) == []
 
 
-def test_blocks_that_put_out_something_else_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_that_put_out_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stack = BlockStack(build("llama"))
     plain = BlockStack.outputs
     monkeypatch.setattr(BlockStack, "outputs", lambda self, ids: [x[None] for x in plain(self, ids)])

@@ -106,9 +106,7 @@ def test_a_key_from_elsewhere_cannot_leave_the_cache(tmp_path: Path, name: str) 
     assert cache.read(tmp_path, name) is None
 
 
-@pytest.mark.parametrize(
-    "file", ["outputs.safetensors", "cosine.safetensors", "predictions.safetensors", "meta.json"]
-)
+@pytest.mark.parametrize("file", ["outputs.safetensors", "cosine.safetensors", "predictions.safetensors", "meta.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "empty"])
 def test_a_damaged_entry_is_removed_not_believed(
     tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture

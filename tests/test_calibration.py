@@ -15,7 +15,7 @@ from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
 
 
-def build(source: str | Path, held_out: int | None = 2, seed: int = 0, *, adds_bos: bool = False, **more: Any):  # noqa: ANN201
+def build(source: str | Path, held_out: int | None = 2, seed: int = 0, *, adds_bos: bool = False, **more: Any):
     settings: dict[str, Any] = dict(source=str(source), sequences=5, sequence_length=16)
     tokenizer = tiny.tokenizer(adds_bos=adds_bos)
     if more.pop("chat_template", False):

@@ -124,9 +124,7 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Proof]:
     folders.append(write(build("rwkv"), (1, 3), root / "rwkv (1, 3)"))
     for name in ("qwen2", "gemma2", "gemma3"):  # as if the list had been cut to length instead of filtered
         unfiltered = build(name).config.layer_types[:4]
-        folders.append(
-            change_config(root / f"{name} (1, 3)", root / f"{name} unfiltered", layer_types=unfiltered)
-        )
+        folders.append(change_config(root / f"{name} (1, 3)", root / f"{name} unfiltered", layer_types=unfiltered))
     folders.append(change_config(root / "llama (1, 3)", root / "llama too many", num_hidden_layers=5))
     command = [sys.executable, "-m", "sleb.proof", *map(str, folders)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -164,9 +162,7 @@ def test_short_types_stay_short(proofs: dict[str, Proof], name: str, dtype: torc
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gemma3"])
-def test_the_proof_catches_a_per_layer_list_that_was_not_filtered(
-    proofs: dict[str, Proof], name: str
-) -> None:
+def test_the_proof_catches_a_per_layer_list_that_was_not_filtered(proofs: dict[str, Proof], name: str) -> None:
     proof = proofs[f"{name} unfiltered"]
     assert not proof.passed
     assert re.search("its logits differ by up to", " ".join(proof.reasons))
@@ -195,9 +191,7 @@ def test_the_proof_counts_blocks_parameters_and_missing_weights(proofs: dict[str
         ((0, 1, 2, 3, 4, 5), "names all 6 blocks; at least one must be kept"),
     ],
 )
-def test_impossible_removal_lists_are_refused(
-    tmp_path: Path, removal_list: tuple[int, ...], sentence: str
-) -> None:
+def test_impossible_removal_lists_are_refused(tmp_path: Path, removal_list: tuple[int, ...], sentence: str) -> None:
     model = build("llama")
     with pytest.raises(OptionError, match=sentence):
         export_checkpoint(model, None, removal_list, tmp_path / "out", CARD)
@@ -224,9 +218,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model.is_quantized = True
     parent = tmp_path_factory.mktemp("whole")
     said: list[str] = []
-    proof = export_checkpoint(
-        model, make_tokenizer(), [3, 1], parent / "deep" / "out", CARD, progress=said.append
-    )
+    proof = export_checkpoint(model, make_tokenizer(), [3, 1], parent / "deep" / "out", CARD, progress=said.append)
     return SimpleNamespace(folder=parent / "deep" / "out", proof=proof, said=said, model=model)
 
 
@@ -235,9 +227,7 @@ def test_an_export_is_a_folder_that_anybody_can_load(exported: SimpleNamespace) 
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {"README.md", "proof.json"} <= names
     assert proof_process.EXPECTED not in names
-    assert [entry.name for entry in exported.folder.parent.iterdir()] == [
-        "out"
-    ]  # nothing half-written beside it
+    assert [entry.name for entry in exported.folder.parent.iterdir()] == ["out"]  # nothing half-written beside it
     model = AutoModelForCausalLM.from_pretrained(exported.folder)
     assert len(model.model.layers) == AutoConfig.from_pretrained(exported.folder).num_hidden_layers == 4
     assert AutoTokenizer.from_pretrained(exported.folder)("w5 w77")["input_ids"] == [5, 77]
@@ -268,9 +258,7 @@ def test_the_proof_lies_beside_the_model(exported: SimpleNamespace) -> None:
     card = (exported.folder / "README.md").read_text()
     assert "4 of 6 blocks" in card
     assert "agree with and without the KV cache" in card
-    assert (
-        sum(parameter.numel() for parameter in exported.model.parameters()) == 0
-    )  # used up: memory for the reload
+    assert sum(parameter.numel() for parameter in exported.model.parameters()) == 0  # used up: memory for the reload
 
 
 def test_a_failed_proof_leaves_nothing(tmp_path: Path) -> None:
@@ -323,9 +311,7 @@ def fake_proof(folder: Path, *_: Any) -> Proof:
     return proof
 
 
-def test_folders_that_hold_something_are_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_that_hold_something_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sleb.export.run_proof", fake_proof)
     out = tmp_path / "out"
     out.mkdir()
@@ -344,9 +330,7 @@ def test_folders_that_hold_something_are_not_overwritten(
     assert (out / "config.json").is_file()
 
 
-def test_a_full_disk_is_seen_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     model = build("llama")
     with pytest.raises(StorageError, match=r"takes 0\.1 GB and .* has 0\.0 GB left"):

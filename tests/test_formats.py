@@ -68,9 +68,7 @@ def test_every_format_reads_back_to_the_same_blocks(removal_list: tuple[int, ...
     found = json.loads(render(run, "json"))
     assert found["removal_list"] == list(removal_list)
     assert found["kept_blocks"] == kept(removal_list, num_blocks)
-    assert [block for start, end in found["kept_ranges"] for block in range(start, end)] == found[
-        "kept_blocks"
-    ]
+    assert [block for start, end in found["kept_ranges"] for block in range(start, end)] == found["kept_blocks"]
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model_name")
@@ -211,7 +209,5 @@ def test_runs_without_a_list_are_refused(run: Run, sentence: str) -> None:
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        OptionError, match="choose one of json, csv, list, sleb, mergekit, llama-quantize, hf"
-    ):
+    with pytest.raises(OptionError, match="choose one of json, csv, list, sleb, mergekit, llama-quantize, hf"):
         render(make_run(), "gguf")

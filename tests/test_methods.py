@@ -17,11 +17,15 @@ LENGTH = 9  # predicted tokens of every sequence
 
 
 def problem(num_blocks: int = 6, num_remove: int = 2, protected: tuple[int, ...] = (), **more: object) -> Problem:
-    settings: dict = {"calibration": np.arange(3), "held_out": np.arange(3, 4), "token_counts": np.full(4, LENGTH)}
+    settings: dict = {
+        "calibration": np.arange(3),
+        "held_out": np.arange(3, 4),
+        "token_counts": np.full(4, LENGTH),
+    }
     return Problem(num_blocks=num_blocks, num_remove=num_remove, protected=protected, **(settings | more))
 
 
-def scored(table: Callable[[tuple[int, ...], int], float], asked: list | None = None):  # noqa: ANN201
+def scored(table: Callable[[tuple[int, ...], int], float], asked: list | None = None):
     def score(skip_sets: Sequence[tuple[int, ...]], sequences: np.ndarray) -> np.ndarray:
         if asked is not None:
             asked.extend((tuple(skipped), tuple(sequences)) for skipped in skip_sets)
@@ -40,7 +44,7 @@ def first(held_out: float = 10.0) -> Baseline:
     )
 
 
-def run(method: Method, made: Problem, table, steps: Sequence[Step] = (), **more):  # noqa: ANN001, ANN201
+def run(method: Method, made: Problem, table, steps: Sequence[Step] = (), **more):
     return [decision.step for decision in search(method, made, scored(table), first(), steps, **more)]
 
 
@@ -113,7 +117,9 @@ def test_protected_blocks_are_never_candidates() -> None:
     assert {c.block for step in steps for c in step.candidates}.isdisjoint({1, 2})
 
 
-@pytest.mark.parametrize("method", [Method.METRIC3, Method.METRIC2, Method.METRIC1, Method.EARLY_EXIT, Method.BEST_CHUNK])
+@pytest.mark.parametrize(
+    "method", [Method.METRIC3, Method.METRIC2, Method.METRIC1, Method.EARLY_EXIT, Method.BEST_CHUNK]
+)
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_a_search_resumed_after_any_step_ends_the_same(method: Method, after: int) -> None:
     influence = np.random.default_rng(1).random((6, 3))
@@ -190,7 +196,8 @@ def test_baseline_separates_calibration_and_held_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "ratio", "expected"), [(30, 0.1, 3), (32, 0.2, 7), (32, 0.1, 4), (40, 0.2, 8), (80, 0.1, 8), (48, 0.1, 5)]
+    ("blocks", "ratio", "expected"),
+    [(30, 0.1, 3), (32, 0.2, 7), (32, 0.1, 4), (40, 0.2, 8), (80, 0.1, 8), (48, 0.1, 5)],
 )
 def test_ratios_are_rounded_up_as_in_the_paper(blocks: int, ratio: float, expected: int) -> None:
     assert number_to_remove(blocks, blocks - 2, None, ratio) == expected

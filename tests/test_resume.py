@@ -47,7 +47,13 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
     text = tmp_path / "text.txt"
     text.write_text(tiny.text(20_000))
     spec = sleb.api.run_spec(
-        str(model), calibration=str(text), sequences=12, sequence_length=48, remove=6, dtype="float32", analysis=False
+        str(model),
+        calibration=str(text),
+        sequences=12,
+        sequence_length=48,
+        remove=6,
+        dtype="float32",
+        analysis=False,
     )
     undisturbed = sleb.api.start(spec, JobSpec(kind="search"), tmp_path / "undisturbed")
     began = time.perf_counter()
@@ -84,7 +90,7 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
     assert len(interrupted_steps) >= 3, "the kills should land in different places"
 
 
-def _start(forking, run: sleb.Run, home: Path):  # noqa: ANN001, ANN202
+def _start(forking, run: sleb.Run, home: Path):
     job = store.create_job(run.run_dir, JobSpec(kind="search"))
     process = forking.Process(target=execute, args=(job.directory, str(home)))
     process.start()
@@ -108,8 +114,26 @@ def slow_run(tmp_path: Path) -> tuple[Path, list[str]]:
     model = tiny.save(tmp_path / "model", num_blocks=16)
     text = tmp_path / "text.txt"
     text.write_text(tiny.text(200_000))
-    command = [sys.executable, "-m", "sleb", "search", str(model), "--calibration", str(text), "--sequences", "64"]
-    command += ["--sequence-length", "128", "--remove", "12", "--no-analysis", "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "sleb",
+        "search",
+        str(model),
+        "--calibration",
+        str(text),
+        "--sequences",
+        "64",
+    ]
+    command += [
+        "--sequence-length",
+        "128",
+        "--remove",
+        "12",
+        "--no-analysis",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     return tmp_path / "run", command
 
 

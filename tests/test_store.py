@@ -18,7 +18,11 @@ from sleb.errors import RunBusy, RunError, StorageError
 from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
 
 FIRST = Baseline(
-    calibration=measured(3.0), held_out=measured(3.1, 250), block_evaluations=60, head_evaluations=2, seconds=1.0
+    calibration=measured(3.0),
+    held_out=measured(3.1, 250),
+    block_evaluations=60,
+    head_evaluations=2,
+    seconds=1.0,
 )
 
 

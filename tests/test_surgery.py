@@ -42,9 +42,7 @@ def test_what_a_config_cannot_express_is_refused_with_its_reason(
 
 
 @pytest.mark.parametrize("removal_list", [(0,), (5,), (1, 3), (3, 1), (0, 1, 2, 3, 4)], ids=str)
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma3", "gemma4", "qwen3-next", "falcon", "mpt", "olmo3", "granite"]
-)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4", "qwen3-next", "falcon", "mpt", "olmo3", "granite"])
 def test_removing_equals_skipping(name: str, removal_list: tuple[int, ...]) -> None:
     model = build(name)
     if (name, removal_list) == ("gemma4", (5,)):  # its last block must be one of full attention: see REFUSED
@@ -64,9 +62,7 @@ def test_removing_equals_skipping(name: str, removal_list: tuple[int, ...]) -> N
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 if name == "gemma4" else 0)
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "bloom", "gpt-neo", "falcon-h1", "mamba", "rwkv", "gemma3", "lfm2", "jamba"]
-)
+@pytest.mark.parametrize("name", ["llama", "bloom", "gpt-neo", "falcon-h1", "mamba", "rwkv", "gemma3", "lfm2", "jamba"])
 def test_layer_indices_are_renumbered(name: str) -> None:
     model = build(name)
     path = plan_removal(model, (1, 3)).path
@@ -147,7 +143,5 @@ def test_a_quantised_model_is_refused() -> None:
     packed = Packed(1, 1)
     packed.weight = torch.nn.Parameter(torch.zeros(512, 1, dtype=torch.uint8), requires_grad=False)
     model.model.layers[0].mlp.gate_proj = packed
-    with pytest.raises(
-        ExportError, match=r"is quantised \(.*mlp.gate_proj is Packed .*load it without quantisation"
-    ):
+    with pytest.raises(ExportError, match=r"is quantised \(.*mlp.gate_proj is Packed .*load it without quantisation"):
         remove_blocks(model, (1,))

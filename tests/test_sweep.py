@@ -30,7 +30,13 @@ def test_sweep_equals_plain_skip(family: tuple[str, BlockStack, np.ndarray]) -> 
         return
     assert check.scoring == "sweep", check.reason
     free = [block for block in range(len(stack)) if block not in check.protected]
-    skip_sets = [(), *((block,) for block in free), (free[0], free[-1]), tuple(free[1:3]), (free[-1], free[1])]
+    skip_sets = [
+        (),
+        *((block,) for block in free),
+        (free[0], free[-1]),
+        tuple(free[1:3]),
+        (free[-1], free[1]),
+    ]
     scorer = Scorer(stack, ids, batch_size=2)
     swept = scorer.score(skip_sets, np.arange(len(ids)))
     with torch.inference_mode():
@@ -88,12 +94,12 @@ def test_a_block_that_others_need_is_protected_and_the_naive_replay_found_out() 
     class Naive(BlockStack):
         """What a replay without the stream's own copies of shared containers would do."""
 
-        def capture(self, ids: torch.Tensor):  # noqa: ANN202
+        def capture(self, ids: torch.Tensor):
             inputs = super().capture(ids)
             start = type(inputs).start
 
             class Shared(type(inputs)):  # type: ignore[misc]
-                def start(self):  # noqa: ANN202
+                def start(self):
                     stream = start(self)
                     stream.own.clear()
                     return stream

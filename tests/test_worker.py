@@ -180,7 +180,9 @@ def test_resuming_a_finished_run_returns_it(run: sleb.Run) -> None:
     assert (run.run_dir / "trace.jsonl").read_bytes() == before
 
 
-def test_a_stopped_search_resumes_where_it_was(tiny_model: Path, text_file: Path, run: sleb.Run, tmp_path: Path) -> None:
+def test_a_stopped_search_resumes_where_it_was(
+    tiny_model: Path, text_file: Path, run: sleb.Run, tmp_path: Path
+) -> None:
     class Stopping(Watcher):
         def step(self, step: Step, baseline: Any) -> None:
             raise KeyboardInterrupt
@@ -196,7 +198,9 @@ def test_a_stopped_search_resumes_where_it_was(tiny_model: Path, text_file: Path
     _assert_same(done, run)
 
 
-def test_a_run_whose_weights_or_text_changed_is_not_continued(tiny_model: Path, tmp_path: Path, text_file: Path) -> None:
+def test_a_run_whose_weights_or_text_changed_is_not_continued(
+    tiny_model: Path, tmp_path: Path, text_file: Path
+) -> None:
     model, text = tmp_path / "model", tmp_path / "text.txt"
     shutil.copytree(tiny_model, model)
     shutil.copy(text_file, text)
@@ -341,9 +345,7 @@ def test_a_search_includes_both_analyses(tiny_model: Path, text_file: Path) -> N
     assert run.analysis is not None
     assert len(run.analysis.similarity.mean) == 7
     assert len(run.analysis.alignment.calibration.agreement) == 6
-    alone = sleb.analyze(
-        str(tiny_model), calibration=str(text_file), sequences=4, sequence_length=24, dtype="float32"
-    )
+    alone = sleb.analyze(str(tiny_model), calibration=str(text_file), sequences=4, sequence_length=24, dtype="float32")
     assert alone.trace is None
     assert alone.analysis is not None
     assert alone.analysis.description.cached  # the same model and text: no second pass
@@ -357,11 +359,16 @@ def test_models_that_cannot_be_searched(tmp_path: Path, text_file: Path) -> None
     cases = {
         "encoder": (t.BertLMHeadModel(t.BertConfig(num_hidden_layers=4, **small)), "causal"),
         "encoder-decoder": (
-            t.T5ForConditionalGeneration(t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=128)),
+            t.T5ForConditionalGeneration(
+                t.T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=128)
+            ),
             "encoder-decoder",
         ),
         "one block": (build("llama", num_blocks=1), "1 block"),
-        "no language model": (t.ViTModel(t.ViTConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=16)), "causal language model"),
+        "no language model": (
+            t.ViTModel(t.ViTConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=16)),
+            "causal language model",
+        ),
     }
     for name, (model, words) in cases.items():
         folder = tmp_path / name
@@ -379,7 +386,14 @@ def test_the_text_part_of_a_multimodal_model_is_searched(tmp_path: Path, text_fi
         hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, vocab_size=128, sliding_window=8, max_position_embeddings=64,
     )  # fmt: skip
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=16)
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
+    )
     config = t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=127)
     torch.manual_seed(0)
     model = t.Gemma3ForConditionalGeneration(config)

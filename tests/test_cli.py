@@ -1,0 +1,230 @@
+"""The command line as its user meets it: what goes to stdout, what to stderr, and the exit code."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+import sleb
+from sleb.cli import app, main
+
+
+def run(*arguments: object, code: int = 0) -> tuple[str, str]:
+    """In this process, through the real entry point: (stdout, stderr)."""
+    import contextlib
+
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["sleb", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        sys.argv = before
+    assert (ended.value.code or 0) == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def arguments(tiny_model: Path, text_file: Path) -> list[object]:
+    options = ["--sequences", 4, "--sequence-length", 24, "--dtype", "float32", "--no-analysis"]
+    return ["search", tiny_model, "--calibration", text_file, *options]
+
+
+def test_json_is_one_object_and_alone_on_stdout(arguments: list[object]) -> None:
+    out, err = run(*arguments, "--remove", 2, "--json")
+    found = json.loads(out)
+    assert out.count("\n") == 1
+    assert "Step 1" in err
+    assert {"run_id", "run_dir", "model", "num_blocks", "method", "removal_list", "kept_blocks", "baseline"} <= set(
+        found
+    )
+    assert {"steps", "block_evaluations", "head_evaluations"} <= set(found)
+    assert set(found["baseline"]) == {"nll_sum", "token_count", "perplexity", "held_out_perplexity"}
+    step = found["steps"][0]
+    assert {"number", "removed", "removal_list", "perplexity", "held_out_perplexity", "margin"} <= set(step)
+    assert {"margin_standard_error", "tied", "candidates", "seconds"} <= set(step)
+    assert {"block", "nll_sum", "token_count", "perplexity"} <= set(step["candidates"][0])
+    assert sorted(found["removal_list"] + found["kept_blocks"]) == list(range(6))
+    assert found["steps"][-1]["removal_list"] == found["removal_list"]
+    shown = json.loads(run("show", found["run_id"], "--json")[0])
+    resumed = json.loads(run("resume", found["run_dir"], "--json")[0])
+    assert shown == resumed == found
+
+
+def test_the_screen_shows_the_evidence(arguments: list[object]) -> None:
+    out, err = run(*arguments, "--remove", 2)
+    assert "Baseline: perplexity" in out
+    assert "Step 1: remove block" in out
+    assert "held-out" in out
+    assert "margin to the runner-up" in out
+    assert "±" in out
+    assert "Removal list: [" in out
+    run_id = sleb.runs()[0].run_id
+    shown, _ = run("show", run_id)
+    for line in out.strip().splitlines():
+        assert line.strip() in shown
+    assert run_id in run("runs")[0]
+    listed = json.loads(run("runs", "--json")[0])
+    assert [each["run_id"] for each in listed] == [run_id]
+
+
+def test_a_run_folder_of_its_own_and_import(arguments: list[object], tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    run(*arguments, "--remove", 1, "--run-dir", folder)
+    assert sleb.runs() == []
+    _, err = run(*arguments, "--remove", 1, "--run-dir", folder, code=2)
+    assert "already holds something" in err
+    run("show", folder)
+    imported = run("import", folder)[0].strip()
+    assert sleb.load(imported).trace == sleb.load(folder).trace
+    _, err = run("delete", imported, "--yes")
+    assert sleb.runs() == []
+    assert folder.is_dir()
+
+
+def test_protection_and_rises_are_parsed(arguments: list[object]) -> None:
+    out, _ = run(*arguments, "--remove", 1, "--protect", "1,2, 3", "--json")
+    assert {c["block"] for c in json.loads(out)["steps"][0]["candidates"]} == {0, 4, 5}
+    out, _ = run(*arguments, "--remove", 1, "--protect", "", "--json")
+    assert len(json.loads(out)["steps"][0]["candidates"]) == 6
+    out, _ = run(*arguments, "--until-perplexity", "+100000%", "--json")
+    assert len(json.loads(out)["removal_list"]) == 4
+    assert "block indices" in run(*arguments, "--protect", "a", code=2)[1]
+    assert "+10%" in run(*arguments, "--until-perplexity", "much", code=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["search", "./nothing"], "no model folder"),
+        (["search", "demo", "--method", "metric9"], "metric9"),
+        (["search", "demo", "--remove", "0"], "--remove"),
+        (["search", "demo", "--ratio", "2"], "--ratio"),
+        (["search", "demo", "--remove", "1", "--ratio", "0.5"], "not both"),
+        (["search", "demo", "--device", "abacus"], "abacus"),
+        (["search", ""], "empty"),
+        (["search"], "MODEL"),
+        (["show", "nothing"], "no run"),
+        (["resume", "nothing"], "no run"),
+        (["stop", "nothing"], "no run"),
+        (["delete", "nothing"], "no run"),
+        (["import", "/nothing"], "no run"),
+        (["work", "/nothing"], "no run"),
+        (["export", "nothing"], "no run"),
+        (["export", "nothing", "--format", "onnx"], "onnx"),
+        (["cache", "--clear", "everything"], "everything"),
+        (["search", "demo", "--seed", "x"], "--seed"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
+    out, err = run(*words, code=2)
+    assert out == ""
+    assert sentence in " ".join(err.split())
+    assert "Traceback" not in err
+    assert sleb.runs() == []  # a run that never began leaves nothing behind
+
+
+def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
+    found = json.loads(run(*arguments, "--remove", 2, "--json")[0])
+    name, removal_list = found["run_id"], found["removal_list"]
+    assert json.loads(run("export", name, "--format", "list")[0]) == removal_list
+    assert json.loads(run("export", name, "--format", "list", "--steps", 1)[0]) == removal_list[:1]
+    assert json.loads(run("export", name)[0])["removal_list"] == removal_list
+    rows = list(csv.DictReader(io.StringIO(run("export", name, "--format", "csv")[0])))
+    assert len(rows) == 2
+    _, err = run("export", name, "--format", "mergekit", "--out", tmp_path / "merge.yaml")
+    assert "slices" in (tmp_path / "merge.yaml").read_text()
+    assert "2" in run("export", name, "--steps", 3, code=2)[1]
+    assert "--out" in run("export", name, "--format", "hf", code=2)[1]
+
+
+def test_the_smaller_model_is_written_and_proved(arguments: list[object], tmp_path: Path) -> None:
+    """The whole way: search, export, reload in a process of its own."""
+    found = json.loads(run(*arguments, "--remove", 2, "--json")[0])
+    out, _ = run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--json")
+    proof = json.loads(out)
+    assert proof["passed"]
+    assert proof["kept_blocks"] == found["kept_blocks"]
+    from transformers import AutoModelForCausalLM
+
+    smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
+    assert len(smaller.model.layers) == 4
+    assert json.loads((tmp_path / "smaller" / "proof.json").read_text())["passed"]
+    assert "removal" in (tmp_path / "smaller" / "README.md").read_text().lower()
+    _, err = run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", code=2)
+    assert "--replace" in err
+    run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--steps", 1, "--replace")
+    assert json.loads((tmp_path / "smaller" / "proof.json").read_text())["blocks_after"] == 5
+
+
+def test_work_executes_what_is_waiting(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    """What the dashboard does: write the spec and the job, start a process, look at files."""
+    from sleb import jobs, store
+
+    spec = sleb.api.run_spec(
+        str(tiny_model), calibration=str(text_file), sequences=3, sequence_length=16, remove=1, analysis=False
+    )
+    made = store.create(spec)
+    job = jobs.next_job(made, sleb.api.job_spec("search"))
+    process = jobs.start(job)
+    assert process.wait(timeout=120) == 0, (job.directory / "log.txt").read_text()
+    done = sleb.load(made.run_id)
+    assert done.jobs[0].status.state == "finished"
+    assert len(done.removal_list) == 1
+    again = store.create(spec, tmp_path / "by hand")
+    run("work", again.run_dir)
+    assert sleb.load(tmp_path / "by hand").removal_list == done.removal_list
+    assert "no job waiting" in run("work", again.run_dir, code=2)[1]
+
+
+def test_a_failed_job_keeps_its_sentence_and_its_log(tiny_model: Path, tmp_path: Path) -> None:
+    from sleb import jobs, store
+
+    spec = sleb.api.run_spec(str(tiny_model), calibration=str(tmp_path / "gone.txt"), sequence_length=16, remove=1)
+    made = store.create(spec)
+    job = jobs.next_job(made, sleb.api.job_spec("search"))
+    assert jobs.start(job).wait(timeout=120) == 2
+    failed = sleb.load(made.run_id).jobs[0]
+    assert failed.status.state == "failed"
+    assert "gone.txt" in failed.status.message
+    assert "gone.txt" in (job.directory / "log.txt").read_text()
+
+
+def test_analyze_prints_and_caches(tiny_model: Path, text_file: Path) -> None:
+    words: list[Any] = ["analyze", tiny_model, "--calibration", text_file, "--sequences", 3, "--sequence-length", 24]
+    out, _ = run(*words)
+    assert "Metric1" in out
+    assert "early exit" in out
+    shown, _ = run("cache")
+    assert "block-outputs" in shown
+    assert json.loads(run("cache", "--json")[0])[0]["folder"] == "block-outputs"
+    _, err = run("cache", "--clear", "block-outputs")
+    assert "Cleared 1" in err
+
+
+def test_help_teaches() -> None:
+    runner = CliRunner()
+    for words in ([], ["search"], ["export"], ["resume"]):
+        shown = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+    assert "wikitext2-rows" in runner.invoke(app, ["search", "--help"], env={"COLUMNS": "200"}).output
+
+
+def test_python_m_sleb_is_sleb() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sleb", "show", "nothing"], capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("sleb: There is no run 'nothing'")
+    assert tiny.SPECIAL
