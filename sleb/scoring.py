@@ -57,7 +57,8 @@ class Scorer:
     """Scores skip sets on sequences of token ids; counts what it did.
 
     `ids` is (sequences, length) int64; every sequence has length - 1 predicted tokens. Out of memory halves the
-    batch and goes on. With `plain` every skip set is a forward pass of its own.
+    batch and goes on. With `plain` every skip set is a forward pass of its own. `watch` hears of the work done, in
+    block evaluations, and where it is.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Scorer:
         *,
         batch_size: int | None = None,
         plain: bool = False,
-        watch: Callable[[float], None] = lambda units: None,
+        watch: Callable[[float, str], None] = lambda units, where: None,
     ) -> None:
         self.stack = stack
         self.ids = torch.from_numpy(np.ascontiguousarray(ids))
@@ -77,6 +78,7 @@ class Scorer:
         self.block_evaluations = 0
         self.head_evaluations = 0
         self.head_weight = head_weight(stack)
+        self._where = ""
 
     @property
     def token_counts(self) -> np.ndarray:
@@ -97,6 +99,8 @@ class Scorer:
 
         def work(start: int, stop: int) -> None:
             batch = self.ids[torch.from_numpy(np.asarray(sequences[start:stop]))]
+            of = f"sequences {start + 1} to {stop} of {len(sequences)}"
+            self._where = f"{len(skip_sets)} candidates on {of}" if len(skip_sets) > 1 else of
             result[:, start:stop] = self._score_batch(skip_sets, batch)
             cost = self.cost(skip_sets, stop - start)
             self.block_evaluations += cost.block_evaluations
@@ -126,11 +130,11 @@ class Scorer:
                         del streams[prefix], members[prefix]
                         continue
                 self.stack.advance(block, inputs, streams[prefix])
-                self.watch(len(ids))
+                self.watch(len(ids), f"{self._where}, block {block}")
         nats = {}
         for skipped, stream in streams.items():
             nats[skipped] = self._nll(stream.hidden, ids)
-            self.watch(self.head_weight * len(ids))
+            self.watch(self.head_weight * len(ids), f"{self._where}, predictions")
         return nats
 
     def _nll(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -161,7 +165,8 @@ class Scorer:
                     raise
                 log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
                 nats[skipped] = torch.full((len(ids),), float("nan"), dtype=torch.float64, device=ids.device)
-            self.watch(cost_of([skipped], len(self.stack), len(ids), plain=True).units(self.head_weight))
+            cost = cost_of([skipped], len(self.stack), len(ids), plain=True)
+            self.watch(cost.units(self.head_weight), f"{self._where}, without {list(skipped)}")
         return nats
 
 

@@ -232,8 +232,8 @@ class _Session:
             )
         elif perplexity > 1000:
             yield (
-                f"The unmodified model's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check that "
-                "the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
+                f"The unmodified model's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
+                "that the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
             )
 
     def _steps(self, problem: methods.Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
@@ -287,7 +287,7 @@ class _Session:
         return total
 
     def _analyze(self) -> None:
-        self.meter.phase("Analysing similarity and prediction alignment")
+        self.meter.phase("Analyses")
         found = analysis.analyze(
             self.stack,
             self.loaded.tokenizer,
@@ -327,14 +327,14 @@ class _Meter:
         """Step `number` begins."""
         self._tell(self._progress.model_copy(update={"phase": "Searching", "step": number}), force=True)
 
-    def advance(self, units: float) -> None:
-        """So much work has been done."""
+    def advance(self, units: float, where: str) -> None:
+        """So much work has been done, and where it is."""
         self._done += units
         if time.perf_counter() - self._told < 0.2 or not self._total:
             return
         fraction = min(self._done / self._total, 1.0)
         eta = (time.perf_counter() - self._start) * (1 - fraction) / fraction
-        self._tell(self._progress.model_copy(update={"fraction": fraction, "eta_seconds": eta}))
+        self._tell(self._progress.model_copy(update={"fraction": fraction, "eta_seconds": eta, "message": where}))
 
     def part(self, fraction: float, message: str) -> None:
         """How far a phase without units of its own is."""

@@ -63,7 +63,7 @@ def test_json_is_one_object_and_alone_on_stdout(arguments: list[object]) -> None
 
 
 def test_the_screen_shows_the_evidence(arguments: list[object]) -> None:
-    out, err = run(*arguments, "--remove", 2)
+    out, _ = run(*arguments, "--remove", 2)
     assert "Baseline: perplexity" in out
     assert "Step 1: remove block" in out
     assert "held-out" in out
@@ -143,7 +143,7 @@ def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
     assert json.loads(run("export", name)[0])["removal_list"] == removal_list
     rows = list(csv.DictReader(io.StringIO(run("export", name, "--format", "csv")[0])))
     assert len(rows) == 2
-    _, err = run("export", name, "--format", "mergekit", "--out", tmp_path / "merge.yaml")
+    run("export", name, "--format", "mergekit", "--out", tmp_path / "merge.yaml")
     assert "slices" in (tmp_path / "merge.yaml").read_text()
     assert "2" in run("export", name, "--steps", 3, code=2)[1]
     assert "--out" in run("export", name, "--format", "hf", code=2)[1]

@@ -108,10 +108,10 @@ def test_progress_ends_at_the_whole_with_a_time_left(tiny_model: Path, text_file
     total = 0.0
 
     class Counting(counted):  # type: ignore[misc,valid-type]
-        def advance(self, units: float) -> None:
+        def advance(self, units: float, where: str) -> None:
             nonlocal total
             total += units
-            super().advance(units)
+            super().advance(units, where)
 
     worker._Meter = Counting  # type: ignore[misc]
     try:
@@ -136,9 +136,9 @@ def test_the_forecast_of_work_is_what_is_done(method: str, tiny_model: Path, tex
         seen["total"] = units
         original_expect(self, units, *rest)
 
-    def advance(self: Any, units: float) -> None:
+    def advance(self: Any, units: float, where: str) -> None:
         seen["done"] += units
-        original_advance(self, units)
+        original_advance(self, units, where)
 
     worker._Meter.expect, worker._Meter.advance = expect, advance  # type: ignore[method-assign]
     try:

@@ -1,0 +1,113 @@
+"""One greedy step, the plain loop and the sweep in turn on the same sequences: evaluations, seconds, the ratio.
+
+    python benchmarks/search.py [--sequences 16] [--sequence-length 256] [--rounds 4] [MODEL]
+
+"Plain" skips one candidate at a time and runs the whole model, with the same dtype, batch and read-out as the sweep,
+so that only the sharing differs; "whole logits" is the textbook loop, which upcasts nothing in pieces. The ceiling is
+what sharing can give on this model: blocks are shared, the head is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sleb import calibration
+from sleb.blocks import BlockStack
+from sleb.loading import load_model
+from sleb.records import CalibrationSpec
+from sleb.scoring import Scorer, cost_of
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--dtype", default="auto")
+    asked = parser.parse_args()
+
+    loaded = load_model(asked.model, dtype=asked.dtype)
+    stack = BlockStack(loaded.model)
+    spec = CalibrationSpec(source="demo", sequences=asked.sequences, sequence_length=asked.sequence_length)
+    text = calibration.build(spec, 0, 0, loaded.tokenizer, stack.config.vocab_size)
+    candidates = [(block,) for block in range(1, len(stack) - 1)]
+    per_round = max(1, asked.sequences // asked.rounds)
+    scorer = Scorer(stack, text.ids, batch_size=asked.batch_size)
+
+    def sweep(sequences: np.ndarray) -> np.ndarray:
+        return scorer.score(candidates, sequences)
+
+    def plain(sequences: np.ndarray) -> np.ndarray:
+        return np.concatenate([scorer.score([candidate], sequences) for candidate in candidates])
+
+    textbook = Scorer(stack, text.ids, batch_size=scorer.batch_size, plain=True)
+
+    def whole_logits(sequences: np.ndarray) -> np.ndarray:
+        return textbook.score(candidates, sequences)
+
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "sweep": sweep,
+        "plain": plain,
+        "plain, whole logits": whole_logits,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    sweep(np.arange(1))  # warm up
+    largest = 0.0
+    for start in range(0, asked.sequences - per_round + 1, per_round):
+        sequences = np.arange(start, start + per_round)
+        results = {}
+        for name, way in ways.items():
+            began = time.perf_counter()
+            results[name] = way(sequences)
+            seconds[name].append(time.perf_counter() - began)
+        largest = max(largest, *(float(np.abs(found - results["sweep"]).max()) for found in results.values()))
+
+    shared, alone = (cost_of(candidates, len(stack), plain=way) for way in (False, True))
+    block, head = _times(scorer, text.ids)
+    ceiling = (alone.block_evaluations * block + alone.head_evaluations * head) / (
+        shared.block_evaluations * block + shared.head_evaluations * head
+    )
+    bound = (len(stack) ** 2 + len(stack)) // 2
+    tokens = asked.sequence_length
+    print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}, {torch.get_num_threads()} threads, batch {scorer.batch_size}")
+    print(f"one greedy step, {len(candidates)} candidates, {tokens} tokens a sequence, {len(seconds['sweep'])} rounds")
+    print(f"block evaluations a sequence: sweep {shared.block_evaluations} (bound {bound}), plain {alone.block_evaluations}")
+    for name, times in seconds.items():
+        spread = f"{min(times) / per_round:.2f} to {max(times) / per_round:.2f}"
+        print(f"  {name:20} {statistics.median(times) / per_round:6.2f} s a sequence ({spread})")
+    for name in ("plain", "plain, whole logits"):
+        ratios = [slow / fast for slow, fast in zip(seconds[name], seconds["sweep"], strict=True)]
+        print(f"{name} / sweep: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"ceiling on this model: {ceiling:.2f} (a read-out costs {head / block:.1f} blocks)")
+    print(f"largest difference of a score: {largest:.3g} nats")
+
+
+@torch.inference_mode()
+def _times(scorer: Scorer, ids: np.ndarray) -> tuple[float, float]:
+    """Seconds of one block and of one read-out for a batch, medians."""
+    batch = torch.from_numpy(ids[: scorer.batch_size]).to(scorer.stack.device)
+    inputs = scorer.stack.capture(batch)
+    blocks, heads = [], []
+    for _ in range(5):
+        stream = inputs.start()
+        for block in range(len(scorer.stack)):
+            began = time.perf_counter()
+            scorer.stack.advance(block, inputs, stream)
+            blocks.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        scorer._nll(stream.hidden, batch)
+        heads.append(time.perf_counter() - began)
+    return statistics.median(blocks), statistics.median(heads)
+
+
+if __name__ == "__main__":
+    main()
