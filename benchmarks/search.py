@@ -78,9 +78,10 @@ def main() -> None:
     )
     bound = (len(stack) ** 2 + len(stack)) // 2
     tokens = asked.sequence_length
-    print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}, {torch.get_num_threads()} threads, batch {scorer.batch_size}")
+    threads = torch.get_num_threads()
+    print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}, {threads} threads, batch {scorer.batch_size}")
     print(f"one greedy step, {len(candidates)} candidates, {tokens} tokens a sequence, {len(seconds['sweep'])} rounds")
-    print(f"block evaluations a sequence: sweep {shared.block_evaluations} (bound {bound}), plain {alone.block_evaluations}")
+    print(f"block evaluations: sweep {shared.block_evaluations} (bound {bound}), plain {alone.block_evaluations}")
     for name, times in seconds.items():
         spread = f"{min(times) / per_round:.2f} to {max(times) / per_round:.2f}"
         print(f"  {name:20} {statistics.median(times) / per_round:6.2f} s a sequence ({spread})")

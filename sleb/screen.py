@@ -74,7 +74,7 @@ class Screen:
 
     def begin(self, run: Run) -> None:
         """Says where the run is."""
-        self.note(f"[dim]Run {escape(run.run_id)} in {escape(str(run.run_dir))}[/]")
+        self.note(_labelled("run", f"[dim]{escape(str(run.run_dir))}[/]"))
 
     def end(self, run: Run) -> None:
         """The list, and what to do with it."""
@@ -121,7 +121,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def number(value: float | None) -> str:
+def decimal(value: float | None) -> str:
     """A perplexity for the screen."""
     if value is None:
         return "-"
@@ -129,59 +129,83 @@ def number(value: float | None) -> str:
 
 
 def describe(stack: StackDescription) -> str:
-    """The model and the text, in two lines."""
+    """The model, the text and the self-check, one labelled line each."""
     check = stack.self_check
-    difference = "none" if not check.max_difference else f"{check.max_difference:.1g} nats per token"
-    how = f"sweep checked against plain forward passes ({check.candidates} candidates, largest difference {difference})"
+    model = (
+        f"{escape(stack.model_class)}: {stack.num_blocks} blocks of {escape(stack.block_class)} "
+        f"({escape(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
+    )
+    bos = "BOS at the head of each" if stack.bos else "no BOS added"
+    text = f"{escape(stack.text)}\n{stack.sequences} sequences choose, {stack.held_out} are held out; {bos}"
     if check.scoring == "plain":
-        how = f"[bold yellow]scored the plain way[/]: {escape(check.reason or '')}"
-    lines = [
-        f"[bold]{escape(stack.model_class)}[/]: {stack.num_blocks} blocks of {escape(stack.block_class)} at "
-        f"{escape(stack.path)}, {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}; {how}",
-        f"Text: {escape(stack.text)}; {stack.sequences} sequences choose, {stack.held_out} are held out; "
-        f"BOS {'at the head of each' if stack.bos else 'not added'}",
-    ]
+        trust = f"[bold yellow]scored the plain way[/]: {escape(check.reason or '')}"
+    elif check.max_difference:
+        trust = f"the sweep differs from plain forward passes by at most {check.max_difference:.1g} nats per token"
+    else:
+        trust = f"the sweep equals plain forward passes, for all {check.candidates} candidates"
+    lines = [_labelled("model", model), _labelled("text", text), _labelled("check", trust)]
     for block, reason in check.protected.items():
-        lines.append(f"[yellow]Block {block} is protected: {escape(reason)}[/]")
+        lines.append(_labelled("", f"[yellow]block {block} is protected: {escape(reason)}[/]"))
     return "\n".join(lines)
 
 
 def describe_baseline(baseline: Baseline) -> str:
-    """The unmodified model."""
-    held_out = baseline.held_out.perplexity
-    return (
-        f"Baseline: perplexity [bold]{number(baseline.perplexity)}[/] on the calibration text"
-        + (f", {number(held_out)} on held-out text" if held_out is not None else "")
-        + f" ({baseline.calibration.token_count:,} and {baseline.held_out.token_count:,} tokens)"
-    )
+    """The head of the table of steps, and the unmodified model as its first row."""
+    head = f"step {'remove':>8}  {'score':>8}  {'margin':>17}  {'perplexity':>10}  {'held-out':>9}"
+    return f"\n[dim]{head}[/]\n" + _row("", "none", "", "", baseline.perplexity, baseline, baseline)
 
 
 def describe_step(step: Step, baseline: Baseline) -> str:
-    """What was decided, on what evidence."""
-    chosen = next(
-        c
-        for c in step.candidates
-        if (set(c.skipped) <= set(step.removal_list) and c.block in step.removed) or c.skipped == step.removal_list
-    )
-    removed = ", ".join(map(str, step.removed))
-    text = f"Step {step.number}: remove block{'s' if len(step.removed) > 1 else ''} [bold]{removed}[/]"
+    """What was decided, on what evidence, as a row under `describe_baseline`."""
+    chosen = _chosen(step)
+    margin = "only candidate"
+    if step.margin is not None:
+        margin = f"{step.margin:.4f}"
+        if step.margin_standard_error is not None:
+            margin += f" ± {step.margin_standard_error:.4f}"
+    removed = ",".join(map(str, step.removed))
     if step.restored:
-        text += f", restore {', '.join(map(str, step.restored))}"
-    text += f" ({_score(chosen)}); perplexity [bold]{number(step.perplexity)}[/]"
-    if step.held_out.token_count:
-        text += f", held-out {number(step.held_out.perplexity)}{_rise(step, baseline)}"
-    text += f"  [dim]{duration(step.seconds)}[/]\n    "
+        removed += " -" + ",".join(map(str, step.restored))
+    score = "-" if chosen.score is None else f"{chosen.score:.4f}"
+    return _row(str(step.number), removed, score, margin, step.perplexity, step, baseline) + "  " + _verdict(step)
+
+
+def _labelled(label: str, text: str) -> str:
+    """A dim label and its text, further lines under the first."""
+    return f"[dim]{label:<7}[/]" + text.replace("\n", "\n" + " " * 7)
+
+
+def _row(
+    number: str,
+    removed: str,
+    score: str,
+    margin: str,
+    perplexity: float | None,
+    of: Step | Baseline,
+    baseline: Baseline,
+) -> str:
+    held_out = decimal(of.held_out.perplexity) if of.held_out.token_count else "-"
+    rise = _rise(of, baseline) if of is not baseline else ""
+    return (
+        f"{number:>4} [bold]{removed:>8}[/]  {score:>8}  {margin:>17}  [bold]{decimal(perplexity):>10}[/]  "
+        f"{held_out:>9} {rise:>7}"
+    )
+
+
+def _verdict(step: Step) -> str:
     if step.margin is None:
-        return text + "[dim]the only candidate[/]"
-    unit = "" if chosen.objective == "metric1" else " nats per token"
+        return ""
     if step.margin_standard_error is None:
-        return text + f"[dim]margin to the runner-up {step.margin:.4f}{unit}; one sequence gives no standard error[/]"
-    text += f"[dim]margin to the runner-up {step.margin:.4f} ± {step.margin_standard_error:.4f}{unit}[/]"
+        return "[dim]one sequence: no error[/]"
     if not step.tied:
-        return text + ", [green]told apart from every other block[/]"
-    shown = ", ".join(map(str, step.tied[:_TIED_SHOWN]))
+        return "[green]told apart[/]"
     more = f" and {len(step.tied) - _TIED_SHOWN} more" if len(step.tied) > _TIED_SHOWN else ""
-    return text + f", [yellow]tied with {shown}{more}[/]"
+    return f"[yellow]tied with {', '.join(map(str, step.tied[:_TIED_SHOWN]))}{more}[/]"
+
+
+def _chosen(step: Step) -> Candidate:
+    """The winner: what was removed alone, or with everything before it."""
+    return next(c for c in step.candidates if c.skipped in (step.removal_list, step.removed) or c.block in step.removed)
 
 
 def describe_end(run: Run) -> str:
@@ -192,25 +216,25 @@ def describe_end(run: Run) -> str:
         return f"Nothing was removed: {escape(run.trace.finished or 'not finished')}."
     assert run.stack is not None
     share = sum(run.stack.block_parameters[block] for block in run.removal_list) / run.stack.total_parameters
+    finished = run.trace.finished or "not finished: resume it"
+    name = escape(run.run_id)
     lines = [
-        f"Removal list: [bold]{list(run.removal_list)}[/]",
-        f"[dim]Kept: {_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone. "
-        f"{escape((run.trace.finished or 'not finished: resume it').capitalize())}.[/]",
-        f"[dim]Next: sleb show {escape(run.run_id)}; sleb export {escape(run.run_id)} --format hf --out FOLDER[/]",
+        f"[bold]Removal list: {list(run.removal_list)}[/]",
+        _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone; {escape(finished)}"),
+        _labelled("next", f"sleb show {name}\nsleb export {name} --format hf --out FOLDER"),
     ]
-    return "\n".join(lines)
+    return "\n" + "\n".join(lines)
 
 
-def print_run(run: Run) -> None:
-    """The whole run on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(
-        f"Run [bold]{escape(run.run_id)}[/] ({jobs.state_of(run).value}): {escape(run.spec.model)}, "
-        f"{run.spec.method.value if run.spec.kind == 'search' else 'analysis'}"
-    )
+def print_run(run: Run, console: Console | None = None) -> None:
+    """The whole run on stdout, or on another console."""
+    console = console or Console(highlight=False, soft_wrap=True)
+    kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
+    console.print(_labelled("run", f"[bold]{escape(run.run_id)}[/] ({jobs.state_of(run).value})"))
+    console.print(_labelled("what", f"{kind} of {escape(run.spec.model)}"))
     for job in jobs.watched(run).jobs:
         if job.status.message:
-            console.print(f"  {job.name}: {job.status.state.value}: {escape(job.status.message)}")
+            console.print(_labelled("", f"{job.name} {job.status.state.value}: {escape(job.status.message)}"))
     if run.stack:
         console.print(describe(run.stack))
     if run.trace:
@@ -238,7 +262,7 @@ def print_runs(found: list[Run | RunError]) -> None:
                 run.spec.model,
                 run.spec.method.value if run.spec.kind == "search" else "analysis",
                 str(list(run.removal_list)) if run.removal_list else "-",
-                f"{number(first)} → {number(last)}",
+                f"{decimal(first)} → {decimal(last)}",
             )
         )
     if not rows:
@@ -262,31 +286,23 @@ def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
 
 def _describe_analysis(run: Run) -> str:
     if run.analysis is None:
-        return f"No analysis: {escape(run.analysis_unavailable or 'not made yet')}"
+        return "\n" + _labelled("none", f"No analysis: {escape(run.analysis_unavailable or 'not made yet')}")
     similarity, alignment = run.analysis.similarity, run.analysis.alignment
     order = sorted(range(len(similarity.metric1)), key=similarity.metric1.__getitem__)
     least = ", ".join(f"{block} ({similarity.metric1[block]:.3f})" for block in order[:5])
     exits = alignment.generated or alignment.calibration
-    batches = [(size, exits.skipped_share[size]) for size in (1, 4, 16) if size in exits.skipped_share]
-    shares = ", ".join(f"batch {size}: {share:.1%} ({exits.speedup(share):.2f}x)" for size, share in batches)
-    return (
-        f"Similarity over {similarity.token_count:,} tokens: the blocks that change their input least are "
-        f"{least} (Metric1, 1 - cosine)\n"
-        f"Alignment on {escape(exits.source)}: an ideal early exit would skip, at {shares} of the blocks"
-    )
+    shares = [(size, exits.skipped_share[size]) for size in (1, 4, 16) if size in exits.skipped_share]
+    batches = ", ".join(f"{share:.1%} at batch {size} ({exits.speedup(share):.2f}x)" for size, share in shares)
+    similar = f"least changed inputs, Metric1 over {similarity.token_count:,} tokens: {least}"
+    early = f"an ideal early exit skips {batches}\n[dim]on {escape(exits.source)}[/]"
+    return "\n" + _labelled("blocks", similar) + "\n" + _labelled("exits", early)
 
 
-def _score(candidate: Candidate) -> str:
-    if candidate.score is None:
-        return "no score"
-    return f"Metric1 {candidate.score:.4f}" if candidate.objective == "metric1" else f"score {candidate.score:.4f} nats"
-
-
-def _rise(step: Step, baseline: Baseline) -> str:
-    before, after = baseline.held_out.perplexity, step.held_out.perplexity
+def _rise(of: Step | Baseline, baseline: Baseline) -> str:
+    before, after = baseline.held_out.perplexity, of.held_out.perplexity
     if before is None or after is None or before == 0:
         return ""
-    return f" ({after / before - 1:+.1%})"
+    return f"{after / before - 1:+.1%}"
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:
