@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from . import jobs, store
 from .errors import OptionError, RunBusy
+from .meter import Watcher
 from .records import CalibrationSpec, JobSpec, Method, Proof, Run, RunSpec
-
-if TYPE_CHECKING:
-    from .worker import Watcher
 
 PAPER_SEQUENCES = 128
 PAPER_SEQUENCE_LENGTH = 2048

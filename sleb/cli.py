@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,32 @@ import typer
 
 from . import api, jobs, store
 from .errors import BadInput, OptionError, RunError, SlebError, Stopped
+from .options import (
+    CHOICE,
+    HOW,
+    AllowPickle,
+    BatchSize,
+    Bos,
+    BosOption,
+    Calibration,
+    Chat,
+    Device,
+    Dtype,
+    DtypeOption,
+    Format,
+    HeldOut,
+    Json,
+    Model,
+    Revision,
+    RunDir,
+    RunName,
+    Sampling,
+    SamplingOption,
+    Seed,
+    SequenceLength,
+    Sequences,
+    TrustRemoteCode,
+)
 from .records import JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, duration, print_run, print_runs, table
 from .summary import summary
@@ -33,107 +58,6 @@ app = typer.Typer(
 )
 
 
-class Sampling(StrEnum):
-    """Which windows of the text."""
-
-    RANDOM = "random"
-    FIRST = "first"
-
-
-class Bos(StrEnum):
-    """Whether windows begin with BOS."""
-
-    AUTO = "auto"
-    YES = "yes"
-    NO = "no"
-
-
-class Dtype(StrEnum):
-    """What the model computes in."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Format(StrEnum):
-    """What a removal list is written as."""
-
-    JSON = "json"
-    CSV = "csv"
-    LIST = "list"
-    SLEB = "sleb"
-    MERGEKIT = "mergekit"
-    LLAMA_QUANTIZE = "llama-quantize"
-    HF = "hf"
-
-
-_TEXT, _CHOICE, _HOW = "Which text", "Which blocks", "How"
-
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or **demo**."),
-]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run id (see sleb runs) or a run folder.")]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SPEC",
-        rich_help_panel=_TEXT,
-        help="wikitext2, c4, wikitext2-rows (the reference's loader), demo, a local .txt, .jsonl or .parquet file "
-        "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN. [default: wikitext2; demo for demo]",
-    ),
-]
-Sequences = Annotated[
-    int | None,
-    typer.Option(min=1, rich_help_panel=_TEXT, help="Calibration sequences. [default: 128; 16 for demo]"),
-]
-SequenceLength = Annotated[
-    int | None,
-    typer.Option(min=2, rich_help_panel=_TEXT, help="Tokens each. [default: 2048; 256 for demo]"),
-]
-HeldOut = Annotated[
-    int | None,
-    typer.Option(min=0, rich_help_panel=_TEXT, help="Sequences that take no part in any choice. [default: a quarter]"),
-]
-SamplingOption = Annotated[
-    Sampling, typer.Option(rich_help_panel=_TEXT, help="Windows drawn without overlap, or the first ones.")
-]
-BosOption = Annotated[
-    Bos,
-    typer.Option(rich_help_panel=_TEXT, help="BOS at the head of every window; auto follows the tokenizer."),
-]
-Chat = Annotated[
-    bool,
-    typer.Option("--chat", rich_help_panel=_TEXT, help="The column holds conversations: use the chat template."),
-]
-Seed = Annotated[int, typer.Option(rich_help_panel=_TEXT, help="Of everything that is drawn.")]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(rich_help_panel=_HOW, help="auto is what is fast on the device (16 bits where it can)."),
-]
-Device = Annotated[str, typer.Option(rich_help_panel=_HOW, help="auto, cpu, cuda:0 …")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, rich_help_panel=_HOW, help="Sequences at once; halved when memory runs out."),
-]
-Revision = Annotated[str | None, typer.Option(rich_help_panel=_HOW, help="Branch, tag or commit on the hub.")]
-RunDir = Annotated[
-    Path | None,
-    typer.Option(rich_help_panel=_HOW, help="A new folder for the run. [default: under SLEB_HOME]"),
-]
-AllowPickle = Annotated[
-    bool,
-    typer.Option("--allow-pickle", rich_help_panel=_HOW, help="Read weights that can run code when read."),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", rich_help_panel=_HOW, help="Run code that comes with the model."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
-
-
 @app.command()
 def search(
     model: Model,
@@ -145,29 +69,29 @@ def search(
     bos: BosOption = Bos.AUTO,
     chat: Chat = False,
     seed: Seed = 0,
-    remove: Annotated[int | None, typer.Option(min=1, rich_help_panel=_CHOICE, help="How many blocks.")] = None,
+    remove: Annotated[int | None, typer.Option(min=1, rich_help_panel=CHOICE, help="How many blocks.")] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(rich_help_panel=_CHOICE, help="Or which share, rounded up. [default: 0.2; 0.1 for demo]"),
+        typer.Option(rich_help_panel=CHOICE, help="Or which share, rounded up. [default: 0.2; 0.1 for demo]"),
     ] = None,
     method: Annotated[
         Method,
-        typer.Option(rich_help_panel=_CHOICE, help="metric3 is SLEB; the others are what the paper compares it with."),
+        typer.Option(rich_help_panel=CHOICE, help="metric3 is SLEB; the others are what the paper compares it with."),
     ] = Method.METRIC3,
     until_perplexity: Annotated[
         str | None,
-        typer.Option(metavar="+10%", rich_help_panel=_CHOICE, help="Stop before the held-out perplexity rises more."),
+        typer.Option(metavar="+10%", rich_help_panel=CHOICE, help="Stop before the held-out perplexity rises more."),
     ] = None,
     protect: Annotated[
         str | None,
         typer.Option(
             metavar="0,29",
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             help="Blocks never removed; '' for none. [default: first and last]",
         ),
     ] = None,
     confidence: Annotated[
-        float, typer.Option(rich_help_panel=_CHOICE, help="Of the interval that calls candidates tied.")
+        float, typer.Option(rich_help_panel=CHOICE, help="Of the interval that calls candidates tied.")
     ] = 0.95,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -176,7 +100,7 @@ def search(
     run_dir: RunDir = None,
     analysis: Annotated[
         bool,
-        typer.Option("--analysis/--no-analysis", rich_help_panel=_HOW, help="Similarity and alignment as well."),
+        typer.Option("--analysis/--no-analysis", rich_help_panel=HOW, help="Similarity and alignment as well."),
     ] = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,

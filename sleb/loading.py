@@ -146,16 +146,21 @@ def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_is_faster_in(torch.bfloat16) else torch.float32
 
 
-def weights_hash(model: nn.Module) -> str:
-    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights."""
+def weights_hash(model: nn.Module, dtype: str | None = None) -> str:
+    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights.
+
+    With `dtype`, of what they would be in that type.
+    """
+    cast = getattr(torch, dtype) if dtype else None
     digest = xxhash.xxh3_128()
     seen: set[int] = set()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        kind = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name}{tuple(tensor.shape)}{kind}".encode())
         if tensor.data_ptr() in seen:  # tied
             continue
         seen.add(tensor.data_ptr())
-        plain = tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor
+        plain = (tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor).to(kind)
         digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,11 +13,9 @@ from rich.table import Table
 
 from . import jobs
 from .errors import RunError
+from .meter import Watcher
 from .records import Baseline, Candidate, Run, StackDescription, Step
 from .records import Progress as Done
-
-if TYPE_CHECKING:
-    from .worker import Watcher
 
 _TIED_SHOWN = 6
 
@@ -50,9 +47,7 @@ class Screen:
         self.bar.stop()
 
     def watcher(self) -> Watcher:
-        """What the worker tells, drawn here. Imports torch: ask only when there is work to do."""
-        from .worker import Watcher
-
+        """What the worker tells, drawn here."""
         screen = self
 
         class Drawing(Watcher):
@@ -205,7 +200,7 @@ def _verdict(step: Step) -> str:
 
 def _chosen(step: Step) -> Candidate:
     """The winner: what was removed alone, or with everything before it."""
-    return next(c for c in step.candidates if c.skipped in (step.removal_list, step.removed) or c.block in step.removed)
+    return next(c for c in step.candidates if c.skipped in (step.removal_list, step.removed))
 
 
 def describe_end(run: Run) -> str:

@@ -18,10 +18,10 @@ import sleb
 from sleb import jobs, store
 from sleb.blocks import BlockStack
 from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, RunBusy, RunError, ScoringError
+from sleb.meter import Meter, Watcher
 from sleb.records import JobSpec, JobState, Step
 from sleb.scoring import plain_nll
 from sleb.summary import summary
-from sleb.worker import Watcher
 
 
 def options(text_file: Path, **more: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_progress_ends_at_the_whole_with_a_time_left(tiny_model: Path, text_file
 
     from sleb import worker
 
-    counted = worker._Meter
+    counted = worker.Meter
     total = 0.0
 
     class Counting(counted):  # type: ignore[misc,valid-type]
@@ -113,11 +113,11 @@ def test_progress_ends_at_the_whole_with_a_time_left(tiny_model: Path, text_file
             total += units
             super().advance(units, where)
 
-    worker._Meter = Counting  # type: ignore[misc]
+    worker.Meter = Counting  # type: ignore[misc]
     try:
         sleb.search(str(tiny_model), **options(text_file), watcher=Listening())
     finally:
-        worker._Meter = counted  # type: ignore[misc]
+        worker.Meter = counted  # type: ignore[misc]
     steps = [item for item in heard if isinstance(item, Step)]
     assert len(steps) == 2
     assert {item.phase for item in heard if not isinstance(item, Step)} >= {"Loading the model", "Searching"}
@@ -127,10 +127,8 @@ def test_progress_ends_at_the_whole_with_a_time_left(tiny_model: Path, text_file
 @pytest.mark.parametrize("method", ["metric3", "metric2", "metric1", "early-exit", "best-chunk"])
 def test_the_forecast_of_work_is_what_is_done(method: str, tiny_model: Path, text_file: Path) -> None:
     """What the ETA is made of: forecast units against units really advanced."""
-    from sleb import worker
-
     seen: dict[str, float] = {"done": 0.0}
-    original_expect, original_advance = worker._Meter.expect, worker._Meter.advance
+    original_expect, original_advance = Meter.expect, Meter.advance
 
     def expect(self: Any, units: float, *rest: int) -> None:
         seen["total"] = units
@@ -140,11 +138,11 @@ def test_the_forecast_of_work_is_what_is_done(method: str, tiny_model: Path, tex
         seen["done"] += units
         original_advance(self, units, where)
 
-    worker._Meter.expect, worker._Meter.advance = expect, advance  # type: ignore[method-assign]
+    Meter.expect, Meter.advance = expect, advance  # type: ignore[method-assign]
     try:
         sleb.search(str(tiny_model), **options(text_file, method=method, remove=3))
     finally:
-        worker._Meter.expect, worker._Meter.advance = original_expect, original_advance  # type: ignore[method-assign]
+        Meter.expect, Meter.advance = original_expect, original_advance  # type: ignore[method-assign]
     assert seen["done"] == pytest.approx(seen["total"], rel=0.15)
 
 

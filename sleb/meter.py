@@ -1,0 +1,67 @@
+"""How far a job is, and who wants to hear of it. Knows work done and clocks; knows no model and no screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from .records import Baseline, Progress, StackDescription, Step
+
+
+class Watcher:
+    """Told what happens while it happens; the command line draws it. Does nothing by itself."""
+
+    def progress(self, progress: Progress) -> None:
+        """How far the job is; at most a few times a second."""
+
+    def described(self, stack: StackDescription) -> None:
+        """The model is open, the text is cut, the self-check is done."""
+
+    def baseline(self, baseline: Baseline) -> None:
+        """The unmodified model has been scored."""
+
+    def step(self, step: Step, baseline: Baseline) -> None:
+        """A block has been chosen and written down."""
+
+
+class Meter:
+    """Turns work done into progress with an ETA, a few times a second."""
+
+    def __init__(self, *sinks: Callable[[Progress], None]) -> None:
+        self.sinks = sinks
+        self._progress = Progress(phase="Starting")
+        self._total = self._done = 0.0
+        self._start = self._told = 0.0
+
+    def phase(self, name: str) -> None:
+        """A phase whose length is not known."""
+        self._tell(Progress(phase=name), force=True)
+
+    def expect(self, units: float, finished_steps: int, steps: int) -> None:
+        """The search is about to start, with so much work ahead."""
+        self._total, self._done, self._start = max(units, 1.0), 0.0, time.perf_counter()
+        self._progress = Progress(phase="Searching", step=finished_steps, steps=steps)
+
+    def step(self, number: int) -> None:
+        """Step `number` begins."""
+        self._tell(self._progress.model_copy(update={"phase": "Searching", "step": number}), force=True)
+
+    def advance(self, units: float, where: str) -> None:
+        """So much work has been done, and where it is."""
+        self._done += units
+        if time.perf_counter() - self._told < 0.2 or not self._total:
+            return
+        fraction = min(self._done / self._total, 1.0)
+        eta = (time.perf_counter() - self._start) * (1 - fraction) / fraction
+        self._tell(self._progress.model_copy(update={"fraction": fraction, "eta_seconds": eta, "message": where}))
+
+    def part(self, fraction: float, message: str) -> None:
+        """How far a phase without units of its own is."""
+        self._tell(self._progress.model_copy(update={"fraction": fraction, "message": message, "eta_seconds": None}))
+
+    def _tell(self, progress: Progress, *, force: bool = False) -> None:
+        self._progress = progress
+        if force or time.perf_counter() - self._told >= 0.2:
+            self._told = time.perf_counter()
+            for sink in self.sinks:
+                sink(progress)

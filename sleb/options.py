@@ -1,0 +1,110 @@
+"""The options of the command line that several commands share: their types, names and help. Does nothing."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Sampling(StrEnum):
+    """Which windows of the text."""
+
+    RANDOM = "random"
+    FIRST = "first"
+
+
+class Bos(StrEnum):
+    """Whether windows begin with BOS."""
+
+    AUTO = "auto"
+    YES = "yes"
+    NO = "no"
+
+
+class Dtype(StrEnum):
+    """What the model computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Format(StrEnum):
+    """What a removal list is written as."""
+
+    JSON = "json"
+    CSV = "csv"
+    LIST = "list"
+    SLEB = "sleb"
+    MERGEKIT = "mergekit"
+    LLAMA_QUANTIZE = "llama-quantize"
+    HF = "hf"
+
+
+TEXT, CHOICE, HOW = "Which text", "Which blocks", "How"
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or **demo**."),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run id (see sleb runs) or a run folder.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        rich_help_panel=TEXT,
+        help="wikitext2, c4, wikitext2-rows (the reference's loader), demo, a local .txt, .jsonl or .parquet file "
+        "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN. [default: wikitext2; demo for demo]",
+    ),
+]
+Sequences = Annotated[
+    int | None,
+    typer.Option(min=1, rich_help_panel=TEXT, help="Calibration sequences. [default: 128; 16 for demo]"),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(min=2, rich_help_panel=TEXT, help="Tokens each. [default: 2048; 256 for demo]"),
+]
+HeldOut = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=TEXT, help="Sequences that take no part in any choice. [default: a quarter]"),
+]
+SamplingOption = Annotated[
+    Sampling, typer.Option(rich_help_panel=TEXT, help="Windows drawn without overlap, or the first ones.")
+]
+BosOption = Annotated[
+    Bos,
+    typer.Option(rich_help_panel=TEXT, help="BOS at the head of every window; auto follows the tokenizer."),
+]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", rich_help_panel=TEXT, help="The column holds conversations: use the chat template."),
+]
+Seed = Annotated[int, typer.Option(rich_help_panel=TEXT, help="Of everything that is drawn.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(rich_help_panel=HOW, help="auto is what is fast on the device (16 bits where it can)."),
+]
+Device = Annotated[str, typer.Option(rich_help_panel=HOW, help="auto, cpu, cuda:0 …")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, rich_help_panel=HOW, help="Sequences at once; halved when memory runs out."),
+]
+Revision = Annotated[str | None, typer.Option(rich_help_panel=HOW, help="Branch, tag or commit on the hub.")]
+RunDir = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=HOW, help="A new folder for the run. [default: under SLEB_HOME]"),
+]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", rich_help_panel=HOW, help="Read weights that can run code when read."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]

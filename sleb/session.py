@@ -1,0 +1,288 @@
+"""One search or analysis of one run: model, text, methods and files meet here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from . import analysis, calibration, methods, store
+from .blocks import BlockStack
+from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
+from .loading import LoadedModel, weights_hash
+from .meter import Meter, Watcher
+from .records import Baseline, JobSpec, Run, StackDescription, Step
+from .scoring import Scorer, cost_of, self_check
+from .similarity import block_influence
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """One search or analysis of one run, from the model to the last line of the trace."""
+
+    def __init__(self, run: Run, job: JobSpec, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> None:
+        self.run, self.spec, self.loaded = run, run.spec, loaded
+        self.meter, self.watcher = meter, watcher
+        self.batch_size = job.batch_size
+        """Sequences at once; what fitted, once the search is over."""
+        self.stack = BlockStack(self.loaded.model)
+        config = self.stack.config
+        _require_positions(config, self.spec.calibration.sequence_length)
+        meter.phase("Reading the calibration text")
+        self.text = calibration.build(
+            self.spec.calibration,
+            self.spec.held_out,
+            self.spec.seed,
+            self.loaded.tokenizer,
+            config.vocab_size,
+        )
+        if self.spec.until_perplexity is not None and self.text.held_out == 0:
+            raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
+        self.description = self._describe(config)
+        watcher.described(self.description)
+
+    def go(self) -> None:
+        """Baseline, steps, analyses; whatever is there already is kept."""
+        if self.spec.kind == "search":
+            self._search()
+            if self.spec.analysis and self.run.analysis is None and self.run.analysis_unavailable is None:
+                try:
+                    self._analyze()
+                except (ModelError, ScoringError) as error:  # the removal list stands without it
+                    log.warning("No analysis: %s", error)
+                    store.write_no_analysis(self.run.run_dir, str(error))
+        elif self.run.analysis is None:
+            self._analyze()
+
+    def _describe(self, config: Any) -> StackDescription:
+        hashed = weights_hash(self.loaded.model)
+        if self.run.stack is not None:
+            _require_same(self.run, hashed, self.text.tokens_hash)
+            return self.run.stack
+        count = len(self.stack)
+        asked = self.spec.protected
+        if asked is None:
+            asked = (0, count - 1) if self.spec.method.protects_ends else ()
+        outside = [block for block in asked if not 0 <= block < count]
+        if outside:
+            raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {count - 1}.")
+        candidates = [block for block in range(count) if block not in asked]
+        removing = self.spec.kind == "search"
+        if removing:
+            methods.number_to_remove(count, len(candidates), self.spec.num_remove, self.spec.ratio)
+        self.meter.phase("Checking the sweep against plain forward passes")
+        check = self_check(self.stack, candidates, self.text.ids)
+        if check.reason:
+            log.warning("Scoring the plain way: %s.", check.reason)
+        protected = tuple(sorted({*asked, *check.protected}))
+        for block, reason in check.protected.items():
+            log.warning("Block %d is protected: %s.", block, reason)
+        available = count - len(protected)
+        description = StackDescription(
+            model_class=type(self.loaded.model).__name__,
+            path=self.stack.path,
+            block_class=type(self.stack.blocks[0]).__name__,
+            num_blocks=count,
+            block_parameters=tuple(self.stack.parameters_of(block) for block in range(count)),
+            total_parameters=sum(parameter.numel() for parameter in self.loaded.model.parameters()),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            dtype=self.loaded.dtype,
+            revision=self.loaded.revision,
+            weights_hash=hashed,
+            tokens_hash=self.text.tokens_hash,
+            sequences=self.text.sequences,
+            held_out=self.text.held_out,
+            sequence_length=self.text.ids.shape[1],
+            bos=self.text.bos,
+            text=self.text.text,
+            num_remove=methods.number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
+            if removing
+            else 0,
+            protected=protected,
+            self_check=check,
+        )
+        store.write_stack(self.run.run_dir, description)
+        return description
+
+    def _search(self) -> None:
+        directory, description = self.run.run_dir, self.description
+        scorer = Scorer(
+            self.stack,
+            self.text.ids,
+            batch_size=self.batch_size,
+            plain=description.self_check.scoring == "plain",
+            watch=self.meter.advance,
+        )
+        problem = methods.Problem(
+            num_blocks=description.num_blocks,
+            num_remove=description.num_remove,
+            protected=description.protected,
+            calibration=np.arange(self.text.sequences),
+            held_out=np.arange(self.text.sequences, len(self.text.ids)),
+            token_counts=scorer.token_counts,
+            confidence=self.spec.confidence,
+            until_perplexity=self.spec.until_perplexity,
+        )
+        trace = self.run.trace
+        steps = list(trace.steps) if trace else []
+        if trace is None or trace.finished is None:
+            self.meter.expect(self._forecast(problem, scorer, trace is None, steps), len(steps), problem.num_remove)
+            first = trace.baseline if trace else self._baseline(problem, scorer)
+            self.watcher.baseline(first)
+            for step in steps:
+                self.watcher.step(step, first)
+            self._steps(problem, scorer, first, steps)
+            reason = _why_finished(problem, steps)
+            store.append_finished(directory, reason)
+        self.batch_size = scorer.batch_size
+
+    def _baseline(self, problem: methods.Problem, scorer: Scorer) -> Baseline:
+        self.meter.phase("Scoring the unmodified model")
+        start = time.perf_counter()
+        on_calibration, held_out, nats = methods.baseline(problem, scorer.score)
+        wrong = np.flatnonzero(~np.isfinite(nats))
+        if len(wrong):
+            raise ScoringError(
+                f"The unmodified model's predictions for sequence {wrong[0]} are not numbers in {self.loaded.dtype}. "
+                "Use --dtype float32 or bfloat16, or check the weights."
+            )
+        first = Baseline(
+            calibration=on_calibration,
+            held_out=held_out,
+            block_evaluations=scorer.block_evaluations,
+            head_evaluations=scorer.head_evaluations,
+            seconds=time.perf_counter() - start,
+            warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)),
+        )
+        for warning in first.warnings:
+            log.warning("%s", warning)
+        store.write_scores(self.run.run_dir, "baseline", nats=nats, token_counts=problem.token_counts)
+        store.append_baseline(self.run.run_dir, first)
+        return first
+
+    def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
+        """What makes a baseline not worth an hour of searching, with the likely cause."""
+        token = self.loaded.tokenizer.bos_token_id
+        if not self.text.bos and token is not None and self.spec.calibration.bos == "auto":
+            few = self.text.ids[:2].copy()
+            few[:, 0] = token
+            with_bos = Scorer(self.stack, few, batch_size=1, plain=True).score([()], np.arange(len(few)))[0].sum()
+            tokens = few.shape[1] - 1
+            sums = (nats[: len(few)].sum(), with_bos)
+            before, after = (np.exp(min(total / len(few) / tokens, 700)) for total in sums)
+            if after < 0.8 * before:
+                yield (
+                    f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "
+                    f"is {after:.1f} instead of {before:.1f}: search with --bos yes."
+                )
+        vocabulary = self.description.vocab_size
+        if perplexity >= 0.5 * vocabulary:
+            yield (
+                f"The unmodified model's perplexity is {perplexity:,.0f}, no better than guessing among "
+                f"{vocabulary:,} tokens: its weights are untrained or damaged, or the tokenizer is not its own."
+            )
+        elif perplexity > 1000:
+            yield (
+                f"The unmodified model's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
+                "that the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
+            )
+
+    def _steps(self, problem: methods.Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
+        directory = self.run.run_dir
+
+        def influence() -> np.ndarray:
+            scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
+            return block_influence(self.stack, self.text.ids[problem.calibration], scorer.batch_size)
+
+        decisions = methods.search(self.spec.method, problem, scorer.score, first, tuple(steps), influence)
+        while True:
+            self.meter.step(len(steps) + 1)
+            start, blocks, heads = time.perf_counter(), scorer.block_evaluations, scorer.head_evaluations
+            decision = next(decisions, None)
+            if decision is None:
+                return
+            step = decision.step.model_copy(
+                update={
+                    "block_evaluations": scorer.block_evaluations - blocks,
+                    "head_evaluations": scorer.head_evaluations - heads,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            members = np.array([candidate.block for candidate in step.candidates])
+            store.write_scores(directory, f"step-{step.number:04d}", blocks=members, nats=decision.scores)
+            store.append_step(directory, step)
+            steps.append(step)
+            self.watcher.step(step, first)
+
+    def _forecast(self, problem: methods.Problem, scorer: Scorer, with_baseline: bool, steps: list[Step]) -> float:
+        """Work ahead in block evaluations: the search itself, run over a score that only counts."""
+        total = 0.0
+
+        def count(skip_sets: Any, sequences: np.ndarray) -> np.ndarray:
+            nonlocal total
+            cost = cost_of(skip_sets, problem.num_blocks, len(sequences), plain=scorer.plain)
+            total += cost.units(scorer.head_weight)
+            # Scores that remove evenly spread blocks, as a typical list does.
+            spread = [sum((block * 7919) % problem.num_blocks for block in skipped) + 1.0 for skipped in skip_sets]
+            return np.repeat(np.array(spread)[:, None], len(sequences), axis=1)
+
+        on_calibration, held_out, _ = methods.baseline(problem, count)
+        if not with_baseline:
+            total = 0.0
+        first = Baseline(
+            calibration=on_calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0
+        )
+        endless = replace(problem, until_perplexity=None)
+        influence = np.ones((problem.num_blocks, len(problem.calibration)))
+        for _ in methods.search(self.spec.method, endless, count, first, tuple(steps), lambda: influence):
+            pass
+        return total
+
+    def _analyze(self) -> None:
+        self.meter.phase("Analyses")
+        found = analysis.analyze(
+            self.stack,
+            self.loaded.tokenizer,
+            self.text.ids[: self.text.sequences],
+            weights_hash=self.description.weights_hash,
+            revision=self.description.revision,
+            dtype=self.description.dtype,
+            model_name=self.spec.model,
+            home=store.home(),
+            seed=self.spec.seed,
+            batch_size=self.batch_size,
+            progress=self.meter.part,
+        )
+        store.write_analysis(self.run.run_dir, found)
+
+
+def _require_positions(config: Any, length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise CalibrationError(
+            f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
+            f"Lower --sequence-length to {limit} or less."
+        )
+
+
+def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
+    assert run.stack is not None
+    changed = None
+    if hashed != run.stack.weights_hash:
+        changed = f"The weights of {run.spec.model} are not those"
+    elif tokens_hash != run.stack.tokens_hash:
+        changed = f"The calibration text ({run.spec.calibration.source}) or tokenizer is not the one"
+    if changed:
+        raise RunError(f"{changed} that run {run.run_id} began with. Restore it, or start a new run.")
+
+
+def _why_finished(problem: methods.Problem, steps: list[Step]) -> str:
+    if len(steps) >= problem.num_remove:
+        return f"removed {len(steps)} blocks, as asked"
+    return f"the next removal would raise the held-out perplexity by more than {problem.until_perplexity:.0%}"
