@@ -77,7 +77,8 @@ def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any
         chosen = np.random.default_rng(seed).permutation(len(windows))[:wanted]
     else:
         chosen = np.arange(wanted)
-    text = f"{origin}: {len(texts):,} documents, {len(windows):,} windows of {spec.sequence_length} tokens"
+    joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
+    text = f"{origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens"
     return CalibrationSet(windows[chosen], spec.sequences, bos is not None, text)
 
 

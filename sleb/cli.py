@@ -345,7 +345,9 @@ def work(
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s: %(message)s")
+    handler = _ToScreen()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         app(prog_name="sleb", standalone_mode=True)
     except SlebError as error:
@@ -356,6 +358,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+
+
+class _ToScreen(logging.Handler):
+    """Warnings go to stderr as it is when they come: a live progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
 
 
 def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> None:

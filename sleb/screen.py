@@ -33,6 +33,7 @@ class Screen:
             TextColumn("{task.fields[left]}", style="dim"),
             console=self.errors,
             transient=True,
+            disable=not self.errors.is_terminal,
         )
         self.task = self.bar.add_task("Starting", total=None, share="", left="")
         self._phase = ""
@@ -59,8 +60,6 @@ class Screen:
 
             def baseline(self, baseline: Baseline) -> None:
                 screen.print(describe_baseline(baseline))
-                for warning in baseline.warnings:
-                    screen.note(f"[bold yellow]Warning:[/] {escape(warning)}")
 
             def step(self, step: Step, baseline: Baseline) -> None:
                 screen.print(describe_step(step, baseline))
@@ -131,7 +130,7 @@ def describe(stack: StackDescription) -> str:
         f"({escape(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
-    text = f"{escape(stack.text)}\n{stack.sequences} sequences choose, {stack.held_out} are held out; {bos}"
+    text = f"{escape(stack.text)}\n{stack.sequences} sequences to choose by, {stack.held_out} held out; {bos}"
     if check.scoring == "plain":
         trust = f"[bold yellow]scored the plain way[/]: {escape(check.reason or '')}"
     elif check.max_difference:
@@ -158,9 +157,7 @@ def describe_step(step: Step, baseline: Baseline) -> str:
         margin = f"{step.margin:.4f}"
         if step.margin_standard_error is not None:
             margin += f" ± {step.margin_standard_error:.4f}"
-    removed = ",".join(map(str, step.removed))
-    if step.restored:
-        removed += " -" + ",".join(map(str, step.restored))
+    removed = _name(chosen)
     score = "-" if chosen.score is None else f"{chosen.score:.4f}"
     return _row(str(step.number), removed, score, margin, step.perplexity, step, baseline) + "  " + _verdict(step)
 
@@ -195,7 +192,15 @@ def _verdict(step: Step) -> str:
     if not step.tied:
         return "[green]told apart[/]"
     more = f" and {len(step.tied) - _TIED_SHOWN} more" if len(step.tied) > _TIED_SHOWN else ""
-    return f"[yellow]tied with {', '.join(map(str, step.tied[:_TIED_SHOWN]))}{more}[/]"
+    names = {candidate.block: _name(candidate) for candidate in step.candidates}
+    return f"[yellow]tied with {', '.join(names[block] for block in step.tied[:_TIED_SHOWN])}{more}[/]"
+
+
+def _name(candidate: Candidate) -> str:
+    """The block a candidate adds, or the chunk it is."""
+    first, last = candidate.skipped[0], candidate.skipped[-1]
+    is_chunk = candidate.block == first != last and candidate.skipped == tuple(range(first, last + 1))
+    return f"{first}-{last}" if is_chunk else str(candidate.block)
 
 
 def _chosen(step: Step) -> Candidate:

@@ -284,5 +284,5 @@ def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
 
 def _why_finished(problem: methods.Problem, steps: list[Step]) -> str:
     if len(steps) >= problem.num_remove:
-        return f"removed {len(steps)} blocks, as asked"
+        return f"removed {len(steps)} block{'s' if len(steps) > 1 else ''}, as asked"
     return f"the next removal would raise the held-out perplexity by more than {problem.until_perplexity:.0%}"

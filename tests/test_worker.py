@@ -402,6 +402,12 @@ def test_the_text_part_of_a_multimodal_model_is_searched(tmp_path: Path, text_fi
     assert "language_model" in run.stack.path
     assert run.stack.block_class == "Gemma3DecoderLayer"
     assert len(run.removal_list) == 1
+    proof = sleb.export_model(run, tmp_path / "smaller")
+    assert proof.passed
+    assert proof.blocks_after == 3
+    config = t.AutoConfig.from_pretrained(tmp_path / "smaller")
+    assert config.text_config.num_hidden_layers == 3
+    assert config.vision_config.num_hidden_layers == 4  # as deep as the text was, and untouched
 
 
 def _assert_same(found: sleb.Run, expected: sleb.Run) -> None:
