@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +146,8 @@ def export_model(
     """
     found = _found(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code)
-    job = job.model_copy(update={"steps": steps, "replace": replace, "out": str(Path(out).expanduser().absolute())})
+    folder = str(store.expanded(Path(out)).absolute())
+    job = _valid(JobSpec, job.model_dump() | {"steps": steps, "replace": replace, "out": folder})
     done = execute(found, job, watcher)
     return store.read_proof(done)
 
@@ -183,13 +185,23 @@ def run_spec(
     analysis: bool = True,
 ) -> RunSpec:
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
+    if kind not in ("search", "analyze"):
+        raise OptionError(f"There is no run of kind {kind!r}; search and analyze are the two.")
+    model, calibration = _text("model", model), None if calibration is None else _text("calibration", calibration)
     is_demo = model == "demo"
     if remove is None and ratio is None and until_perplexity is None:
         ratio = DEMO_RATIO if is_demo else PAPER_RATIO
     if not model.strip():
         raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
+    given: object = protect
+    if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {given!r}.")
+    protect = None if protect is None else tuple(protect)
     if protect is not None and len(set(protect)) != len(protect):
         raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
+    names = [each.value for each in Method]
+    if str(method) not in names:
+        raise OptionError(f"There is no method {str(method)!r}; use one of {', '.join(names)}.")
     try:
         return RunSpec(
             kind=kind,
@@ -208,7 +220,7 @@ def run_spec(
             method=Method(method),
             num_remove=remove,
             ratio=ratio,
-            protected=None if protect is None else tuple(protect),
+            protected=protect,
             until_perplexity=until_perplexity,
             confidence=confidence,
             seed=seed,
@@ -216,9 +228,6 @@ def run_spec(
         )
     except ValidationError as error:
         raise OptionError(_sentence(error)) from error
-    except ValueError as error:
-        names = ", ".join(each.value for each in Method)
-        raise OptionError(f"There is no method {method!r}; use one of {names}.") from error
 
 
 def job_spec(
@@ -229,16 +238,9 @@ def job_spec(
     trust_remote_code: bool = False,
 ) -> JobSpec:
     """How it is to be done. Raises `OptionError` out of range."""
-    try:
-        return JobSpec(
-            kind=kind,
-            device=device,
-            batch_size=batch_size,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-        )
-    except ValidationError as error:
-        raise OptionError(_sentence(error)) from error
+    settings = {"kind": kind, "device": _text("device", device), "batch_size": batch_size}
+    permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    return _valid(JobSpec, settings | permissions)
 
 
 def start(
@@ -272,6 +274,24 @@ def _found(run: str | PathLike[str] | Run) -> Run:
     return store.load(run.run_dir if isinstance(run, Run) else run)
 
 
+def _valid(record: type[JobSpec], settings: dict[str, Any]) -> JobSpec:
+    try:
+        return record.model_validate(settings)
+    except ValidationError as error:
+        raise OptionError(_sentence(error)) from error
+
+
+def _text(name: str, value: object) -> str:
+    """A name as text that can be written down. Raises `OptionError` for anything else."""
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    if not isinstance(value, str):
+        raise OptionError(f"{name} takes a name or a path; found {value!r}.")
+    if not value.isprintable() and not value.encode("utf-8", "ignore").decode() == value:
+        raise OptionError(f"{name} {value!r} is no UTF-8 text; rename the file.")
+    return value
+
+
 def _default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
@@ -279,20 +299,22 @@ def _default(value: int | None, otherwise: int) -> int:
 def _absolute(name: str) -> str:
     """Local paths are kept absolute, so that a run resumes from any directory; other names stay as they are."""
     path, _, column = name.partition(":")
-    local = Path(name).expanduser()
     if name in ("demo", "wikitext2", "c4", "wikitext2-rows"):
         return name
-    if local.exists():
-        return str(local.absolute())
-    if column and Path(path).expanduser().is_file():
-        return f"{Path(path).expanduser().absolute()}:{column}"
+    with suppress(OSError, ValueError):  # what no file system takes is a name
+        local = store.expanded(Path(name))
+        if local.exists():
+            return str(local.absolute())
+        if column and store.expanded(Path(path)).is_file():
+            return f"{store.expanded(Path(path)).absolute()}:{column}"
     return name
 
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = "--" + str(first["loc"][-1]).replace("_", "-") if first["loc"] else "The options"
-    option = {"--num-remove": "--remove", "--kind": "kind"}.get(where, where)
+    named = [part for part in first["loc"] if isinstance(part, str)]
+    where = "--" + named[-1].replace("_", "-") if named else "The options"
+    option = {"--num-remove": "--remove", "--protected": "--protect"}.get(where, where)
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
     return f"{option}: found {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}."

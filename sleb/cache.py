@@ -149,7 +149,7 @@ def limit_bytes() -> int:
         limit = float(text)
     except ValueError:
         limit = math.nan
-    if not 0 <= limit < math.inf:
+    if not 0 <= limit < 1e9:
         raise OptionError(f"{LIMIT_VARIABLE} is {text!r}; give gigabytes, or 0 to turn the cache off.")
     return int(limit * 1e9)
 

@@ -60,7 +60,7 @@ def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any
 
     A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one.
     """
-    bos = _bos(spec.bos, tokenizer)
+    bos = _bos(spec.bos, tokenizer, vocab_size)
     if spec.source == "wikitext2-rows":
         return _rows(spec, held_out, seed, tokenizer, vocab_size, bos)
     held = default_held_out(spec.sequences) if held_out is None else held_out
@@ -104,11 +104,16 @@ def _rows(
     return CalibrationSet(np.concatenate([calibration, rest]), len(calibration), bos is not None, text)
 
 
-def _bos(choice: str, tokenizer: Any) -> int | None:
+def _bos(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
     """The id that begins every window, or None."""
     token = tokenizer.bos_token_id
     if choice == "no":
         return None
+    if token is not None and token >= vocab_size:
+        raise CalibrationError(
+            f"The tokenizer's BOS token is {token}, and the model knows {vocab_size} tokens. "
+            "Use --bos no, or its own tokenizer."
+        )
     if choice == "yes":
         if token is None:
             raise CalibrationError("--bos yes: this tokenizer has no BOS token. Use --bos auto or no.")
@@ -123,6 +128,7 @@ def _windows(
     """Non-overlapping windows (count, sequence_length) int64 of the text tokenised whole; the rest is dropped."""
     if not text.strip():
         raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
+    text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no character
     ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
     if len(ids) and int(ids.max()) >= vocab_size:
         raise CalibrationError(
@@ -166,6 +172,8 @@ def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: in
             table = pyarrow.parquet.ParquetFile(path)
             rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
         else:
+            if column is not None:
+                raise CalibrationError(f"{path} is a text and has no columns; leave out {column!r}.")
             return [path.read_text(encoding="utf-8")]
         return _drawn(rows, column, needed, spec, seed, path.name)
     except UnicodeDecodeError as error:
@@ -183,7 +191,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(f"Line {number} of {path} is not JSON ({error}).") from error
             if not isinstance(row, dict):
                 raise CalibrationError(f"Line {number} of {path} is no JSON object with columns.")
@@ -211,8 +219,12 @@ def _drawn(
                 f"{origin} has no column {column!r}; it has {', '.join(sorted(row)[:8])}. Name one after a colon."
             )
         value = row[column]
-        if value is None or value == "":
+        if value is None or value == "" or value == []:
             continue
+        if not isinstance(value, str | list):
+            raise CalibrationError(
+                f"Column {column!r} of {origin} holds {type(value).__name__}, not text. Name another one after a colon."
+            )
         found.append(value)
         characters += len(value) if isinstance(value, str) else sum(len(str(turn)) for turn in value)
         if characters >= needed:
@@ -235,9 +247,8 @@ def _default_column(row: dict[str, Any], origin: str) -> str:
     for name in _CONTENT_KEYS:
         if name in row:
             return name
-    raise CalibrationError(
-        f"{origin} has no column 'text'; it has {', '.join(sorted(row)[:8])}. Name one after a colon."
-    )
+    there = ", ".join(sorted(row)[:8]) or "none"
+    raise CalibrationError(f"{origin} has no column 'text'; it has {there}. Name one after a colon.")
 
 
 def _rendered(document: Any, spec: CalibrationSpec, tokenizer: Any) -> str:
@@ -253,7 +264,12 @@ def _rendered(document: Any, spec: CalibrationSpec, tokenizer: Any) -> str:
         )
     if not tokenizer.chat_template:
         raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
-    return str(tokenizer.apply_chat_template([_turn(turn) for turn in document], tokenize=False))
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template([_turn(turn) for turn in document], tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -204,9 +206,8 @@ def runs(as_json: Json = False) -> None:
     """List all runs, newest first."""
     found = store.list_runs()
     if as_json:
-        typer.echo(
-            json.dumps([{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)])
-        )
+        rows = [{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)]
+        typer.echo(json.dumps({"runs": rows}))
     else:
         print_runs(found)
     for error in found:
@@ -219,7 +220,7 @@ def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
     found = store.load(run)
     jobs.stop(found)
-    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {found.run_id}", err=True)
+    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {store.reference(found)}", err=True)
 
 
 @app.command()
@@ -228,12 +229,11 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a run folder for good."""
-    found = store.load(run)
-    jobs.require_idle(found)
-    if not yes and not typer.confirm(f"Delete {found.run_dir} for good?", err=True):
+    directory = store.locate(run)
+    if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
         raise typer.Exit(1)
-    store.delete(run)
-    typer.echo(f"Deleted {found.run_dir}.", err=True)
+    jobs.delete(directory)
+    typer.echo(f"Deleted {directory}.", err=True)
 
 
 @app.command("import")
@@ -241,7 +241,7 @@ def bring_in(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere.")],
 ) -> None:
     """Copy a run folder into the runs folder, so that it has an id and is listed."""
-    typer.echo(store.bring_in(folder).run_id)
+    typer.echo(jobs.bring_in(folder).run_id)
 
 
 @app.command()
@@ -253,7 +253,7 @@ def export(
     ] = Format.JSON,
     steps: Annotated[int | None, typer.Option(min=0, help="The list after so many steps. [default: all]")] = None,
     out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="hf: an earlier export at --out may go.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="What an earlier export left at --out may go.")] = False,
     device: Device = "cpu",
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -265,30 +265,36 @@ def export(
     original before the folder appears. **mergekit**: a passthrough merge. **llama-quantize**: for a
     GGUF file. **sleb**: the reference's own option.
     """
-    from .formats import render
+    from .formats import removal_list_after, render
 
     found = store.load(run)
     if format is not Format.HF:
         text = render(found, format.value, steps)
-        if out is None:
-            typer.echo(text)
-        else:
-            store.replace_file(out, text if text.endswith("\n") else text + "\n")
+        if out is not None:
+            store.save_text(out, text, replace=replace)
             typer.echo(f"Wrote {out}.", err=True)
+        if as_json:
+            taken = list(removal_list_after(found, steps))
+            typer.echo(json.dumps({"format": format.value, "removal_list": taken, "text": text}))
+        elif out is None:
+            typer.echo(text, nl=False)
         return
     if out is None:
         raise OptionError("--format hf writes a folder: name it with --out.")
     with Screen(as_json) as screen:
-        proof = api.export_model(
-            found,
-            out,
-            steps=steps,
-            replace=replace,
-            device=device,
-            allow_pickle=allow_pickle,
-            trust_remote_code=trust_remote_code,
-            watcher=screen.watcher(),
-        )
+        try:
+            proof = api.export_model(
+                found,
+                out,
+                steps=steps,
+                replace=replace,
+                device=device,
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
+                watcher=screen.watcher(),
+            )
+        except (KeyboardInterrupt, Stopped) as stopped:
+            raise Stopped(f"Stopped; nothing was written to {out}.") from stopped
     if as_json:
         typer.echo(proof.model_dump_json())
         return
@@ -318,12 +324,14 @@ def cache(
     if clear is not None:
         gone = block_cache.clear(store.home(), clear)
         freed = sum(entry.bytes for entry in gone)
+        if as_json:
+            typer.echo(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
         typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
         return
     found = block_cache.usage(store.home())
     if as_json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        typer.echo(json.dumps(rows))
+        typer.echo(json.dumps({"entries": rows}))
         return
     table(
         f"Cache in {store.home() / 'cache'}",
@@ -348,6 +356,9 @@ def main() -> None:
     handler = _ToScreen()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± must not end a search
     try:
         app(prog_name="sleb", standalone_mode=True)
     except SlebError as error:
@@ -356,8 +367,11 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more, and Python flushes once again
+        sys.exit(1)
+    except (OSError, UnicodeError) as error:
+        typer.echo(f"sleb: {error}", err=True)
+        sys.exit(1)
 
 
 class _ToScreen(logging.Handler):
@@ -372,8 +386,8 @@ def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> 
     try:
         done = _execute(run, job, as_json)
     except BadInput:
-        if store.load(run.run_dir).stack is None:  # it never began: there is nothing to keep
-            store.delete(run.run_dir)
+        if store.load(run.run_dir).trace is None:  # it never began: there is nothing to keep
+            jobs.delete(run.run_dir)
         raise
     if as_json:
         _print(done, as_json)
@@ -387,18 +401,15 @@ def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
         except (KeyboardInterrupt, Stopped) as stopped:
             now = store.load(run.run_dir)
             count = len(now.trace.steps) if now.trace else 0
-            raise Stopped(f"Stopped after {count} finished steps. Go on with: sleb resume {_name(run)}") from stopped
+            how = f"Go on with: sleb resume {store.reference(run)}"
+            raise Stopped(f"Stopped after {count} finished steps. {how}") from stopped
         except BadInput:
             raise
         except SlebError as error:
-            raise type(error)(f"{error} What was finished is kept; go on with: sleb resume {_name(run)}") from error
+            how = f"Go on with: sleb resume {store.reference(run)}"
+            raise type(error)(f"{error} {how}") from error
         screen.end(done)
     return done
-
-
-def _name(run: Run) -> str:
-    """What to type to name the run: its id, or the folder it was given."""
-    return run.run_id if run.run_dir.parent == store.runs_folder() else str(run.run_dir)
 
 
 def _print(run: Run, as_json: bool) -> None:
@@ -410,13 +421,18 @@ def _print(run: Run, as_json: bool) -> None:
 
 def _job_dir(directory: Path) -> Path:
     if directory.parent.name == "jobs":
-        store.load(directory.parent.parent)
+        run = jobs.watched(store.load(directory.parent.parent))
+        state = next((job.status.state for job in run.jobs if job.name == directory.name), None)
+        if state is JobState.RUNNING:
+            jobs.require_idle(run)
+        if state not in (JobState.QUEUED, JobState.INTERRUPTED):
+            raise RunError(f"Job {directory.name} is {state.value if state else 'not there'}, not waiting. ")
         return directory
     run = jobs.watched(store.load(directory))
     waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]
     if not waiting:
         if api.is_finished(run):
-            raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {_name(run)}")
+            raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {store.reference(run)}")
         return jobs.next_job(run, api.job_spec(run.spec.kind)).directory
     return waiting[-1].directory
 
@@ -438,6 +454,6 @@ def _share(text: str | None) -> float | None:
         value = float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
     except ValueError as error:
         raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.") from error
-    if not 0 <= value < 1e6:
+    if not 0 <= value < 1e6 or (value > 1 and not text.strip().endswith("%")):
         raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.")
     return value

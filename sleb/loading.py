@@ -7,6 +7,7 @@ import logging
 import re
 import struct
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _FAILURES = (
     UnicodeDecodeError,
     MemoryError,
 )
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def load_model(
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
         kwargs["device_map"] = {"": where}  # straight to the GPU, without a second copy in memory
-    model = _loading(name, lambda: _auto_model().from_pretrained(str(source), **kwargs))
+    model, report = _loading(
+        name, lambda: _auto_model().from_pretrained(str(source), output_loading_info=True, **kwargs)
+    )
+    _require_complete(name, report)
     tokenizer = _loading(name, lambda: _auto_tokenizer().from_pretrained(str(source), **options))
     if kwargs.get("device_map") is None:
         model.to(where)
@@ -95,6 +99,19 @@ def load_model(
         raise ModelError(f"{name} has no usable tokenizer; save one beside the weights (tokenizer.json).")
     commit = getattr(model.config, "_commit_hash", None) or revision
     return LoadedModel(model, tokenizer, name, commit, str(chosen).removeprefix("torch."), str(where))
+
+
+def _require_complete(name: str, report: dict[str, Any]) -> None:
+    """Weights that a checkpoint lacks are made up at random while loading; nobody should search among those."""
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the weights its config asks for ({missing[0]}, for one): the files are "
+            "incomplete, or the config belongs to another model."
+        )
+    unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
+    if unused:
+        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, unused[0])
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -204,13 +221,14 @@ def _config(source: str, name: str, options: dict[str, Any]) -> Any:
 
 
 def _loading(name: str, load: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     try:
         return load()
-    except (*_FAILURES, SafetensorError) as error:
+    except (*_FAILURES, SafetensorError, StrictDataclassError) as error:
         raise ModelError(_explain(name, error)) from error
 
 
@@ -227,7 +245,7 @@ def _explain(name: str, error: BaseException) -> str:
         return f"{name} needs a library that is not installed: {first}"
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
         return (
-            f"There is no model {name!r}: neither a folder nor a .gguf file here, and the hub did not give it "
+            f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
             f"({first}). Check the name, --revision and the network."
         )
     return f"{name} cannot be loaded ({type(error).__name__}): {first}"
@@ -235,10 +253,11 @@ def _explain(name: str, error: BaseException) -> str:
 
 def _is_path(name: str) -> bool:
     """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
-    if Path(name).expanduser().exists():
-        return True
+    with suppress(OSError, RuntimeError):  # names no file system takes
+        if Path(name).expanduser().exists():
+            return True
     if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
-        raise ModelError(f"There is no model folder {name!r}. Give a folder, a .gguf file, a hub name, or demo.")
+        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
     return False
 
 

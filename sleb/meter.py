@@ -37,6 +37,10 @@ class Meter:
         """A phase whose length is not known."""
         self._tell(Progress(phase=name), force=True)
 
+    def within(self, name: str) -> None:
+        """A part of the search that is no step."""
+        self._tell(self._progress.model_copy(update={"phase": name}), force=True)
+
     def expect(self, units: float, finished_steps: int, steps: int) -> None:
         """The search is about to start, with so much work ahead."""
         self._total, self._done, self._start = max(units, 1.0), 0.0, time.perf_counter()

@@ -79,6 +79,28 @@ def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ra
     return wanted
 
 
+def require_possible(method: Method, num_blocks: int, num_remove: int, protected: Sequence[int]) -> None:
+    """Whether the method can remove so many at all. Raises `OptionError` before anything is scored."""
+    kept = set(protected)
+    if method is Method.EARLY_EXIT:
+        hit = [block for block in range(num_blocks - num_remove, num_blocks) if block in kept]
+        if hit:
+            raise OptionError(
+                f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
+                "Use --protect '' to free it, or --remove fewer."
+            )
+    if method is Method.BEST_CHUNK and not _chunks(num_blocks, num_remove, kept):
+        raise OptionError(
+            f"No {num_remove} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
+        )
+
+
+def _chunks(num_blocks: int, length: int, protected: set[int]) -> list[SkipSet]:
+    """Contiguous runs of unprotected blocks, by their start."""
+    runs = (tuple(range(start, start + length)) for start in range(num_blocks - length + 1))
+    return [run for run in runs if protected.isdisjoint(run)]
+
+
 def baseline(problem: Problem, score: Score) -> tuple[Measured, Measured, np.ndarray]:
     """The unmodified model: calibration set, held-out sequences, and the sums per sequence (all of them)."""
     everything = np.concatenate([problem.calibration, problem.held_out])
@@ -158,8 +180,11 @@ def search(
 def _too_far(step: Step, first: Baseline, until: float | None) -> bool:
     if until is None or first.held_out.perplexity is None:
         return False
-    now = step.held_out.perplexity
-    return now is None or now > first.held_out.perplexity * (1 + until)
+    before, now = first.held_out, step.held_out
+    if before.nll_sum is None or now.nll_sum is None:
+        return True
+    # In nats: a perplexity can be too large for a number, and a rise of it still be one.
+    return now.nll_sum / now.token_count - before.nll_sum / before.token_count > math.log1p(until)
 
 
 def _greedy(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
@@ -201,11 +226,6 @@ def _early_exit(problem: Problem, score: Score, removed: SkipSet) -> Iterator[De
     """The last blocks, from the end (paper, Figure 4, "Early Exit")."""
     while len(removed) < problem.num_remove:
         block = problem.num_blocks - 1 - len(removed)
-        if block in problem.protected:
-            raise OptionError(
-                f"Early exit removes the last blocks, and block {block} is protected. "
-                "Use --protect '' to free it, or --remove fewer."
-            )
         skip_set = (*removed, block)
         nats = score([skip_set], problem.calibration)
         decision = _decide(problem, score, removed, [block], [skip_set], nats)
@@ -215,19 +235,9 @@ def _early_exit(problem: Problem, score: Score, removed: SkipSet) -> Iterator[De
 
 def _best_chunk(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
     """The contiguous run of blocks with the lowest perplexity, for each length (paper, Figure 4, "Chunk Best")."""
-    allowed = set(problem.candidates)
     while len(removed) < problem.num_remove:
-        length = len(removed) + 1
-        starts = [
-            start
-            for start in range(problem.num_blocks - length + 1)
-            if allowed.issuperset(range(start, start + length))
-        ]
-        if not starts:
-            raise OptionError(
-                f"No {length} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
-            )
-        chunks = [tuple(range(start, start + length)) for start in starts]
+        chunks = _chunks(problem.num_blocks, len(removed) + 1, set(problem.protected))
+        starts = [chunk[0] for chunk in chunks]
         nats = score(chunks, problem.calibration)
         decision = _decide(problem, score, removed, starts, chunks, nats)
         yield decision

@@ -84,7 +84,7 @@ Chat = Annotated[
     bool,
     typer.Option("--chat", rich_help_panel=TEXT, help="The column holds conversations: use the chat template."),
 ]
-Seed = Annotated[int, typer.Option(rich_help_panel=TEXT, help="Of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, rich_help_panel=TEXT, help="Of everything that is drawn.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(rich_help_panel=HOW, help="auto is what is fast on the device (16 bits where it can)."),

@@ -42,8 +42,8 @@ class CalibrationSpec(Record):
     """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
 
     source: str = "wikitext2"
-    sequences: Annotated[int, Field(ge=1)] = 128
-    sequence_length: Annotated[int, Field(ge=2)] = 2048
+    sequences: Annotated[int, Field(ge=1, strict=True)] = 128
+    sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
     sampling: Literal["random", "first"] = "random"
     bos: Literal["auto", "yes", "no"] = "auto"
     chat: bool = False
@@ -58,10 +58,10 @@ class RunSpec(Record):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibration: CalibrationSpec = CalibrationSpec()
-    held_out: Annotated[int, Field(ge=0)] | None = None
+    held_out: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Held-out sequences; None is a quarter of the calibration set."""
     method: Method = Method.METRIC3
-    num_remove: Annotated[int, Field(ge=1)] | None = None
+    num_remove: Annotated[int, Field(ge=1, strict=True)] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the blocks to remove, rounded up. With neither, every block that may go is a candidate to the end."""
     protected: tuple[int, ...] | None = None
@@ -70,7 +70,7 @@ class RunSpec(Record):
     """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the interval by which two candidates are told apart, or called tied."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     analysis: bool = True
 
     @model_validator(mode="after")
@@ -103,7 +103,7 @@ class StackDescription(Record):
     block_class: str
     num_blocks: int
     block_parameters: tuple[int, ...]
-    total_parameters: int
+    total_parameters: Annotated[int, Field(gt=0)]
     hidden_size: int
     vocab_size: int
     dtype: str
@@ -151,7 +151,7 @@ class Candidate(Record):
     objective: Literal["nll", "metric1"] = "nll"
     score_sum: float | None
     nll_sum: float | None = None
-    token_count: int
+    token_count: Annotated[int, Field(gt=0)]
 
     @property
     def score(self) -> float | None:
@@ -185,6 +185,15 @@ class Step(Record):
     block_evaluations: int
     head_evaluations: int
     seconds: float
+
+    @model_validator(mode="after")
+    def _whole(self) -> Step:
+        blocks = self.removal_list
+        if not self.candidates or len(set(blocks)) != len(blocks) or min(blocks, default=-1) < 0:
+            raise ValueError("a step has candidates, and removes blocks that exist, each once")
+        if not any(candidate.skipped in (blocks, self.removed) for candidate in self.candidates):
+            raise ValueError("what a step removes is one of its candidates")
+        return self
 
     @property
     def perplexity(self) -> float | None:
@@ -242,15 +251,15 @@ class JobSpec(Record):
     format_version: int = FORMAT_VERSION
     kind: Literal["search", "analyze", "export"]
     device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sequences per batch; None chooses for the device."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    steps: Annotated[int, Field(ge=0)] | None = None
+    steps: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Export: the removal list after this many steps; None is all of them."""
     out: str | None = None
     """Export: the folder to write."""
-    replace: bool = False
+    replace: Annotated[bool, Field(strict=True)] = False
     """Export: an earlier export there may be replaced."""
 
 
@@ -294,7 +303,7 @@ class JobStatus(Record):
     """The state of a job, replaced atomically by the holder of the run's lock."""
 
     state: JobState = JobState.QUEUED
-    pid: int | None = None
+    pid: Annotated[int, Field(gt=0)] | None = None
     host: str | None = None
     process_started: float | None = None
     """Start time of the process, seconds since the epoch: a pid alone may be reused."""

@@ -226,7 +226,8 @@ def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) ->
     try:
         swept = Scorer(stack, tiny.cpu().numpy(), batch_size=len(tiny))._sweep(list(plain), tiny)
         pairs = [(plain[skipped], swept[skipped]) for skipped in plain]
-        if not torch.allclose(_in_pieces(stack, tiny), plain[()], rtol=0, atol=10 * tolerance * tokens):
+        pieces = _in_pieces(stack, tiny)
+        if not torch.allclose(pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
             reason = "hidden states cannot be read out in pieces"
         difference = max(float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max()) for a, b in pairs) / tokens
         if difference > tolerance:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from . import jobs
+from . import jobs, store
 from .errors import RunError
 from .meter import Watcher
 from .records import Baseline, Candidate, Run, StackDescription, Step
@@ -20,12 +22,30 @@ from .records import Progress as Done
 _TIED_SHOWN = 6
 
 
+class _Patient(Console):
+    """A console nobody may be reading any more: what it cannot print is lost, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:  # a full disk behind stdout, for one
+            self.quiet = True
+
+
+def shown(text: str) -> str:
+    """A name from anywhere as text: no markup, no control characters."""
+    return escape("".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text))
+
+
 class Screen:
     """Live progress of one job: a bar on stderr, and each step on stdout as it is decided (unless `--json`)."""
 
     def __init__(self, as_json: bool) -> None:
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.results = Console(file=sys.stderr if as_json else sys.stdout, highlight=False, soft_wrap=True)
+        self.errors = _Patient(stderr=True, highlight=False, soft_wrap=True)
+        self.results = _Patient(file=sys.stderr if as_json else sys.stdout, highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -68,7 +88,7 @@ class Screen:
 
     def begin(self, run: Run) -> None:
         """Says where the run is."""
-        self.note(_labelled("run", f"[dim]{escape(str(run.run_dir))}[/]"))
+        self.note(_labelled("run", f"[dim]{shown(str(run.run_dir))}[/]"))
 
     def end(self, run: Run) -> None:
         """The list, and what to do with it."""
@@ -90,14 +110,14 @@ class Screen:
         if progress.steps and progress.step:
             text = f"Step {progress.step} of {progress.steps}"
         if not self.errors.is_terminal and text != self._phase:  # a log file gets a line a phase, not a bar
-            self.errors.print(escape(text))
+            self.errors.print(shown(text))
         self._phase = text
         if progress.message:
             text = f"{text}: {progress.message}"
         known = progress.fraction > 0
         self.bar.update(
             self.task,
-            description=escape(text),
+            description=shown(text),
             total=1.0 if known else None,
             completed=progress.fraction,
             share=f"{progress.fraction:.0%}" if known else "",
@@ -126,20 +146,20 @@ def describe(stack: StackDescription) -> str:
     """The model, the text and the self-check, one labelled line each."""
     check = stack.self_check
     model = (
-        f"{escape(stack.model_class)}: {stack.num_blocks} blocks of {escape(stack.block_class)} "
-        f"({escape(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
+        f"{shown(stack.model_class)}: {stack.num_blocks} blocks of {shown(stack.block_class)} "
+        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
-    text = f"{escape(stack.text)}\n{stack.sequences} sequences to choose by, {stack.held_out} held out; {bos}"
+    text = f"{shown(stack.text)}\n{stack.sequences} sequences to choose by, {stack.held_out} held out; {bos}"
     if check.scoring == "plain":
-        trust = f"[bold yellow]scored the plain way[/]: {escape(check.reason or '')}"
+        trust = f"[bold yellow]scored the plain way[/]: {shown(check.reason or '')}"
     elif check.max_difference:
         trust = f"the sweep differs from plain forward passes by at most {check.max_difference:.1g} nats per token"
     else:
         trust = f"the sweep equals plain forward passes, for all {check.candidates} candidates"
     lines = [_labelled("model", model), _labelled("text", text), _labelled("check", trust)]
     for block, reason in check.protected.items():
-        lines.append(_labelled("", f"[yellow]block {block} is protected: {escape(reason)}[/]"))
+        lines.append(_labelled("", f"[yellow]block {block} is protected: {shown(reason)}[/]"))
     return "\n".join(lines)
 
 
@@ -213,14 +233,14 @@ def describe_end(run: Run) -> str:
     if run.trace is None:
         return _describe_analysis(run)
     if not run.trace.steps:
-        return f"Nothing was removed: {escape(run.trace.finished or 'not finished')}."
+        return f"Nothing was removed: {shown(run.trace.finished or 'not finished')}."
     assert run.stack is not None
     share = sum(run.stack.block_parameters[block] for block in run.removal_list) / run.stack.total_parameters
     finished = run.trace.finished or "not finished: resume it"
-    name = escape(run.run_id)
+    name = shown(store.reference(run))
     lines = [
         f"[bold]Removal list: {list(run.removal_list)}[/]",
-        _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone; {escape(finished)}"),
+        _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone; {shown(finished)}"),
         _labelled("next", f"sleb show {name}\nsleb export {name} --format hf --out FOLDER"),
     ]
     return "\n" + "\n".join(lines)
@@ -230,11 +250,11 @@ def print_run(run: Run, console: Console | None = None) -> None:
     """The whole run on stdout, or on another console."""
     console = console or Console(highlight=False, soft_wrap=True)
     kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
-    console.print(_labelled("run", f"[bold]{escape(run.run_id)}[/] ({jobs.state_of(run).value})"))
-    console.print(_labelled("what", f"{kind} of {escape(run.spec.model)}"))
+    console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({jobs.state_of(run).value})"))
+    console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}"))
     for job in jobs.watched(run).jobs:
         if job.status.message:
-            console.print(_labelled("", f"{job.name} {job.status.state.value}: {escape(job.status.message)}"))
+            console.print(_labelled("", f"{job.name} {job.status.state.value}: {shown(job.status.message)}"))
     if run.stack:
         console.print(describe(run.stack))
     if run.trace:
@@ -273,11 +293,11 @@ def print_runs(found: list[Run | RunError]) -> None:
 
 def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table on stdout; cells are shown as they are, never as markup."""
-    grid = Table(title=escape(title) or None, box=None, pad_edge=False, title_justify="left")
+    grid = Table(title=shown(title) or None, box=None, pad_edge=False, title_justify="left")
     for index, column in enumerate(columns):
         grid.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
-        grid.add_row(*(escape(cell) for cell in row))
+        grid.add_row(*(shown(cell) for cell in row))
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=240)  # a file has no edge to wrap at
@@ -286,7 +306,7 @@ def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
 
 def _describe_analysis(run: Run) -> str:
     if run.analysis is None:
-        return "\n" + _labelled("none", f"No analysis: {escape(run.analysis_unavailable or 'not made yet')}")
+        return "\n" + _labelled("none", f"No analysis: {shown(run.analysis_unavailable or 'not made yet')}")
     similarity, alignment = run.analysis.similarity, run.analysis.alignment
     order = sorted(range(len(similarity.metric1)), key=similarity.metric1.__getitem__)
     least = ", ".join(f"{block} ({similarity.metric1[block]:.3f})" for block in order[:5])
@@ -294,13 +314,13 @@ def _describe_analysis(run: Run) -> str:
     shares = [(size, exits.skipped_share[size]) for size in (1, 4, 16) if size in exits.skipped_share]
     batches = ", ".join(f"{share:.1%} at batch {size} ({exits.speedup(share):.2f}x)" for size, share in shares)
     similar = f"least changed inputs, Metric1 over {similarity.token_count:,} tokens: {least}"
-    early = f"an ideal early exit skips {batches}\n[dim]on {escape(exits.source)}[/]"
+    early = f"an ideal early exit skips {batches}\n[dim]on {shown(exits.source)}[/]"
     return "\n" + _labelled("blocks", similar) + "\n" + _labelled("exits", early)
 
 
 def _rise(of: Step | Baseline, baseline: Baseline) -> str:
     before, after = baseline.held_out.perplexity, of.held_out.perplexity
-    if before is None or after is None or before == 0:
+    if before is None or after is None or not 0 < before < math.inf or after == math.inf:
         return ""
     return f"{after / before - 1:+.1%}"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import analysis, calibration, methods, store
+from . import analysis, cache, calibration, methods, store
 from .blocks import BlockStack
 from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .loading import LoadedModel, weights_hash
@@ -43,6 +43,7 @@ class Session:
         )
         if self.spec.until_perplexity is not None and self.text.held_out == 0:
             raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
+        cache.limit_bytes()  # refused now, not after the search
         self.description = self._describe(config)
         watcher.described(self.description)
 
@@ -83,6 +84,10 @@ class Session:
         for block, reason in check.protected.items():
             log.warning("Block %d is protected: %s.", block, reason)
         available = count - len(protected)
+        num_remove = 0
+        if removing:
+            num_remove = methods.number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
+            methods.require_possible(self.spec.method, count, num_remove, protected)
         description = StackDescription(
             model_class=type(self.loaded.model).__name__,
             path=self.stack.path,
@@ -101,9 +106,7 @@ class Session:
             sequence_length=self.text.ids.shape[1],
             bos=self.text.bos,
             text=self.text.text,
-            num_remove=methods.number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
-            if removing
-            else 0,
+            num_remove=num_remove,
             protected=protected,
             self_check=check,
         )
@@ -143,12 +146,12 @@ class Session:
         self.batch_size = scorer.batch_size
 
     def _baseline(self, problem: methods.Problem, scorer: Scorer) -> Baseline:
-        self.meter.phase("Scoring the unmodified model")
+        self.meter.within("Scoring the unmodified model")
         start = time.perf_counter()
         on_calibration, held_out, nats = methods.baseline(problem, scorer.score)
         wrong = np.flatnonzero(~np.isfinite(nats))
         if len(wrong):
-            raise ScoringError(
+            raise ModelError(
                 f"The unmodified model's predictions for sequence {wrong[0]} are not numbers in {self.loaded.dtype}. "
                 "Use --dtype float32 or bfloat16, or check the weights."
             )
@@ -169,7 +172,12 @@ class Session:
     def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
         """What makes a baseline not worth an hour of searching, with the likely cause."""
         token = self.loaded.tokenizer.bos_token_id
-        if not self.text.bos and token is not None and self.spec.calibration.bos == "auto":
+        if (
+            not self.text.bos
+            and token is not None
+            and token < self.description.vocab_size
+            and self.spec.calibration.bos == "auto"
+        ):
             few = self.text.ids[:2].copy()
             few[:, 0] = token
             with_bos = Scorer(self.stack, few, batch_size=1, plain=True).score([()], np.arange(len(few)))[0].sum()
@@ -202,7 +210,8 @@ class Session:
 
         decisions = methods.search(self.spec.method, problem, scorer.score, first, tuple(steps), influence)
         while True:
-            self.meter.step(len(steps) + 1)
+            if len(steps) < problem.num_remove:
+                self.meter.step(len(steps) + 1)
             start, blocks, heads = time.perf_counter(), scorer.block_evaluations, scorer.head_evaluations
             decision = next(decisions, None)
             if decision is None:

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import secrets
+import shlex
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from .errors import RunError, StorageError
+from .errors import OptionError, RunError, StorageError
 from .records import (
     FORMAT_VERSION,
     Analysis,
@@ -32,6 +34,7 @@ from .records import (
     Baseline,
     Job,
     JobSpec,
+    JobState,
     JobStatus,
     Proof,
     Run,
@@ -40,6 +43,8 @@ from .records import (
     Step,
     Trace,
 )
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -52,10 +57,24 @@ def home() -> Path:
     """Where runs and cache live: `SLEB_HOME`, or a per-user data folder."""
     chosen = os.environ.get("SLEB_HOME")
     if chosen:
-        return Path(chosen).expanduser().absolute()
+        return expanded(Path(chosen)).absolute()
     from platformdirs import user_data_path
 
     return user_data_path("sleb", appauthor=False)
+
+
+def expanded(path: Path) -> Path:
+    """With `~` filled in. Raises `OptionError` for a user who is not there."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"{path} names a home folder that is not there.") from error
+
+
+def reference(run: Run) -> str:
+    """What to type to name the run: its id, or the folder it was given."""
+    own = run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id)
+    return shlex.quote(run.run_id if own else str(run.run_dir))
 
 
 def runs_folder() -> Path:
@@ -80,11 +99,26 @@ def writing(path: Path) -> Iterator[None]:
         raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
+def save_text(path: Path, text: str, *, replace: bool) -> None:
+    """Write a file that somebody named. Raises `OptionError` where that would lose one, unless it may go."""
+    target = expanded(path)
+    if target.is_dir() or str(path).endswith(os.sep):
+        raise OptionError(f"{path} is a folder; name a file.")
+    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
+        with writing(target), open(target, "w", encoding="utf-8") as file:
+            file.write(text)
+        return
+    if target.exists() and not replace:
+        raise OptionError(f"{path} is there already; name another file, or add --replace.")
+    replace_file(target.resolve(), text)
+
+
+def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
     """Write a file so that a reader sees the old one or the new one, whole."""
     data = content.encode() if isinstance(content, str) else content
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if make_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -100,12 +134,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
     """A new run folder with what was asked. Raises `RunError` where the folder is taken."""
-    directory = (run_dir or runs_folder() / _new_run_id(spec)).expanduser().absolute()
+    directory = expanded(run_dir or runs_folder() / _new_run_id(spec)).absolute()
     with writing(directory):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and not directory.is_dir():
+            raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
+        if directory.exists() and any(directory.iterdir()):
             raise RunError(
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "
-                f"sleb resume {directory}"
+                f"sleb resume {shlex.quote(str(directory))}"
             )
         directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
@@ -131,14 +167,25 @@ def load(run: str | os.PathLike[str]) -> Run:
     directory = locate(run)
     analysis = directory / "analysis" / "analysis.json"
     unavailable = directory / "analysis" / "unavailable.txt"
+    stack = _read(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None
+    trace = read_trace(directory)
+    if trace is not None and stack is None:
+        raise RunError(f"{directory} has a trace but no stack.json; it is damaged. Restore it, or delete the run.")
+    if trace is not None and stack is not None:
+        foreign = [block for block in trace.removal_list if block >= stack.num_blocks]
+        if foreign:
+            raise RunError(
+                f"The trace in {directory} removes block {foreign[0]} of {stack.num_blocks}; it is damaged. "
+                "Restore it, or delete the run."
+            )
     return Run(
         run_id=directory.name,
         run_dir=directory,
         spec=_read(directory / "spec.json", RunSpec),
-        stack=_read(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None,
-        trace=read_trace(directory),
-        analysis=_read(analysis, Analysis) if analysis.exists() else None,
-        analysis_unavailable=unavailable.read_text() if unavailable.exists() else None,
+        stack=stack,
+        trace=trace,
+        analysis=_read_or_none(analysis, Analysis),
+        analysis_unavailable=unavailable.read_text(errors="replace") if unavailable.exists() else None,
         jobs=tuple(_read_jobs(directory)),
     )
 
@@ -154,17 +201,18 @@ def list_runs() -> list[Run | RunError]:
     return found
 
 
-def delete(run: str | os.PathLike[str]) -> Path:
-    """Remove a run folder for good. The caller makes sure that no process is executing it."""
-    directory = locate(run)
+def delete(directory: Path) -> None:
+    """Remove a run folder, readable or not, for good. The caller makes sure that no process is executing it."""
     with writing(directory):
-        shutil.rmtree(directory)
-    return directory
+        if directory.is_symlink():
+            directory.unlink()
+        else:
+            shutil.rmtree(directory)
 
 
 def bring_in(folder: Path) -> Run:
     """Copy a run folder from elsewhere into the runs folder. Raises `RunError` where it cannot be read."""
-    run = load(str(folder.expanduser().absolute()))
+    run = load(expanded(folder).absolute())
     target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
     if target.exists():
         raise RunError(f"A run {target.name} is already there. Rename {folder}, or delete the other first.")
@@ -172,7 +220,8 @@ def bring_in(folder: Path) -> Run:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
         try:
-            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False)
+            ignored = shutil.ignore_patterns(".lock")
+            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False, ignore=ignored)
             os.replace(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -197,6 +246,7 @@ def write_no_analysis(directory: Path, reason: str) -> None:
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
     """Per-sequence sums of a step or of the baseline, beside the trace and before its line."""
+    _require_run(directory)
     path = directory / "scores" / f"{name}.npz"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,16 +287,20 @@ def read_trace(directory: Path) -> Trace | None:
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     lines = data[: data.rfind(b"\n") + 1].splitlines()  # what follows the last newline was torn off
-    baseline, steps, finished = None, [], None
+    baseline, finished = None, None
+    steps: list[Step] = []
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             if entry.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
                 raise RunError(_other_version(path, entry["format_version"]))
-            if "baseline" in entry:
+            if "baseline" in entry and baseline is None:
                 baseline = Baseline.model_validate(entry["baseline"])
             elif "step" in entry:
-                steps.append(Step.model_validate(entry["step"]))
+                step = Step.model_validate(entry["step"])
+                if step.number != len(steps) + 1 or len(step.removal_list) != step.number:
+                    raise ValueError("steps follow each other, each with one block more")
+                steps.append(step)
             else:
                 finished = str(entry["finished"])
         except (ValueError, ValidationError, KeyError, AttributeError) as error:
@@ -294,12 +348,12 @@ def load_job(directory: Path) -> Job:
 
 def write_status(job_dir: Path, status: JobStatus) -> None:
     """Only the holder of the run's lock calls this."""
-    replace_file(job_dir / "status.json", status.model_dump_json(indent=1))
+    replace_file(job_dir / "status.json", status.model_dump_json(indent=1), make_folder=False)
 
 
 def write_attempt(job_dir: Path, attempt: Attempt) -> None:
     """How this try is made."""
-    replace_file(job_dir / "attempt.json", attempt.model_dump_json(indent=1))
+    replace_file(job_dir / "attempt.json", attempt.model_dump_json(indent=1), make_folder=False)
 
 
 def write_result(job_dir: Path, result: dict[str, Any]) -> None:
@@ -322,6 +376,7 @@ def withdraw_job(job: Job) -> None:
 
 
 def _append(directory: Path, entry: dict[str, Any]) -> None:
+    _require_run(directory)
     path = directory / "trace.jsonl"
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
     with writing(path), open(path, "ab+", buffering=0) as file:  # a buffer would be written again on closing
@@ -338,12 +393,20 @@ def _append(directory: Path, entry: dict[str, Any]) -> None:
             raise
 
 
+def _require_run(directory: Path) -> None:
+    """A run that was moved away must not be begun anew at its old place."""
+    if not (directory / "spec.json").is_file():
+        raise RunError(f"The run folder {directory} is gone: it was moved or deleted. Resume it where it is now.")
+
+
 def _run_dirs() -> list[Path]:
-    folder = runs_folder()
-    if not folder.is_dir():
-        return []
-    found = [each for each in folder.iterdir() if _RUN_ID.fullmatch(each.name) and (each / "spec.json").is_file()]
-    return sorted(found, key=lambda each: (each / "spec.json").stat().st_mtime, reverse=True)
+    found: list[tuple[float, Path]] = []
+    with suppress(OSError):  # no runs folder, or none of ours
+        for each in runs_folder().iterdir():
+            with suppress(OSError):  # one folder that cannot be read must not hide the others
+                if _RUN_ID.fullmatch(each.name):
+                    found.append(((each / "spec.json").stat().st_mtime, each))
+    return [each for _, each in sorted(found, reverse=True)]
 
 
 def _job_dirs(directory: Path) -> list[Path]:
@@ -356,8 +419,15 @@ def _job_dirs(directory: Path) -> list[Path]:
 
 def _read_jobs(directory: Path) -> Iterator[Job]:
     for job_dir in _job_dirs(directory):
-        if (job_dir / "spec.json").exists():  # a job being created is none yet
+        if not (job_dir / "spec.json").exists():  # a job being created is none yet
+            continue
+        try:
             yield load_job(job_dir)
+        except RunError as error:  # an old job's file must not make the run unusable
+            kind: Any = job_dir.name.partition("-")[2]
+            kind = kind if kind in get_args(JobSpec.model_fields["kind"].annotation) else "search"
+            status = JobStatus(state=JobState.FAILED, message=str(error))
+            yield Job(name=job_dir.name, directory=job_dir, spec=JobSpec(kind=kind), status=status)
 
 
 def _read(path: Path, record: type[R]) -> R:
@@ -376,6 +446,15 @@ def _read(path: Path, record: type[R]) -> R:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise RunError(f"{path} is damaged: {where}: {first['msg']}. Restore it, or delete the run.") from error
+
+
+def _read_or_none(path: Path, record: type[R]) -> R | None:
+    """What can be made again is made again when it cannot be read."""
+    try:
+        return _read(path, record) if path.exists() else None
+    except RunError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _other_version(path: Path, version: object) -> str:

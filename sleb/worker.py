@@ -7,7 +7,7 @@ import platform
 import resource
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from . import jobs, store
-from .errors import OptionError
-from .export import export_checkpoint, model_card
+from .errors import OptionError, RunError
+from .export import export_checkpoint, model_card, require_free
 from .formats import public_name, removal_list_after
 from .loading import LoadedModel, load_model, weights_hash
 from .meter import Meter, Watcher
@@ -37,7 +37,7 @@ def execute(job_dir: Path, watcher: Watcher | None = None) -> Run:
         attempt = _AttemptFile(job_dir, job.spec)
         try:
             if job.spec.kind == "export":
-                removal_list_after(run, job.spec.steps)  # refused before minutes of loading
+                _require_exportable(run, job.spec)  # refused before minutes of loading
             meter.phase("Loading the model")
             loaded = _load(run, job.spec)
             attempt.learn(device=loaded.device)
@@ -52,17 +52,36 @@ def execute(job_dir: Path, watcher: Watcher | None = None) -> Run:
     return store.load(run_dir)
 
 
-def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: Meter) -> None:
-    removal_list = removal_list_after(run, job.steps)
+def _require_exportable(run: Run, job: JobSpec) -> tuple[tuple[int, ...], Path]:
     if job.out is None:
         raise OptionError("An export needs a folder to write: --out PATH.")
-    if run.stack is not None and weights_hash(loaded.model, run.stack.dtype) != run.stack.weights_hash:
-        log.warning("The weights of %s seem to have changed since run %s searched them.", run.spec.model, run.run_id)
+    out = Path(job.out)
+    require_free(out, job.replace)
+    return removal_list_after(run, job.steps), out
+
+
+def _require_same_weights(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
+    """A list found on other weights proves nothing about these."""
+    assert run.stack is not None
+    if weights_hash(loaded.model, run.stack.dtype) == run.stack.weights_hash:
+        return
+    if loaded.dtype != run.stack.dtype:  # some families keep a few weights in float32 whatever was asked
+        searched = _load(run, job.model_copy(update={"kind": "search"}))
+        if weights_hash(searched.model) == run.stack.weights_hash:
+            return
+    raise RunError(
+        f"The weights of {run.spec.model} are not those that run {run.run_id} searched. Restore them, or search again."
+    )
+
+
+def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: Meter) -> None:
+    removal_list, out = _require_exportable(run, job)
+    _require_same_weights(run, job, loaded)
     proof = export_checkpoint(
         loaded.model,
         loaded.tokenizer,
         removal_list,
-        Path(job.out),
+        out,
         model_card(run, removal_list, base_model=public_name(run.spec.model)),
         allow_existing=job.replace,
         progress=meter.phase,
@@ -122,9 +141,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+class _Log(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written must not end the work it tells of."""
+
+
 @contextmanager
 def _logging_to(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, delay=True)
+    handler = _Log(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("sleb")
     root.addHandler(handler)
@@ -132,4 +156,5 @@ def _logging_to(path: Path) -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # a full disk
+            handler.close()

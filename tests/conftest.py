@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices: threads would only wait for each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # and where there are two, not by spinning on a busy machine
 
 from pathlib import Path
 

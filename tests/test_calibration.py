@@ -113,6 +113,8 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         ("list.jsonl", b"[1, 2]\n", "Line 1"),
         ("empty.jsonl", b"", "is empty"),
         ("numbers.jsonl", b'{"id": 3}\n', "no column 'text'"),
+        ("typed.jsonl", b'{"text": 3}\n', "holds int, not text"),
+        ("deep.jsonl", b"[" * 100_000, "Line 1"),
         ("broken.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("picture.png", b"\x89PNG", "none of the files"),
     ],
@@ -134,6 +136,17 @@ def test_bad_names_are_sentences(source: str) -> None:
 def test_a_tokenizer_of_another_model_is_found_out(text_file: Path) -> None:
     with pytest.raises(CalibrationError, match="do not belong together"):
         calibration.build(CalibrationSpec(source=str(text_file)), None, 0, tiny.tokenizer(), 50)
+
+
+def test_odd_text_is_text(tmp_path: Path, text_file: Path) -> None:
+    surrogate = tmp_path / "odd.jsonl"
+    surrogate.write_text(json.dumps({"text": "\ud800" + tiny.text(500)}))
+    assert build(surrogate).ids.shape == (7, 16)
+    with pytest.raises(CalibrationError, match="no columns"):
+        build(f"{text_file}:text")
+    beyond = tiny.tokenizer()
+    with pytest.raises(CalibrationError, match="BOS token is 1"):
+        calibration.build(CalibrationSpec(source=str(text_file), bos="yes"), None, 0, beyond, 1)
 
 
 def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

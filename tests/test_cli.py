@@ -45,7 +45,7 @@ def test_json_is_one_object_and_alone_on_stdout(arguments: list[object]) -> None
     out, err = run(*arguments, "--remove", 2, "--json")
     found = json.loads(out)
     assert out.count("\n") == 1
-    assert "Searching" in err
+    assert "Step 1 of 2" in err
     assert "perplexity" in err
     assert {"run_id", "run_dir", "model", "num_blocks", "method", "removal_list", "kept_blocks", "baseline"} <= set(
         found
@@ -85,7 +85,7 @@ def test_the_screen_shows_the_evidence(arguments: list[object]) -> None:
         assert line.strip() in shown
     assert run_id in run("runs")[0]
     listed = json.loads(run("runs", "--json")[0])
-    assert [each["run_id"] for each in listed] == [run_id]
+    assert [each["run_id"] for each in listed["runs"]] == [run_id]
 
 
 def test_a_run_folder_of_its_own_and_import(arguments: list[object], tmp_path: Path) -> None:
@@ -134,6 +134,13 @@ def test_protection_and_rises_are_parsed(arguments: list[object]) -> None:
         (["export", "nothing", "--format", "onnx"], "onnx"),
         (["cache", "--clear", "everything"], "everything"),
         (["search", "demo", "--seed", "x"], "--seed"),
+        (["search", "demo", "--seed", "-1"], "--seed"),
+        (["search", "demo", "--until-perplexity", "10"], "+10%"),
+        (["search", "x" * 5000], "no model"),
+        (["search", "~no-such-user/model"], "home folder"),
+        (["search", "demo", "--run-dir", "~no-such-user/run"], "home folder"),
+        (["search", "demo", "--run-dir", "/dev/null"], "no folder"),
+        (["search", "demo", "--method", "early-exit", "--protect", "29"], "block 29 is protected"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
@@ -152,8 +159,19 @@ def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
     assert json.loads(run("export", name)[0])["removal_list"] == removal_list
     rows = list(csv.DictReader(io.StringIO(run("export", name, "--format", "csv")[0])))
     assert len(rows) == 2
-    run("export", name, "--format", "mergekit", "--out", tmp_path / "merge.yaml")
-    assert "slices" in (tmp_path / "merge.yaml").read_text()
+    merge = tmp_path / "merge.yaml"
+    run("export", name, "--format", "mergekit", "--out", merge)
+    assert "slices" in merge.read_text()
+    merge.write_text("mine")
+    assert "--replace" in run("export", name, "--format", "mergekit", "--out", merge, code=2)[1]
+    assert merge.read_text() == "mine"
+    (tmp_path / "link").symlink_to(merge)
+    run("export", name, "--format", "list", "--out", tmp_path / "link", "--replace")
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads(merge.read_text()) == removal_list
+    out, _ = run("export", name, "--format", "list", "--out", "/dev/null", "--json")
+    assert json.loads(out)["removal_list"] == removal_list
+    assert not Path("/dev/null").is_file()
     assert "2" in run("export", name, "--steps", 3, code=2)[1]
     assert "--out" in run("export", name, "--format", "hf", code=2)[1]
 
@@ -217,9 +235,50 @@ def test_analyze_prints_and_caches(tiny_model: Path, text_file: Path) -> None:
     assert "early exit" in out
     shown, _ = run("cache")
     assert "block-outputs" in shown
-    assert json.loads(run("cache", "--json")[0])[0]["folder"] == "block-outputs"
-    _, err = run("cache", "--clear", "block-outputs")
+    assert json.loads(run("cache", "--json")[0])["entries"][0]["folder"] == "block-outputs"
+    out, err = run("cache", "--clear", "block-outputs", "--json")
     assert "Cleared 1" in err
+    assert json.loads(out)["bytes"] > 0
+
+
+def test_a_reader_who_leaves_does_not_end_the_search(arguments: list[object], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "sleb", *map(str, arguments), "--remove", "3", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    process.wait(timeout=120)
+    assert "Traceback" not in errors
+    assert len(sleb.load(tmp_path / "run").removal_list) == 3
+
+
+def test_a_screen_without_unicode(arguments: list[object]) -> None:
+    words = [sys.executable, "-m", "sleb", *map(str, arguments), "--remove", "1"]
+    environment = dict(os.environ) | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Removal list" in done.stdout
+
+
+def test_names_are_shown_as_text(text_file: Path, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "\x1b[31m[bold]red")
+    options = ["--calibration", text_file, "--sequences", 3, "--sequence-length", 16, "--remove", 1, "--no-analysis"]
+    run("search", folder, *options)
+    shown = run("runs")[0] + run("show", sleb.runs()[0].run_id)[0]
+    assert "\x1b[31m" not in shown
+    assert "[bold]red" in shown
+
+
+def test_a_damaged_run_can_be_deleted_and_an_old_job_does_not_matter(arguments: list[object]) -> None:
+    found = json.loads(run(*arguments, "--remove", 1, "--json")[0])
+    folder = Path(found["run_dir"])
+    (folder / "jobs" / "1-search" / "status.json").write_text("{")
+    assert "damaged" in run("show", found["run_id"])[0]
+    (folder / "spec.json").write_text("{")
+    assert "damaged" in run("show", found["run_id"], code=2)[1]
+    run("delete", found["run_id"], "--yes")
+    assert not folder.exists()
 
 
 def test_help_teaches() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sleb.errors import OptionError, ScoringError
-from sleb.methods import Problem, baseline, compare, number_to_remove, search
+from sleb.methods import Problem, baseline, compare, number_to_remove, require_possible, search
 from sleb.records import Baseline, Measured, Method, Step
 
 Table = Callable[[tuple[int, ...]], Sequence[float]]
@@ -88,7 +88,10 @@ def test_early_exit_takes_the_last_blocks() -> None:
     assert steps[0].margin is None
     assert steps[0].tied == ()
     with pytest.raises(OptionError, match="block 4 is protected"):
-        run(Method.EARLY_EXIT, problem(num_remove=3, protected=(4,)), interacting)
+        require_possible(Method.EARLY_EXIT, 6, 3, (4,))
+    with pytest.raises(OptionError, match="No 3 neighbouring"):
+        require_possible(Method.BEST_CHUNK, 6, 3, (2, 4))
+    require_possible(Method.BEST_CHUNK, 6, 2, (2, 5))
 
 
 def test_best_chunks_are_contiguous_and_not_nested() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import make_step, measured
+from builders import make_stack, make_step, measured
 
 from sleb import jobs, store
 from sleb.errors import RunBusy, RunError, StorageError
@@ -28,7 +28,9 @@ FIRST = Baseline(
 
 @pytest.fixture
 def run() -> Run:
-    return store.create(RunSpec(model="some/Model.Name", ratio=0.1))
+    made = store.create(RunSpec(model="some/Model.Name", ratio=0.1))
+    store.write_stack(made.run_dir, make_stack())
+    return store.load(made.run_id)
 
 
 def test_a_run_is_read_back_as_it_was_written(run: Run) -> None:
@@ -69,6 +71,26 @@ def test_a_line_damaged_in_the_middle_is_named(run: Run) -> None:
         store.load(run.run_id)
 
 
+@pytest.mark.parametrize("lines", [(0, 1, 1), (0, 2, 1), (0, 0, 1), (1, 2), (0, 2)])
+def test_lines_out_of_order_are_not_believed(run: Run, lines: tuple[int, ...]) -> None:
+    store.append_baseline(run.run_dir, FIRST)
+    for count in (1, 2):
+        store.append_step(run.run_dir, make_step(count, (3, 5)[:count]))
+    path = run.run_dir / "trace.jsonl"
+    whole = path.read_text().splitlines()
+    path.write_text("".join(whole[line] + "\n" for line in lines))
+    with pytest.raises(RunError, match="damaged"):
+        store.load(run.run_id)
+
+
+def test_a_run_that_was_moved_away_is_not_begun_anew(run: Run) -> None:
+    store.append_baseline(run.run_dir, FIRST)
+    run.run_dir.rename(run.run_dir.with_name("moved"))
+    with pytest.raises(RunError, match="moved or deleted"):
+        store.append_step(run.run_dir, make_step(1, (3,)))
+    assert not run.run_dir.exists()
+
+
 def test_a_folder_of_another_version_is_refused_and_untouched(run: Run) -> None:
     path = run.run_dir / "spec.json"
     content = json.loads(path.read_text()) | {"format_version": 99, "from_the_future": True}
@@ -106,12 +128,13 @@ def test_a_folder_in_use_is_not_taken(run: Run, tmp_path: Path) -> None:
 
 def test_import_and_delete(tmp_path: Path) -> None:
     outside = store.create(RunSpec(model="m", ratio=0.1), tmp_path / "from elsewhere")
+    store.write_stack(outside.run_dir, make_stack())
     store.append_baseline(outside.run_dir, FIRST)
     inside = store.bring_in(outside.run_dir)
     assert inside.run_dir.parent == store.runs_folder()
     assert inside.trace == store.load(outside.run_dir).trace
     assert [run.run_id for run in store.list_runs() if isinstance(run, Run)] == [inside.run_id]
-    store.delete(inside.run_id)
+    store.delete(inside.run_dir)
     assert store.list_runs() == []
     with pytest.raises(RunError):
         store.bring_in(tmp_path)
@@ -159,7 +182,7 @@ def test_replaced_files_are_whole_and_leave_no_litter(run: Run, monkeypatch: pyt
     with pytest.raises(StorageError):
         store.replace_file(path, "new")
     assert path.read_text() == "old"
-    assert sorted(each.name for each in run.run_dir.iterdir()) == ["file", "spec.json"]
+    assert sorted(each.name for each in run.run_dir.iterdir()) == ["file", "spec.json", "stack.json"]
 
 
 def test_scores_are_kept_beside_the_trace(run: Run) -> None:

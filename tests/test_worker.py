@@ -17,7 +17,7 @@ from families import build
 import sleb
 from sleb import jobs, store
 from sleb.blocks import BlockStack
-from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, RunBusy, RunError, ScoringError
+from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, RunBusy, RunError
 from sleb.meter import Meter, Watcher
 from sleb.records import JobSpec, JobState, Step
 from sleb.scoring import plain_nll
@@ -282,8 +282,65 @@ def test_bad_options_are_sentences(
 def test_predictions_that_are_not_numbers_end_the_search_early(tmp_path: Path, text_file: Path) -> None:
     folder = tiny.save(tmp_path / "model")
     _change_weights(folder, "model.layers.2.mlp.down_proj.weight", float("nan"))
-    with pytest.raises(ScoringError, match="not numbers"):
+    with pytest.raises(ModelError, match="not numbers"):
         sleb.search(str(folder), **options(text_file))
+
+
+def test_weights_that_the_checkpoint_lacks_are_not_made_up(tmp_path: Path, text_file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.save(tmp_path / "model")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 of the weights .*layers.3.mlp.up_proj"):
+        sleb.search(str(folder), **options(text_file))
+
+
+def test_a_list_is_not_exported_on_other_weights(tmp_path: Path, text_file: Path) -> None:
+    folder = tiny.save(tmp_path / "model")
+    run = sleb.search(str(folder), **options(text_file, dtype="bfloat16"))
+    _change_weights(folder, "model.layers.2.mlp.down_proj.weight", 9.0)
+    with pytest.raises(RunError, match="not those that run"):
+        sleb.export_model(run, tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_what_appears_at_the_target_meanwhile_is_kept(
+    tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sleb import export
+
+    run = sleb.search(str(tiny_model), **options(text_file, remove=1))
+    proving = export.run_proof
+
+    def slow_proof(*arguments: Any) -> Any:
+        proof = proving(*arguments)
+        (tmp_path / "smaller").mkdir()
+        (tmp_path / "smaller" / "precious.txt").write_text("mine")
+        return proof
+
+    monkeypatch.setattr(export, "run_proof", slow_proof)
+    with pytest.raises(OptionError, match="not empty"):
+        sleb.export_model(run, tmp_path / "smaller")
+    assert [path.name for path in (tmp_path / "smaller").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(remove=True), dict(sequences="4"), dict(protect="0,1"), dict(protect=5), dict(seed=-1)]
+)
+def test_wrong_types_in_a_notebook_are_sentences(changes: dict[str, Any], tiny_model: Path, text_file: Path) -> None:
+    with pytest.raises(OptionError):
+        sleb.search(str(tiny_model), **options(text_file, **changes))
+
+
+def test_paths_are_names_too(tiny_model: Path, text_file: Path) -> None:
+    made = sleb.search(tiny_model, **options(text_file, remove=1) | {"calibration": text_file})  # type: ignore[arg-type]
+    assert len(made.removal_list) == 1
+    with pytest.raises(OptionError):
+        sleb.export_model(made, "anywhere", steps=1.5)  # type: ignore[arg-type]
+    assert sleb.load(made.run_id).jobs[0].status.state is JobState.FINISHED
 
 
 def _change_weights(folder: Path, name: str, value: float) -> None:
