@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from . import jobs, store
+from . import files, jobs, store
 from .errors import OptionError, RunBusy
 from .meter import Watcher
 from .records import CalibrationSpec, JobSpec, Method, Proof, Run, RunSpec
@@ -146,7 +146,7 @@ def export_model(
     """
     found = _found(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code)
-    folder = str(store.expanded(Path(out)).absolute())
+    folder = str(files.expanded(Path(out)).absolute())
     job = _valid(JobSpec, job.model_dump() | {"steps": steps, "replace": replace, "out": folder})
     done = execute(found, job, watcher)
     return store.read_proof(done)
@@ -302,11 +302,11 @@ def _absolute(name: str) -> str:
     if name in ("demo", "wikitext2", "c4", "wikitext2-rows"):
         return name
     with suppress(OSError, ValueError):  # what no file system takes is a name
-        local = store.expanded(Path(name))
+        local = files.expanded(Path(name))
         if local.exists():
             return str(local.absolute())
-        if column and store.expanded(Path(path)).is_file():
-            return f"{store.expanded(Path(path)).absolute()}:{column}"
+        if column and files.expanded(Path(path)).is_file():
+            return f"{files.expanded(Path(path)).absolute()}:{column}"
     return name
 
 

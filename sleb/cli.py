@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from . import api, jobs, store
+from . import api, files, jobs, store
 from .errors import BadInput, OptionError, RunError, SlebError, Stopped
 from .options import (
     CHOICE,
@@ -271,7 +271,7 @@ def export(
     if format is not Format.HF:
         text = render(found, format.value, steps)
         if out is not None:
-            store.save_text(out, text, replace=replace)
+            files.save_text(out, text, replace=replace)
             typer.echo(f"Wrote {out}.", err=True)
         if as_json:
             taken = list(removal_list_after(found, steps))

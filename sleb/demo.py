@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 from filelock import FileLock
 
-from . import store
+from . import files, store
 from .errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
         say(f"Converting the demo model {MODEL_NAME} to safetensors, once (about 20 s)")
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting."))
         try:
-            with store.writing(target):
+            with files.writing(target):
                 convert(source, partial)
                 (partial / "source.json").write_text(json.dumps(wanted))
                 shutil.rmtree(target, ignore_errors=True)
@@ -75,7 +75,7 @@ def documents(say: Callable[[str], None] = log.info) -> list[str]:
         _require(source, _TEXT_SHA256)
         say("Cleaning the demo text, once")
         articles = _articles(source)
-        store.replace_file(target, json.dumps({"source_sha256": _TEXT_SHA256, "articles": articles}))
+        files.replace_file(target, json.dumps({"source_sha256": _TEXT_SHA256, "articles": articles}))
     return articles
 
 
@@ -145,7 +145,7 @@ def _require(path: Path, sha256: str, size: int | None = None) -> None:
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     lock = FileLock(target.parent / f".{target.name}.lock")
-    with store.writing(target):
+    with files.writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:

@@ -21,7 +21,7 @@ from types import FrameType
 import psutil
 from filelock import FileLock, Timeout
 
-from . import store
+from . import files, store
 from .errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from .records import Job, JobSpec, JobState, JobStatus, Progress, Run
 
@@ -81,7 +81,7 @@ def executing(job_dir: Path) -> Iterator[Reporter]:
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
-    with store.writing(run_dir):
+    with files.writing(run_dir):
         try:
             lock.acquire(timeout=0)
         except Timeout as error:  # an OSError, but no refusal of the disk's
@@ -140,7 +140,7 @@ def require_idle(run: Run) -> None:
 
 def start(job: Job) -> subprocess.Popen[bytes]:
     """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
-    with store.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
+    with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "sleb", "work", str(job.directory)],
             stdin=subprocess.DEVNULL,
@@ -180,7 +180,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 def delete(directory: Path) -> None:
     """Remove a run folder for good, readable or not. Raises `RunBusy` while a process executes it."""
     lock = lock_of(directory)
-    with store.writing(directory):
+    with files.writing(directory):
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -193,7 +193,7 @@ def delete(directory: Path) -> None:
 
 def bring_in(folder: Path) -> Run:
     """Copy a run folder from elsewhere into the runs folder. Raises `RunBusy` while a process executes it."""
-    require_idle(store.load(store.expanded(folder).absolute()))
+    require_idle(store.load(files.expanded(folder).absolute()))
     return store.bring_in(folder)
 
 

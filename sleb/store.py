@@ -8,7 +8,6 @@ reading, and cut off before the next one is appended.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -19,14 +18,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from .errors import OptionError, RunError, StorageError
+from .errors import RunError
+from .files import expanded, replace_file, writing
 from .records import (
     FORMAT_VERSION,
     Analysis,
@@ -49,8 +49,6 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=BaseModel)
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def home() -> Path:
@@ -63,14 +61,6 @@ def home() -> Path:
     return user_data_path("sleb", appauthor=False)
 
 
-def expanded(path: Path) -> Path:
-    """With `~` filled in. Raises `OptionError` for a user who is not there."""
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise OptionError(f"{path} names a home folder that is not there.") from error
-
-
 def reference(run: Run) -> str:
     """What to type to name the run: its id, or the folder it was given."""
     own = run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id)
@@ -80,56 +70,6 @@ def reference(run: Run) -> str:
 def runs_folder() -> Path:
     """The folder that holds runs which were given no folder of their own."""
     return home() / "runs"
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk can refuse into one sentence; nothing already written is touched."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageError(
-                f"The disk is full: {path} could not be written. What was finished is kept; free some space and resume."
-            ) from error
-        if error.errno in _FORBIDDEN:
-            raise StorageError(
-                f"{path} cannot be written ({error.strerror}). Choose another folder with --run-dir or SLEB_HOME."
-            ) from error
-        raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
-
-
-def save_text(path: Path, text: str, *, replace: bool) -> None:
-    """Write a file that somebody named. Raises `OptionError` where that would lose one, unless it may go."""
-    target = expanded(path)
-    if target.is_dir() or str(path).endswith(os.sep):
-        raise OptionError(f"{path} is a folder; name a file.")
-    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
-        with writing(target), open(target, "w", encoding="utf-8") as file:
-            file.write(text)
-        return
-    if target.exists() and not replace:
-        raise OptionError(f"{path} is there already; name another file, or add --replace.")
-    replace_file(target.resolve(), text)
-
-
-def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
-    data = content.encode() if isinstance(content, str) else content
-    with writing(path):
-        if make_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
 
 def create(spec: RunSpec, run_dir: Path | None = None) -> Run:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from builders import make_stack, make_step, measured
 
-from sleb import jobs, store
+from sleb import files, jobs, store
 from sleb.errors import RunBusy, RunError, StorageError
 from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
 
@@ -173,14 +173,14 @@ def test_a_folder_that_cannot_be_written_is_a_sentence() -> None:
 
 def test_replaced_files_are_whole_and_leave_no_litter(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     path = run.run_dir / "file"
-    store.replace_file(path, "old")
+    files.replace_file(path, "old")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(StorageError):
-        store.replace_file(path, "new")
+        files.replace_file(path, "new")
     assert path.read_text() == "old"
     assert sorted(each.name for each in run.run_dir.iterdir()) == ["file", "spec.json", "stack.json"]
 
