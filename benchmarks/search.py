@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -69,6 +70,7 @@ def main() -> None:
             began = time.perf_counter()
             results[name] = way(sequences)
             seconds[name].append(time.perf_counter() - began)
+            print(f"sequences {start} to {start + per_round - 1}, {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
         largest = max(largest, *(float(np.abs(found - results["sweep"]).max()) for found in results.values()))
 
     shared, alone = (cost_of(candidates, len(stack), plain=way) for way in (False, True))

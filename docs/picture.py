@@ -23,7 +23,7 @@ def main() -> None:
     # Names and folders of the machine it was drawn on are nobody's business.
     run = run.model_copy(update={"run_id": "20261122-demo-metric3", "run_dir": Path("20261122-demo-metric3")})
     console = Console(record=True, width=124, file=io.StringIO(), highlight=False, soft_wrap=False, force_terminal=True)
-    console.print("[dim]$[/] [bold]sleb search demo[/]")
+    console.print("[dim]$[/] [bold]sleb search demo[/]  [dim]# and afterwards[/]\n[dim]$[/] [bold]sleb show RUN[/]")
     print_run(run, console)
     TARGET.write_text(console.export_svg(title="sleb"))
     print(f"Wrote {TARGET}")

@@ -50,6 +50,11 @@ class CalibrationSet:
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.ids).tobytes())
 
 
+def require_there(spec: CalibrationSpec) -> None:
+    """A local file that is missing is said before minutes of loading a model. Raises `CalibrationError`."""
+    _local(spec.source)
+
+
 def default_held_out(sequences: int) -> int:
     """A quarter of the calibration set, at least one."""
     return max(1, round(sequences / 4))

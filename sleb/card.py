@@ -14,6 +14,9 @@ from .records import Proof, Run, Step
 PAPER = "https://arxiv.org/abs/2402.09025"
 
 
+DEMO_ORIGIN = " (from its 4-bit GGUF file, Q4\\_1, dequantised)"
+
+
 def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None = None) -> str:
     """Front matter and provenance of the run's model without these blocks; no licence, which the base model
     has.
@@ -41,12 +44,13 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         "Transformer blocks that the calibration text needs least were removed whole "
         f"([SLEB]({PAPER})); nothing was trained afterwards.",
         "",
-        f"- **Base model:** {escaped(shown)}, {_revision(run)}, {escaped(stack.model_class)}, "
+        f"- **Base model:** {escaped(shown)}{DEMO_ORIGIN if run.spec.model == 'demo' else ''}, {_revision(run)}, "
+        f"{escaped(stack.model_class)}, "
         f"weights hash {code(stack.weights_hash)}",
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(stack.num_blocks, removal_list))}",
         f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, blocks {code(list(stack.protected))} protected",
-        f"- **Calibration:** {escaped(calibration.source)} ({escaped(stack.text)}), {stack.sequences} "
+        f"- **Calibration:** {escaped(_without_folder(calibration.source))} ({escaped(stack.text)}), {stack.sequences} "
         f"sequences of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
         f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",
         f"- **Scored in:** {escaped(stack.dtype)}",
@@ -68,6 +72,8 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         "",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        'ids = tokenizer("The Earth is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))",
         "```",
         "",
     ]
@@ -115,6 +121,11 @@ def code(text: object) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     padding = " " if "`" in line else ""
     return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def _without_folder(source: str) -> str:
+    """Where a file lies is nobody else's business."""
+    return re.split(r"[\\/]", source)[-1] if source.startswith("/") or ":\\" in source else source
 
 
 def _revision(run: Run) -> str:

@@ -49,6 +49,7 @@ app = typer.Typer(
     name="sleb",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help=(
@@ -345,17 +346,34 @@ def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
-    job_dir = _job_dir(directory.expanduser().absolute())
-    from .worker import execute
+    api.work(_job_dir(files.expanded(directory).absolute()))
 
-    execute(job_dir)
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"sleb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What comes before any command."""
 
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
     handler = _ToScreen()
+    handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry; we tell the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not end a search

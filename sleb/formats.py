@@ -138,6 +138,8 @@ def _csv(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
+    first = trace_of(run).baseline
+    writer.writerow([0, "[]", "[]", first.perplexity, first.held_out.perplexity, None, None, "[]"])
     for step in steps:  # lists are JSON; what was not measured is an empty cell
         writer.writerow(
             [

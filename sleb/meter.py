@@ -35,6 +35,7 @@ class Meter:
 
     def phase(self, name: str) -> None:
         """A phase whose length is not known."""
+        self._start = time.perf_counter()
         self._tell(Progress(phase=name), force=True)
 
     def within(self, name: str) -> None:
@@ -61,7 +62,9 @@ class Meter:
 
     def part(self, fraction: float, message: str) -> None:
         """How far a phase without units of its own is."""
-        self._tell(self._progress.model_copy(update={"fraction": fraction, "message": message, "eta_seconds": None}))
+        passed = time.perf_counter() - self._start
+        eta = passed * (1 - fraction) / fraction if fraction > 0.02 else None
+        self._tell(self._progress.model_copy(update={"fraction": fraction, "message": message, "eta_seconds": eta}))
 
     def _tell(self, progress: Progress, *, force: bool = False) -> None:
         self._progress = progress

@@ -25,6 +25,10 @@ _TIED_SHOWN = 6
 class _Patient(Console):
     """A console nobody may be reading any more: what it cannot print is lost, and the work goes on."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, **options)
+        self.soft_wrap = not self.is_terminal  # a file has no edge to wrap at
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
@@ -44,8 +48,8 @@ class Screen:
     """Live progress of one job: a bar on stderr, and each step on stdout as it is decided (unless `--json`)."""
 
     def __init__(self, as_json: bool) -> None:
-        self.errors = _Patient(stderr=True, highlight=False, soft_wrap=True)
-        self.results = _Patient(file=sys.stderr if as_json else sys.stdout, highlight=False, soft_wrap=True)
+        self.errors = _Patient(stderr=True)
+        self.results = _Patient(file=sys.stderr if as_json else None)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -91,7 +95,9 @@ class Screen:
         self.note(_labelled("run", f"[dim]{shown(str(run.run_dir))}[/]"))
 
     def end(self, run: Run) -> None:
-        """The list, and what to do with it."""
+        """What the analyses found, the list, and what to do with it."""
+        if run.analysis and run.trace:
+            self.print(_describe_analysis(run))
         self.print(describe_end(run))
 
     def print(self, text: str) -> None:
@@ -150,7 +156,8 @@ def describe(stack: StackDescription) -> str:
         f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
-    text = f"{shown(stack.text)}\n{stack.sequences} sequences to choose by, {stack.held_out} held out; {bos}"
+    use = f"to choose by, {stack.held_out} held out" if stack.num_remove else "of it"
+    text = f"{shown(stack.text)}\n{stack.sequences} sequences {use}; {bos}"
     if check.scoring == "plain":
         trust = f"[bold yellow]scored the plain way[/]: {shown(check.reason or '')}"
     elif check.max_difference:
@@ -248,7 +255,7 @@ def describe_end(run: Run) -> str:
 
 def print_run(run: Run, console: Console | None = None) -> None:
     """The whole run on stdout, or on another console."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or _Patient()
     kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({jobs.state_of(run).value})"))
     console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}"))

@@ -167,6 +167,7 @@ class Session:
             log.warning("%s", warning)
         store.write_scores(self.run.run_dir, "baseline", nats=nats, token_counts=problem.token_counts)
         store.append_baseline(self.run.run_dir, first)
+        log.info("Baseline: perplexity %s in %.1f s", first.perplexity, first.seconds)
         return first
 
     def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
@@ -226,6 +227,7 @@ class Session:
             members = np.array([candidate.block for candidate in step.candidates])
             store.write_scores(directory, f"step-{step.number:04d}", blocks=members, nats=decision.scores)
             store.append_step(directory, step)
+            log.info("Step %d: removed %s in %.1f s", step.number, list(step.removed), step.seconds)
             steps.append(step)
             self.watcher.step(step, first)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import jobs, store
+from . import calibration, jobs, store
 from .errors import OptionError, RunError
 from .export import export_checkpoint, model_card, require_free
 from .formats import public_name, removal_list_after
@@ -35,9 +35,12 @@ def execute(job_dir: Path, watcher: Watcher | None = None) -> Run:
         run = store.load(run_dir)
         meter = Meter(reporter.progress, watcher.progress)
         attempt = _AttemptFile(job_dir, job.spec)
+        log.info("Job %s of run %s: %s", job.name, run.run_id, run.spec.model)
         try:
             if job.spec.kind == "export":
                 _require_exportable(run, job.spec)  # refused before minutes of loading
+            else:
+                calibration.require_there(run.spec.calibration)
             meter.phase("Loading the model")
             loaded = _load(run, job.spec)
             attempt.learn(device=loaded.device)
@@ -47,6 +50,7 @@ def execute(job_dir: Path, watcher: Watcher | None = None) -> Run:
                 session = Session(run, job.spec, loaded, meter, watcher)
                 session.go()
                 attempt.learn(batch_size=session.batch_size)
+            log.info("Done.")
         finally:
             attempt.learn(peak_memory=_peak_memory())
     return store.load(run_dir)
@@ -152,9 +156,12 @@ def _logging_to(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("sleb")
     root.addHandler(handler)
+    before = root.level
+    root.setLevel(logging.INFO)
     try:
         yield
     finally:
+        root.setLevel(before)
         root.removeHandler(handler)
         with suppress(OSError):  # a full disk
             handler.close()

@@ -86,7 +86,7 @@ def test_fewer_steps_give_the_list_as_it_was_then(steps: int) -> None:
     assert removal_list_after(run, steps) == (14, 23, 11)[:steps]
     assert json.loads(render(run, "list", steps)) == [14, 23, 11][:steps]
     assert blocks_of_mergekit(render(run, "mergekit", steps)) == kept((14, 23, 11)[:steps], 30)
-    assert len(render(run, "csv", steps).splitlines()) == 1 + steps
+    assert len(render(run, "csv", steps).splitlines()) == 2 + steps  # the names, the baseline, the steps
 
 
 def test_best_chunks_are_not_nested() -> None:
@@ -95,7 +95,7 @@ def test_best_chunks_are_not_nested() -> None:
     assert removal_list_after(run, 1) == (7,)
     assert removal_list_after(run) == (20, 21)
     rows = list(csv.DictReader(io.StringIO(render(run, "csv"))))
-    assert [json.loads(row["removed"]) for row in rows] == [[7], [20, 21]]
+    assert [json.loads(row["removed"]) for row in rows] == [[], [7], [20, 21]]
 
 
 def test_csv_says_what_each_step_found() -> None:
