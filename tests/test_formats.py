@@ -113,6 +113,9 @@ def test_csv_says_what_each_step_found() -> None:
         "margin_standard_error",
         "tied",
     ]
+    baseline, *rows = rows
+    assert (baseline["number"], baseline["removal_list"], baseline["tied"]) == ("0", "[]", "[]")
+    assert float(baseline["perplexity"]) == pytest.approx(math.exp(3.0))
     assert [row["number"] for row in rows] == ["1", "2"]
     assert [json.loads(row["removal_list"]) for row in rows] == [[14], [14, 23]]
     assert float(rows[1]["perplexity"]) == pytest.approx(math.exp(3.2))
