@@ -444,7 +444,8 @@ def _job_dir(directory: Path) -> Path:
         if state is JobState.RUNNING:
             jobs.require_idle(run)
         if state not in (JobState.QUEUED, JobState.INTERRUPTED):
-            raise RunError(f"Job {directory.name} is {state.value if state else 'not there'}, not waiting. ")
+            how = f"Go on with: sleb resume {store.reference(run)}"
+            raise RunError(f"Job {directory.name} is {state.value if state else 'not there'}, not waiting. {how}")
         return directory
     run = jobs.watched(store.load(directory))
     waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]

@@ -230,10 +230,6 @@ class Trace(Record):
         """Blocks in the order of removal, after the last step."""
         return self.steps[-1].removal_list if self.steps else ()
 
-    def with_step(self, step: Step) -> Trace:
-        """The trace with one more step."""
-        return self.model_copy(update={"steps": (*self.steps, step)})
-
     @property
     def block_evaluations(self) -> int:
         """Blocks times sequences, the baseline and held-out sequences included."""

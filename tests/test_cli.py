@@ -295,4 +295,3 @@ def test_python_m_sleb_is_sleb() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("sleb: There is no run 'nothing'")
-    assert tiny.SPECIAL

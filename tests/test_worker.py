@@ -365,7 +365,6 @@ def test_an_absurd_baseline_is_warned_of_with_its_likely_cause(
 
 def test_a_missing_bos_is_noticed_by_measuring(tmp_path: Path, text_file: Path) -> None:
     """A model that only predicts well behind BOS, as Gemma: the run says so, with both perplexities."""
-    from sleb import worker
     from sleb.scoring import Scorer
 
     folder = tiny.save(tmp_path / "model")
@@ -381,7 +380,6 @@ def test_a_missing_bos_is_noticed_by_measuring(tmp_path: Path, text_file: Path) 
         run = sleb.search(str(folder), **options(text_file, remove=1))
     finally:
         Scorer.score = honest  # type: ignore[method-assign]
-    assert worker is not None
     assert any("--bos yes" in warning and "instead of" in warning for warning in run.trace.baseline.warnings)  # type: ignore[union-attr]
 
 
