@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import alignment, cache, similarity
+from . import alignment, cache, similarity, tokens
 from .blocks import BlockStack
 from .errors import ModelError, ScoringError
 from .memory import in_batches
@@ -83,11 +83,11 @@ def analyze(
     seed: int,
     batch_size: int | None = None,
     progress: Progress = lambda fraction, message: None,
-) -> Analysis:
+) -> tuple[Analysis, tokens.Tokens]:
     """Similarity, alignment and passage on at most 4,096 tokens of the calibration set `ids`, int64 (S, L).
 
-    One forward pass over them (and a short one over generated text); none at all where the cache holds its
-    result.
+    Beside the record, the tokens that a run folder takes along. One forward pass over them (and a short one over
+    generated text); none at all where the cache holds its result.
     """
     started = time.monotonic()
     calibration = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64)
@@ -115,7 +115,7 @@ def analyze(
         cache.write(home, key, found, depends)
     analysis = analysis_of(found, tokenizer, key, cached=cached, since=started)
     progress(1.0, "Analyses read from the cache" if cached else "Analyses finished")
-    return analysis
+    return analysis, tokens.sample(tokens.of(found))
 
 
 def analysis_of(
@@ -123,8 +123,7 @@ def analysis_of(
 ) -> Analysis:
     """The record of a run from a cache entry; runs no model. `since`: `time.monotonic()` when work began."""
     since = time.monotonic() if since is None else since
-    tokens = len(found.token_ids)
-    of_text = f"{tokens:,} tokens of the calibration text ({_count(found.sequences, 'sequence')})"
+    of_text = f"{len(found.token_ids):,} tokens of the calibration text ({_count(found.sequences, 'sequence')})"
     generated = None
     if found.generated_ids.size:
         prompts = len(np.unique(found.generated_sequence))
@@ -152,7 +151,7 @@ def analysis_of(
             cache_key=key,
             sequences=found.sequences,
             sequence_length=found.sequence_length,
-            token_count=tokens,
+            token_count=len(found.token_ids),
             seconds=time.monotonic() - since,
             cached=cached,
         ),

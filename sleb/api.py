@@ -270,12 +270,17 @@ def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:
 
 
 def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
-    """Execute a job that is waiting, in this process. Imports torch."""
+    """Execute a job that is waiting, in this process, once the device is free. Imports torch.
+
+    Raises a `SlebError` with one sentence, after writing it down.
+    """
     # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from .worker import execute as execute_job
+    watcher = watcher or Watcher()
+    with jobs.executing(job_dir, watcher.progress) as reporter:
+        from .worker import execute as execute_job  # torch: not before it is this job's turn
 
-    return execute_job(job_dir, watcher)
+        return execute_job(job_dir, reporter, watcher)
 
 
 def _found(run: str | PathLike[str] | Run) -> Run:

@@ -14,20 +14,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 import psutil
 from filelock import FileLock, Timeout
 
-from . import files, store
+from . import files, store, turns
 from .errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from .records import Job, JobSpec, JobState, JobStatus, Progress, Run
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
+STARTING_SECONDS = 30.0
+"""A job that was started may be without a process for so long: it is about to come."""
 SILENCE_SECONDS = 60.0
 """A job on another host that has been silent for longer is taken for interrupted."""
 
@@ -39,7 +41,7 @@ class Reporter:
         self.job_dir = job_dir
         process = psutil.Process()
         self._status = JobStatus(
-            state=JobState.RUNNING,
+            state=JobState.QUEUED,
             pid=process.pid,
             host=socket.gethostname(),
             process_started=process.create_time(),
@@ -51,6 +53,12 @@ class Reporter:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         store.write_status(job_dir, self._status)
         self._thread.start()
+
+    def begin(self) -> None:
+        """The waiting is over."""
+        self._status = self._status.model_copy(update={"state": JobState.RUNNING, "started": time.time()})
+        self._progress = None
+        store.write_status(self.job_dir, self._now())
 
     def progress(self, progress: Progress) -> None:
         """How far the job is; written with the next heartbeat."""
@@ -74,10 +82,11 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def executing(job_dir: Path) -> Iterator[Reporter]:
-    """Hold the run's lock, keep the status, and write how it ended. Raises `RunBusy` if another process holds it.
+def executing(job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None) -> Iterator[Reporter]:
+    """Hold the run's lock, wait for the device, keep the status, and write how it ended.
 
-    SIGTERM is turned into `Stopped`, raised wherever the main thread is.
+    Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
+    thread is. `watch` hears of the waiting.
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
@@ -88,8 +97,17 @@ def executing(job_dir: Path) -> Iterator[Reporter]:
             raise RunBusy(_busy(run_dir)) from error
     try:
         reporter = Reporter(job_dir)
+        device = store.load_job(job_dir).spec.device
+
+        def waiting(before: int) -> None:
+            ahead = f"{before} job{'s' if before > 1 else ''} before this one"
+            told = Progress(phase=f"Waiting for {turns.device_name(device)}", message=ahead)
+            reporter.progress(told)
+            watch(told)
+
         try:
-            with _stopping_on_sigterm():
+            with _stopping_on_sigterm(), turns.turn(store.home(), device, waiting):
+                reporter.begin()
                 yield reporter
         except (Stopped, KeyboardInterrupt):
             with _deaf():
@@ -118,7 +136,7 @@ def lock_of(run_dir: Path) -> FileLock:
 
 def watched(run: Run) -> Run:
     """The run with the state of jobs whose process is gone derived."""
-    return run.model_copy(update={"jobs": tuple(_derived(job) for job in run.jobs)})
+    return run.model_copy(update={"jobs": tuple(derived(job) for job in run.jobs)})
 
 
 def state_of(run: Run) -> JobState:
@@ -127,19 +145,20 @@ def state_of(run: Run) -> JobState:
     return own[-1].status.state if own else JobState.QUEUED
 
 
-def running(run: Run) -> Job | None:
-    """The job that is being executed now, if any."""
-    return next((job for job in watched(run).jobs if job.status.state is JobState.RUNNING), None)
+def active(run: Run) -> Job | None:
+    """The job that a process executes, waits with, or is about to take up, if any."""
+    return next((job for job in watched(run).jobs if _active(job.status)), None)
 
 
 def require_idle(run: Run) -> None:
     """Raises `RunBusy` while a process executes the run."""
-    if running(run) is not None:
+    if active(run) is not None:
         raise RunBusy(_busy(run.run_dir))
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
     """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
+    store.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
     with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "sleb", "work", str(job.directory)],
@@ -151,8 +170,12 @@ def start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def stop(run: Run, *, patience: float = 20.0) -> Job:
-    """Ask the running job to stop; kill it when it does not, and record that. Raises `RunError` if nothing runs."""
-    job = running(run)
+    """Ask the active job to stop; kill it when it does not, and record that. Raises `RunError` if nothing runs."""
+    job = active(run)
+    limit = time.monotonic() + STARTING_SECONDS
+    while job is not None and job.status.pid is None and time.monotonic() < limit:  # started a moment ago
+        time.sleep(0.1)
+        job = active(store.load(run.run_dir))
     if job is None:
         raise RunError(f"Run {run.run_id} is {state_of(run).value}; there is nothing to stop.")
     if job.status.host != socket.gethostname() or job.status.pid is None:
@@ -169,7 +192,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
         lock.acquire(timeout=patience)
     try:
         now = store.load_job(job.directory)
-        if now.status.state is JobState.RUNNING:  # it could not say so itself
+        if now.status.state in (JobState.RUNNING, JobState.QUEUED):  # it could not say so itself
             killed = now.status.model_copy(update={"state": JobState.STOPPED, "message": "Killed on request."})
             store.write_status(job.directory, killed)
         return store.load_job(job.directory)
@@ -232,30 +255,32 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _derived(job: Job) -> Job:
+def derived(job: Job) -> Job:
+    """The job, interrupted if its status says that it runs or waits and its process is gone."""
     status = job.status
-    if status.state is not JobState.RUNNING or _alive(status):
+    waiting = status.state is JobState.QUEUED and status.pid is not None
+    if not (waiting or status.state is JobState.RUNNING) or _alive(status):
         return job
     lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
     return job.model_copy(update={"status": status.model_copy(update=lost)})
 
 
+def _active(status: JobStatus) -> bool:
+    """Of a watched job: whose process is gone says so."""
+    if status.state is JobState.QUEUED and status.pid is None:
+        return time.time() - (status.heartbeat or 0.0) < STARTING_SECONDS
+    return status.state in (JobState.QUEUED, JobState.RUNNING)
+
+
 def _alive(status: JobStatus) -> bool:
     if status.host != socket.gethostname():
         return time.time() - (status.heartbeat or 0.0) < SILENCE_SECONDS
-    if status.pid is None:
-        return False
-    try:
-        process = psutil.Process(status.pid)
-        started = abs(process.create_time() - (status.process_started or 0.0)) < 1.0
-        return started and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return status.pid is not None and turns.alive(status.pid, status.process_started or 0.0)
 
 
 def _busy(run_dir: Path) -> str:
     run = store.load(run_dir)
-    job = running(run)
+    job = active(run)
     who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
     how = f"sleb stop {store.reference(run)}"
     return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: {how}"

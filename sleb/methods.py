@@ -49,6 +49,8 @@ class Decision:
 
     step: Step
     scores: np.ndarray
+    held_out: np.ndarray
+    """Sums of the held-out sequences under the model this step leaves, nats."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Comparison:
     margin: float | None
     standard_error: float | None
     tied: tuple[int, ...]
+    differences: np.ndarray
+    """Per candidate, mean difference to the winner per token; 0 for itself, infinite where not a number."""
+    reach: np.ndarray
+    """Half width of its interval at the confidence asked for; NaN where one sequence gives no spread."""
 
 
 def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ratio: float | None) -> int:
@@ -122,29 +128,42 @@ def measured(nats: np.ndarray, token_counts: np.ndarray) -> Measured:
 def compare(scores: np.ndarray, token_counts: np.ndarray, confidence: float) -> Comparison:
     """Winner, margin to the runner-up with its standard error, and who cannot be told from the winner.
 
-    `scores` is (candidates, sequences). The sequences are the same for all, so differences are taken in pairs; the
-    error of their mean per token is that of a ratio estimate (Cochran, Sampling Techniques, 6.4), the interval
-    Student's. One sequence gives no interval: then nobody can be told from the winner.
+    `scores` is (candidates, sequences). The sequences are the same for all, so differences are taken in pairs, and
+    the interval of their mean is Student's. One sequence gives no interval: then nobody can be told from the winner.
     """
     totals = np.where(np.isfinite(scores).all(axis=1), scores.sum(axis=1), np.inf)
     winner = int(np.argmin(totals))  # the first of equals: the earliest block, like the reference (sleb.py, strict <)
-    others = [index for index in range(len(scores)) if index != winner and np.isfinite(totals[index])]
-    if not others:
-        return Comparison(winner, None, None, ())
-    differences = scores[others] - scores[winner]  # (others, sequences)
-    means = differences.sum(axis=1) / token_counts.sum()
+    others = np.array([i for i in range(len(scores)) if i != winner and np.isfinite(totals[i])], dtype=int)
+    all_differences, all_reach = np.full(len(scores), np.inf), np.full(len(scores), np.nan)
+    all_differences[winner] = all_reach[winner] = 0.0
+    if not len(others):
+        return Comparison(winner, None, None, (), all_differences, all_reach)
+    means, errors = mean_and_error(scores[others] - scores[winner], token_counts)
+    all_differences[others] = means
     runner_up = int(np.argmin(means))
-    sequences = len(token_counts)
-    if sequences < 2:
-        return Comparison(winner, float(means[runner_up]), None, tuple(others))
+    if len(token_counts) < 2:
+        everyone = tuple(others.tolist())
+        return Comparison(winner, float(means[runner_up]), None, everyone, all_differences, all_reach)
     from scipy.special import stdtrit  # a third of a second to import
 
-    residuals = differences - means[:, None] * token_counts
-    spread = np.sqrt((residuals**2).sum(axis=1) * sequences / (sequences - 1))
-    errors = spread / token_counts.sum()
-    reach = float(stdtrit(sequences - 1, 0.5 + confidence / 2)) * errors
-    tied = tuple(other for other, mean, limit in zip(others, means, reach, strict=True) if mean <= limit)
-    return Comparison(winner, float(means[runner_up]), float(errors[runner_up]), tied)
+    reach = float(stdtrit(len(token_counts) - 1, 0.5 + confidence / 2)) * errors
+    all_reach[others] = reach
+    tied = tuple(others[means <= reach].tolist())
+    return Comparison(winner, float(means[runner_up]), float(errors[runner_up]), tied, all_differences, all_reach)
+
+
+def mean_and_error(differences: np.ndarray, token_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean per token of paired differences (..., sequences) in nats, and its standard error.
+
+    The error is that of a ratio estimate (Cochran, Sampling Techniques, 6.4); NaN for a single sequence.
+    """
+    sequences = len(token_counts)
+    means = differences.sum(axis=-1) / token_counts.sum()
+    if sequences < 2:
+        return means, np.full_like(means, np.nan)
+    residuals = differences - means[..., None] * token_counts
+    spread = np.sqrt((residuals**2).sum(axis=-1) * sequences / (sequences - 1))
+    return means, spread / token_counts.sum()
 
 
 def search(
@@ -301,4 +320,4 @@ def _decide(
         head_evaluations=0,
         seconds=0.0,
     )
-    return Decision(step, scores)
+    return Decision(step, scores, held_out)

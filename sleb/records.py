@@ -176,6 +176,8 @@ class Step(Record):
     """The calibration set under the model without `removal_list`."""
     held_out: Measured
     """Sequences that took no part in the choice."""
+    held_out_standard_error: float | None = None
+    """Of the mean rise over the baseline on the held-out sequences, per token, in pairs; None below two of them."""
     margin: float | None
     """Mean paired difference of the runner-up's score to the winner's, per token; None without a runner-up."""
     margin_standard_error: float | None

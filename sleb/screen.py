@@ -207,7 +207,7 @@ def _row(
     rise = _rise(of, baseline) if of is not baseline else ""
     return (
         f"{number:>4} [bold]{removed:>8}[/]  {score:>8}  {margin:>17}  [bold]{decimal(perplexity):>10}[/]  "
-        f"{held_out:>9} {rise:>7}"
+        f"{held_out:>9} {rise:<14}"
     )
 
 
@@ -329,7 +329,10 @@ def _rise(of: Step | Baseline, baseline: Baseline) -> str:
     before, after = baseline.held_out.perplexity, of.held_out.perplexity
     if before is None or after is None or not 0 < before < math.inf or after == math.inf:
         return ""
-    return f"{after / before - 1:+.1%}"
+    text = f"{after / before - 1:+.1%}"
+    if isinstance(of, Step) and of.held_out_standard_error is not None:
+        text += f" ± {after / before * of.held_out_standard_error:.1%}"  # exp() of a rise in nats
+    return text
 
 
 def _ranges(blocks: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import analysis, cache, calibration, methods, store
+from . import analysis, cache, calibration, methods, store, tokens
 from .blocks import BlockStack
 from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .loading import LoadedModel, weights_hash
@@ -219,17 +219,29 @@ class Session:
                 return
             step = decision.step.model_copy(
                 update={
+                    "held_out_standard_error": self._held_out_error(problem, decision.held_out),
                     "block_evaluations": scorer.block_evaluations - blocks,
                     "head_evaluations": scorer.head_evaluations - heads,
                     "seconds": time.perf_counter() - start,
                 }
             )
             members = np.array([candidate.block for candidate in step.candidates])
-            store.write_scores(directory, f"step-{step.number:04d}", blocks=members, nats=decision.scores)
+            store.write_scores(
+                directory, f"step-{step.number:04d}", blocks=members, nats=decision.scores, held_out=decision.held_out
+            )
             store.append_step(directory, step)
             log.info("Step %d: removed %s in %.1f s", step.number, list(step.removed), step.seconds)
             steps.append(step)
             self.watcher.step(step, first)
+
+    def _held_out_error(self, problem: methods.Problem, nats: np.ndarray) -> float | None:
+        """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""
+        try:
+            before = store.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
+        except (OSError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
+            return None
+        _, error = methods.mean_and_error(nats - before, problem.token_counts[problem.held_out])
+        return float(error) if np.isfinite(error) else None
 
     def _forecast(self, problem: methods.Problem, scorer: Scorer, with_baseline: bool, steps: list[Step]) -> float:
         """Work ahead in block evaluations: the search itself, run over a score that only counts."""
@@ -257,7 +269,7 @@ class Session:
 
     def _analyze(self) -> None:
         self.meter.phase("Analyses")
-        found = analysis.analyze(
+        found, sample = analysis.analyze(
             self.stack,
             self.loaded.tokenizer,
             self.text.ids[: self.text.sequences],
@@ -270,6 +282,7 @@ class Session:
             batch_size=self.batch_size,
             progress=self.meter.part,
         )
+        tokens.write(self.run.run_dir, sample)
         store.write_analysis(self.run.run_dir, found)
 
 

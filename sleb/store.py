@@ -17,7 +17,6 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -97,7 +96,7 @@ def locate(run: str | os.PathLike[str]) -> Path:
         folder = Path(text).expanduser().absolute()
         if text and (folder / "spec.json").is_file():
             return folder
-    known = [each.name for each in _run_dirs()][:3]
+    known = [each.name for each in run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
     raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
 
@@ -121,19 +120,19 @@ def load(run: str | os.PathLike[str]) -> Run:
     return Run(
         run_id=directory.name,
         run_dir=directory,
-        spec=_read(directory / "spec.json", RunSpec),
+        spec=read_spec(directory),
         stack=stack,
         trace=trace,
         analysis=_read_or_none(analysis, Analysis),
         analysis_unavailable=unavailable.read_text(errors="replace") if unavailable.exists() else None,
-        jobs=tuple(_read_jobs(directory)),
+        jobs=read_jobs(directory),
     )
 
 
 def list_runs() -> list[Run | RunError]:
     """All runs of the runs folder, newest first; an unreadable one is its error, so that it can be shown."""
     found: list[Run | RunError] = []
-    for directory in _run_dirs():
+    for directory in run_dirs():
         try:
             found.append(load(directory))
         except RunError as error:
@@ -273,6 +272,27 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
     return load_job(target)
 
 
+def read_spec(directory: Path) -> RunSpec:
+    """What was asked. Raises `RunError` where it is damaged or of another version."""
+    return _read(directory / "spec.json", RunSpec)
+
+
+def read_jobs(directory: Path) -> tuple[Job, ...]:
+    """The run's jobs, oldest first, as they were written."""
+    found = []
+    for job_dir in _job_dirs(directory):
+        if not (job_dir / "spec.json").exists():  # a job being created is none yet
+            continue
+        try:
+            found.append(load_job(job_dir))
+        except RunError as error:  # an old job's file must not make the run unusable
+            kind: Any = job_dir.name.partition("-")[2]
+            kind = kind if kind in get_args(JobSpec.model_fields["kind"].annotation) else "search"
+            status = JobStatus(state=JobState.FAILED, message=str(error))
+            found.append(Job(name=job_dir.name, directory=job_dir, spec=JobSpec(kind=kind), status=status))
+    return tuple(found)
+
+
 def load_job(directory: Path) -> Job:
     """One job folder, read as it was written; `jobs.watched` derives what a dead process could not write."""
     attempt = directory / "attempt.json"
@@ -339,10 +359,11 @@ def _require_run(directory: Path) -> None:
         raise RunError(f"The run folder {directory} is gone: it was moved or deleted. Resume it where it is now.")
 
 
-def _run_dirs() -> list[Path]:
+def run_dirs(folder: Path | None = None) -> list[Path]:
+    """Run folders in a folder (by default the runs folder), newest first."""
     found: list[tuple[float, Path]] = []
     with suppress(OSError):  # no runs folder, or none of ours
-        for each in runs_folder().iterdir():
+        for each in (folder or runs_folder()).iterdir():
             with suppress(OSError):  # one folder that cannot be read must not hide the others
                 if _RUN_ID.fullmatch(each.name):
                     found.append(((each / "spec.json").stat().st_mtime, each))
@@ -355,19 +376,6 @@ def _job_dirs(directory: Path) -> list[Path]:
         return []
     found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
     return sorted(found, key=lambda each: int(each.name.split("-")[0]))
-
-
-def _read_jobs(directory: Path) -> Iterator[Job]:
-    for job_dir in _job_dirs(directory):
-        if not (job_dir / "spec.json").exists():  # a job being created is none yet
-            continue
-        try:
-            yield load_job(job_dir)
-        except RunError as error:  # an old job's file must not make the run unusable
-            kind: Any = job_dir.name.partition("-")[2]
-            kind = kind if kind in get_args(JobSpec.model_fields["kind"].annotation) else "search"
-            status = JobStatus(state=JobState.FAILED, message=str(error))
-            yield Job(name=job_dir.name, directory=job_dir, spec=JobSpec(kind=kind), status=status)
 
 
 def _read(path: Path, record: type[R]) -> R:

@@ -47,6 +47,7 @@ def _step(step: Step) -> dict[str, Any]:
         "removal_list": list(step.removal_list),
         "perplexity": _finite(step.perplexity),
         "held_out_perplexity": _finite(step.held_out.perplexity),
+        "held_out_standard_error": step.held_out_standard_error,
         "margin": step.margin,
         "margin_standard_error": step.margin_standard_error,
         "tied": list(step.tied),

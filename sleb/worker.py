@@ -26,12 +26,11 @@ from .session import Session
 log = logging.getLogger(__name__)
 
 
-def execute(job_dir: Path, watcher: Watcher | None = None) -> Run:
-    """Do what the job says and return the run. Raises a `SlebError` with one sentence, after writing it down."""
+def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> Run:
+    """Do what the job says and return the run; the caller holds it (`jobs.executing`)."""
     job = store.load_job(job_dir)
     run_dir = job_dir.parent.parent
-    watcher = watcher or Watcher()
-    with jobs.executing(job_dir) as reporter, _logging_to(job_dir / "log.txt"):
+    with _logging_to(job_dir / "log.txt"):
         run = store.load(run_dir)
         meter = Meter(reporter.progress, watcher.progress)
         attempt = _AttemptFile(job_dir, job.spec)

@@ -36,7 +36,7 @@ def run(stack: BlockStack, ids: Any, home: Path, **changes: Any) -> Any:
     settings: dict[str, Any] = dict(
         weights_hash="w", revision=None, dtype="float32", model_name="tiny", home=home, seed=0
     )
-    return analyze(stack, Numbers(), ids, **(settings | changes))
+    return analyze(stack, Numbers(), ids, **(settings | changes))[0]
 
 
 def calls_of(model: torch.nn.Module) -> list[int]:

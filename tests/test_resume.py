@@ -27,9 +27,9 @@ def execute(job_dir: Path, home: str) -> None:
 
     os.environ["SLEB_HOME"] = home
     torch.set_num_threads(1)
-    from sleb import worker
+    from sleb import api
 
-    worker.execute(job_dir)
+    api.work(job_dir)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,126 @@
+"""Runs at a glance: what a list of hundreds shows, without reading their traces whole. Knows files only."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from . import jobs, store
+from .errors import RunError
+from .records import Baseline, Job, JobState, RunSpec, Step
+
+
+@dataclass(frozen=True)
+class Outline:
+    """One run in a list. Times are seconds since the epoch."""
+
+    run_id: str
+    run_dir: Path
+    created: float
+    state: JobState
+    spec: RunSpec
+    num_blocks: int | None
+    baseline: Baseline | None
+    last: Step | None
+    """The newest finished step."""
+    finished: bool
+    seconds: float | None
+    """Spent on the search itself so far."""
+    job: Job | None
+    """The newest search or analysis."""
+
+    @property
+    def removal_list(self) -> tuple[int, ...]:
+        """Blocks in the order of removal so far."""
+        return self.last.removal_list if self.last else ()
+
+
+def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
+    """All runs of a folder (by default the runs folder), newest first; an unreadable one is its error."""
+    found: list[Outline | RunError] = []
+    for directory in store.run_dirs(folder):
+        try:
+            found.append(outline(directory))
+        except RunError as error:
+            found.append(error)
+    return found
+
+
+def outline(directory: Path) -> Outline:
+    """One run folder. Raises `RunError` where it is damaged or of another version."""
+    spec = store.read_spec(directory)
+    state, job = JobState.QUEUED, None
+    for each in reversed(store.read_jobs(directory)):
+        if each.spec.kind == spec.kind:
+            job = jobs.derived(each)
+            state = job.status.state
+            break
+    baseline, last, finished, seconds = _ends(directory / "trace.jsonl")
+    num_blocks = None
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        num_blocks = int(json.loads((directory / "stack.json").read_bytes())["num_blocks"])
+    return Outline(
+        run_id=directory.name,
+        run_dir=directory,
+        created=(directory / "spec.json").stat().st_mtime,
+        state=state,
+        spec=spec,
+        num_blocks=num_blocks,
+        baseline=baseline,
+        last=last,
+        finished=finished,
+        seconds=seconds,
+        job=job,
+    )
+
+
+def _ends(path: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
+    """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None, None, False, None
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    try:
+        entries: list[dict[str, Any]] = [json.loads(line) for line in (*lines[:1], *lines[-2:])]
+        baseline = Baseline.model_validate(entries[0]["baseline"])
+        steps = [entry["step"] for entry in entries if "step" in entry]
+        last = Step.model_validate(steps[-1]) if steps else None
+    except (ValueError, ValidationError, KeyError, IndexError, TypeError):
+        return None, None, False, None
+    seconds = baseline.seconds + sum(_seconds(line) for line in lines[1:])
+    return baseline, last, "finished" in entries[-1], seconds
+
+
+def _seconds(line: bytes) -> float:
+    """Of one step, the last of its fields, without reading the rest."""
+    with suppress(ValueError):
+        return float(line.rpartition(b'"seconds":')[2].rstrip(b"}\n "))
+    return 0.0
+
+
+def signature(directory: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes whenever a file that `store.load` reads does: name, time and size of each."""
+    found: list[tuple[str, int, int]] = []
+    for folder in (directory, directory / "analysis"):
+        found += _files(folder)
+    with suppress(OSError):
+        for job in sorted(os.scandir(directory / "jobs"), key=lambda each: each.name):
+            found += [(f"{job.name}/{name}", changed, size) for name, changed, size in _files(Path(job.path))]
+    return tuple(found)
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    found = []
+    with suppress(OSError):
+        for each in os.scandir(folder):
+            if each.name.endswith((".json", ".jsonl", ".txt", ".npz")) and each.is_file() and each.name != "log.txt":
+                status = each.stat()
+                found.append((each.name, status.st_mtime_ns, status.st_size))
+    return sorted(found)
