@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,8 @@ def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
 def outline(directory: Path) -> Outline:
     """One run folder. Raises `RunError` where it is damaged or of another version."""
     spec = store.read_spec(directory)
-    state, job = JobState.QUEUED, None
-    for each in reversed(store.read_jobs(directory)):
-        if each.spec.kind == spec.kind:
-            job = jobs.derived(each)
-            state = job.status.state
-            break
+    own = [job for job in store.read_jobs(directory) if job.spec.kind == spec.kind]
+    job = jobs.derived(own[-1]) if own else None
     baseline, last, finished, seconds = _ends(directory / "trace.jsonl")
     num_blocks = None
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -69,7 +65,7 @@ def outline(directory: Path) -> Outline:
         run_id=directory.name,
         run_dir=directory,
         created=(directory / "spec.json").stat().st_mtime,
-        state=state,
+        state=job.status.state if job else JobState.QUEUED,
         spec=spec,
         num_blocks=num_blocks,
         baseline=baseline,
@@ -78,6 +74,14 @@ def outline(directory: Path) -> Outline:
         seconds=seconds,
         job=job,
     )
+
+
+def watched(found: Outline) -> Outline:
+    """The same, as it is now: a process may have gone without a word."""
+    if found.job is None:
+        return found
+    job = jobs.derived(found.job)
+    return replace(found, job=job, state=job.status.state)
 
 
 def _ends(path: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:

@@ -1,0 +1,244 @@
+"""What pages share: the run picker, headers, empty states, charts with their downloads. Text is shown as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from app import data
+from app.charts import style
+from sleb.errors import RunError
+from sleb.formats import public_name
+from sleb.outline import Outline
+from sleb.records import JobState, Run, RunSpec
+
+_STATES = {
+    JobState.QUEUED: ("Waiting", ":material/hourglass_empty:", "gray"),
+    JobState.RUNNING: ("Running", ":material/play_arrow:", "blue"),
+    JobState.FINISHED: ("Finished", ":material/check:", "green"),
+    JobState.FAILED: ("Failed", ":material/error:", "red"),
+    JobState.STOPPED: ("Stopped", ":material/stop:", "orange"),
+    JobState.INTERRUPTED: ("Interrupted", ":material/bolt:", "orange"),
+}
+
+
+def plain(text: object) -> str:
+    """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
+    shown = "".join(char if char.isprintable() else " " for char in str(text))
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
+
+
+def title(text: str, caption: str) -> None:
+    """The page's name and one sentence that says what it answers."""
+    st.title(text, anchor=False)
+    st.caption(caption)
+
+
+def chosen_run() -> Run:
+    """The run that this page is about: from the URL, the session, or the newest; with its picker and facts on top.
+
+    Ends the page with an empty state where there is none that can be read.
+    """
+    rows = [each for each in data.outlines() if isinstance(each, Outline)]
+    ids = [each.run_id for each in rows]
+    asked = st.query_params.get("run") or st.session_state.get("chosen_run")
+    if asked is not None and asked not in ids:
+        try:
+            data.folder_of(asked)
+        except RunError as error:
+            st.warning(plain(error), icon=":material/link_off:")
+            asked = None
+    if not rows:
+        empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
+        st.page_link("pages/runs.py", label="Go to Runs", icon=":material/list:")
+        st.stop()
+    run_id = asked if asked in ids else default_run_id(rows)
+    choose(run_id)
+    left, right = st.columns([4, 1], vertical_alignment="bottom")
+    with left:
+        picked = st.selectbox(
+            "Run",
+            ids,
+            index=ids.index(run_id),
+            format_func={each.run_id: run_label(each) for each in rows}.get,
+            help="Every page shows one run. Its link is in the address bar; Copy link puts it on the clipboard.",
+        )
+    with right:
+        copy_link()
+    if picked != run_id:
+        choose(picked)
+        st.rerun()
+    try:
+        run = data.load(run_id)
+    except RunError as error:
+        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        st.stop()
+    facts(run)
+    return run
+
+
+def default_run_id(rows: list[Outline]) -> str:
+    """The newest run that has something to show, else the recorded sample."""
+    own = [each for each in rows if not data.is_sample(each)]
+    with_steps = [each for each in own if each.last is not None]
+    sample = [each for each in rows if each.run_id == data.SAMPLE]
+    return (with_steps or sample or rows)[0].run_id
+
+
+def choose(run_id: str) -> None:
+    """Make it the run of all pages, and of the URL."""
+    st.session_state["chosen_run"] = run_id
+    if st.query_params.get("run") != run_id:
+        st.query_params["run"] = run_id
+
+
+def run_label(run: Outline) -> str:
+    """One line that tells runs apart."""
+    name = model_name(run.spec)
+    what = style.METHOD_NAMES[run.spec.method.value] if run.spec.kind == "search" else "analysis"
+    if data.is_sample(run):
+        return f"Recorded sample: {name}, {what}"
+    return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"
+
+
+def model_name(spec: RunSpec) -> str:
+    """The last part of a folder or file, a hub name as it is."""
+    name = public_name(spec.model)
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name.startswith(("/", "~")) or ":\\" in name else name
+
+
+def badge(state: JobState) -> None:
+    """State of a run: a word, an icon and a colour."""
+    word, icon, colour = _STATES[state]
+    st.badge(word, icon=icon, color=colour)
+
+
+def state_word(state: JobState) -> str:
+    """State of a run in one word."""
+    return _STATES[state][0]
+
+
+def facts(run: Run) -> None:
+    """Where every number on the page comes from, in one line."""
+    if data.is_sample(run):
+        st.info(
+            "A recorded sample: SmolLM2-135M-Instruct on the demo text, found by this program. "
+            "Start a run of your own on **Runs**.",
+            icon=":material/science:",
+        )
+    if run.stack is None:
+        return
+    stack = run.stack
+    about = (
+        f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
+        f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}"
+    )
+    st.caption(plain(about))
+
+
+def empty(headline: str, text: str, *, icon: str = ":material/inbox:") -> None:
+    """What to do where there is nothing to see. `text` is Markdown: escape what comes from outside."""
+    with st.container(border=True):
+        st.markdown(f"#### {icon} {headline}")
+        st.markdown(text)
+
+
+def chart(
+    figure: go.Figure,
+    *,
+    key: str,
+    alt: str,
+    table: Callable[[], pd.DataFrame] | None = None,
+    on_pick: Callable[[], None] | None = None,
+) -> Any:
+    """A chart, as wide as its place, with its data and itself to take away.
+
+    `key` names the files too. `table` gives the data; `on_pick` is called when a point is clicked, and finds it in
+    `st.session_state[key]["selection"]["points"]`.
+    """
+    found = st.plotly_chart(
+        figure,
+        key=key,
+        alt=alt,
+        config=style.CONFIG | {"toImageButtonOptions": {"format": "svg", "filename": key}},
+        on_select=on_pick or "ignore",
+        selection_mode="points",
+    )
+    if table is not None:
+        downloads(figure, key, table)
+    return found
+
+
+def downloads(figure: go.Figure, key: str, table: Callable[[], pd.DataFrame]) -> None:
+    """Data and figure as files, made when they are asked for."""
+    with st.popover("Download", icon=":material/download:", type="tertiary"):
+        st.download_button(
+            "Data (CSV)", lambda: csv(table()), f"{key}.csv", "text/csv", key=f"{key}-csv", on_click="ignore"
+        )
+        st.download_button(
+            "Figure (HTML, self-contained)",
+            lambda: figure.to_html(include_plotlyjs=True, config=style.CONFIG),
+            f"{key}.html",
+            "text/html",
+            key=f"{key}-html",
+            on_click="ignore",
+        )
+        st.caption("As SVG: the camera in the chart's corner.")
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    """A table as a file that spreadsheets open without running what is in it."""
+    shown = table.map(lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value)
+    return shown.to_csv(index=False).encode()
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for the screen; what is not there is a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_COPY = st.components.v2.component(
+    "sleb_copy_link",
+    html='<button type="button">Copy link</button>',
+    css="""
+button { font: inherit; font-size: 0.875rem; width: 100%; padding: 0.45rem 0.75rem; cursor: pointer;
+  color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color);
+  border-radius: var(--st-base-radius); }
+button:hover, button:focus-visible { border-color: var(--st-primary-color); color: var(--st-primary-color); }
+""",
+    js="""
+export default function ({ parentElement }) {
+  const button = parentElement.querySelector("button");
+  button.onclick = async () => {
+    try { await navigator.clipboard.writeText(location.href); button.textContent = "Copied"; }
+    catch { button.textContent = "Copy it from the address bar"; }
+    setTimeout(() => { button.textContent = "Copy link"; }, 2000);
+  };
+}
+""",
+)
+
+
+def copy_link() -> None:
+    """A button that puts this page's address, with all its choices, on the clipboard."""
+    _COPY(key="copy-link")

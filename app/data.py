@@ -1,0 +1,181 @@
+"""Cached readers of run folders: a page's only door to the backend. Draws nothing and never imports torch.
+
+Whatever is cached is keyed by the times and sizes of the files it came from, shared by all sessions, never changed,
+and limited in number, so that the server's memory stays where it is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import streamlit as st
+
+from sleb import alignment, cache, jobs, methods, similarity, store, tokens
+from sleb import outline as outlines_of
+from sleb.errors import RunError
+from sleb.outline import Outline
+from sleb.records import ExitStatistics, Run, Step
+from sleb.similarity import TokenSimilarity
+from sleb.tokens import Tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = ROOT / "assets" / "sample"
+"""Recorded runs of a real model, made by the program itself; read-only."""
+SAMPLE = "sample-smollm2-135m-metric3"
+"""The one that is shown first."""
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+
+
+class TokenChoice(NamedTuple):
+    """Which tokens of the calibration set: positions start <= p < stop of some sequences (None: of all)."""
+
+    sequences: tuple[int, ...] | None = None
+    start: int = 0
+    stop: int | None = None
+    without_first: bool = False
+
+
+def outlines() -> list[Outline | RunError]:
+    """All runs, newest first, then the recorded samples; an unreadable one is its error."""
+    found: list[Outline | RunError] = []
+    for folder in (store.runs_folder(), SAMPLES):
+        for directory in store.run_dirs(folder):
+            try:
+                each = _outline(str(directory), outlines_of.signature(directory))
+                found.append(outlines_of.watched(each))
+            except (RunError, OSError) as error:  # OSError: deleted a moment ago
+                if isinstance(error, RunError):
+                    found.append(error)
+    return found
+
+
+def is_sample(run: Run | Outline) -> bool:
+    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    return run.run_dir.parent == SAMPLES
+
+
+def folder_of(run_id: str) -> Path:
+    """The folder of a run, by an id from anywhere. Raises `RunError` for what is no run of the store."""
+    if _RUN_ID.fullmatch(run_id):
+        for folder in (store.runs_folder(), SAMPLES):
+            if (folder / run_id / "spec.json").is_file():
+                return folder / run_id
+    raise RunError(f"There is no run {run_id[:120]!r} in {store.runs_folder()}: it may have been deleted or moved.")
+
+
+def load(run_id: str) -> Run:
+    """A run, whole, with the state of its jobs as it is now. Raises `RunError`."""
+    directory = folder_of(run_id)
+    return jobs.watched(_run(str(directory), outlines_of.signature(directory)))
+
+
+def tokens_of(run: Run) -> Tokens | None:
+    """Similarity and predictions token by token: all sampled ones from the cache, or those the run took along."""
+    if run.analysis is None or run.stack is None:
+        return None
+    return _tokens(str(run.run_dir), str(store.home()), run.analysis.description.cache_key, run.stack.num_blocks)
+
+
+def similarity_over(run: Run, choice: TokenChoice) -> TokenSimilarity | None:
+    """Mean similarity over a choice of tokens; None where there is no token."""
+    found = tokens_of(run)
+    assert run.analysis is not None
+    return None if found is None else _similarity(_key(run), choice, found)
+
+
+def exits_over(run: Run, choice: TokenChoice) -> ExitStatistics | None:
+    """Prediction alignment over a choice of tokens; None where there is no token."""
+    found = tokens_of(run)
+    return None if found is None else _exits(_key(run), choice, found)
+
+
+def evidence(run: Run, step: Step) -> methods.Comparison | None:
+    """How each candidate of a step compares with the chosen one, with intervals; None without its scores."""
+    changed = _file_time(run.run_dir / "scores" / f"step-{step.number:04d}.npz")
+    return _evidence(str(run.run_dir), step.number, changed, run)
+
+
+def log_of(run: Run, lines: int = 200) -> str:
+    """The end of the newest job's log."""
+    if not run.jobs:
+        return ""
+    try:
+        with open(run.jobs[-1].directory / "log.txt", "rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 200_000))
+            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def _key(run: Run) -> tuple[str, str, bool]:
+    assert run.analysis is not None
+    return (str(run.run_dir), run.analysis.description.cache_key, len(tokens_of(run) or ()) > 0)
+
+
+def _file_time(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+@st.cache_resource(max_entries=2000, show_spinner=False)
+def _outline(directory: str, signature: object) -> Outline:
+    return outlines_of.outline(Path(directory))
+
+
+@st.cache_resource(max_entries=32, show_spinner=False)
+def _run(directory: str, signature: object) -> Run:
+    return store.load(directory)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _tokens(directory: str, home: str, cache_key: str, num_blocks: int) -> Tokens | None:
+    found = cache.read(Path(home), cache_key, verify=False)
+    if found is not None and found.cosine.shape[1] == num_blocks + 1:
+        return tokens.of(found)
+    return tokens.read(Path(directory), num_blocks)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _similarity(key: object, choice: TokenChoice, _tokens: Tokens) -> TokenSimilarity | None:
+    chosen = _chosen(_tokens, choice)
+    return similarity.over_tokens(_tokens.cosine, chosen) if len(chosen) else None
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _exits(key: object, choice: TokenChoice, _tokens: Tokens) -> ExitStatistics | None:
+    chosen = _chosen(_tokens, choice)
+    if not len(chosen):
+        return None
+    return alignment.exit_statistics(np.asarray(_tokens.predictions[:, chosen]), f"{len(chosen):,} chosen tokens")
+
+
+@st.cache_resource(max_entries=128, show_spinner=False)
+def _evidence(directory: str, number: int, changed: int, _run: Run) -> methods.Comparison | None:
+    try:
+        scores = store.read_scores(Path(directory), f"step-{number:04d}")["nats"]
+        counts = store.read_scores(Path(directory), "baseline")["token_counts"][: scores.shape[1]]
+    except (OSError, KeyError, ValueError):
+        return None
+    step = _run.trace.steps[number - 1] if _run.trace else None
+    if step is None or len(scores) != len(step.candidates):
+        return None
+    # Metric1 is a mean over hidden states, of which the last token has one too.
+    return methods.compare(scores, counts + (step.candidates[0].objective == "metric1"), _run.spec.confidence)
+
+
+def _chosen(found: Tokens, choice: TokenChoice) -> np.ndarray:
+    return similarity.choose_tokens(
+        found.sequence,
+        found.position,
+        sequences=choice.sequences,
+        start=choice.start,
+        stop=choice.stop,
+        without_first=choice.without_first,
+    )

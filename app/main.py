@@ -1,0 +1,32 @@
+"""The dashboard's entry: where things are, page settings, navigation. Draws nothing itself."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:  # `streamlit run` puts only this file's folder there
+    sys.path.insert(0, str(ROOT))
+
+import streamlit as st
+
+st.set_page_config(page_title="SLEB", page_icon=str(ROOT / "assets" / "icon.png"), layout="wide")
+st.logo(str(ROOT / "assets" / "logo.svg"), size="large", icon_image=str(ROOT / "assets" / "icon.png"))
+
+
+def _page(name: str, title: str, icon: str, *, default: bool = False) -> st.Page:
+    return st.Page(ROOT / "pages" / f"{name}.py", title=title, icon=icon, url_path=name, default=default)
+
+
+st.navigation(
+    [
+        _page("runs", "Runs", ":material/list:", default=True),
+        _page("similarity", "Similarity", ":material/grid_on:"),
+        _page("alignment", "Prediction alignment", ":material/flag:"),
+        _page("steps", "Removal steps", ":material/layers_clear:"),
+        _page("compare", "Compare", ":material/compare_arrows:"),
+        _page("export", "Export", ":material/output:"),
+    ],
+    position="top",
+).run()
