@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -18,7 +18,8 @@ from sleb.formats import public_name
 from sleb.outline import Outline
 from sleb.records import JobState, Run, RunSpec
 
-_STATES = {
+_Colour = Literal["gray", "blue", "green", "red", "orange"]
+_STATES: dict[JobState, tuple[str, str, _Colour]] = {
     JobState.QUEUED: ("Waiting", ":material/hourglass_empty:", "gray"),
     JobState.RUNNING: ("Running", ":material/play_arrow:", "blue"),
     JobState.FINISHED: ("Finished", ":material/check:", "green"),
@@ -35,39 +36,34 @@ def plain(text: object) -> str:
 
 
 def title(text: str, caption: str) -> None:
-    """The page's name and one sentence that says what it answers."""
+    """The page's name, and one sentence that says what it answers."""
     st.title(text, anchor=False)
     st.caption(caption)
 
 
-def chosen_run() -> Run:
-    """The run that this page is about: from the URL, the session, or the newest; with its picker and facts on top.
+def run_page(name: str, caption: str) -> Run:
+    """Title, run picker and facts of a page about one run, which it returns.
 
-    Ends the page with an empty state where there is none that can be read.
+    The run comes from the URL, the session, or is the newest. Ends the page with an empty state where there is none
+    that can be read.
     """
     rows = [each for each in data.outlines() if isinstance(each, Outline)]
-    ids = [each.run_id for each in rows]
-    asked = st.query_params.get("run") or st.session_state.get("chosen_run")
-    if asked is not None and asked not in ids:
-        try:
-            data.folder_of(asked)
-        except RunError as error:
-            st.warning(plain(error), icon=":material/link_off:")
-            asked = None
+    left, middle, right = st.columns([10, 8, 2.4], vertical_alignment="bottom")
+    with left:
+        title(name, caption)
     if not rows:
         empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
         st.page_link("pages/runs.py", label="Go to Runs", icon=":material/list:")
         st.stop()
-    run_id = asked if asked in ids else default_run_id(rows)
-    choose(run_id)
-    left, right = st.columns([4, 1], vertical_alignment="bottom")
-    with left:
+    run_id = _asked(rows)
+    with middle:
+        labels = {each.run_id: run_label(each) for each in rows}
         picked = st.selectbox(
             "Run",
-            ids,
-            index=ids.index(run_id),
-            format_func={each.run_id: run_label(each) for each in rows}.get,
-            help="Every page shows one run. Its link is in the address bar; Copy link puts it on the clipboard.",
+            list(labels),
+            index=list(labels).index(run_id),
+            format_func=lambda each: labels[each],
+            help="Every page shows one run; the address bar names it. Start new ones on the Runs page.",
         )
     with right:
         copy_link()
@@ -81,6 +77,20 @@ def chosen_run() -> Run:
         st.stop()
     facts(run)
     return run
+
+
+def _asked(rows: list[Outline]) -> str:
+    """The run of the URL or the session, if it is there; what is asked for in vain is said."""
+    ids = {each.run_id for each in rows}
+    asked = st.query_params.get("run") or st.session_state.get("chosen_run")
+    if asked is not None and asked not in ids:
+        try:
+            data.folder_of(asked)
+        except RunError as error:
+            st.warning(plain(error), icon=":material/link_off:")
+    run_id = asked if asked in ids else default_run_id(rows)
+    choose(run_id)
+    return run_id
 
 
 def default_run_id(rows: list[Outline]) -> str:
@@ -126,20 +136,18 @@ def state_word(state: JobState) -> str:
 
 def facts(run: Run) -> None:
     """Where every number on the page comes from, in one line."""
+    words = []
     if data.is_sample(run):
-        st.info(
-            "A recorded sample: SmolLM2-135M-Instruct on the demo text, found by this program. "
-            "Start a run of your own on **Runs**.",
-            icon=":material/science:",
+        words.append(":material/science: **Recorded sample**, made by this program on a real model.")
+    if run.stack is not None:
+        stack = run.stack
+        about = (
+            f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
+            f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}"
         )
-    if run.stack is None:
-        return
-    stack = run.stack
-    about = (
-        f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
-        f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}"
-    )
-    st.caption(plain(about))
+        words.append(plain(about))
+    if words:
+        st.caption(" ".join(words))
 
 
 def empty(headline: str, text: str, *, icon: str = ":material/inbox:") -> None:

@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("alignment", "caption")
-run = components.chosen_run()
+run = components.run_page("alignment", "What it answers, in one sentence.")

@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("compare", "caption")
-run = components.chosen_run()
+run = components.run_page("compare", "What it answers, in one sentence.")

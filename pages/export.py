@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("export", "caption")
-run = components.chosen_run()
+run = components.run_page("export", "What it answers, in one sentence.")

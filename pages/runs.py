@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("runs", "caption")
-run = components.chosen_run()
+run = components.run_page("runs", "What it answers, in one sentence.")

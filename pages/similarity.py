@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("similarity", "caption")
-run = components.chosen_run()
+run = components.run_page("similarity", "What it answers, in one sentence.")

@@ -2,5 +2,4 @@
 
 from app import components
 
-components.title("steps", "caption")
-run = components.chosen_run()
+run = components.run_page("steps", "What it answers, in one sentence.")
