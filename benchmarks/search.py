@@ -20,9 +20,10 @@ import torch
 
 from sleb import calibration
 from sleb.blocks import BlockStack
+from sleb.costs import cost_of
 from sleb.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring import Scorer, cost_of
+from sleb.scoring import Scorer
 
 
 def main() -> None:

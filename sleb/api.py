@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from . import files, jobs, store
 from .errors import OptionError, RunBusy
 from .meter import Watcher
-from .records import CalibrationSpec, JobSpec, Method, Proof, Run, RunSpec
+from .records import CalibrationSpec, Forecast, JobSpec, Method, Proof, Run, RunSpec
 
 PAPER_SEQUENCES = 128
 PAPER_SEQUENCE_LENGTH = 2048
@@ -249,6 +249,14 @@ def start(
 ) -> Run:
     """Create a run and execute its first job here."""
     return execute(store.create(spec, Path(run_dir) if run_dir is not None else None), job, watcher)
+
+
+def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
+    """What a run will take: loads the model and times a few blocks. Writes nothing."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .probe import probe
+
+    return probe(spec, job or job_spec(spec.kind))
 
 
 def is_finished(run: Run) -> bool:

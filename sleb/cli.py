@@ -6,8 +6,10 @@ import io
 import json
 import logging
 import os
+import socket
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +43,7 @@ from .options import (
     Sequences,
     TrustRemoteCode,
 )
-from .records import JobSpec, JobState, Method, Run, RunSpec
+from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, duration, print_run, print_runs, table
 from .summary import summary
 
@@ -107,6 +109,9 @@ def search(
     ] = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", rich_help_panel=HOW, help="Only say what it would take, after a short probe.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the blocks a model can lose, one removal at a time, with error bars.
@@ -137,7 +142,11 @@ def search(
         revision=revision,
         analysis=analysis,
     )
-    _start(spec, api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code), run_dir, as_json)
+    job = api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code)
+    if dry_run:
+        _print_forecast(spec, api.forecast(spec, job), as_json)
+    else:
+        _start(spec, job, run_dir, as_json)
 
 
 @app.command()
@@ -347,6 +356,55 @@ def work(
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
     api.work(_job_dir(files.expanded(directory).absolute()))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def dashboard(
+    context: typer.Context,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
+    ] = "localhost",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Open the dashboard: start runs and watch them, look at the evidence, take the list or the model away.
+
+    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code: only the two
+    options here can, for all runs started from it.
+    """
+    if find_spec("app.main") is None:
+        raise OptionError("The dashboard is not installed: run sleb from a checkout of the project (make setup).")
+    if address == "localhost" and _taken(port):
+        raise OptionError(f"Port {port} is in use, perhaps by another dashboard. Name another one with --port.")
+    allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
+    os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
+    settings = [f"--server.port={port}", f"--server.address={address}"]
+    os.execv(sys.executable, [sys.executable, "-m", "app", *settings, *context.args])
+
+
+def _taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def _print_forecast(spec: RunSpec, found: Forecast, as_json: bool) -> None:
+    if as_json:
+        typer.echo(found.model_dump_json())
+        return
+    sequences = f"{spec.calibration.sequences} sequences of {spec.calibration.sequence_length} tokens"
+    table(
+        f"What it would take ({found.device}, {found.dtype})",
+        ("", ""),
+        [
+            ("blocks", f"{found.num_remove} of {found.num_blocks} removed, scored on {sequences}"),
+            ("block evaluations", f"{found.block_evaluations:,}, and {found.head_evaluations:,} read-outs"),
+            ("loading and checking", f"about {duration(found.loading_seconds)}"),
+            ("search", f"about {duration(found.search_seconds)}"),
+            ("analyses", f"about {duration(found.analysis_seconds)}" if found.analysis_seconds else "none"),
+            ("memory", f"about {found.peak_memory / 1e9:.1f} GB"),
+        ],
+    )
 
 
 def _say_version(wanted: bool) -> None:

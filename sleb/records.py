@@ -406,6 +406,34 @@ class Analysis(Record):
     passage: Passage
 
 
+class Forecast(Record):
+    """What a run will take, from a look of a few seconds at the model."""
+
+    num_blocks: int
+    num_remove: int
+    block_evaluations: int
+    """Blocks times sequences."""
+    head_evaluations: int
+    """Skip sets times sequences."""
+    head_weight: float
+    """What reading out one skip set costs, in block evaluations."""
+    seconds_per_unit: float
+    """A unit is a block evaluation."""
+    loading_seconds: float
+    """The model, and the check of the sweep against plain forward passes."""
+    search_seconds: float
+    analysis_seconds: float
+    peak_memory: int
+    """Bytes: of the GPU where there is one, else of the process."""
+    device: str
+    dtype: str
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.loading_seconds + self.search_seconds + self.analysis_seconds
+
+
 class Proof(Record):
     """An exported model, reloaded in a fresh process with plain transformers and compared with the skipped original."""
 

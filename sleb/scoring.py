@@ -7,50 +7,22 @@ so that a greedy step over n alive blocks costs about n^2/2 block evaluations in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from .blocks import BlockStack, Stream
+from .costs import Cost, SkipSet, cost_of
 from .memory import in_batches, is_out_of_memory
 from .records import SelfCheck
 
 log = logging.getLogger(__name__)
 
-SkipSet = tuple[int, ...]
-
 _READ_OUT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
 _UPCAST_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits: stays in a CPU's cache
 _NOTHING = -100  # the target that `cross_entropy` leaves out
 _MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What scoring takes: blocks x sequences, and distinct skip sets x sequences."""
-
-    block_evaluations: int
-    head_evaluations: int
-
-    def units(self, head_weight: float) -> float:
-        """Work in block evaluations, where one read-out costs `head_weight` of them."""
-        return self.block_evaluations + head_weight * self.head_evaluations
-
-
-def cost_of(skip_sets: Iterable[SkipSet], num_blocks: int, sequences: int = 1, *, plain: bool = False) -> Cost:
-    """Evaluations the sweep needs: the nodes of the trie of skip sets. `plain`: one forward pass per skip set."""
-    distinct = {tuple(sorted(skipped)) for skipped in skip_sets}
-    if plain:
-        blocks = sum(num_blocks - len(skipped) for skipped in distinct)
-    else:
-        # A prefix is evaluated at a block if some skip set that goes on from it does not skip the block.
-        blocks = sum(
-            len({tuple(b for b in skipped if b < block) for skipped in distinct if block not in skipped})
-            for block in range(num_blocks)
-        )
-    return Cost(blocks * sequences, len(distinct) * sequences)
 
 
 class Scorer:

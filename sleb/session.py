@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from . import analysis, cache, calibration, methods, store, tokens
 from .blocks import BlockStack
+from .costs import cost_of_search
 from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .loading import LoadedModel, weights_hash
 from .meter import Meter, Watcher
 from .records import Baseline, JobSpec, Run, StackDescription, Step
-from .scoring import Scorer, cost_of, self_check
+from .scoring import Scorer, self_check
 from .similarity import block_influence
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,8 @@ class Session:
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
         if trace is None or trace.finished is None:
-            self.meter.expect(self._forecast(problem, scorer, trace is None, steps), len(steps), problem.num_remove)
+            ahead = cost_of_search(self.spec.method, problem, steps, with_baseline=trace is None, plain=scorer.plain)
+            self.meter.expect(ahead.units(scorer.head_weight), len(steps), problem.num_remove)
             first = trace.baseline if trace else self._baseline(problem, scorer)
             self.watcher.baseline(first)
             for step in steps:
@@ -242,30 +243,6 @@ class Session:
             return None
         _, error = methods.mean_and_error(nats - before, problem.token_counts[problem.held_out])
         return float(error) if np.isfinite(error) else None
-
-    def _forecast(self, problem: methods.Problem, scorer: Scorer, with_baseline: bool, steps: list[Step]) -> float:
-        """Work ahead in block evaluations: the search itself, run over a score that only counts."""
-        total = 0.0
-
-        def count(skip_sets: Any, sequences: np.ndarray) -> np.ndarray:
-            nonlocal total
-            cost = cost_of(skip_sets, problem.num_blocks, len(sequences), plain=scorer.plain)
-            total += cost.units(scorer.head_weight)
-            # Scores that remove evenly spread blocks, as a typical list does.
-            spread = [sum((block * 7919) % problem.num_blocks for block in skipped) + 1.0 for skipped in skip_sets]
-            return np.repeat(np.array(spread)[:, None], len(sequences), axis=1)
-
-        on_calibration, held_out, _ = methods.baseline(problem, count)
-        if not with_baseline:
-            total = 0.0
-        first = Baseline(
-            calibration=on_calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0
-        )
-        endless = replace(problem, until_perplexity=None)
-        influence = np.ones((problem.num_blocks, len(problem.calibration)))
-        for _ in methods.search(self.spec.method, endless, count, first, tuple(steps), lambda: influence):
-            pass
-        return total
 
     def _analyze(self) -> None:
         self.meter.phase("Analyses")

@@ -8,8 +8,9 @@ import torch
 from families import FAMILIES, build, token_ids
 
 from sleb.blocks import BlockStack
+from sleb.costs import cost_of
 from sleb.records import Method
-from sleb.scoring import Scorer, cost_of, plain_nll, self_check
+from sleb.scoring import Scorer, plain_nll, self_check
 
 # Families in which a block needs what another one computed, or the model does something between blocks: the naive
 # replay is wrong there, and the self-check must find it out.

@@ -1,0 +1,109 @@
+"""What a search takes, counted before it is run: the search itself, over a score that only counts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import methods
+from .records import Baseline, Method, RunSpec, StackDescription, Step
+
+SkipSet = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring takes: blocks x sequences, and distinct skip sets x sequences."""
+
+    block_evaluations: int
+    head_evaluations: int
+
+    def units(self, head_weight: float) -> float:
+        """Work in block evaluations, where one read-out costs `head_weight` of them."""
+        return self.block_evaluations + head_weight * self.head_evaluations
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.block_evaluations * times, self.head_evaluations * times)
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.block_evaluations + other.block_evaluations, self.head_evaluations + other.head_evaluations)
+
+
+def cost_of(skip_sets: Iterable[SkipSet], num_blocks: int, sequences: int = 1, *, plain: bool = False) -> Cost:
+    """Evaluations the sweep needs: the nodes of the trie of skip sets. `plain`: one forward pass per skip set."""
+    distinct = {tuple(sorted(skipped)) for skipped in skip_sets}
+    if plain:
+        blocks = sum(num_blocks - len(skipped) for skipped in distinct)
+    else:
+        # A prefix is evaluated at a block if some skip set that goes on from it does not skip the block.
+        blocks = sum(
+            len({tuple(b for b in skipped if b < block) for skipped in distinct if block not in skipped})
+            for block in range(num_blocks)
+        )
+    return Cost(blocks * sequences, len(distinct) * sequences)
+
+
+def cost_of_search(
+    method: Method,
+    problem: methods.Problem,
+    steps: Sequence[Step] = (),
+    *,
+    with_baseline: bool = True,
+    plain: bool = False,
+) -> Cost:
+    """Work ahead of a search that has finished `steps`, as if it removed evenly spread blocks, as a typical one does.
+
+    A search that stops early, at a perplexity, takes less.
+    """
+    total = Cost(0, 0)
+
+    def count(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
+        nonlocal total
+        total += cost_of(skip_sets, problem.num_blocks, len(sequences), plain=plain)
+        spread = [sum((block * 7919) % problem.num_blocks for block in skipped) + 1.0 for skipped in skip_sets]
+        return np.repeat(np.array(spread)[:, None], len(sequences), axis=1)
+
+    calibration, held_out, _ = methods.baseline(problem, count)
+    if not with_baseline:
+        total = Cost(0, 0)
+    first = Baseline(calibration=calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0)
+    endless = replace(problem, until_perplexity=None)
+    influence = np.ones((problem.num_blocks, len(problem.calibration)))
+    for _ in methods.search(method, endless, count, first, tuple(steps), lambda: influence):
+        pass
+    return total
+
+
+def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
+    """What was asked, for a model of so many blocks: work and number of blocks to remove. Raises `OptionError`."""
+    protected = spec.protected
+    if protected is None:
+        protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
+    available = num_blocks - len([block for block in protected if 0 <= block < num_blocks])
+    removing = methods.number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
+    methods.require_possible(spec.method, num_blocks, removing, protected)
+    held_out = max(1, round(spec.calibration.sequences / 4)) if spec.held_out is None else spec.held_out
+    # One sequence of each kind stands for all of them: work is proportional to their number.
+    single = methods.Problem(
+        num_blocks=num_blocks,
+        num_remove=removing,
+        protected=tuple(protected),
+        calibration=np.arange(1),
+        held_out=np.arange(0),
+        token_counts=np.ones(1, dtype=np.int64),
+    )
+    choosing = cost_of_search(spec.method, single)
+    judged = [cost_of([tuple(range(step))], num_blocks) for step in range(removing + 1)] if held_out else []
+    passes = num_blocks if spec.method is Method.METRIC1 else 0  # it measures blocks in a plain forward pass
+    total = Cost(choosing.block_evaluations + passes, choosing.head_evaluations) * spec.calibration.sequences
+    for each in judged:
+        total += each * held_out
+    return total, removing
+
+
+def head_weight(stack: StackDescription) -> float:
+    """What reading out one skip set costs, in block evaluations: the ratio of their multiplications."""
+    per_block = sum(stack.block_parameters) / len(stack.block_parameters)
+    return stack.vocab_size * stack.hidden_size / max(per_block, 1.0)
