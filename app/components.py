@@ -53,9 +53,9 @@ def run_page(name: str, caption: str) -> Run:
         title(name, caption)
     if not rows:
         empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
-        st.page_link("pages/runs.py", label="Go to Runs", icon=":material/list:")
+        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
         st.stop()
-    run_id = _asked(rows)
+    run_id = asked(rows)
     with middle:
         labels = {each.run_id: run_label(each) for each in rows}
         picked = st.selectbox(
@@ -79,16 +79,16 @@ def run_page(name: str, caption: str) -> Run:
     return run
 
 
-def _asked(rows: list[Outline]) -> str:
+def asked(rows: list[Outline]) -> str:
     """The run of the URL or the session, if it is there; what is asked for in vain is said."""
     ids = {each.run_id for each in rows}
-    asked = st.query_params.get("run") or st.session_state.get("chosen_run")
-    if asked is not None and asked not in ids:
+    wanted = st.query_params.get("run") or st.session_state.get("chosen_run")
+    if wanted is not None and wanted not in ids:
         try:
-            data.folder_of(asked)
+            data.folder_of(wanted)
         except RunError as error:
             st.warning(plain(error), icon=":material/link_off:")
-    run_id = asked if asked in ids else default_run_id(rows)
+    run_id = wanted if wanted in ids else default_run_id(rows)
     choose(run_id)
     return run_id
 
@@ -111,7 +111,7 @@ def choose(run_id: str) -> None:
 def run_label(run: Outline) -> str:
     """One line that tells runs apart."""
     name = model_name(run.spec)
-    what = style.METHOD_NAMES[run.spec.method.value] if run.spec.kind == "search" else "analysis"
+    what = method_name(run.spec)
     if data.is_sample(run):
         return f"Recorded sample: {name}, {what}"
     return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"
@@ -121,6 +121,17 @@ def model_name(spec: RunSpec) -> str:
     """The last part of a folder or file, a hub name as it is."""
     name = public_name(spec.model)
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name.startswith(("/", "~")) or ":\\" in name else name
+
+
+def method_name(spec: RunSpec) -> str:
+    """How blocks are chosen, or that none are."""
+    return style.METHOD_NAMES[spec.method.value] if spec.kind == "search" else "Analyses only"
+
+
+def text_name(spec: RunSpec) -> str:
+    """The calibration text: a file by its name, and how much of it."""
+    source = re.split(r"[\\/]", spec.calibration.source)[-1] if "/" in spec.calibration.source[:1] else None
+    return f"{source or spec.calibration.source}, {spec.calibration.sequences} × {spec.calibration.sequence_length}"
 
 
 def badge(state: JobState) -> None:

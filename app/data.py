@@ -6,18 +6,19 @@ and limited in number, so that the server's memory stays where it is.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import streamlit as st
 
-from sleb import alignment, cache, jobs, methods, similarity, store, tokens
+from sleb import alignment, api, cache, jobs, methods, peek, similarity, store, tokens
 from sleb import outline as outlines_of
 from sleb.errors import RunError
 from sleb.outline import Outline
-from sleb.records import ExitStatistics, Run, Step
+from sleb.records import ExitStatistics, JobSpec, Run, Step
 from sleb.similarity import TokenSimilarity
 from sleb.tokens import Tokens
 
@@ -99,6 +100,29 @@ def evidence(run: Run, step: Step) -> methods.Comparison | None:
     return _evidence(str(run.run_dir), step.number, changed, run)
 
 
+def permissions() -> dict[str, bool]:
+    """What the server was started with; nothing in a browser changes it."""
+    names = {"allow_pickle": "SLEB_DASHBOARD_ALLOW_PICKLE", "trust_remote_code": "SLEB_DASHBOARD_TRUST_REMOTE_CODE"}
+    return {name: os.environ.get(variable) == "1" for name, variable in names.items()}
+
+
+def job_spec(
+    kind: Literal["search", "analyze", "export"], device: str = "auto", batch_size: int | None = None
+) -> JobSpec:
+    """How a job is to be done, with what the server was started with. Raises `OptionError` out of range."""
+    allowed = permissions()
+    return api.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])
+
+
+def num_blocks_of(model: str) -> int | None:
+    """Blocks of a model: from its files, or from an earlier run; None before anybody opened it."""
+    found = _peeked(model)
+    if found is not None:
+        return found
+    known = (each.num_blocks for each in outlines() if isinstance(each, Outline) and each.spec.model == model)
+    return next((each for each in known if each is not None), None)
+
+
 def log_of(run: Run, lines: int = 200) -> str:
     """The end of the newest job's log."""
     if not run.jobs:
@@ -132,6 +156,11 @@ def _outline(directory: str, signature: object) -> Outline:
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _run(directory: str, signature: object) -> Run:
     return store.load(directory)
+
+
+@st.cache_data(max_entries=64, ttl=60, show_spinner=False)
+def _peeked(model: str) -> int | None:
+    return peek.num_blocks(model)
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

@@ -1,5 +1,290 @@
-"""Being built."""
+"""Runs: what there is, what is running, and how to start another."""
 
-from app import components
+from __future__ import annotations
 
-run = components.run_page("runs", "What it answers, in one sentence.")
+import pandas as pd
+import streamlit as st
+
+from app import components, data, runform
+from app.components import plain
+from sleb import api, jobs, store
+from sleb.errors import RunError, SlebError
+from sleb.outline import Outline
+from sleb.records import Job, JobSpec, JobState, Run, RunSpec
+
+LIVE_SECONDS = 1.0
+_PAGES = {
+    "similarity": ("Similarity", ":material/grid_on:"),
+    "alignment": ("Prediction alignment", ":material/flag:"),
+    "steps": ("Removal steps", ":material/layers_clear:"),
+    "export": ("Export", ":material/output:"),
+}
+
+
+def start(spec: RunSpec, job: JobSpec) -> None:
+    """A new run, executed by a process of its own."""
+    try:
+        run = store.create(spec)
+        jobs.start(store.create_job(run.run_dir, job))
+    except SlebError as error:
+        st.session_state["said"] = str(error)
+        return
+    components.choose(run.run_id)
+    st.session_state["form"] = False
+
+
+def act(what: str, run: Run) -> None:
+    """A button of the panel: what it does to the run, or the sentence that says why not."""
+    try:
+        if what == "stop":
+            jobs.stop(run)
+        elif what == "resume":
+            jobs.start(jobs.next_job(run, data.job_spec(run.spec.kind, *_how(run))))
+        elif what == "duplicate":
+            runform.fill(run.spec, run.jobs[0].spec if run.jobs else None)
+            st.session_state["form"] = True
+        elif what == "delete":
+            jobs.delete(run.run_dir)
+            st.session_state.pop("chosen_run", None)
+            st.query_params.pop("run", None)
+    except SlebError as error:
+        st.session_state["said"] = str(error)
+
+
+def _how(run: Run) -> tuple[str, int | None]:
+    """Device and batch of the last try."""
+    own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
+    return (own[-1].device, own[-1].batch_size) if own else ("auto", None)
+
+
+def head() -> None:
+    """Title, and the two ways to start."""
+    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    with left:
+        components.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
+    with right, st.container(horizontal=True, horizontal_alignment="right"):
+        spec, job = api.run_spec("demo"), data.job_spec("search")
+        st.button(
+            "Run the demo",
+            icon=":material/play_arrow:",
+            type="primary",
+            on_click=start,
+            args=(spec, job),
+            help="SLEB on a real model of 135 million parameters and a real text that come with the installation: "
+            "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
+        )
+        st.toggle("New run", key="form", help="Your own model, text and number of blocks.")
+        components.copy_link()
+
+
+def form() -> None:
+    """The form, with its forecast beside the start button."""
+    with st.container(border=True):
+        asked = runform.draw()
+        if asked is None:
+            return
+        left, right = st.columns([3, 1], vertical_alignment="bottom")
+        with left:
+            runform.forecast(asked)
+        right.button(
+            "Start",
+            icon=":material/play_arrow:",
+            type="primary",
+            width="stretch",
+            on_click=start,
+            args=(asked.spec, asked.job),
+            help="Goes on when this page is closed, and when the dashboard is stopped.",
+        )
+        runform.equivalent(asked)
+
+
+def table(rows: list[Outline]) -> None:
+    """All runs, newest first; a click chooses one."""
+
+    def chosen() -> None:
+        picked = st.session_state["runs-table"]["selection"]["rows"]
+        if picked:
+            components.choose(rows[picked[0]].run_id)
+
+    shown = pd.DataFrame([_row(each) for each in rows])
+    current = [i for i, each in enumerate(rows) if each.run_id == st.session_state.get("chosen_run")]
+    st.dataframe(
+        shown,
+        key="runs-table",
+        on_select=chosen,
+        selection_mode="single-row",
+        selection_default={"selection": {"rows": current[:1]}},
+        hide_index=True,
+        height=min(38 * len(rows) + 40, 420),
+        column_config={
+            "State": st.column_config.TextColumn(width="small", help="Recorded samples come with the program."),
+            "Removal list": st.column_config.TextColumn(
+                help="Blocks in the order of removal, 0-based.", width="medium"
+            ),
+            "Before": st.column_config.NumberColumn(format="%.2f", help="Perplexity of the calibration text."),
+            "After": st.column_config.NumberColumn(format="%.2f", help="The same after the last step."),
+            "Held-out rise": st.column_config.NumberColumn(
+                format="percent", help="Of the perplexity of text that took no part in the choice."
+            ),
+            "Seconds": st.column_config.NumberColumn(format="%.0f", help="Spent on the search."),
+            "Started": st.column_config.DatetimeColumn(format="D MMM YYYY, HH:mm"),
+        },
+    )
+
+
+def _row(each: Outline) -> dict[str, object]:
+    before = each.baseline.held_out.perplexity if each.baseline else None
+    after = each.last.held_out.perplexity if each.last else None
+    return {
+        "State": "Sample" if data.is_sample(each) else components.state_word(each.state),
+        "Model": components.model_name(each.spec),
+        "Method": components.method_name(each.spec),
+        "Blocks": each.num_blocks,
+        "Removed": len(each.removal_list),
+        "Removal list": ", ".join(map(str, each.removal_list)),
+        "Before": each.baseline.perplexity if each.baseline else None,
+        "After": each.last.perplexity if each.last else None,
+        "Held-out rise": after / before - 1 if before and after else None,
+        "Calibration": components.text_name(each.spec),
+        "Seconds": each.seconds,
+        "Started": pd.Timestamp(each.created, unit="s"),
+        "Run": each.run_id,
+    }
+
+
+def panel(run: Run) -> None:
+    """The chosen run: how it goes or went, what it found, what can be done with it."""
+    state, sample = jobs.state_of(run), data.is_sample(run)
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.markdown(f"**{plain(components.model_name(run.spec))}**, {plain(components.method_name(run.spec))}")
+            st.badge("Recorded sample", icon=":material/science:") if sample else components.badge(state)
+            st.caption(plain(run.run_id))
+        job = jobs.active(run)
+        if job is not None:
+            progress(job)
+        elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
+            trouble(run, state)
+        found(run)
+        buttons(run, job, sample)
+
+
+def progress(job: Job) -> None:
+    """How far the job is."""
+    now = job.status.progress
+    if now is None:
+        st.progress(0.0, "Starting" if job.status.state is JobState.RUNNING else "Waiting for its process")
+        return
+    text = f"Step {now.step} of {now.steps}" if now.steps and now.step else now.phase
+    text += f": {now.message}" if now.message else ""
+    if now.eta_seconds is not None:
+        text += f" · {components.duration(now.eta_seconds)} left"
+    st.progress(min(max(now.fraction, 0.0), 1.0), plain(text))
+
+
+def trouble(run: Run, state: JobState) -> None:
+    """Why it is not going on, and its log."""
+    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
+    sentence = plain(own[-1].status.message or "It ended without a word.")
+    (st.error if state is JobState.FAILED else st.warning)(sentence, icon=":material/error:")
+    with st.expander("Log", icon=":material/notes:"):
+        st.code(data.log_of(run) or "The log is empty.", language=None, wrap_lines=True)
+
+
+def found(run: Run) -> None:
+    """The result so far in five numbers."""
+    trace = run.trace
+    if trace is None:
+        return
+    for warning in trace.baseline.warnings:
+        st.warning(plain(warning), icon=":material/warning:")
+    last = trace.steps[-1] if trace.steps else None
+    first, second, third, fourth = st.columns(4)
+    blocks = run.stack.num_blocks if run.stack else 0
+    first.metric("Blocks removed", f"{len(run.removal_list)} of {blocks}", help="Steps that are finished.")
+    second.metric(
+        "Perplexity", _from_to(trace.baseline.perplexity, last.perplexity if last else None), help="Calibration text."
+    )
+    third.metric(
+        "Held-out perplexity",
+        _from_to(trace.baseline.held_out.perplexity, last.held_out.perplexity if last else None),
+        help="Text that took no part in any choice: what the removal really costs.",
+    )
+    seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
+    fourth.metric("Search", components.duration(seconds), help="Time spent on finished steps.")
+    if run.removal_list:
+        st.markdown(f"Removal list: `{list(run.removal_list)}`")
+
+
+def _from_to(before: float | None, after: float | None) -> str:
+    return components.number(before) + (f" → {components.number(after)}" if after is not None else "")
+
+
+def buttons(run: Run, job: Job | None, sample: bool) -> None:
+    """Where to look further, and what to do with the run."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        for name, (title, icon) in _PAGES.items():
+            st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
+        st.space("stretch")
+        if job is not None:
+            st.button("Stop", icon=":material/stop:", on_click=act, args=("stop", run), help="Finished steps are kept.")
+        elif not sample and not api.is_finished(run):
+            help = "Goes on after the last finished step."
+            st.button("Resume", icon=":material/play_arrow:", on_click=act, args=("resume", run), help=help)
+        help = "Opens the form with the same choices, to be changed."
+        st.button("Duplicate", icon=":material/content_copy:", on_click=act, args=("duplicate", run), help=help)
+        if not sample and st.button(
+            "Delete",
+            icon=":material/delete:",
+            disabled=job is not None,
+            help="Asks once more. A running one is stopped first.",
+        ):
+            really_delete(run)
+
+
+@st.dialog("Delete this run?")
+def really_delete(run: Run) -> None:
+    """Asked twice."""
+    st.markdown(f"The run folder `{plain(run.run_id)}` and everything in it goes for good. Exported models stay.")
+    with st.container(horizontal=True):
+        if st.button("Delete for good", type="primary", icon=":material/delete:"):
+            act("delete", run)
+            st.rerun()
+        if st.button("Keep it"):
+            st.rerun()
+
+
+def say() -> None:
+    """What an action could not do."""
+    said = st.session_state.pop("said", None)
+    if said:
+        st.error(plain(said), icon=":material/error:")
+
+
+def main() -> None:
+    """Everything below the form, drawn anew while something is going on."""
+    found = data.outlines()
+    rows = [each for each in found if isinstance(each, Outline)]
+    for error in found:
+        if isinstance(error, RunError):
+            st.warning(plain(error), icon=":material/broken_image:")
+    live = any(each.job is not None and jobs.is_active(each.job) for each in rows)
+    if live != st.session_state.get("live", False):
+        st.session_state["live"] = live
+        st.rerun()
+    run_id = components.asked(rows) if rows else None
+    if run_id is None:
+        components.empty("No runs yet", "**Run the demo** needs no download and no GPU.")
+        return
+    try:
+        panel(data.load(run_id))
+    except RunError as error:
+        components.empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+    table(rows)
+
+
+head()
+say()
+if st.session_state.get("form"):
+    form()
+st.fragment(main, run_every=LIVE_SECONDS if st.session_state.get("live") else None)()

@@ -147,7 +147,14 @@ def state_of(run: Run) -> JobState:
 
 def active(run: Run) -> Job | None:
     """The job that a process executes, waits with, or is about to take up, if any."""
-    return next((job for job in watched(run).jobs if _active(job.status)), None)
+    return next((job for job in watched(run).jobs if is_active(job)), None)
+
+
+def is_active(job: Job) -> bool:
+    """Whether a process executes it, waits with it, or is about to take it up; of a job as `derived` gives it."""
+    if job.status.state is JobState.QUEUED and job.status.pid is None:
+        return time.time() - (job.status.heartbeat or 0.0) < STARTING_SECONDS
+    return job.status.state in (JobState.QUEUED, JobState.RUNNING)
 
 
 def require_idle(run: Run) -> None:
@@ -263,13 +270,6 @@ def derived(job: Job) -> Job:
         return job
     lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
     return job.model_copy(update={"status": status.model_copy(update=lost)})
-
-
-def _active(status: JobStatus) -> bool:
-    """Of a watched job: whose process is gone says so."""
-    if status.state is JobState.QUEUED and status.pid is None:
-        return time.time() - (status.heartbeat or 0.0) < STARTING_SECONDS
-    return status.state in (JobState.QUEUED, JobState.RUNNING)
 
 
 def _alive(status: JobStatus) -> bool:

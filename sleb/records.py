@@ -233,6 +233,14 @@ class Trace(Record):
         return self.steps[-1].removal_list if self.steps else ()
 
     @property
+    def removed_at(self) -> dict[int, int]:
+        """Removed block -> the step since which it is gone: best chunks are not nested, and a swap restores."""
+        since: dict[int, int] = {}
+        for step in self.steps:
+            since = {block: since.get(block, step.number) for block in step.removal_list}
+        return since
+
+    @property
     def block_evaluations(self) -> int:
         """Blocks times sequences, the baseline and held-out sequences included."""
         return self.baseline.block_evaluations + sum(step.block_evaluations for step in self.steps)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from .memory import in_batches
-from .records import Similarity
+from .records import Analysis, Similarity
 
 if TYPE_CHECKING:
     from .blocks import BlockStack
@@ -43,6 +43,30 @@ class TokenSimilarity:
         for length in range(1, num_blocks + 1):
             chunks[length - 1, : num_blocks + 1 - length] = np.diagonal(self.angular, offset=length)
         return chunks
+
+
+def recorded(analysis: Analysis, tokens: Literal["all", "without first", "random"]) -> TokenSimilarity:
+    """What a run recorded, for the choices of tokens that it recorded; needs no token at hand.
+
+    Angular distances were recorded over all tokens, and follow exactly from the random token's cosine. Without first
+    tokens they are those of the mean cosine: an approximation, a little larger where cosines are positive.
+    """
+    found = analysis.similarity
+    if tokens == "all":
+        angular = np.zeros((len(found.mean), len(found.mean)))
+        for length, row in enumerate(found.chunk_angular_distance, start=1):
+            distances = np.array(row[: len(row) + 1 - length], dtype=np.float64)
+            starts = np.arange(len(distances))
+            angular[starts, starts + length] = angular[starts + length, starts] = distances
+        return TokenSimilarity(found.token_count, np.array(found.mean), angular)
+    mean = np.array(found.random_token if tokens == "random" else found.mean_without_first)
+    count = 1 if tokens == "random" else max(1, found.token_count - analysis.description.sequences)
+    return TokenSimilarity(count, mean, np.arccos(np.clip(mean, -1.0, 1.0)) / np.pi)
+
+
+def best_chunks(distances: np.ndarray) -> np.ndarray:
+    """Per length, the start of the chunk that turns least: (N, N) [length - 1][start] -> int64 (N,), earliest first."""
+    return np.where(np.isnan(distances), np.inf, distances).argmin(axis=1)
 
 
 def cosine_matrices(outputs: np.ndarray) -> np.ndarray:

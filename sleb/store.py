@@ -104,6 +104,7 @@ def locate(run: str | os.PathLike[str]) -> Path:
 def load(run: str | os.PathLike[str]) -> Run:
     """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
     directory = locate(run)
+    jobs = read_jobs(directory)  # first: what a finished job wrote is then there to be read
     analysis = directory / "analysis" / "analysis.json"
     unavailable = directory / "analysis" / "unavailable.txt"
     stack = _read(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None
@@ -125,7 +126,7 @@ def load(run: str | os.PathLike[str]) -> Run:
         trace=trace,
         analysis=_read_or_none(analysis, Analysis),
         analysis_unavailable=unavailable.read_text(errors="replace") if unavailable.exists() else None,
-        jobs=read_jobs(directory),
+        jobs=jobs,
     )
 
 

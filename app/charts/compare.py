@@ -1,0 +1,465 @@
+"""Runs and published lists side by side -> figures and tables. Knows records; knows no Streamlit and reads no file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from app.charts import style
+from sleb.formats import public_name
+from sleb.published import PublishedList, jaccard, shared
+from sleb.records import Measured, Run, RunSpec, Step
+
+PALETTE = (style.ORANGE, style.BLUE, style.GREEN, style.PINK, style.YELLOW, style.SKY, "#8C6BB1", "#7A7A7A")
+"""Of runs that are told apart by more than their method; published lists are grey."""
+PUBLISHED = style.GREY
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+_LABEL = 44  # characters; longer ones would take the place of what they label
+_KEPT, _EDGE = "rgba(128,128,128,0.10)", "rgba(128,128,128,0.45)"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One removal list in a comparison: a run's, or a published one."""
+
+    letter: str
+    name: str
+    num_blocks: int
+    prefixes: tuple[tuple[int, ...], ...]
+    """The removal list after 1, 2, ... removals: best chunks are not nested."""
+    colour: str
+    is_published: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its letter and name, fit for a Plotly label."""
+        return f"{self.letter}  {style.plain(self.name)}"
+
+    @property
+    def removal_list(self) -> tuple[int, ...]:
+        """In the order of removal; empty where nothing was removed yet."""
+        return self.prefixes[-1] if self.prefixes else ()
+
+
+def model_name(spec: RunSpec) -> str:
+    """The last part of a folder or file, a hub name as it is."""
+    name = public_name(spec.model)
+    local = name.startswith(("/", "~")) or ":\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that says in what it differs from the others, all of them different."""
+    facts = [_facts(run) for run in runs]
+    telling = [index for index in range(len(facts[0])) if len({each[index] for each in facts}) > 1] if facts else []
+    found = [_cut(", ".join(each[index] for index in telling or [1])) for each in facts]
+    return [
+        name if found.count(name) == 1 else f"{_cut(name, _LABEL - 20)} ({_end(run.run_id)})"
+        for name, run in zip(found, runs, strict=True)
+    ]
+
+
+def _facts(run: Run) -> tuple[str, ...]:
+    """What runs differ in, the most telling first: model, method, text, seed, type."""
+    spec, text = run.spec, run.spec.calibration
+    return (
+        model_name(spec),
+        style.METHOD_NAMES[spec.method.value],
+        _file(text.source),
+        f"{text.sequences} × {text.sequence_length}",
+        f"seed {spec.seed}",
+        run.stack.dtype if run.stack else "",
+    )
+
+
+def _end(run_id: str) -> str:
+    return run_id if len(run_id) <= 18 else "…" + run_id[-17:]
+
+
+def _file(source: str) -> str:
+    """A text by its name; where a file lies does not matter here."""
+    return re.split(r"[\\/]", source)[-1] if source.startswith(("/", "~")) or ":\\" in source else source
+
+
+def _cut(text: str, length: int = _LABEL) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list[Listed]:
+    """Runs, then published lists, each with its letter and its colour. Runs without a stack are left out."""
+    methods = [run.spec.method.value for run in runs]
+    colours = [style.METHOD_COLOURS[each] for each in methods]
+    if len(set(methods)) < len(methods):
+        colours = [PALETTE[index % len(PALETTE)] for index in range(len(runs))]
+    found = [
+        Listed(
+            "",
+            name,
+            run.stack.num_blocks,
+            tuple(step.removal_list for step in run.trace.steps) if run.trace else (),
+            colour,
+        )
+        for run, name, colour in zip(runs, names_of(runs), colours, strict=True)
+        if run.stack is not None
+    ]
+    for each in published:
+        blocks = each.removal_list
+        nested = tuple(blocks[: count + 1] for count in range(len(blocks)))
+        found.append(Listed("", f"{each.model} (paper, Table 4)", each.num_blocks, nested, PUBLISHED, True))
+    return [replace(each, letter=chr(ord("A") + index)) for index, each in enumerate(found)]
+
+
+def strips(rows: Sequence[Listed], *, relative: bool = False) -> go.Figure:
+    """One row a list, one cell a block: removed ones filled and hatched, with the order of removal (Figure 8).
+
+    `relative` puts the blocks at their relative depth in per cent, so that stacks of different height line up.
+    """
+    labels = [each.label for each in rows]
+    kept = go.Bar(marker=dict(color=_KEPT, line=dict(color=_EDGE, width=1)), **_cells(rows, relative, removed=False))
+    traces = [kept]
+    for each in rows:
+        pattern = dict(fillmode="overlay", shape="\\" if each.is_published else "/", size=7, solidity=0.18, fgcolor="#ffffff")
+        traces.append(
+            go.Bar(
+                marker=dict(color=each.colour, line=dict(color=each.colour, width=1), pattern=pattern),
+                **_cells([each], relative, removed=True),
+            )
+        )
+    most = max((each.num_blocks for each in rows), default=1)
+    figure = style.figure(
+        62 + 34 * len(rows),
+        *traces,
+        barmode="overlay",
+        bargap=0.24,
+        showlegend=False,
+        margin=dict(t=8),
+        uniformtext=dict(minsize=9, mode="hide"),
+        yaxis=dict(categoryorder="array", categoryarray=labels[::-1], showgrid=False, ticklabelstandoff=6),
+        xaxis=dict(title="Block", range=[-0.5, most - 0.5], showgrid=False, zeroline=False, **_block_ticks(most)),
+    )
+    if relative:
+        axis = dict(title="Depth in the stack", range=[0, 100], ticksuffix=" %", dtick=10, tick0=0)
+        figure.update_xaxes(**axis, tickvals=None, tickmode="linear")
+    return figure
+
+
+def _block_ticks(num_blocks: int) -> dict[str, object]:
+    step = 1 if num_blocks <= 16 else 2 if num_blocks <= 40 else 5
+    return dict(tickmode="array", tickvals=list(range(0, num_blocks, step)))
+
+
+def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str, object]:
+    """Base, width, label, text and hover text of the cells that are removed, or of those that stay."""
+    base: list[float] = []
+    width: list[float] = []
+    label, text, hover = [], [], []
+    for each in rows:
+        order = {block: place for place, block in enumerate(each.removal_list, 1)}
+        for block in range(each.num_blocks):
+            if (block in order) is not removed:
+                continue
+            unit = 100 / each.num_blocks if relative else 1.0
+            base.append(block * unit - (0 if relative else 0.5))
+            width.append(unit)
+            label.append(each.label)
+            text.append(str(order.get(block, "")))
+            what = f"removed as number {order[block]} of {len(order)}" if removed else "stays"
+            depth = (block + 0.5) / each.num_blocks
+            hover.append(f"{style.plain(each.name)}<br>block {block} of {each.num_blocks} ({depth:.0%} deep): {what}")
+    return dict(
+        orientation="h",
+        base=base,
+        x=width,
+        y=label,
+        text=text,
+        textposition="inside",
+        insidetextanchor="middle",
+        textangle=0,
+        textfont=dict(size=12),
+        constraintext="none",
+        hovertext=hover,
+        hovertemplate="%{hovertext}<extra></extra>",
+        name="removed" if removed else "stays",
+    )
+
+
+def strips_table(rows: Sequence[Listed]) -> pd.DataFrame:
+    """One row a removed block: list, order of removal, block, its relative depth."""
+    return pd.DataFrame(
+        [
+            (each.letter, each.name, each.num_blocks, place, block, round((block + 0.5) / each.num_blocks, 4))
+            for each in rows
+            for place, block in enumerate(each.removal_list, 1)
+        ],
+        columns=["letter", "list", "blocks", "order", "block", "relative_depth"],
+    )
+
+
+def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
+    """Perplexities after every removal, 0 being the baseline; the error is of the held-out rise, nats per token."""
+    found = []
+    for run, row in zip(runs, rows, strict=False):
+        if run.trace is None or run.stack is None:
+            continue
+        first = run.trace.baseline
+        points: list[tuple[int, Measured, Measured, float | None]] = [(0, first.calibration, first.held_out, None)]
+        points += [_point(step) for step in run.trace.steps]
+        for removed, calibration, held_out, error in points:
+            found.append(
+                (
+                    row.letter,
+                    row.name,
+                    removed,
+                    removed / run.stack.num_blocks,
+                    calibration.perplexity,
+                    held_out.perplexity,
+                    _nats(held_out),
+                    error,
+                )
+            )
+    columns = ["letter", "list", "removed", "removed_share", "calibration", "held_out", "held_out_nats", "error_nats"]
+    return pd.DataFrame(found, columns=columns)
+
+
+def _point(step: Step) -> tuple[int, Measured, Measured, float | None]:
+    return len(step.removal_list), step.calibration, step.held_out, step.held_out_standard_error
+
+
+def _nats(measured: Measured) -> float | None:
+    return None if measured.nll_sum is None or not measured.token_count else measured.nll_sum / measured.token_count
+
+
+def perplexity(
+    points: pd.DataFrame,
+    rows: Sequence[Listed],
+    *,
+    held_out: bool = True,
+    log: bool = True,
+    over_baseline: bool = False,
+    relative: bool = False,
+    texts: Sequence[str] = (),
+) -> go.Figure:
+    """Perplexity against blocks removed, one line a run, as in Figures 4 and 7; `points` is `curve_table`.
+
+    Held-out lines carry a band of one standard error of their rise over the baseline. `over_baseline` divides each line
+    by its own baseline; `texts` names the text of each row, and another text gets another dash.
+    """
+    column = "held_out" if held_out else "calibration"
+    kinds = list(dict.fromkeys(texts))
+    traces: list[go.Scatter] = []
+    lowest, highest = math.inf, 0.0
+    for index, row in enumerate(rows):
+        own = points[points["letter"] == row.letter]
+        if own.empty:
+            continue
+        across = own["removed_share"] * 100 if relative else own["removed"]
+        values = own[column].astype(float).to_numpy()
+        scale = 1 / values[0] if over_baseline and len(values) and values[0] else 1.0
+        values = values * scale
+        if held_out:
+            traces += _band(row, across, own, scale)
+        dash = DASHES[kinds.index(texts[index]) % len(DASHES)] if texts else "solid"
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            lowest, highest = min(lowest, finite.min()), max(highest, finite.max())
+        traces.append(
+            go.Scatter(
+                x=across,
+                y=values,
+                mode="lines+markers",
+                name=row.label,
+                legendgroup=row.letter,
+                line=dict(color=row.colour, width=2, dash=dash),
+                marker=dict(symbol=SYMBOLS[index % len(SYMBOLS)], size=7),
+                customdata=np.stack([own["removed"], [_error(each) for each in own["error_nats"]]], axis=-1),
+                hovertemplate=f"{row.label}<br>%{{customdata[0]}} blocks removed: %{{y:,.4~g}}"
+                + ("%{customdata[1]}" if held_out else "")
+                + "<extra></extra>",
+            )
+        )
+    what = "held-out text" if held_out else "calibration text"
+    title = f"Times the baseline's perplexity, {what}" if over_baseline else f"Perplexity, {what}"
+    figure = style.figure(
+        430,
+        *traces,
+        hovermode="closest",
+        margin=dict(t=8),
+        legend=dict(orientation="h", yanchor="top", y=-0.16, x=0),
+        xaxis=dict(title="Share of blocks removed" if relative else "Blocks removed", rangemode="tozero", zeroline=False),
+        yaxis=dict(title=title, zeroline=False),
+    )
+    figure.update_xaxes(ticksuffix=" %" if relative else "", **({} if relative else _whole(points["removed"])))
+    if log and highest > 0:
+        figure.update_yaxes(type="log", **log_ticks(lowest, highest))
+    return figure
+
+
+def _band(row: Listed, across: pd.Series, own: pd.DataFrame, scale: float) -> list[go.Scatter]:
+    """One standard error up and down, where it was measured: exp(nats plus or minus it)."""
+    nats, error = own["held_out_nats"].astype(float), own["error_nats"].astype(float)
+    known = (error.notna() & nats.notna() & (nats < 700)).to_numpy(copy=True)
+    if known.sum() == 0:
+        return []
+    known[0] = True  # the baseline, of whose rise over itself there is no doubt
+    nats, error, x = nats[known], error[known].fillna(0.0), across[known]
+    upper, lower = np.exp(nats + error) * scale, np.exp(nats - error) * scale
+    return [
+        go.Scatter(
+            x=np.concatenate([x, x[::-1]]),
+            y=np.concatenate([upper, lower[::-1]]),
+            fill="toself",
+            fillcolor=_faint(row.colour),
+            line=dict(width=0),
+            mode="lines",
+            hoverinfo="skip",
+            showlegend=False,
+            legendgroup=row.letter,
+            name=f"{row.letter} ± standard error",
+        )
+    ]
+
+
+def _error(nats: float | None) -> str:
+    return "" if nats is None or not math.isfinite(nats) else f"<br>± {math.expm1(nats):.1%} (one standard error)"
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.18)"
+
+
+def _whole(removed: pd.Series) -> dict[str, object]:
+    """Ticks at whole numbers of blocks only."""
+    most = int(removed.max()) if len(removed) else 1
+    return dict(tick0=0, dtick=1 if most <= 20 else 2 if most <= 40 else 5, range=[-0.02 * max(most, 1), most * 1.02])
+
+
+def log_ticks(lowest: float, highest: float) -> dict[str, object]:
+    """Ticks at 1, 2 and 5 times powers of ten, fewer over many decades, and finer within one."""
+    low, high = math.log10(lowest), math.log10(max(highest, lowest * 1.05))
+    digits = (1,) if high - low > 5 else (1, 3) if high - low > 2.5 else (1, 2, 5)
+    if high - low < 0.9:
+        digits = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)  # type: ignore[assignment]
+    ticks = [digit * 10.0**power for power in range(math.floor(low) - 1, math.ceil(high) + 1) for digit in digits]
+    margin = 0.04 * (high - low) + 0.01
+    shown = [each for each in ticks if low - margin <= math.log10(each) <= high + margin]
+    return dict(
+        tickmode="array", tickvals=shown, ticktext=[_tick(each) for each in shown], range=[low - margin, high + margin]
+    )
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.4g}" if value < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+
+
+def agreement(rows: Sequence[Listed], removals: int) -> go.Figure:
+    """Which share of their blocks two lists have in common after the same number of removals, for every pair."""
+    size = len(rows)
+    share: list[list[float | None]] = [[None] * size for _ in rows]
+    text = [["" for _ in rows] for _ in rows]
+    hover = [["" for _ in rows] for _ in rows]
+    for i, one in enumerate(rows):
+        for j, other in enumerate(rows):
+            if i == j:
+                continue
+            pair = f"{one.label} and<br>{other.label}<br>"
+            if one.num_blocks != other.num_blocks:
+                text[i][j], hover[i][j] = "–", pair + "have different numbers of blocks"
+                continue
+            mine, theirs = one.prefixes[removals - 1], other.prefixes[removals - 1]
+            both = shared(mine, theirs)
+            share[i][j] = len(both) / removals
+            text[i][j] = f"{len(both)} of {removals}"
+            hover[i][j] = (
+                f"{pair}share {', '.join(map(str, both)) or 'no block'}<br>{len(both)} of {removals} blocks; "
+                f"Jaccard index {jaccard(mine, theirs):.2f}"
+            )
+    letters = [each.letter for each in rows]
+    return style.figure(
+        94 + 42 * size,
+        go.Heatmap(
+            z=share,
+            x=letters,
+            y=[each.label for each in rows],
+            zmin=0,
+            zmax=1,
+            colorscale=style.SCALE,
+            text=text,
+            texttemplate="%{text}",
+            textfont=dict(size=13),
+            hovertext=hover,
+            hovertemplate="%{hovertext}<extra></extra>",
+            hoverongaps=False,
+            xgap=2,
+            ygap=2,
+            colorbar=dict(title=dict(text="shared", side="right"), tickformat=".0%", thickness=12, outlinewidth=0),
+        ),
+        margin=dict(t=8),
+        xaxis=dict(side="top", showgrid=False, zeroline=False, fixedrange=True),
+        yaxis=dict(autorange="reversed", showgrid=False, zeroline=False, ticklabelstandoff=6, fixedrange=True),
+    )
+
+
+def agreement_table(rows: Sequence[Listed], removals: int) -> pd.DataFrame:
+    """One row a pair of lists over stacks of the same height."""
+    found = []
+    for place, one in enumerate(rows):
+        for other in rows[place + 1 :]:
+            if one.num_blocks == other.num_blocks:
+                mine, theirs = one.prefixes[removals - 1], other.prefixes[removals - 1]
+                both = shared(mine, theirs)
+                found.append((one.name, other.name, removals, len(both), jaccard(mine, theirs), " ".join(map(str, both))))
+    return pd.DataFrame(found, columns=["one", "other", "removals", "shared", "jaccard", "shared_blocks"])
+
+
+def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
+    """One row a list: what was asked, what was removed and what it costs."""
+    found = [_summary(run, row) for run, row in zip(runs, rows, strict=False)]
+    found += [
+        {
+            "": row.letter,
+            "Model": row.name,
+            "Method": "Metric3 (SLEB), published",
+            "Blocks": row.num_blocks,
+            "Removed": len(row.removal_list),
+            "Removal list": ", ".join(map(str, row.removal_list)),
+        }
+        for row in rows[len(runs) :]
+    ]
+    return pd.DataFrame(found)
+
+
+def _summary(run: Run, row: Listed) -> dict[str, object]:
+    assert run.stack is not None
+    first = run.trace.baseline if run.trace else None
+    last = run.trace.steps[-1] if run.trace and run.trace.steps else None
+    text = run.spec.calibration
+    found: dict[str, object] = {
+        "": row.letter,
+        "Model": model_name(run.spec),
+        "Method": style.METHOD_NAMES[run.spec.method.value],
+        "Calibration": f"{_file(text.source)}, {run.stack.sequences} × {run.stack.sequence_length}",
+        "Blocks": row.num_blocks,
+        "Removed": len(row.removal_list),
+        "Removal list": ", ".join(map(str, row.removal_list)),
+        "Perplexity before": first.perplexity if first else None,
+        "after": last.perplexity if last else None,
+        "Held-out before": first.held_out.perplexity if first else None,
+        "Held-out after": last.held_out.perplexity if last else None,
+    }
+    if first and last:
+        before, after = _nats(first.held_out), _nats(last.held_out)
+        if before is not None and after is not None:
+            error = last.held_out_standard_error
+            found["Held-out rise (nats)"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+    if first and run.trace:
+        found["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
+    found["Run"] = run.run_id
+    return found

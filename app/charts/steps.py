@@ -1,0 +1,483 @@
+"""The steps of a search: what each compared, and the figures of it. Records -> figures; knows no Streamlit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from app.charts import style
+from sleb.methods import Comparison
+from sleb.records import Baseline, Candidate, Measured, Method, Run, Step
+
+SCORE_NAMES = {
+    "metric3": "Metric3: nats per token without the block",
+    "metric2": "Metric2: nats per token of the whole model without this block alone",
+    "metric1": "Metric1: 1 − cosine of the block's input and output",
+    "early-exit": "Nats per token without the last blocks",
+    "best-chunk": "Nats per token without the chunk",
+}
+"""What the bars of a method show."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """What one step compared. Arrays are (candidates,), in the units of the score: nats per token, or 1 - cosine."""
+
+    step: Step
+    blocks: tuple[int, ...]
+    names: tuple[str, ...]
+    """The block a candidate adds, or the chunk it is: "16" or "5-7"."""
+    scores: np.ndarray
+    """NaN where the predictions were not numbers."""
+    differences: np.ndarray
+    """To the chosen one, on the same sequences; NaN where the score is."""
+    reaches: np.ndarray
+    """Half width of the difference's interval; NaN where there is none, 0 for the chosen one."""
+    chosen: int
+    """Index of the one that was removed."""
+    tied: tuple[int, ...]
+    """Indices of those that cannot be told from it."""
+    base: float | None
+    """The score of removing nothing here: of the model this step started from."""
+    base_name: str
+    gone: dict[int, int]
+    """Blocks removed before this step, and in which step each."""
+
+    @property
+    def rises(self) -> np.ndarray:
+        """Scores above `base`: what removing each costs."""
+        return self.scores - (self.base if self.base is not None else float(np.nanmin(self.scores)))
+
+    @property
+    def order(self) -> np.ndarray:
+        """Rank of each candidate, 1 for the lowest score; NaN where it has none."""
+        ranks = np.full(len(self.scores), np.nan)
+        ranked = [i for i in np.argsort(self.scores, kind="stable") if math.isfinite(self.scores[i])]
+        ranks[ranked] = np.arange(1, len(ranked) + 1)
+        return ranks
+
+
+def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
+    """What step `number` (from 1) compared. Without the scores of its sequences there are no intervals."""
+    assert run.trace is not None
+    step, before = run.trace.steps[number - 1], run.trace.steps[: number - 1]
+    scores = np.array([math.nan if each.score is None else each.score for each in step.candidates])
+    chosen = next(i for i, each in enumerate(step.candidates) if each.skipped in (step.removal_list, step.removed))
+    blocks = tuple(each.block for each in step.candidates)
+    if evidence is None:
+        differences, reaches = scores - scores[chosen], np.full(len(scores), math.nan)
+        reaches[chosen] = 0.0
+    else:
+        differences = np.where(np.isfinite(evidence.differences), evidence.differences, math.nan)
+        reaches = evidence.reach
+    base, base_name = _base(run.trace.baseline, before, step)
+    return Bars(
+        step=step,
+        blocks=blocks,
+        names=tuple(candidate_name(each) for each in step.candidates),
+        scores=scores,
+        differences=differences,
+        reaches=reaches,
+        chosen=chosen,
+        tied=tuple(blocks.index(block) for block in step.tied if block in blocks),
+        base=base,
+        base_name=base_name,
+        gone=gone_after(before),
+    )
+
+
+def candidate_name(candidate: Candidate) -> str:
+    """The block a candidate adds, or the chunk it is."""
+    first, last = candidate.skipped[0], candidate.skipped[-1]
+    is_chunk = candidate.block == first != last and candidate.skipped == tuple(range(first, last + 1))
+    return f"{first}–{last}" if is_chunk else str(candidate.block)
+
+
+def gone_after(steps: Sequence[Step]) -> dict[int, int]:
+    """Blocks that are removed after these steps -> the step in which each went (last, if it came back before)."""
+    gone: dict[int, int] = {}
+    for step in steps:
+        for block in step.restored:
+            gone.pop(block, None)
+        gone.update(dict.fromkeys(step.removed, step.number))
+    return gone
+
+
+def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float | None, str]:
+    """Mean score of removing nothing: of the model so far where candidates were scored on it, else of the whole one."""
+    if step.candidates[0].objective == "metric1":
+        return 0.0, "a block that changes nothing"
+    so_far = set(before[-1].removal_list) if before else set()
+    if so_far and all(so_far <= set(each.skipped) for each in step.candidates):
+        return nats(before[-1].calibration), f"the model after step {before[-1].number}"
+    return nats(baseline.calibration), "the whole model"
+
+
+def nats(of: Measured) -> float | None:
+    """Mean negative log-likelihood per token; None where the predictions were not numbers or there is no text."""
+    return None if of.nll_sum is None or of.token_count == 0 else of.nll_sum / of.token_count
+
+
+def reach_of_axis(values: np.ndarray, reaches: np.ndarray, contenders: Sequence[int], quantile: float) -> float:
+    """How far an axis from 0 must go: over the contenders with their intervals and most others.
+
+    One block is often so much worse than all others that they would be a flat line beside it: beyond twice what
+    `quantile` of the candidates need, a bar is cut off (and says so).
+    """
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return 1.0
+    ends = [values[i] + (reaches[i] if math.isfinite(reaches[i]) else 0.0) for i in contenders]
+    usual = float(np.quantile(finite, quantile))
+    highest = float(finite.max())
+    wanted = highest if highest <= 2.0 * usual else 1.5 * usual
+    return max([wanted, *(end for end in ends if math.isfinite(end)), 1e-6])
+
+
+def evidence_table(shown: Bars) -> pd.DataFrame:
+    """Every candidate of a step, best first, as a table."""
+    step = shown.step
+    chosen, tied = shown.chosen, set(shown.tied)
+    verdicts = [
+        "removed" if i == chosen else "tied" if i in tied else "no score" if math.isnan(score) else "told apart"
+        for i, score in enumerate(shown.scores)
+    ]
+    table = pd.DataFrame(
+        {
+            "rank": shown.order,
+            "block": shown.names,
+            "score": shown.scores,
+            "perplexity": [math.nan if each.perplexity is None else each.perplexity for each in step.candidates],
+            "difference": shown.differences,
+            "interval": shown.reaches,
+            "verdict": verdicts,
+        }
+    )
+    return table.sort_values(["rank", "difference"], na_position="last").reset_index(drop=True)
+
+
+def curve_table(run: Run) -> pd.DataFrame:
+    """Perplexity after every step; the held-out bounds are exp(nats ± one standard error of the rise)."""
+    assert run.trace is not None
+    rows = []
+    measured: tuple[Baseline | Step, ...] = (run.trace.baseline, *run.trace.steps)
+    for of in measured:
+        step = of if isinstance(of, Step) else None
+        held_out = nats(of.held_out)
+        error = step.held_out_standard_error if step else None
+        bounds = (None, None) if held_out is None or error is None else (held_out - error, held_out + error)
+        rows.append(
+            {
+                "step": step.number if step else 0,
+                "blocks_removed": len(step.removal_list) if step else 0,
+                "removed": " ".join(map(str, step.removed)) if step else "",
+                "restored": " ".join(map(str, step.restored)) if step else "",
+                "calibration_perplexity": _finite(of.calibration.perplexity),
+                "held_out_perplexity": _finite(of.held_out.perplexity),
+                "held_out_low": _finite(Measured(nll_sum=bounds[0], token_count=1).perplexity),
+                "held_out_high": _finite(Measured(nll_sum=bounds[1], token_count=1).perplexity),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def perplexity(run: Run) -> go.Figure:
+    """Perplexity against the number of blocks removed: calibration text, and held-out text with its error band."""
+    table = curve_table(run)
+    x = table["blocks_removed"]
+    figure = style.figure(
+        320,
+        hovermode="x unified",
+        xaxis=dict(title="Blocks removed", dtick=_tick(len(table)), rangemode="tozero"),
+        yaxis=dict(title="Perplexity", type="log" if _spread(table) > 20 else "linear", **_LOG_TICKS),
+    )
+    if table["held_out_perplexity"].notna().any():
+        figure.add_traces(_with_band(table, "held_out", "Held-out text", style.GREEN, "solid", "square"))
+    figure.add_trace(
+        go.Scatter(
+            x=x,
+            y=table["calibration_perplexity"],
+            name="Calibration text (chosen on)",
+            mode="lines+markers",
+            line=dict(color=style.ORANGE, dash="dot"),
+            customdata=[style.plain(each or "nothing yet") for each in table["removed"]],
+            hovertemplate="%{y:,.2f} (removed: %{customdata})",
+        )
+    )
+    return figure
+
+
+_LOG_TICKS = dict(exponentformat="power", minorloglabels="complete")
+
+
+def _spread(table: pd.DataFrame) -> float:
+    values = table[["calibration_perplexity", "held_out_perplexity"]].to_numpy()
+    return float(np.nanmax(values) / np.nanmin(values)) if np.isfinite(values).any() else 1.0
+
+
+def _tick(points: int) -> int:
+    return next(step for step in (1, 2, 5, 10, 20, 50) if points / step <= 21 or step == 50)
+
+
+def _with_band(table: pd.DataFrame, text: str, name: str, colour: str, dash: str, symbol: str) -> list[go.Scatter]:
+    """A curve, and under it the band of one standard error where steps carry one."""
+    x = table["blocks_removed"]
+    traces = []
+    known = table[table["held_out_low"].notna()] if text == "held_out" else table.iloc[:0]
+    if len(known):
+        traces.append(
+            go.Scatter(
+                x=[*known["blocks_removed"], *known["blocks_removed"][::-1]],
+                y=[*known["held_out_high"], *known["held_out_low"][::-1]],
+                fill="toself",
+                fillcolor=_rgba(colour, 0.2),
+                line=dict(width=0),
+                hoverinfo="skip",
+                showlegend=False,
+                legendgroup=name,
+            )
+        )
+    traces.append(
+        go.Scatter(
+            x=x,
+            y=table[f"{text}_perplexity"],
+            name=name,
+            legendgroup=name,
+            mode="lines+markers",
+            line=dict(color=colour, dash=dash),
+            marker=dict(symbol=symbol, size=7),
+            hovertemplate="%{y:,.2f}",
+        )
+    )
+    return traces
+
+
+def _rgba(colour: str, opacity: float) -> str:
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
+
+
+def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
+    """The bars of every step as frames with a slider and a play button; needs no server, so it serves the report.
+
+    `evidence` is one comparison (or None) per step. Bars show what removing each block costs: its score above that
+    of the model the step started from, so that all steps share one axis.
+    """
+    assert run.trace is not None
+    assert run.stack is not None
+    assert len(evidence) == len(run.trace.steps)
+    all_bars = [bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    top = 1.08 * max(
+        (reach_of_axis(each.rises, each.reaches, (each.chosen, *each.tied), 0.75) for each in all_bars), default=1.0
+    )
+    bottom = min([0.0, *(1.15 * float(np.nanmin(each.rises)) for each in all_bars)])
+    blocks = list(range(run.stack.num_blocks))
+    frames = [
+        go.Frame(name=str(each.step.number), data=_frame(each, blocks, top), traces=[0, 1, 2, 3]) for each in all_bars
+    ]
+    protected = list(run.stack.protected)
+    shown = _first_frame(blocks)
+    for trace, last in zip(shown, frames[-1].data if frames else (), strict=False):
+        trace.update(last)
+    metric1 = bool(all_bars) and all_bars[0].step.candidates[0].objective == "metric1"
+    figure = style.figure(
+        420,
+        *shown,
+        go.Scatter(
+            x=protected,
+            y=[0.0] * len(protected),
+            mode="markers",
+            name="Protected",
+            marker=dict(symbol="diamond-open", size=9, color=style.PROTECTED, line=dict(width=1.5)),
+            hovertemplate="block %{x}: protected, never a candidate<extra></extra>",
+            cliponaxis=False,
+        ),
+        barmode="overlay",
+        bargap=0.25,
+        xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
+        yaxis=dict(title="1 − cosine" if metric1 else "Cost of removing it (nats per token)", range=[bottom, top]),
+        margin=dict(b=90, t=40),
+    )
+    if frames:
+        figure.frames = frames
+        figure.update_layout(**_player([each.step for each in all_bars]))
+    return figure
+
+
+_KINDS = (
+    # name, colour, pattern, what a hover text says of it
+    ("Candidate", style.CANDIDATE, "", "told apart"),
+    ("Tied with the removed one", style.TIED, "x", "tied: it might as well have been this one"),
+    ("Removed in this step", style.CHOSEN, "", "removed"),
+)
+
+
+def _first_frame(blocks: list[int]) -> list[go.Bar]:
+    """The looks of the four kinds of bars, in the order of `_frame`; a frame changes their data only."""
+    kinds = [
+        go.Bar(
+            x=blocks,
+            error_y=dict(type="data", thickness=1.2, width=2, color=style.GREY),
+            name=name,
+            marker=dict(color=colour, pattern=dict(shape=pattern, fgcolor="rgba(0,0,0,0.55)", size=5)),
+            hovertemplate=(
+                "<b>%{customdata[0]}</b>: %{y:.4f} above removing nothing<br>"
+                "%{customdata[1]} above the removed one<br>" + word + "<extra></extra>"
+            ),
+        )
+        for name, colour, pattern, word in _KINDS
+    ]
+    gone = go.Bar(
+        x=blocks,
+        name="Removed before",
+        marker=dict(color="rgba(0,0,0,0)", pattern=dict(shape="/", fgcolor=style.REMOVED, size=6, solidity=0.2)),
+        hovertemplate="block %{x}: removed in step %{customdata}<extra></extra>",
+    )
+    return [*kinds, gone]
+
+
+def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
+    """Data of the four kinds of bars of a step; a kind has no bar where a block is of another."""
+    at = {block: i for i, block in enumerate(shown.blocks)}
+    kinds = dict.fromkeys(shown.tied, 1) | {shown.chosen: 2}
+
+    def data_of(kind: int) -> go.Bar:
+        mine = [i if i is not None and kinds.get(i, 0) == kind else None for i in map(at.get, blocks)]
+        return go.Bar(
+            y=[None if i is None else _short(shown.rises[i]) for i in mine],
+            error_y=dict(array=[None if i is None else _short(shown.reaches[i]) for i in mine]),
+            customdata=[None if i is None else [shown.names[i], _difference(shown, i)] for i in mine],
+        )
+
+    earlier = [shown.gone.get(block) if block not in at else None for block in blocks]
+    gone = go.Bar(y=[None if number is None else _short(top) for number in earlier], customdata=earlier)
+    return [data_of(0), data_of(1), data_of(2), gone]
+
+
+def _short(value: float) -> float | None:
+    """Four digits: what a frame can show. A Python float, because Plotly packs arrays of numpy's."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _difference(shown: Bars, i: int) -> str:
+    reach = f" ± {shown.reaches[i]:.4f}" if math.isfinite(shown.reaches[i]) else ""
+    return "–" if math.isnan(shown.differences[i]) else f"{shown.differences[i]:.4f}{reach}"
+
+
+def _player(steps: Sequence[Step]) -> dict[str, object]:
+    """Slider and play button of `animated`. redraw=False keeps 60 frames a second."""
+    timing = dict(
+        mode="immediate", frame=dict(duration=900, redraw=False), transition=dict(duration=350, easing="cubic-in-out")
+    )
+    jump = dict(
+        mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=250, easing="cubic-in-out")
+    )
+    stop = dict(mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=0))
+    slider = dict(
+        active=len(steps) - 1,
+        x=0.12,
+        len=0.88,
+        y=0,
+        pad=dict(t=52, b=0),
+        currentvalue=dict(prefix="Step ", xanchor="left", font=dict(size=13)),
+        steps=[dict(method="animate", label=str(step.number), args=[[str(step.number)], jump]) for step in steps],
+    )
+    buttons = [
+        dict(label="▶", method="animate", args=[None, {**timing, "fromcurrent": False}]),
+        dict(label="❚❚", method="animate", args=[[None], stop]),
+    ]
+    menu = dict(
+        type="buttons",
+        direction="left",
+        x=0,
+        y=0,
+        xanchor="left",
+        yanchor="top",
+        pad=dict(t=62, r=8),
+        showactive=False,
+        buttons=buttons,
+    )
+    return dict(sliders=[slider], updatemenus=[menu])
+
+
+def strip(run: Run, number: int) -> go.Figure:
+    """All blocks in the order of the stack; those gone after step `number` (0: none) are hatched, with their step."""
+    assert run.trace is not None
+    assert run.stack is not None
+    gone = gone_after(run.trace.steps[:number])
+    blocks = list(range(run.stack.num_blocks))
+    protected = set(run.stack.protected)
+    figure = style.figure(
+        110,
+        xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
+        yaxis=dict(visible=False, range=[0, 1], fixedrange=True),
+        barmode="overlay",
+        bargap=0.15,
+    )
+    kinds = [
+        ("Kept", [b for b in blocks if b not in gone and b not in protected], style.CANDIDATE, ""),
+        ("Protected", [b for b in blocks if b in protected and b not in gone], style.CANDIDATE, "."),
+        ("Removed", [b for b in blocks if b in gone], style.REMOVED, "/"),
+    ]
+    for name, members, colour, pattern in kinds:
+        figure.add_trace(
+            go.Bar(
+                x=members,
+                y=[1.0] * len(members),
+                name=name,
+                text=[str(gone[b]) if b in gone and len(blocks) <= 48 else "" for b in members],
+                textangle=0,
+                marker=dict(
+                    color="rgba(0,0,0,0)" if name == "Removed" else colour,
+                    line=dict(color=colour, width=1.2),
+                    pattern=dict(shape=pattern, fgcolor="white" if pattern == "." else colour, size=6, solidity=0.25),
+                ),
+                hovertext=[f"block {b}: removed in step {gone[b]}" if b in gone else f"block {b}" for b in members],
+                hoverinfo="text",
+            )
+        )
+    return figure
+
+
+def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool) -> go.Figure:
+    """Perplexity against the number of blocks removed, one curve a run, its colour its method's (paper, Figure 7)."""
+    many = {run.spec.method for run in runs if sum(run.spec.method is each.spec.method for each in runs) > 1}
+    text = "held_out" if held_out else "calibration"
+    figure = style.figure(
+        420,
+        hovermode="x unified",
+        xaxis=dict(title="Blocks removed", rangemode="tozero"),
+        yaxis=dict(
+            title=f"Perplexity of the {'held-out' if held_out else 'calibration'} text",
+            type="log" if logarithmic else "linear",
+            **_LOG_TICKS,
+        ),
+    )
+    order = list(Method)
+    seen: dict[Method, int] = {}
+    for run in sorted(runs, key=lambda each: order.index(each.spec.method)):
+        method = run.spec.method
+        place = seen[method] = seen.get(method, -1) + 1
+        name = style.METHOD_NAMES[method.value] + (f", {style.plain(run.run_id)}" if method in many else "")
+        dash = ("solid", "dash", "dot", "dashdot")[place % 4]
+        symbol = ("circle", "square", "diamond", "cross", "triangle-up")[order.index(method)]
+        figure.add_traces(_with_band(curve_table(run), text, name, style.METHOD_COLOURS[method.value], dash, symbol))
+    longest = max((len(run.trace.steps) + 1 for run in runs if run.trace), default=1)
+    figure.update_xaxes(dtick=_tick(longest))
+    return figure
+
+
+def methods_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """The curves of `methods`, one row a step of a run."""
+    return pd.concat(
+        [curve_table(run).assign(method=run.spec.method.value, run=run.run_id) for run in runs], ignore_index=True
+    )

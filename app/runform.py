@@ -1,0 +1,366 @@
+"""The form that starts a run: its controls, its forecast, and the same as a command line. Draws; starts nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from app import components, data, probes
+from app.charts import style
+from sleb import api, command, costs, files, store
+from sleb.errors import CalibrationError, SlebError
+from sleb.records import Forecast, JobSpec, Method, RunSpec
+
+UPLOAD_BYTES = 8 << 20
+_SOURCES = {
+    "default": "The usual text (WikiText-2; for the demo, its own)",
+    "wikitext2": "WikiText-2",
+    "c4": "C4",
+    "wikitext2-rows": "WikiText-2 as in the paper's own program",
+    "demo": "The demo text",
+    "other": "A file on the server, or a data set of the hub",
+    "upload": "Upload a text",
+}
+_AMOUNTS = {"ratio": "A share of the blocks", "remove": "A number of blocks", "until": "Until it costs too much"}
+_FIELDS: dict[str, Any] = dict(
+    model="demo",
+    method=Method.METRIC3.value,
+    amount="ratio",
+    ratio=10,
+    remove=3,
+    until=10,
+    source="default",
+    other="",
+    sequences=None,
+    sequence_length=None,
+    held_out=None,
+    sampling="random",
+    seed=0,
+    protect="",
+    confidence=95,
+    bos="auto",
+    chat=False,
+    dtype="auto",
+    revision="",
+    device="auto",
+    batch_size=None,
+    analysis=True,
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the form asks for."""
+
+    spec: RunSpec
+    job: JobSpec
+
+
+def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
+    """Put an earlier run into the form, to be changed and started anew."""
+    amount = "until" if spec.until_perplexity is not None else "remove" if spec.num_remove is not None else "ratio"
+    values = dict(
+        model=spec.model,
+        method=spec.method.value,
+        amount=amount,
+        ratio=max(1, round(100 * (spec.ratio or 0.2))),
+        remove=spec.num_remove or 3,
+        until=max(1, round(100 * (spec.until_perplexity or 0.1))),
+        source=spec.calibration.source if spec.calibration.source in _SOURCES else "other",
+        other="" if spec.calibration.source in _SOURCES else spec.calibration.source,
+        sequences=spec.calibration.sequences,
+        sequence_length=spec.calibration.sequence_length,
+        held_out=spec.held_out,
+        sampling=spec.calibration.sampling,
+        seed=spec.seed,
+        protect="" if spec.protected is None else ", ".join(map(str, spec.protected)) or "none",
+        confidence=round(100 * spec.confidence),
+        bos=spec.calibration.bos,
+        chat=spec.calibration.chat,
+        dtype=spec.dtype,
+        revision=spec.revision or "",
+        device=job.device if job else "auto",
+        batch_size=job.batch_size if job else None,
+        analysis=spec.analysis,
+    )
+    for name, value in values.items():
+        st.session_state[_key(name)] = value
+
+
+def draw() -> Asked | None:
+    """The controls; None where they do not make a run, with the sentence that says why."""
+    for name, value in _FIELDS.items():
+        st.session_state.setdefault(_key(name), value)
+    try:
+        return _controls()
+    except SlebError as error:
+        st.error(components.plain(_for_the_form(str(error))), icon=":material/error:")
+        return None
+
+
+def forecast(asked: Asked) -> None:
+    """What it would take: counted at once, and in minutes once a few blocks have been timed."""
+    num_blocks = data.num_blocks_of(asked.spec.model)
+    rates: dict[str, Forecast] = st.session_state.setdefault("forecasts", {})
+    timed = rates.get(probes.key_of(asked.spec, asked.job))
+    if timed is not None:
+        num_blocks = timed.num_blocks
+    if num_blocks is None:
+        st.markdown(":material/help: The number of blocks is known once the model has been opened.")
+    else:
+        try:
+            cost, removing = costs.cost_of_spec(asked.spec, num_blocks)
+        except SlebError as error:
+            st.error(components.plain(_for_the_form(str(error))), icon=":material/error:")
+            return
+        calibration = asked.spec.calibration
+        tokens = calibration.sequences * calibration.sequence_length
+        st.markdown(
+            f"**{removing} of {num_blocks}** blocks, chosen on **{tokens:,}** tokens "
+            f"({calibration.sequences} × {calibration.sequence_length})  \n"
+            f"{cost.block_evaluations:,} block evaluations and {cost.head_evaluations:,} read-outs"
+        )
+        if timed is not None:
+            searching = cost.units(timed.head_weight) * timed.seconds_per_unit
+            total = searching + timed.loading_seconds + (timed.analysis_seconds if asked.spec.analysis else 0)
+            st.markdown(
+                f":material/timer: About **{components.duration(total)}** on {components.plain(timed.device)} in "
+                f"{timed.dtype}, {components.duration(searching)} of it the search; "
+                f"about {timed.peak_memory / 1e9:.1f} GB of memory"
+            )
+    _probe(asked, timed)
+
+
+def _probe(asked: Asked, timed: Forecast | None) -> None:
+    running: probes.Probe | None = st.session_state.get("probe")
+    if running is not None:
+        _watch()
+        return
+    if timed is None and st.button(
+        "Estimate the time",
+        icon=":material/timer:",
+        help="Loads the model and times a few blocks, in a process of its own: some seconds for a small model.",
+    ):
+        st.session_state["probe"] = probes.begin(asked.spec, asked.job)
+        st.rerun()
+    failed = st.session_state.get("probe_failed")
+    if failed and failed[0] == probes.key_of(asked.spec, asked.job):
+        st.error(components.plain(failed[1]), icon=":material/error:")
+
+
+@st.fragment(run_every=1.0)
+def _watch() -> None:
+    running: probes.Probe | None = st.session_state.get("probe")
+    if running is None:
+        return
+    found = running.poll()
+    if found is None:
+        left, right = st.columns([3, 1], vertical_alignment="center")
+        left.markdown(":material/progress_activity: Timing a few blocks …")
+        if not right.button("Cancel", type="tertiary"):
+            return
+        running.cancel()
+    elif isinstance(found, Forecast):
+        st.session_state["forecasts"][running.key] = found
+    else:
+        st.session_state["probe_failed"] = (running.key, found)
+    del st.session_state["probe"]
+    st.rerun()
+
+
+def equivalent(asked: Asked) -> None:
+    """The same run from the command line."""
+    with st.expander("The same from the command line", icon=":material/terminal:"):
+        st.code(command.command_line(asked.spec, asked.job), language="shell", wrap_lines=True)
+
+
+def _controls() -> Asked:
+    model_column, method_column = st.columns([3, 2])
+    model = model_column.text_input(
+        "Model",
+        key=_key("model"),
+        help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
+        "a real model of 135 million parameters that comes with the installation.",
+    )
+    method = method_column.selectbox(
+        "Method",
+        [method.value for method in Method],
+        format_func=lambda name: style.METHOD_NAMES[name],
+        key=_key("method"),
+        help="Metric3 is SLEB: after each removal all blocks are scored anew (paper, Algorithm 1). The others are what "
+        "the paper compares it with (Figures 4 and 7): they take less time and choose worse.",
+    )
+    left, middle, right = st.columns([2, 1, 2], vertical_alignment="bottom")
+    amount = left.selectbox(
+        "Remove",
+        list(_AMOUNTS),
+        format_func=lambda name: _AMOUNTS[name],
+        key=_key("amount"),
+        help="Every step is kept, so a longer list contains all shorter ones (but for best chunk).",
+    )
+    limit: dict[str, Any] = {}
+    if amount == "ratio":
+        share = middle.number_input(
+            "Per cent", 1, 99, key=_key("ratio"), help="Rounded up to whole blocks (paper, 4.1)."
+        )
+        limit["ratio"] = share / 100
+    elif amount == "remove":
+        limit["remove"] = middle.number_input("Blocks", 1, 1000, key=_key("remove"), help="How many steps to take.")
+    else:
+        rise = middle.number_input(
+            "Per cent", 1, 1000, key=_key("until"), help="Stops before the held-out perplexity rises by more."
+        )
+        limit["until_perplexity"] = rise / 100
+    source = right.selectbox(
+        "Calibration text",
+        list(_SOURCES),
+        format_func=lambda name: _SOURCES[name],
+        key=_key("source"),
+        help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8).",
+    )
+    calibration = _calibration(source)
+    with st.expander("More choices", icon=":material/tune:"):
+        more = _more()
+    device, batch_size = more.pop("device"), more.pop("batch_size")
+    spec = api.run_spec(model.strip(), method=method, calibration=calibration, **limit, **more)
+    return Asked(spec, data.job_spec("search", device.strip() or "auto", batch_size))
+
+
+def _calibration(source: str) -> str | None:
+    if source == "other":
+        name = st.text_input(
+            "File or data set",
+            key=_key("other"),
+            help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub.",
+        )
+        if not name.strip():
+            raise CalibrationError("Name the file or data set to calibrate on.")
+        return name.strip()
+    if source == "upload":
+        given = st.file_uploader(
+            "Text", type=["txt", "jsonl"], help=f"UTF-8, at most {UPLOAD_BYTES >> 20} MB. It stays on the server."
+        )
+        if given is None:
+            raise CalibrationError("Choose a text to upload.")
+        return str(keep_upload(given.name, given.getvalue()))
+    return None if source == "default" else source
+
+
+def keep_upload(name: str, content: bytes) -> Any:
+    """Check an uploaded text and keep it under a name of its own; returns its path. Raises `CalibrationError`."""
+    if len(content) > UPLOAD_BYTES:
+        raise CalibrationError(
+            f"The upload has {len(content) / 1e6:.1f} MB; at most {UPLOAD_BYTES >> 20} MB are taken. Put the file "
+            "on the server and name it instead."
+        )
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"The upload is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    if "\0" in text or not text.strip():
+        raise CalibrationError("The upload has no text in it.")
+    lines = name.lower().endswith(".jsonl")
+    for number, line in enumerate(text.splitlines() if lines else [], 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError as error:
+            raise CalibrationError(f"Line {number} of the upload is not JSON.") from error
+        if not isinstance(row, dict):
+            raise CalibrationError(f"Line {number} of the upload is no JSON object with a text in it.")
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = store.home() / "uploads" / f"{digest}{'.jsonl' if lines else '.txt'}"
+    if not path.exists():
+        files.replace_file(path, text)
+    return path
+
+
+def _more() -> dict[str, Any]:
+    first, second, third, fourth = st.columns(4)
+    found: dict[str, Any] = dict(
+        sequences=first.number_input(
+            "Sequences",
+            1,
+            100_000,
+            key=_key("sequences"),
+            placeholder="128 (demo: 16)",
+            help="Pieces of text that decide. More of them tell more blocks apart, and take longer.",
+        ),
+        sequence_length=second.number_input(
+            "Tokens each",
+            2,
+            1_000_000,
+            key=_key("sequence_length"),
+            placeholder="2048 (demo: 256)",
+            help="Their length.",
+        ),
+        held_out=third.number_input(
+            "Held-out sequences",
+            0,
+            100_000,
+            key=_key("held_out"),
+            placeholder="a quarter as many",
+            help="Text that takes no part in any choice, and so tells what a removal really costs.",
+        ),
+        seed=fourth.number_input("Seed", 0, key=_key("seed"), help="Of everything that is drawn."),
+    )
+    first, second, third, fourth = st.columns(4)
+    found["sampling"] = first.selectbox(
+        "Windows", ["random", "first"], key=_key("sampling"), help="Drawn without overlap, or the first ones."
+    )
+    found["bos"] = second.selectbox(
+        "BOS token",
+        ["auto", "yes", "no"],
+        key=_key("bos"),
+        help="Heads every window; auto asks the tokenizer.",
+    )
+    protect = third.text_input(
+        "Protected blocks",
+        key=_key("protect"),
+        placeholder="first and last",
+        help="Never removed: indices such as 0, 29, or none. Empty: the first and the last one.",
+    )
+    found["protect"] = _blocks(protect)
+    confidence = fourth.number_input(
+        "Confidence, per cent", 50, 99, key=_key("confidence"), help="Of the interval that calls two blocks tied."
+    )
+    found["confidence"] = confidence / 100
+    first, second, third, fourth = st.columns(4)
+    found["dtype"] = first.selectbox(
+        "Computed in", ["auto", "float32", "bfloat16", "float16"], key=_key("dtype"), help="auto is what is fast there."
+    )
+    found["device"] = second.text_input("Device", key=_key("device"), help="auto, cpu, cuda:0 …")
+    found["batch_size"] = third.number_input(
+        "Batch", 1, 100_000, key=_key("batch_size"), placeholder="chosen", help="Sequences at once."
+    )
+    found["revision"] = fourth.text_input("Revision", key=_key("revision"), help="Of a model on the hub.") or None
+    first, second = st.columns(2)
+    found["chat"] = first.checkbox("Conversations", key=_key("chat"), help="The column holds chats: use the template.")
+    found["analysis"] = second.checkbox(
+        "Similarity and alignment too", key=_key("analysis"), help="Both analyses after the search, for two more pages."
+    )
+    return found
+
+
+def _blocks(text: str) -> tuple[int, ...] | None:
+    text = text.strip()
+    if not text:
+        return None
+    if text.lower() == "none":
+        return ()
+    parts = text.replace(",", " ").split()
+    if not all(part.isdecimal() and part.isascii() for part in parts):
+        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {text!r}.")
+    return tuple(int(part) for part in parts)
+
+
+def _for_the_form(sentence: str) -> str:
+    """Options are fields here."""
+    return sentence.replace("--", "")
+
+
+def _key(name: str) -> str:
+    return f"new-{name}"

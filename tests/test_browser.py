@@ -1,0 +1,111 @@
+"""The dashboard's main story in a real browser: sample, live run, stepping, clicking, downloads, stop and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import browser
+import pytest
+import tiny
+
+from sleb import jobs, store
+from sleb.records import JobState
+
+pytestmark = pytest.mark.skipif(browser.find() is None, reason="no browser found: python tests/browser.py gets one")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home that the server and all tests of this file share."""
+    return tmp_path_factory.mktemp("dashboard")
+
+
+@pytest.fixture(scope="module")
+def address(place: Path) -> Iterator[str]:
+    with browser.server(place) as address:
+        yield address
+
+
+@pytest.fixture
+def tab(address: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[browser.Tab]:
+    monkeypatch.setenv("SLEB_HOME", str(place))
+    with browser.tab(address, accept_downloads=True) as tab:
+        yield tab
+        assert tab.said == []
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "long.txt"
+    path.write_text(tiny.text(200_000))
+    return path
+
+
+def fill(tab: browser.Tab, **fields: str) -> None:
+    for label, value in fields.items():
+        box = tab.page.get_by_label(label.replace("_", " "), exact=True)
+        box.fill(value)
+        box.press("Enter")
+        tab.idle()
+
+
+def choose(tab: browser.Tab, label: str, option: str) -> None:
+    tab.page.get_by_role("combobox", name=label).click()
+    tab.page.get_by_role("option", name=option).click()
+    tab.idle()
+
+
+def start(tab: browser.Tab, model: Path, text: Path, **more: str) -> str:
+    """Fill the form and start; the id of the run."""
+    tab.open("/")
+    tab.page.get_by_text("New run").click()
+    tab.idle()
+    fill(tab, Model=str(model))
+    choose(tab, "Remove", "A number of blocks")
+    fill(tab, Blocks="2")
+    choose(tab, "Calibration text", "A file on the server")
+    fill(tab, File_or_data_set=str(text))
+    tab.page.get_by_text("More choices").click()
+    fill(tab, **({"Sequences": "8", "Tokens_each": "32"} | more))
+    before = tab.page.url
+    tab.page.get_by_role("button", name="Start", exact=True).click()
+    tab.page.wait_for_url(lambda url: url != before)
+    return tab.page.url.split("run=")[1].split("&")[0]
+
+
+def state(run_id: str) -> JobState:
+    return jobs.state_of(store.load(run_id))
+
+
+def test_the_first_paint_shows_the_recorded_sample(tab: browser.Tab) -> None:
+    tab.open("/")
+    tab.shows("Recorded sample")
+    tab.shows("12 of 30")
+    assert "run=sample-smollm2-135m-metric3" in tab.page.url
+
+
+def test_a_live_run_is_started_and_watched_to_its_end(tab: browser.Tab, tiny_model: Path, text_file: Path) -> None:
+    run_id = start(tab, tiny_model, text_file)
+    tab.shows("Finished", 90)
+    tab.shows("2 of 6")
+    run = store.load(run_id)
+    assert state(run_id) is JobState.FINISHED
+    tab.shows(str(list(run.removal_list)))
+
+
+def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
+    tab: browser.Tab, tiny_model: Path, long_text: Path
+) -> None:
+    run_id = start(tab, tiny_model, long_text, Sequences="1200", Tokens_each="64")
+    tab.shows("Step 1 of 2", 90)
+    tab.page.reload()
+    tab.idle()
+    tab.shows("of 2")
+    tab.page.get_by_role("button", name="Stop", exact=True).click()
+    tab.page.get_by_role("button", name="Resume", exact=True).wait_for(timeout=60_000)
+    assert state(run_id) is JobState.STOPPED
+    tab.page.get_by_role("button", name="Resume", exact=True).click()
+    tab.page.get_by_role("button", name="Stop", exact=True).wait_for(timeout=60_000)
+    tab.shows("Finished", 120)
+    assert len(store.load(run_id).removal_list) == 2
