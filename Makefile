@@ -9,21 +9,22 @@ STAMP := $(VENV)/.setup-done
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# More arguments for test and bench, as in: make test ARGS="-k sweep"
+# More arguments for run, test and bench, as in: make test ARGS="-k sweep"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format bench hooks clean
+.PHONY: help setup run test lint format bench sample screenshots hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## make .venv/ with the sleb command in it (PYTHON=... picks the interpreter)
 
-run: setup ## search the demo model for blocks to remove
-	@$(VENV)/bin/sleb search demo
+run: setup ## open the dashboard on localhost (ARGS="--port 8502")
+	@$(VENV)/bin/sleb dashboard $(ARGS)
 
 test: setup ## run the tests, without a network (ARGS="-m 'not demo'" leaves out the real model)
+	@$(VENV)/bin/python tests/browser.py
 	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)/bin/python -m pytest $(ARGS)
 
 lint: setup ## check style, format and types
@@ -37,6 +38,12 @@ format: setup ## mend what ruff can mend
 
 bench: setup ## measure the sweep against the plain loop
 	@$(VENV)/bin/python benchmarks/search.py $(ARGS)
+
+sample: setup ## record the dashboard's sample runs anew (a quarter of an hour)
+	@$(VENV)/bin/python docs/sample.py
+
+screenshots: setup ## draw the README's pictures of the dashboard anew
+	@$(VENV)/bin/python docs/screenshots.py
 
 hooks: setup ## check every commit (pre-commit)
 	@$(VENV)/bin/pre-commit install

@@ -16,7 +16,7 @@ from app.charts import style
 from sleb.errors import RunError
 from sleb.formats import public_name
 from sleb.outline import Outline
-from sleb.records import JobState, Run, RunSpec
+from sleb.records import Baseline, JobState, Run, RunSpec, Step
 
 _Colour = Literal["gray", "blue", "green", "red", "orange"]
 _STATES: dict[JobState, tuple[str, str, _Colour]] = {
@@ -224,6 +224,17 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
+def rise(before: Baseline, after: Step) -> str | None:
+    """How much worse the held-out text is predicted, in per cent with its standard error."""
+    first, last = before.held_out.perplexity, after.held_out.perplexity
+    if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:
+        return None
+    error = after.held_out_standard_error
+    ratio = last / first
+    digits = 0 if ratio > 2 else 1
+    return f"+{ratio - 1:.{digits}%}".replace("+-", "−") + (f" ± {ratio * error:.{digits}%}" if error else "")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in words."""
     if seconds is None:
@@ -240,7 +251,7 @@ _COPY = st.components.v2.component(
     "sleb_copy_link",
     html='<button type="button">Copy link</button>',
     css="""
-button { font: inherit; font-size: 0.875rem; width: 100%; padding: 0.45rem 0.75rem; cursor: pointer;
+button { font: inherit; font-size: 0.875rem; white-space: nowrap; padding: 0.45rem 0.75rem; cursor: pointer;
   color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color);
   border-radius: var(--st-base-radius); }
 button:hover, button:focus-visible { border-color: var(--st-primary-color); color: var(--st-primary-color); }
@@ -260,4 +271,4 @@ export default function ({ parentElement }) {
 
 def copy_link() -> None:
     """A button that puts this page's address, with all its choices, on the clipboard."""
-    _COPY(key="copy-link")
+    _COPY(key="copy-link", width="content")

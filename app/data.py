@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import streamlit as st
 
+from app import evidence as evidence_of_step
 from sleb import alignment, api, cache, jobs, methods, peek, similarity, store, tokens
 from sleb import outline as outlines_of
 from sleb.errors import RunError
@@ -45,6 +46,8 @@ def outlines() -> list[Outline | RunError]:
     found: list[Outline | RunError] = []
     for folder in (store.runs_folder(), SAMPLES):
         for directory in store.run_dirs(folder):
+            if folder == SAMPLES and (store.runs_folder() / directory.name / "spec.json").is_file():
+                continue  # a copy was brought in, to be exported: it is the one that pages show
             try:
                 each = _outline(str(directory), outlines_of.signature(directory))
                 found.append(outlines_of.watched(each))
@@ -187,16 +190,8 @@ def _exits(key: object, choice: TokenChoice, _tokens: Tokens) -> ExitStatistics 
 
 @st.cache_resource(max_entries=128, show_spinner=False)
 def _evidence(directory: str, number: int, changed: int, _run: Run) -> methods.Comparison | None:
-    try:
-        scores = store.read_scores(Path(directory), f"step-{number:04d}")["nats"]
-        counts = store.read_scores(Path(directory), "baseline")["token_counts"][: scores.shape[1]]
-    except (OSError, KeyError, ValueError):
-        return None
     step = _run.trace.steps[number - 1] if _run.trace else None
-    if step is None or len(scores) != len(step.candidates):
-        return None
-    # Metric1 is a mean over hidden states, of which the last token has one too.
-    return methods.compare(scores, counts + (step.candidates[0].objective == "metric1"), _run.spec.confidence)
+    return None if step is None else evidence_of_step.of(_run, step)
 
 
 def _chosen(found: Tokens, choice: TokenChoice) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 import streamlit as st
 
@@ -59,10 +61,10 @@ def _how(run: Run) -> tuple[str, int | None]:
 
 def head() -> None:
     """Title, and the two ways to start."""
-    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    left, right = st.columns([5, 4], vertical_alignment="bottom")
     with left:
         components.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
-    with right, st.container(horizontal=True, horizontal_alignment="right"):
+    with right, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
         spec, job = api.run_spec("demo"), data.job_spec("search")
         st.button(
             "Run the demo",
@@ -115,16 +117,17 @@ def table(rows: list[Outline]) -> None:
         selection_mode="single-row",
         selection_default={"selection": {"rows": current[:1]}},
         hide_index=True,
-        height=min(38 * len(rows) + 40, 420),
+        height=min(36 * len(rows) + 38, 440),
+        placeholder="–",
         column_config={
             "State": st.column_config.TextColumn(width="small", help="Recorded samples come with the program."),
             "Removal list": st.column_config.TextColumn(
                 help="Blocks in the order of removal, 0-based.", width="medium"
             ),
-            "Before": st.column_config.NumberColumn(format="%.2f", help="Perplexity of the calibration text."),
-            "After": st.column_config.NumberColumn(format="%.2f", help="The same after the last step."),
-            "Held-out rise": st.column_config.NumberColumn(
-                format="percent", help="Of the perplexity of text that took no part in the choice."
+            "Before": st.column_config.NumberColumn(format="%.4g", help="Perplexity of the calibration text."),
+            "After": st.column_config.NumberColumn(format="%.4g", help="The same after the last step."),
+            "Held-out": st.column_config.TextColumn(
+                help="Rise of the perplexity of text that took no part in the choice, with its standard error."
             ),
             "Seconds": st.column_config.NumberColumn(format="%.0f", help="Spent on the search."),
             "Started": st.column_config.DatetimeColumn(format="D MMM YYYY, HH:mm"),
@@ -133,18 +136,16 @@ def table(rows: list[Outline]) -> None:
 
 
 def _row(each: Outline) -> dict[str, object]:
-    before = each.baseline.held_out.perplexity if each.baseline else None
-    after = each.last.held_out.perplexity if each.last else None
     return {
         "State": "Sample" if data.is_sample(each) else components.state_word(each.state),
         "Model": components.model_name(each.spec),
         "Method": components.method_name(each.spec),
         "Blocks": each.num_blocks,
-        "Removed": len(each.removal_list),
-        "Removal list": ", ".join(map(str, each.removal_list)),
+        "Removed": len(each.removal_list) if each.baseline else None,
+        "Removal list": ", ".join(map(str, each.removal_list)) or None,
         "Before": each.baseline.perplexity if each.baseline else None,
         "After": each.last.perplexity if each.last else None,
-        "Held-out rise": after / before - 1 if before and after else None,
+        "Held-out": components.rise(each.baseline, each.last) if each.baseline and each.last else None,
         "Calibration": components.text_name(each.spec),
         "Seconds": each.seconds,
         "Started": pd.Timestamp(each.created, unit="s"),
@@ -154,19 +155,22 @@ def _row(each: Outline) -> dict[str, object]:
 
 def panel(run: Run) -> None:
     """The chosen run: how it goes or went, what it found, what can be done with it."""
-    state, sample = jobs.state_of(run), data.is_sample(run)
+    state, job, sample = jobs.state_of(run), jobs.active(run), data.is_sample(run)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.markdown(f"**{plain(components.model_name(run.spec))}**, {plain(components.method_name(run.spec))}")
             st.badge("Recorded sample", icon=":material/science:") if sample else components.badge(state)
             st.caption(plain(run.run_id))
-        job = jobs.active(run)
+            st.space("stretch")
+            actions(run, job, sample)
         if job is not None:
             progress(job)
         elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
             trouble(run, state)
         found(run)
-        buttons(run, job, sample)
+        with st.container(horizontal=True):
+            for name, (title, icon) in _PAGES.items():
+                st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
 
 
 def progress(job: Job) -> None:
@@ -208,6 +212,9 @@ def found(run: Run) -> None:
     third.metric(
         "Held-out perplexity",
         _from_to(trace.baseline.held_out.perplexity, last.held_out.perplexity if last else None),
+        delta=components.rise(trace.baseline, last) if last else None,
+        delta_color="off",
+        delta_arrow="off",
         help="Text that took no part in any choice: what the removal really costs.",
     )
     seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
@@ -220,26 +227,21 @@ def _from_to(before: float | None, after: float | None) -> str:
     return components.number(before) + (f" → {components.number(after)}" if after is not None else "")
 
 
-def buttons(run: Run, job: Job | None, sample: bool) -> None:
-    """Where to look further, and what to do with the run."""
-    with st.container(horizontal=True, vertical_alignment="center"):
-        for name, (title, icon) in _PAGES.items():
-            st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
-        st.space("stretch")
-        if job is not None:
-            st.button("Stop", icon=":material/stop:", on_click=act, args=("stop", run), help="Finished steps are kept.")
-        elif not sample and not api.is_finished(run):
-            help = "Goes on after the last finished step."
-            st.button("Resume", icon=":material/play_arrow:", on_click=act, args=("resume", run), help=help)
-        help = "Opens the form with the same choices, to be changed."
-        st.button("Duplicate", icon=":material/content_copy:", on_click=act, args=("duplicate", run), help=help)
-        if not sample and st.button(
-            "Delete",
-            icon=":material/delete:",
-            disabled=job is not None,
-            help="Asks once more. A running one is stopped first.",
-        ):
-            really_delete(run)
+def actions(run: Run, job: Job | None, sample: bool) -> None:
+    """What can be done with the run."""
+
+    def button(word: str, icon: str, help: str, **options: Any) -> bool:
+        return st.button(word, icon=f":material/{icon}:", help=help, type="tertiary", **options)
+
+    if job is not None:
+        button("Stop", "stop", "Finished steps are kept.", on_click=act, args=("stop", run))
+    elif not sample and not api.is_finished(run):
+        button("Resume", "play_arrow", "Goes on after the last finished step.", on_click=act, args=("resume", run))
+    help = "Opens the form with the same choices, to be changed."
+    button("Duplicate", "content_copy", help, on_click=act, args=("duplicate", run))
+    help = "Asks once more. A run that is going on is stopped first."
+    if not sample and button("Delete", "delete", help, disabled=job is not None):
+        really_delete(run)
 
 
 @st.dialog("Delete this run?")

@@ -17,7 +17,7 @@ def num_blocks(model: str) -> int | None:
     """Blocks of a model given as for a search; None where its files are not here, or do not say."""
     if model == "demo":
         return DEMO_BLOCKS
-    with suppress(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError):
+    with suppress(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError):
         path = files.expanded(Path(model))
         if path.is_dir():
             return _of_config(json.loads((path / "config.json").read_text(encoding="utf-8")))

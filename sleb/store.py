@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -329,6 +330,29 @@ def read_proof(run: Run) -> Proof:
     if not found:
         raise RunError(f"Run {run.run_id} has no finished export.")
     return Proof.model_validate(json.loads(found[-1].read_text())["proof"])
+
+
+@dataclass(frozen=True)
+class Export:
+    """A smaller model that was written and proven."""
+
+    job: Job
+    out: Path
+    """Where it was written; it may have been moved since."""
+    proof: Proof
+
+
+def read_exports(run: Run) -> list[Export]:
+    """The run's finished exports, oldest first; one whose result cannot be read is left out."""
+    found = []
+    for job in run.jobs:
+        if job.spec.kind == "export":
+            try:
+                result = json.loads((job.directory / "result.json").read_text())
+                found.append(Export(job, Path(result["out"]), Proof.model_validate(result["proof"])))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.debug("No export in %s: %s", job.directory, error)
+    return found
 
 
 def withdraw_job(job: Job) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import browser
 import pytest
 import tiny
+from stores import write_run
 
 from sleb import jobs, store
 from sleb.records import JobState
@@ -109,3 +110,16 @@ def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     tab.page.get_by_role("button", name="Stop", exact=True).wait_for(timeout=60_000)
     tab.shows("Finished", 120)
     assert len(store.load(run_id).removal_list) == 2
+
+
+def test_a_run_is_deleted_when_asked_twice(tab: browser.Tab, place: Path) -> None:
+    write_run(place / "runs" / "unwanted", 12, 3)
+    tab.open("/?run=unwanted")
+    for answer in ("Keep it", "Delete for good"):
+        assert (place / "runs" / "unwanted").exists()
+        tab.page.get_by_role("button", name="Delete", exact=True).click()
+        tab.page.get_by_role("button", name=answer).click()
+        tab.page.get_by_role("button", name=answer).wait_for(state="detached")
+    tab.idle()
+    assert not (place / "runs" / "unwanted").exists()
+    assert "run=unwanted" not in tab.page.url

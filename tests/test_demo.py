@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sleb
-from sleb import demo
+from sleb import demo, peek
 from sleb.errors import BadInput
 from sleb.loading import convert_gguf
 
@@ -63,7 +63,7 @@ def test_the_search_finds_blocks_that_can_go() -> None:
     run = sleb.search("demo", sequences=4, sequence_length=128, remove=2)
     assert run.trace is not None
     assert run.stack is not None
-    assert (run.stack.num_blocks, run.stack.path) == (30, "model.layers")
+    assert (run.stack.num_blocks, run.stack.path) == (peek.DEMO_BLOCKS, "model.layers")
     assert run.stack.total_parameters == 134_515_008
     assert run.stack.self_check.scoring == "sweep"
     assert run.stack.self_check.max_difference == 0.0

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0, "records": 0, "files": 0,
-    "store": 1, "turns": 1, "jobs": 1, "outline": 1, "peek": 1, "command": 1, "methods": 1, "formats": 1, "summary": 1, "memory": 1, "meter": 1,
-    "cache": 1, "card": 1, "costs": 1, "published": 1,
+    "store": 1, "turns": 1, "jobs": 1, "outline": 1, "peek": 1, "command": 1, "methods": 1, "costs": 1, "formats": 1,
+    "summary": 1, "memory": 1, "meter": 1, "cache": 1, "card": 1,
     "demo": 2, "tokens": 2, "loading": 2, "blocks": 2, "calibration": 2, "configs": 2, "proof": 2,
     "scoring": 3, "similarity": 3, "alignment": 3, "surgery": 3, "analysis": 4, "export": 4,
     "session": 5,

@@ -1,0 +1,184 @@
+"""What a run will take: counted exactly, timed by a probe; and what a model's files say without loading it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stores import write_run
+from typer.testing import CliRunner
+
+import sleb
+from sleb import api, cli, command, costs, outline, peek, store, tokens
+from sleb.errors import OptionError, RunError
+from sleb.records import JobState, Method, RunSpec
+
+
+def options(text_file: Path, **changes: object) -> dict[str, object]:
+    return dict(calibration=str(text_file), sequences=4, sequence_length=32, held_out=2, dtype="float32") | changes
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_evaluations_are_counted_exactly_before_a_search(method: Method, tiny_model: Path, text_file: Path) -> None:
+    asked = options(text_file, method=method, remove=3, analysis=False)
+    spec = api.run_spec(str(tiny_model), **asked)  # type: ignore[arg-type]
+    cost, removing = costs.cost_of_spec(spec, 6)
+    run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
+    assert run.trace is not None
+    assert removing == len(run.trace.steps) == 3
+    assert (cost.block_evaluations, cost.head_evaluations) == (
+        run.trace.block_evaluations,
+        run.trace.head_evaluations,
+    )
+
+
+def test_a_list_that_cannot_be_is_said_before_anything_is_counted() -> None:
+    with pytest.raises(OptionError, match="Asked to remove 11 of 12"):
+        costs.cost_of_spec(RunSpec(model="x", num_remove=11), 12)
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tiny_model: Path, text_file: Path, home: Path) -> None:
+    arguments = ["search", str(tiny_model), "--calibration", str(text_file), "--sequences=4", "--sequence-length=32"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--remove=2", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    cost, _ = costs.cost_of_spec(RunSpec(model="x", num_remove=2, calibration={"sequences": 4}), 6)  # type: ignore[arg-type]
+    assert (found["num_blocks"], found["num_remove"]) == (6, 2)
+    assert found["block_evaluations"] == cost.block_evaluations
+    assert (
+        0
+        < found["search_seconds"]
+        == pytest.approx(
+            (cost.block_evaluations + found["head_weight"] * cost.head_evaluations) * found["seconds_per_unit"]
+        )
+    )
+    assert found["loading_seconds"] > 0
+    assert found["analysis_seconds"] > 0
+    assert not (home / "runs").exists()
+    shown = CliRunner().invoke(cli.app, [*arguments, "--remove=2", "--dry-run"])
+    assert "2 of 6 removed" in shown.stdout
+
+
+def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Path) -> None:
+    assert peek.num_blocks(str(tiny_model)) == 6
+    assert peek.num_blocks("demo") == 30
+    assert peek.num_blocks("meta-llama/Llama-2-7b-hf") is None
+    for config, expected in (
+        ({"text_config": {"num_hidden_layers": 7}, "num_hidden_layers": 3}, 7),
+        ({"n_layer": 4}, 4),
+        ({"num_layers": True}, None),
+        ([1], None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert peek.num_blocks(str(tmp_path)) == expected
+    (tmp_path / "config.json").write_text("{")
+    assert peek.num_blocks(str(tmp_path)) is None
+    (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
+    assert peek.num_blocks(str(tmp_path / "x.gguf")) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(model="demo"),
+        dict(model="org/x", remove=3, method="best-chunk", protect=(), calibration="c4", chat=True, bos="no"),
+        dict(model="-odd name", until_perplexity=0.125, protect=(0, 5), confidence=0.9, seed=3, held_out=0),
+        dict(model="org/x", ratio=0.3, analysis=False, dtype="float32", revision="main", sampling="first"),
+        dict(model="org/x", kind="analyze", sequences=7, sequence_length=99),
+    ],
+)
+def test_a_spec_as_a_command_line_asks_for_the_same(asked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = api.run_spec(**asked)  # type: ignore[arg-type]
+    job = api.job_spec(spec.kind, "cpu", 3)
+    heard: list[object] = []
+    monkeypatch.setattr(cli, "_start", lambda *given: heard.extend(given))
+    line = command.command_line(spec, job)
+    done = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    held_out = {"held_out": 0} if spec.kind == "analyze" else {}
+    assert heard[:2] == [spec.model_copy(update=held_out), job]
+
+
+def test_an_outline_says_what_the_whole_run_does(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "whole", 12, 4)
+    found = outline.outline(run.run_dir)
+    assert run.trace is not None
+    assert found.last == run.trace.steps[-1]
+    assert found.baseline == run.trace.baseline
+    assert (found.num_blocks, found.finished, found.state) == (12, True, JobState.FINISHED)
+    assert found.seconds == pytest.approx(2.0 + 4 * 1.5)
+    stopped = outline.outline(write_run(tmp_path / "part", 12, 4, done=2, state=JobState.STOPPED).run_dir)
+    assert (len(stopped.removal_list), stopped.finished) == (2, False)
+
+
+def test_outlines_are_newest_first_and_name_what_cannot_be_read(home: Path) -> None:
+    new = store.create(RunSpec(model="demo"))
+    broken = store.create(RunSpec(model="demo"))
+    (broken.run_dir / "spec.json").write_text("{")
+    found = outline.list_outlines()
+    assert {type(each) for each in found} == {RunError, outline.Outline}
+    assert [each.run_id for each in found if isinstance(each, outline.Outline)] == [new.run_id]
+
+
+def test_a_signature_changes_with_every_file_that_is_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 12, 2)
+    before = outline.signature(run.run_dir)
+    assert before == outline.signature(run.run_dir)
+    with open(run.run_dir / "trace.jsonl", "a") as file:
+        file.write(" ")
+    after = outline.signature(run.run_dir)
+    assert after != before
+    (run.run_dir / "jobs" / "1-search" / "status.json").write_text("{}")
+    assert outline.signature(run.run_dir) != after
+
+
+def test_tokens_travel_with_a_run_to_five_decimals(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    cosine = draw.uniform(-1, 1, (300, 7, 7)).astype(np.float32)
+    cosine = (cosine + cosine.swapaxes(1, 2)) / 2
+    cosine[:, np.arange(7), np.arange(7)] = 1
+    whole = tokens.Tokens(
+        cosine,
+        draw.integers(0, 9, (6, 300)).astype(np.int32),
+        np.repeat(np.arange(3, dtype=np.int32), 100),
+        np.tile(np.arange(100, dtype=np.int32), 3),
+    )
+    assert len(tokens.sample(whole)) == 300
+    few = tokens.sample(whole, size=100 * (7 * 6 + 4 * 7))
+    assert 100 <= len(few) <= 103
+    assert (few.position == 0).sum() == 3  # what is left out by a switch must be there to be left out
+    tokens.write(tmp_path, few)
+    again = tokens.read(tmp_path, 6)
+    assert again is not None
+    np.testing.assert_allclose(again.cosine, few.cosine, atol=2e-5)
+    np.testing.assert_array_equal(again.predictions, few.predictions)
+    assert tokens.read(tmp_path, 7) is None
+    (tmp_path / "analysis" / tokens.FILE).write_bytes(b"PK damaged")
+    assert tokens.read(tmp_path, 6) is None
+
+
+def test_the_held_out_rise_has_a_standard_error(tiny_model: Path, text_file: Path) -> None:
+    asked = options(text_file, remove=2, analysis=False, held_out=3)
+    run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
+    before = store.read_scores(run.run_dir, "baseline")["nats"][4:]
+    assert run.trace is not None
+    for step in run.trace.steps:
+        now = store.read_scores(run.run_dir, f"step-{step.number:04d}")["held_out"]
+        assert now.sum() == pytest.approx(step.held_out.nll_sum)
+        per_token = (now - before) / 31
+        assert step.held_out_standard_error == pytest.approx(per_token.std(ddof=1) / np.sqrt(3))
+    alone = sleb.search(str(tiny_model), **(asked | {"held_out": 1}))  # type: ignore[arg-type]
+    assert alone.trace is not None
+    assert alone.trace.steps[0].held_out_standard_error is None
+
+
+def test_a_run_keeps_tokens_of_its_own(tiny_model: Path, text_file: Path) -> None:
+    run = sleb.search(str(tiny_model), **options(text_file, remove=1))  # type: ignore[arg-type]
+    kept = tokens.read(run.run_dir, 6)
+    assert kept is not None
+    assert run.analysis is not None
+    mean = np.asarray(kept.cosine, dtype=np.float64).mean(axis=0)
+    np.testing.assert_allclose(mean, run.analysis.similarity.mean, atol=1e-4)
