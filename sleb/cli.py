@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,7 @@ from .options import (
     Sequences,
     TrustRemoteCode,
 )
+from .outline import Outline, list_outlines
 from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, duration, print_run, print_runs, table
 from .summary import summary
@@ -214,12 +215,12 @@ def show(run: RunName, as_json: Json = False) -> None:
 @app.command()
 def runs(as_json: Json = False) -> None:
     """List all runs, newest first."""
-    found = store.list_runs()
+    found: list[Any] = list(store.list_runs() if as_json else list_outlines())
     if as_json:
         rows = [{**summary(run), "state": jobs.state_of(run).value} for run in found if isinstance(run, Run)]
         typer.echo(json.dumps({"runs": rows}))
     else:
-        print_runs(found)
+        print_runs([run for run in found if isinstance(run, Outline)])
     for error in found:
         if isinstance(error, RunError):
             typer.echo(f"sleb: {error}", err=True)

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from . import jobs, store
-from .errors import RunError
 from .meter import Watcher
+from .outline import Outline
 from .records import Baseline, Candidate, Run, StackDescription, Step
 from .records import Progress as Done
 
@@ -274,18 +274,16 @@ def print_run(run: Run, console: Console | None = None) -> None:
         console.print(describe_end(run))
 
 
-def print_runs(found: list[Run | RunError]) -> None:
+def print_runs(found: Sequence[Outline]) -> None:
     """A line a run, newest first."""
     rows = []
     for run in found:
-        if isinstance(run, RunError):
-            continue
-        first = run.trace.baseline.perplexity if run.trace else None
-        last = run.trace.steps[-1].perplexity if run.trace and run.trace.steps else None
+        first = run.baseline.perplexity if run.baseline else None
+        last = run.last.perplexity if run.last else None
         rows.append(
             (
                 run.run_id,
-                jobs.state_of(run).value,
+                run.state.value,
                 run.spec.model,
                 run.spec.method.value if run.spec.kind == "search" else "analysis",
                 str(list(run.removal_list)) if run.removal_list else "-",

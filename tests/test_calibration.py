@@ -183,3 +183,10 @@ def test_real_text_by_the_published_reading(real_text: Path) -> None:
     found = build(real_text, sequences=50, sequence_length=128)
     assert found.ids.shape == (52, 128)
     assert "wiki.valid.raw" in found.text
+
+
+def test_a_folder_named_like_a_source_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in calibration.RESERVED:
+        (tmp_path / name).mkdir()
+        calibration.require_there(CalibrationSpec(source=name))

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "records": 0, "files": 0,
+    "errors": 0, "records": 0, "files": 0, "published": 0,
     "store": 1, "turns": 1, "jobs": 1, "outline": 1, "peek": 1, "command": 1, "methods": 1, "costs": 1, "formats": 1,
     "summary": 1, "memory": 1, "meter": 1, "cache": 1, "card": 1,
     "demo": 2, "tokens": 2, "loading": 2, "blocks": 2, "calibration": 2, "configs": 2, "proof": 2,
