@@ -16,7 +16,7 @@ from app.charts import style
 from sleb.errors import RunError
 from sleb.formats import public_name
 from sleb.outline import Outline
-from sleb.records import Baseline, JobState, Run, RunSpec, Step
+from sleb.records import Baseline, Job, JobState, Run, RunSpec, Step
 
 _Colour = Literal["gray", "blue", "green", "red", "orange"]
 _STATES: dict[JobState, tuple[str, str, _Colour]] = {
@@ -159,6 +159,19 @@ def facts(run: Run) -> None:
         words.append(plain(about))
     if words:
         st.caption(" ".join(words))
+
+
+def progress(job: Job) -> None:
+    """How far the job is."""
+    now = job.status.progress
+    if now is None:
+        st.progress(0.0, "Starting" if job.status.state is JobState.RUNNING else "Waiting for its process")
+        return
+    text = f"Step {now.step} of {now.steps}" if now.steps and now.step else now.phase
+    text += f": {now.message}" if now.message else ""
+    if now.eta_seconds is not None:
+        text += f" · {duration(now.eta_seconds)} left"
+    st.progress(min(max(now.fraction, 0.0), 1.0), plain(text))
 
 
 def empty(headline: str, text: str, *, icon: str = ":material/inbox:") -> None:

@@ -164,26 +164,13 @@ def panel(run: Run) -> None:
             st.space("stretch")
             actions(run, job, sample)
         if job is not None:
-            progress(job)
+            components.progress(job)
         elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
             trouble(run, state)
         found(run)
         with st.container(horizontal=True):
             for name, (title, icon) in _PAGES.items():
                 st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
-
-
-def progress(job: Job) -> None:
-    """How far the job is."""
-    now = job.status.progress
-    if now is None:
-        st.progress(0.0, "Starting" if job.status.state is JobState.RUNNING else "Waiting for its process")
-        return
-    text = f"Step {now.step} of {now.steps}" if now.steps and now.step else now.phase
-    text += f": {now.message}" if now.message else ""
-    if now.eta_seconds is not None:
-        text += f" · {components.duration(now.eta_seconds)} left"
-    st.progress(min(max(now.fraction, 0.0), 1.0), plain(text))
 
 
 def trouble(run: Run, state: JobState) -> None:

@@ -1,5 +1,199 @@
-"""Being built."""
+"""Removal steps: watch blocks being removed one at a time, with all the evidence of each decision."""
 
-from app import components
+from __future__ import annotations
 
-run = components.run_page("steps", "What it answers, in one sentence.")
+from typing import Any
+
+import streamlit as st
+
+from app import components, data, stepper
+from app.charts import steps as charts
+from app.charts import style
+from app.components import plain
+from sleb import jobs
+from sleb.methods import Comparison
+from sleb.outline import Outline
+from sleb.records import JobState, Method, Run
+
+LIVE_SECONDS = 2.0
+
+
+def main(run: Run) -> None:
+    """The screen, from top to bottom."""
+    if run.spec.kind == "analyze":
+        components.empty("This run removes nothing", "It was asked for the analyses only. Start a search on **Runs**.")
+        return
+    with st.expander("How to read this", icon=":material/help:"):
+        explain()
+    live = jobs.active(run) is not None
+    st.fragment(steps, run_every=LIVE_SECONDS if live else None)(run.run_id)
+    curves(run)
+
+
+def steps(run_id: str) -> None:
+    """Stepper and evidence; drawn anew while the search is going on."""
+    run = data.load(run_id)
+    job = jobs.active(run)
+    if job is not None:
+        components.progress(job)
+    elif st.session_state.get("steps-live") == run_id:
+        st.session_state.pop("steps-live")
+        st.rerun()
+    if job is not None:
+        st.session_state["steps-live"] = run_id
+    if run.trace is None or not run.trace.steps:
+        waiting(run)
+        return
+    shown = payload(run) | {"live": job is not None}
+    count = len(run.trace.steps)
+    asked = wanted(count)
+    step = stepper.draw(shown | {"step": asked, "asked": asked}, key="stepper")
+    if step is not None and step != asked and st.session_state.get("steps-told") != (run_id, step):
+        st.session_state["steps-told"] = (run_id, step)
+        st.query_params["step"] = str(step)
+        asked = step
+    evidence(run, min(max(asked, 1), count))
+
+
+def payload(run: Run) -> dict[str, Any]:
+    """What the stepper draws."""
+    return stepper.payload(run, comparisons(run))
+
+
+def comparisons(run: Run) -> list[Comparison | None]:
+    """One for each step; kept by `data`."""
+    assert run.trace is not None
+    return [data.evidence(run, step) for step in run.trace.steps]
+
+
+def wanted(count: int) -> int:
+    """The step of the URL, brought into range; without one, all of them."""
+    text = st.query_params.get("step", "")
+    return min(int(text), count) if text.isdecimal() and text.isascii() and len(text) < 6 else count
+
+
+def waiting(run: Run) -> None:
+    """What to do where there is no step yet."""
+    state = jobs.state_of(run)
+    if state in (JobState.RUNNING, JobState.QUEUED):
+        components.empty("No step is finished yet", "The first one appears here as soon as it is.")
+        return
+    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
+    why = plain(own[-1].status.message) if own and own[-1].status.message else ""
+    components.empty("No step is finished", f"{why} Resume the run on **Runs**.".strip())
+    st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
+
+
+def evidence(run: Run, number: int) -> None:
+    """Every candidate of the step as a table."""
+    assert run.trace is not None
+    shown = charts.bars(run, number, data.evidence(run, run.trace.steps[number - 1]))
+    table = charts.evidence_table(shown)
+    unit = "1 − cosine" if shown.step.candidates[0].objective == "metric1" else "nats per token"
+    confidence = f"{run.spec.confidence:.0%}"
+    with st.expander(f"All candidates of step {number}", icon=":material/table_rows:"):
+        st.dataframe(
+            table,
+            hide_index=True,
+            height=min(36 * len(table) + 38, 400),
+            placeholder="–",
+            column_config={
+                "rank": st.column_config.NumberColumn("Rank", format="%d", width="small"),
+                "block": st.column_config.TextColumn("Block", help="Original, 0-based index.", width="small"),
+                "score": st.column_config.NumberColumn("Score", format="%.4f", help=f"Lower is better: {unit}."),
+                "perplexity": st.column_config.NumberColumn(
+                    "Perplexity", format="%.4g", help="Of the calibration text."
+                ),
+                "difference": st.column_config.NumberColumn(
+                    "Above the best", format="%.4f", help="Mean difference on the same sequences."
+                ),
+                "interval": st.column_config.NumberColumn(
+                    f"± ({confidence})", format="%.4f", help="Half width of the interval of that difference."
+                ),
+                "verdict": st.column_config.TextColumn("Verdict", help="Tied: the interval contains zero."),
+            },
+        )
+        st.download_button(
+            "Download (CSV)",
+            lambda: components.csv(table),
+            f"{run.run_id}-step-{number}.csv",
+            "text/csv",
+            icon=":material/download:",
+            type="tertiary",
+            on_click="ignore",
+        )
+
+
+def curves(run: Run) -> None:
+    """Perplexity against blocks removed, for every method that was run on the same model and text (Figure 7)."""
+    if run.stack is None:
+        return
+    comparable = list(same_model_and_text(run))
+    if not comparable:
+        return
+    st.subheader("Methods compared", anchor=False)
+    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    left.caption("Perplexity against the number of blocks removed, same model and same text (paper, Figure 7).")
+    with right, st.container(horizontal=True, horizontal_alignment="right"):
+        text = st.segmented_control(
+            "Text",
+            ["calibration", "held-out"],
+            default="calibration",
+            required=True,
+            key="text",
+            bind="query-params",
+            label_visibility="collapsed",
+            help="Blocks were chosen on the calibration text; held-out text tells what it really costs.",
+        )
+        linear = st.segmented_control(
+            "Axis", ["log", "linear"], default="log", required=True, key="axis", bind="query-params",
+            label_visibility="collapsed", help="Of perplexity.",
+        )  # fmt: skip
+    figure = charts.methods(comparable, held_out=text == "held-out", logarithmic=linear == "log")
+    components.chart(figure, key="methods", alt="Perplexity by method", table=lambda: charts.methods_table(comparable))
+    missing = [
+        style.METHOD_NAMES[each.value] for each in Method if all(run.spec.method is not each for run in comparable)
+    ]
+    if missing:
+        st.caption(
+            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run on Runs and choose it there."
+        )
+
+
+def same_model_and_text(run: Run) -> list[Run]:
+    """Runs with finished steps whose weights and tokens are the same, this one first; one a method beside it."""
+    assert run.stack is not None
+    found = [run] if run.trace and run.trace.steps else []
+    for each in data.outlines():
+        if not isinstance(each, Outline) or each.last is None or each.run_id == run.run_id or each.num_blocks is None:
+            continue
+        if each.num_blocks != run.stack.num_blocks or any(each.spec.method is have.spec.method for have in found):
+            continue
+        other = data.load(each.run_id)
+        if other.stack and (other.stack.weights_hash, other.stack.tokens_hash) == (
+            run.stack.weights_hash,
+            run.stack.tokens_hash,
+        ):
+            found.append(other)
+    return found
+
+
+def explain() -> None:
+    """For whoever sees it for the first time."""
+    st.markdown(
+        """
+- **A step** scores every block that is left: how badly would the model, as it is now, predict the calibration text
+  without it? That is **Metric3**, a mean negative log-likelihood in nats per token (paper, 3.2 and Algorithm 1). The
+  block whose absence costs least goes, and everything is scored anew, because what is left has changed.
+- **Bars** show that cost: the score above the one before the step. A lower bar is a block the model misses less. A bar
+  cut off at the top (↑) is a block it cannot do without.
+- **Error bars** are the interval of each block's difference to the removed one, over the same sequences. Where it
+  contains zero the two are **tied** (≈): on this text it might as well have been the other. More text tells more apart.
+- **Calibration perplexity** is too good, because blocks were chosen on that text. **Held-out** text took no part in any
+  choice; its band is one standard error either way.
+- Arrow keys step, Home and End jump, the space bar plays. The address names the step.
+"""
+    )
+
+
+main(components.run_page("Removal steps", "Watch blocks being removed one at a time, and how sure each choice is."))

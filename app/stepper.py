@@ -1,0 +1,154 @@
+"""The stepper: a component that draws a search step by step in the browser. A run -> its data, and the step shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from app.charts import steps as charts
+from sleb.methods import Comparison
+from sleb.records import Run, Step
+
+_HERE = Path(__file__).resolve().parent
+_STEPPER = st.components.v2.component(
+    "sleb_stepper",
+    html=(_HERE / "stepper.html").read_text(encoding="utf-8"),
+    css=(_HERE / "stepper.css").read_text(encoding="utf-8"),
+    js=(_HERE / "stepper.js").read_text(encoding="utf-8"),
+)
+
+
+def draw(data: dict[str, Any], *, key: str) -> int | None:
+    """The component; the step it has been left at, once it rests."""
+    found = _STEPPER(key=key, data=data, on_step_change=lambda: None)
+    return found.step if isinstance(found.step, int) else None
+
+
+def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
+    """What the component draws: all steps with their candidates, the curve, the axes. One comparison a step."""
+    assert run.trace is not None
+    assert run.stack is not None
+    compared = [charts.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    metric1 = bool(compared) and compared[0].step.candidates[0].objective == "metric1"
+    unit = "1 − cosine" if metric1 else "nats per token"
+    axes: dict[str, list[float]] = {}
+    for name in ("rises", "differences"):
+        tops = [
+            charts.reach_of_axis(getattr(each, name), each.reaches, (each.chosen, *each.tied), 0.75)
+            for each in compared
+        ]
+        bottoms = [_lowest(getattr(each, name)) for each in compared]
+        axes[name] = [1.15 * min([0.0, *bottoms]), 1.12 * max(tops, default=1.0)]
+    return {
+        "run": run.run_id,
+        "blocks": run.stack.num_blocks,
+        "protected": list(run.stack.protected),
+        "score_name": unit,
+        "unit": {
+            "rises": f"Cost of removing it ({unit})",
+            "differences": f"Above the best candidate ({unit})",
+        },
+        "axis": axes,
+        "words": _before(run),
+        "steps": [_step(each) for each in compared],
+        "curve": _curve(run),
+    }
+
+
+def _step(shown: charts.Bars) -> dict[str, Any]:
+    step = shown.step
+    return {
+        "number": step.number,
+        "removed": list(step.removed),
+        "list": list(step.removal_list),
+        "gone": charts.gone_after_step(shown),
+        "blocks": list(shown.blocks),
+        "names": list(shown.names),
+        "scores": _short(shown.scores),
+        "rises": _short(shown.rises),
+        "differences": _short(shown.differences),
+        "reaches": _short(shown.reaches),
+        "perplexities": _short([each.perplexity for each in step.candidates]),
+        "chosen": shown.chosen,
+        "tied": list(shown.tied),
+        "words": words(shown),
+    }
+
+
+def words(shown: charts.Bars) -> str:
+    """What happened in a step, and how sure it is, in one or two sentences."""
+    step = shown.step
+    chunk = len(step.candidates[shown.chosen].skipped) == len(step.removal_list) > 1 and bool(step.restored)
+    if chunk or "–" in shown.names[shown.chosen]:
+        text = f"Step {step.number} removed blocks {shown.names[shown.chosen]}"
+        text += f" and took {_and(step.restored)} back" if step.restored else ""
+    else:
+        text = f"Step {step.number} removed block {_and(step.removed)}"
+    if step.margin is None:
+        return f"{text}, the only candidate."
+    others = [shown.names[index] for index in shown.tied]
+    if not others:
+        return f"{text}: {_margin(step)} better than the next best, told apart."
+    if len(others) > 8:
+        return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
+    return f"{text}, tied with {_and(others)}: the next best is {_margin(step)} behind."
+
+
+def _margin(step: Step) -> str:
+    error = "" if step.margin_standard_error is None else f" ± {step.margin_standard_error:.4f}"
+    unit = "" if step.candidates[0].objective == "metric1" else " nats per token"
+    return f"{step.margin:.4f}{error}{unit}"
+
+
+def _before(run: Run) -> str:
+    assert run.trace is not None
+    candidates = len(run.trace.steps[0].candidates) if run.trace.steps else 0
+    compare = f" Step 1 compares {candidates} candidates." if candidates > 1 else ""
+    return f"The unmodified model: all blocks are in place.{compare}"
+
+
+def _curve(run: Run) -> list[dict[str, float | str | None]]:
+    """Perplexity after 0 .. n steps, with the rise over the unmodified model in words."""
+    table = charts.curve_table(run)
+    points: list[dict[str, float | str | None]] = []
+    for row in table.to_dict("records"):
+        point: dict[str, float | str | None] = {}
+        for text in ("calibration", "held_out"):
+            now, first = row[f"{text}_perplexity"], table[f"{text}_perplexity"].iloc[0]
+            point[text] = _finite(now)
+            if math.isfinite(now) and math.isfinite(first) and first > 0:
+                spread = row["held_out_high"] / row["held_out_low"] if text == "held_out" else math.nan
+                point[f"{text}_rise"] = _rise(now / first, spread)
+        point["held_out_low"], point["held_out_high"] = _finite(row["held_out_low"]), _finite(row["held_out_high"])
+        points.append(point)
+    return points
+
+
+def _rise(ratio: float, spread: float) -> str:
+    """`spread` is the ratio of the bounds of one standard error either way."""
+    digits = 0 if ratio > 2 else 1
+    text = f"{ratio - 1:+.{digits}%}"
+    return text + (f" ± {ratio * math.log(spread) / 2:.{digits}%}" if math.isfinite(spread) and spread > 1 else "")
+
+
+def _lowest(values: Any) -> float:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return min(finite, default=0.0)
+
+
+def _short(values: Any) -> list[float | None]:
+    """Six digits are more than a screen shows; what is not a number is null."""
+    return [_finite(value, 6) for value in values]
+
+
+def _finite(value: float | None, digits: int = 8) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def _and(values: Sequence[object]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
