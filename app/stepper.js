@@ -52,13 +52,9 @@ class Stepper {
     if (!before || before.run !== data.run) {
       this.pause();
       this.step = Math.min(Math.max(data.step ?? this.count, 0), this.count);
-      this.told = this.step;
     } else if (data.live && data.steps.length > before.steps.length && this.step === before.steps.length) {
       this.step = this.count; // whoever looks at the newest step goes on looking at it
       this.tellSoon();
-    } else if (this.told === this.step && data.asked !== before.asked && data.asked !== this.step) {
-      this.step = Math.min(Math.max(data.asked, 0), this.count); // back and forth in the browser
-      this.told = this.step;
     }
     this.draw();
   }
@@ -73,7 +69,7 @@ class Stepper {
 
   tellSoon() {
     clearTimeout(this.telling);
-    this.telling = setTimeout(() => { this.told = this.step; this.tell(this.step); }, TELL_AFTER);
+    this.telling = setTimeout(() => this.tell(this.step), TELL_AFTER);
   }
 
   play() {

@@ -47,9 +47,8 @@ def steps(run_id: str) -> None:
     shown = payload(run) | {"live": job is not None}
     count = len(run.trace.steps)
     asked = wanted(count)
-    step = stepper.draw(shown | {"step": asked, "asked": asked}, key="stepper")
-    if step is not None and step != asked and st.session_state.get("steps-told") != (run_id, step):
-        st.session_state["steps-told"] = (run_id, step)
+    step = stepper.draw(shown | {"step": asked}, key=f"stepper-{run_id}")
+    if step is not None and step != asked:
         st.query_params["step"] = str(step)
         asked = step
     evidence(run, min(max(asked, 1), count))
