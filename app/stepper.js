@@ -254,7 +254,7 @@ class Bars {
     const lines = [];
     if (index != null) {
       lines.push(["strong", shown.names[index].includes("–") ? `Blocks ${shown.names[index]}` : `Block ${block}`]);
-      lines.push(["span", `${data.score_name}: ${number(shown.scores[index], 4)}`]);
+      lines.push(["span", `score ${number(shown.scores[index], 4)} ${data.score_name}`]);
       if (shown.perplexities[index] != null) lines.push(["span", `perplexity ${number(shown.perplexities[index])}`]);
       if (step && index === shown.chosen) lines.push(["em", "removed in this step"]);
       else if (shown.differences[index] == null) lines.push(["em", "its predictions were not numbers"]);

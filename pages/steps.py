@@ -163,10 +163,10 @@ def same_model_and_text(run: Run) -> list[Run]:
     """Runs with finished steps whose weights and tokens are the same, this one first; one a method beside it."""
     assert run.stack is not None
     found = [run] if run.trace and run.trace.steps else []
-    for each in data.outlines():
-        if not isinstance(each, Outline) or each.last is None or each.run_id == run.run_id or each.num_blocks is None:
-            continue
-        if each.num_blocks != run.stack.num_blocks or any(each.spec.method is have.spec.method for have in found):
+    rows = [each for each in data.outlines() if isinstance(each, Outline) and each.run_id != run.run_id]
+    for each in sorted(rows, key=lambda row: -len(row.removal_list)):  # of several, the longest
+        taken = any(each.spec.method is have.spec.method for have in found)
+        if taken or not each.removal_list or each.num_blocks != run.stack.num_blocks:
             continue
         other = data.load(each.run_id)
         if other.stack and (other.stack.weights_hash, other.stack.tokens_hash) == (

@@ -112,6 +112,42 @@ def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     assert len(store.load(run_id).removal_list) == 2
 
 
+def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
+    tab.open("/steps?step=3")
+    where, stepper = tab.page.locator(".stepper .where"), tab.page.locator(".stepper")
+    expect = tab.page.wait_for_url
+    assert where.inner_text() == "Step 3 of 12"
+    stepper.evaluate("node => { node.marked = true; }")
+    tab.page.keyboard.press("ArrowRight")
+    assert where.inner_text() == "Step 4 of 12"  # at once, without the server
+    expect("**step=4*")
+    tab.shows("All candidates of step 4")
+    tab.page.keyboard.press("End")
+    assert where.inner_text() == "Step 12 of 12"
+    expect("**step=12*")
+    tab.page.keyboard.press("Home")
+    assert where.inner_text() == "Before step 1 of 12"
+    expect("**step=0*")
+    tab.page.keyboard.press(" ")
+    tab.page.get_by_role("button", name="Pause").wait_for()
+    tab.shows("Step 2 of 12")
+    tab.page.keyboard.press(" ")
+    tab.page.get_by_role("button", name="Play").wait_for()
+    assert stepper.evaluate("node => node.marked")  # the same node all along
+    tab.page.reload()
+    tab.idle()
+    assert where.inner_text().startswith(f"Step {tab.page.url.split('step=')[1].split('&')[0]} of")
+
+
+def test_a_live_run_grows_under_the_eyes_of_whoever_watches(
+    tab: browser.Tab, tiny_model: Path, long_text: Path
+) -> None:
+    run_id = start(tab, tiny_model, long_text, Sequences="1200", Tokens_each="64")
+    tab.open(f"/steps?run={run_id}")
+    tab.shows("Step 2 of 2", 120)
+    assert len(store.load(run_id).removal_list) == 2
+
+
 def test_a_run_is_deleted_when_asked_twice(tab: browser.Tab, place: Path) -> None:
     write_run(place / "runs" / "unwanted", 12, 3)
     tab.open("/?run=unwanted")

@@ -1,0 +1,127 @@
+"""What the stepper is given to draw, and the page around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dashboard import charts, open_page, words
+from stores import write_run
+
+from app import data, evidence, stepper
+from sleb.records import JobState, Method, Run
+
+
+def payload(run: Run) -> dict:  # type: ignore[type-arg]
+    assert run.trace is not None
+    return stepper.payload(run, [evidence.of(run, step) for step in run.trace.steps])
+
+
+def given(app) -> dict:  # type: ignore[no-untyped-def,type-arg]
+    """The data of the component on a page."""
+    (found,) = steppers(app)
+    return json.loads(found.proto.json)
+
+
+def steppers(app) -> list:  # type: ignore[no-untyped-def,type-arg]
+    return [each for each in app.get("bidi_component") if each.proto.component_name == "sleb_stepper"]
+
+
+@pytest.fixture
+def runs(home: Path) -> Path:
+    return home / "runs"
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_step_is_drawn_with_its_evidence(method: Method, runs: Path) -> None:
+    run = write_run(runs / "run", 12, 4, method=method)
+    found = payload(run)
+    assert run.trace is not None
+    assert found["blocks"] == 12
+    assert len(found["steps"]) == 4
+    assert len(found["curve"]) == 5
+    json.dumps(found, allow_nan=False)
+    for shown, step in zip(found["steps"], run.trace.steps, strict=True):
+        assert shown["blocks"] == [each.block for each in step.candidates]
+        assert shown["scores"] == pytest.approx([each.score for each in step.candidates], rel=1e-5)
+        assert step.candidates[shown["chosen"]].skipped in (step.removal_list, step.removed)
+        assert shown["differences"][shown["chosen"]] == 0
+        assert {shown["blocks"][index] for index in shown["tied"]} == set(step.tied)
+        assert sorted(shown["gone"]) == sorted(step.removal_list)
+        assert shown["list"] == list(step.removal_list)
+        low, high = found["axis"]["rises"]
+        ends = [shown["rises"][shown["chosen"]], *(shown["rises"][index] for index in shown["tied"])]
+        assert all(low <= end <= high for end in ends)  # what the decision was between is never cut off
+
+
+def test_intervals_are_those_of_the_recorded_scores(runs: Path) -> None:
+    run = write_run(runs / "run", 12, 2)
+    shown = payload(run)["steps"][0]
+    with np.load(run.run_dir / "scores" / "step-0001.npz") as arrays:
+        nats = arrays["nats"] / 31
+    winner = nats.mean(axis=1).argmin()
+    assert shown["chosen"] == winner
+    other = (winner + 3) % len(nats)
+    difference = nats[other] - nats[winner]
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    from scipy.stats import t
+
+    assert shown["differences"][other] == pytest.approx(difference.mean(), rel=1e-4)
+    assert shown["reaches"][other] == pytest.approx(t.ppf(0.975, 15) * error, rel=1e-4)
+
+
+def test_without_the_scores_there_are_bars_and_no_intervals(runs: Path) -> None:
+    run = write_run(runs / "run", 12, 2)
+    for path in (run.run_dir / "scores").glob("step-*"):
+        path.unlink()
+    shown = payload(run)["steps"][0]
+    assert None not in shown["scores"]
+    assert [each for index, each in enumerate(shown["reaches"]) if index != shown["chosen"]] == [None] * 9
+
+
+def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
+    chunk = payload(write_run(runs / "chunk", 12, 3, method=Method.BEST_CHUNK))
+    assert chunk["steps"][2]["words"].startswith("Step 3 removed blocks 4–6")
+    alone = payload(write_run(runs / "exit", 12, 2, method=Method.EARLY_EXIT))
+    assert alone["steps"][0]["words"] == "Step 1 removed block 11, the only candidate."
+    greedy = write_run(runs / "greedy", 12, 4)
+    assert greedy.trace is not None
+    for step, shown in zip(greedy.trace.steps, payload(greedy)["steps"], strict=True):
+        assert ("tied with" in shown["words"]) == bool(step.tied)
+        assert f"{step.margin:.4f} ± {step.margin_standard_error:.4f} nats per token" in shown["words"]
+
+
+def test_the_page_shows_the_sample_and_follows_the_address(runs: Path) -> None:
+    app = open_page("steps", step="3")
+    assert not app.exception
+    assert given(app)["run"] == data.SAMPLE
+    assert given(app)["step"] == 3
+    assert any("step 3" in each.label for each in app.expander)
+    table = app.dataframe[0].value
+    assert (table["verdict"] == "removed").sum() == 1
+    assert list(table["score"]) == sorted(table["score"])
+    (curves,) = charts(app)
+    assert {"Metric3 (SLEB)", "Metric2", "Metric1", "Early exit", "Best chunk"} <= {
+        trace.get("name") for trace in curves["data"]
+    }
+
+
+@pytest.mark.parametrize(("asked", "step"), [("99", 12), ("-1", 12), ("x", 12), ("0", 0), ("１", 12), ("9" * 99, 12)])
+def test_a_step_from_the_address_is_brought_into_range(asked: str, step: int, runs: Path) -> None:
+    app = open_page("steps", step=asked)
+    assert not app.exception
+    assert given(app)["step"] == step
+
+
+def test_a_failed_run_shows_the_steps_it_has(runs: Path) -> None:
+    write_run(runs / "failed", 12, 4, done=2, state=JobState.FAILED, message="The disk is full.", analysis=False)
+    app = open_page("steps", run="failed")
+    assert not app.exception
+    assert len(given(app)["steps"]) == 2
+    write_run(runs / "none", 12, 4, done=0, state=JobState.FAILED, message="The disk is full.", analysis=False)
+    app = open_page("steps", run="none")
+    assert steppers(app) == []
+    assert "No step is finished" in words(app)
+    assert "The disk is full" in words(app)
