@@ -42,7 +42,10 @@ def _missing(run: Run) -> tuple[str, str]:
     if run.analysis_unavailable is not None:
         return "This model cannot be analysed", components.plain(run.analysis_unavailable)
     if state in (JobState.QUEUED, JobState.RUNNING):
-        return "Not analysed yet", "The analyses follow the last step of the search. Look at the **Runs** page how far it is."
+        return (
+            "Not analysed yet",
+            "The analyses follow the last step of the search. Look at the **Runs** page how far it is.",
+        )
     if state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
         why = components.plain(run.jobs[-1].status.message)
         about = f"The run ended before its analyses{': ' + why if why else '.'}"

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,8 @@ from .outline import Outline, list_outlines
 from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, duration, print_run, print_runs, table
 from .summary import summary
+
+_NO_DASHBOARD = "The dashboard is not installed: run sleb from a checkout of the project (make setup)."
 
 app = typer.Typer(
     name="sleb",
@@ -325,6 +328,26 @@ def export(
 
 
 @app.command()
+def report(
+    run: RunName,
+    out: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="The list after so many steps. [default: all]")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="A file that is there already may go.")] = False,
+) -> None:
+    """Write a run as one HTML file to hand to a colleague: evidence, charts, list; needs no network to be read."""
+    from .formats import removal_list_after
+
+    found = api.load(run)
+    removal_list_after(found, steps)  # refused before anything is drawn
+    try:
+        render = import_module("app.report").of  # the dashboard draws it; it stands above this package
+    except ModuleNotFoundError as error:
+        raise OptionError(_NO_DASHBOARD) from error
+    files.save_text(out, render(found, steps), replace=replace)
+    typer.echo(f"Wrote {out}.", err=True)
+
+
+@app.command()
 def cache(
     clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
     as_json: Json = False,
@@ -375,7 +398,7 @@ def dashboard(
     options here can, for all runs started from it.
     """
     if find_spec("app.main") is None:
-        raise OptionError("The dashboard is not installed: run sleb from a checkout of the project (make setup).")
+        raise OptionError(_NO_DASHBOARD)
     if address == "localhost" and _taken(port):
         raise OptionError(f"Port {port} is in use, perhaps by another dashboard. Name another one with --port.")
     allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}

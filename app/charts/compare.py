@@ -6,10 +6,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from app.charts import style
 from sleb.formats import public_name
@@ -21,8 +23,17 @@ PALETTE = (style.ORANGE, style.BLUE, style.GREEN, style.PINK, style.YELLOW, styl
 PUBLISHED = style.GREY
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+_CELL: dict[str, Any] = dict(
+    textposition="inside",
+    insidetextanchor="middle",
+    textangle=0,
+    textfont=dict(size=12),
+    constraintext="inside",
+    hovertemplate="%{hovertext}<extra></extra>",
+)
 _LABEL = 44  # characters; longer ones would take the place of what they label
-_KEPT, _EDGE = "rgba(128,128,128,0.10)", "rgba(128,128,128,0.45)"
+_KEPT, _EDGE, _GAP = "rgba(128,128,128,0.10)", "rgba(128,128,128,0.45)", "rgba(255,255,255,0.7)"
+_VOTES = "Lists that remove it"
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ class Listed:
     @property
     def label(self) -> str:
         """Its letter and name, fit for a Plotly label."""
-        return f"{self.letter}  {style.plain(self.name)}"
+        return f"{self.letter}  {style.plain(self.name)}".strip()
 
     @property
     def removal_list(self) -> tuple[int, ...]:
@@ -58,8 +69,11 @@ def model_name(spec: RunSpec) -> str:
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A name for each run that says in what it differs from the others, all of them different."""
     facts = [_facts(run) for run in runs]
-    telling = [index for index in range(len(facts[0])) if len({each[index] for each in facts}) > 1] if facts else []
-    found = [_cut(", ".join(each[index] for index in telling or [1])) for each in facts]
+    found = [""] * len(runs)
+    for kind in zip(*facts, strict=True):  # the most telling first, and no more than it takes
+        if len(set(kind)) > 1 and len(set(found)) < len(found):
+            found = [f"{name}, {each}" if name else each for name, each in zip(found, kind, strict=True)]
+    found = [_cut(name or each[1]) for name, each in zip(found, facts, strict=True)]
     return [
         name if found.count(name) == 1 else f"{_cut(name, _LABEL - 20)} ({_end(run.run_id)})"
         for name, run in zip(found, runs, strict=True)
@@ -70,7 +84,7 @@ def _facts(run: Run) -> tuple[str, ...]:
     """What runs differ in, the most telling first: model, method, text, seed, type."""
     spec, text = run.spec, run.spec.calibration
     return (
-        model_name(spec),
+        model_name(spec).split("/")[-1],
         style.METHOD_NAMES[spec.method.value],
         _file(text.source),
         f"{text.sequences} × {text.sequence_length}",
@@ -125,37 +139,46 @@ def strips(rows: Sequence[Listed], *, relative: bool = False) -> go.Figure:
     kept = go.Bar(marker=dict(color=_KEPT, line=dict(color=_EDGE, width=1)), **_cells(rows, relative, removed=False))
     traces = [kept]
     for each in rows:
-        pattern = dict(fillmode="overlay", shape="\\" if each.is_published else "/", size=7, solidity=0.18, fgcolor="#ffffff")
-        traces.append(
-            go.Bar(
-                marker=dict(color=each.colour, line=dict(color=each.colour, width=1), pattern=pattern),
-                **_cells([each], relative, removed=True),
-            )
+        hatching = dict(
+            fillmode="overlay", shape="\\" if each.is_published else "/", size=8, solidity=0.12, fgcolor="#ffffff"
         )
+        marker = dict(color=each.colour, line=dict(color=_GAP, width=1), pattern=hatching)
+        cells = _cells([each], relative, removed=True)
+        traces.append(go.Bar(marker=marker, insidetextfont=dict(color=_on(each.colour)), **cells))
+    if len(rows) > 2 and len({each.num_blocks for each in rows}) == 1:
+        traces.append(_votes(rows, relative))
+        labels.append(_VOTES)
     most = max((each.num_blocks for each in rows), default=1)
     figure = style.figure(
-        62 + 34 * len(rows),
+        58 + 33 * len(labels),
         *traces,
         barmode="overlay",
         bargap=0.24,
         showlegend=False,
-        margin=dict(t=8),
+        margin=dict(t=8, b=46),
         uniformtext=dict(minsize=9, mode="hide"),
-        yaxis=dict(categoryorder="array", categoryarray=labels[::-1], showgrid=False, ticklabelstandoff=6),
-        xaxis=dict(title="Block", range=[-0.5, most - 0.5], showgrid=False, zeroline=False, **_block_ticks(most)),
+        yaxis=dict(categoryorder="array", categoryarray=labels[::-1], showgrid=False, ticklabelstandoff=10),
+        xaxis=dict(
+            title=dict(text="Block", standoff=10),
+            range=[-0.5, most - 0.5],
+            showgrid=False,
+            zeroline=False,
+            **_block_ticks(most),
+        ),
     )
     if relative:
-        axis = dict(title="Depth in the stack", range=[0, 100], ticksuffix=" %", dtick=10, tick0=0)
+        axis = dict(title_text="Depth in the stack", range=[-0.2, 100.2], ticksuffix=" %", dtick=10, tick0=0)
         figure.update_xaxes(**axis, tickvals=None, tickmode="linear")
+        figure.update_layout(margin=dict(r=28))  # half of the last label
     return figure
 
 
-def _block_ticks(num_blocks: int) -> dict[str, object]:
+def _block_ticks(num_blocks: int) -> dict[str, Any]:
     step = 1 if num_blocks <= 16 else 2 if num_blocks <= 40 else 5
     return dict(tickmode="array", tickvals=list(range(0, num_blocks, step)))
 
 
-def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str, object]:
+def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str, Any]:
     """Base, width, label, text and hover text of the cells that are removed, or of those that stay."""
     base: list[float] = []
     width: list[float] = []
@@ -173,20 +196,25 @@ def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str
             what = f"removed as number {order[block]} of {len(order)}" if removed else "stays"
             depth = (block + 0.5) / each.num_blocks
             hover.append(f"{style.plain(each.name)}<br>block {block} of {each.num_blocks} ({depth:.0%} deep): {what}")
-    return dict(
+    return dict(orientation="h", base=base, x=width, y=label, text=text, hovertext=hover, **_CELL)
+
+
+def _votes(rows: Sequence[Listed], relative: bool) -> go.Bar:
+    """How many of the lists remove each block: the more, the lighter."""
+    num_blocks = rows[0].num_blocks
+    counts = [sum(block in each.removal_list for each in rows) for block in range(num_blocks)]
+    hit = [block for block in range(num_blocks) if counts[block]]
+    unit = 100 / num_blocks if relative else 1.0
+    colours = sample_colorscale(style.SCALE, [counts[block] / len(rows) for block in hit])
+    return go.Bar(
         orientation="h",
-        base=base,
-        x=width,
-        y=label,
-        text=text,
-        textposition="inside",
-        insidetextanchor="middle",
-        textangle=0,
-        textfont=dict(size=12),
-        constraintext="none",
-        hovertext=hover,
-        hovertemplate="%{hovertext}<extra></extra>",
-        name="removed" if removed else "stays",
+        base=[block * unit - (0 if relative else 0.5) for block in hit],
+        x=[unit for _ in hit],
+        y=[_VOTES for _ in hit],
+        text=[str(counts[block]) for block in hit],
+        marker=dict(color=colours, line=dict(color=_GAP, width=1)),
+        hovertext=[f"block {block}: removed by {counts[block]} of {len(rows)} lists" for block in hit],
+        **_CELL,
     )
 
 
@@ -244,12 +272,14 @@ def perplexity(
     log: bool = True,
     over_baseline: bool = False,
     relative: bool = False,
+    cut: float | None = None,
     texts: Sequence[str] = (),
 ) -> go.Figure:
     """Perplexity against blocks removed, one line a run, as in Figures 4 and 7; `points` is `curve_table`.
 
     Held-out lines carry a band of one standard error of their rise over the baseline. `over_baseline` divides each line
-    by its own baseline; `texts` names the text of each row, and another text gets another dash.
+    by its own baseline; `cut` ends the axis at so many times the lowest value, and lines go on above it; `texts` names
+    the text of each row, and another text gets another dash.
     """
     column = "held_out" if held_out else "calibration"
     kinds = list(dict.fromkeys(texts))
@@ -271,8 +301,8 @@ def perplexity(
             lowest, highest = min(lowest, finite.min()), max(highest, finite.max())
         traces.append(
             go.Scatter(
-                x=across,
-                y=values,
+                x=across.tolist(),
+                y=values.tolist(),
                 mode="lines+markers",
                 name=row.label,
                 legendgroup=row.letter,
@@ -286,16 +316,22 @@ def perplexity(
         )
     what = "held-out text" if held_out else "calibration text"
     title = f"Times the baseline's perplexity, {what}" if over_baseline else f"Perplexity, {what}"
+    legend_lines = 1 + sum(50 + 7 * len(row.label) for row in rows) // 480
     figure = style.figure(
-        430,
+        400 + 20 * legend_lines,
         *traces,
         hovermode="closest",
-        margin=dict(t=8),
-        legend=dict(orientation="h", yanchor="top", y=-0.16, x=0),
-        xaxis=dict(title="Share of blocks removed" if relative else "Blocks removed", rangemode="tozero", zeroline=False),
+        margin=dict(t=8, b=58 + 20 * legend_lines),
+        legend=dict(orientation="h", yref="container", yanchor="bottom", y=0.0, x=0),
+        xaxis=dict(
+            title="Share of blocks removed" if relative else "Blocks removed", rangemode="tozero", zeroline=False
+        ),
         yaxis=dict(title=title, zeroline=False),
     )
     figure.update_xaxes(ticksuffix=" %" if relative else "", **({} if relative else _whole(points["removed"])))
+    if cut is not None and highest > cut * lowest:
+        highest = cut * lowest
+        figure.update_yaxes(range=[0, highest])
     if log and highest > 0:
         figure.update_yaxes(type="log", **log_ticks(lowest, highest))
     return figure
@@ -335,13 +371,21 @@ def _faint(colour: str) -> str:
     return f"rgba({red},{green},{blue},0.18)"
 
 
-def _whole(removed: pd.Series) -> dict[str, object]:
+def _on(colour: str) -> str:
+    """Black or white, whichever is read better on a colour (WCAG 2 contrast)."""
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
+
+
+def _whole(removed: pd.Series) -> dict[str, Any]:
     """Ticks at whole numbers of blocks only."""
     most = int(removed.max()) if len(removed) else 1
     return dict(tick0=0, dtick=1 if most <= 20 else 2 if most <= 40 else 5, range=[-0.02 * max(most, 1), most * 1.02])
 
 
-def log_ticks(lowest: float, highest: float) -> dict[str, object]:
+def log_ticks(lowest: float, highest: float) -> dict[str, Any]:
     """Ticks at 1, 2 and 5 times powers of ten, fewer over many decades, and finer within one."""
     low, high = math.log10(lowest), math.log10(max(highest, lowest * 1.05))
     digits = (1,) if high - low > 5 else (1, 3) if high - low > 2.5 else (1, 2, 5)
@@ -356,7 +400,9 @@ def log_ticks(lowest: float, highest: float) -> dict[str, object]:
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.4g}" if value < 1e6 else f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
+    if value < 1e5:
+        return f"{value:,.0f}" if value >= 10 else f"{value:g}"
+    return f"{value:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
 def agreement(rows: Sequence[Listed], removals: int) -> go.Figure:
@@ -376,14 +422,14 @@ def agreement(rows: Sequence[Listed], removals: int) -> go.Figure:
             mine, theirs = one.prefixes[removals - 1], other.prefixes[removals - 1]
             both = shared(mine, theirs)
             share[i][j] = len(both) / removals
-            text[i][j] = f"{len(both)} of {removals}"
+            text[i][j] = str(len(both))
             hover[i][j] = (
                 f"{pair}share {', '.join(map(str, both)) or 'no block'}<br>{len(both)} of {removals} blocks; "
                 f"Jaccard index {jaccard(mine, theirs):.2f}"
             )
     letters = [each.letter for each in rows]
     return style.figure(
-        94 + 42 * size,
+        50 + 42 * size,
         go.Heatmap(
             z=share,
             x=letters,
@@ -393,17 +439,19 @@ def agreement(rows: Sequence[Listed], removals: int) -> go.Figure:
             colorscale=style.SCALE,
             text=text,
             texttemplate="%{text}",
-            textfont=dict(size=13),
+            textfont=dict(size=14),
             hovertext=hover,
             hovertemplate="%{hovertext}<extra></extra>",
             hoverongaps=False,
             xgap=2,
             ygap=2,
-            colorbar=dict(title=dict(text="shared", side="right"), tickformat=".0%", thickness=12, outlinewidth=0),
+            showscale=False,
         ),
         margin=dict(t=8),
-        xaxis=dict(side="top", showgrid=False, zeroline=False, fixedrange=True),
-        yaxis=dict(autorange="reversed", showgrid=False, zeroline=False, ticklabelstandoff=6, fixedrange=True),
+        xaxis=dict(side="top", ticks="", showgrid=False, zeroline=False, fixedrange=True),
+        yaxis=dict(
+            autorange="reversed", ticks="", showgrid=False, zeroline=False, ticklabelstandoff=10, fixedrange=True
+        ),
     )
 
 
@@ -415,7 +463,9 @@ def agreement_table(rows: Sequence[Listed], removals: int) -> pd.DataFrame:
             if one.num_blocks == other.num_blocks:
                 mine, theirs = one.prefixes[removals - 1], other.prefixes[removals - 1]
                 both = shared(mine, theirs)
-                found.append((one.name, other.name, removals, len(both), jaccard(mine, theirs), " ".join(map(str, both))))
+                found.append(
+                    (one.name, other.name, removals, len(both), jaccard(mine, theirs), " ".join(map(str, both)))
+                )
     return pd.DataFrame(found, columns=["one", "other", "removals", "shared", "jaccard", "shared_blocks"])
 
 
@@ -426,7 +476,7 @@ def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
         {
             "": row.letter,
             "Model": row.name,
-            "Method": "Metric3 (SLEB), published",
+            "Method": "Metric3 (paper)",
             "Blocks": row.num_blocks,
             "Removed": len(row.removal_list),
             "Removal list": ", ".join(map(str, row.removal_list)),
@@ -436,30 +486,32 @@ def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def _summary(run: Run, row: Listed) -> dict[str, object]:
+def _summary(run: Run, row: Listed) -> dict[str, Any]:
     assert run.stack is not None
     first = run.trace.baseline if run.trace else None
     last = run.trace.steps[-1] if run.trace and run.trace.steps else None
     text = run.spec.calibration
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "": row.letter,
         "Model": model_name(run.spec),
         "Method": style.METHOD_NAMES[run.spec.method.value],
-        "Calibration": f"{_file(text.source)}, {run.stack.sequences} × {run.stack.sequence_length}",
         "Blocks": row.num_blocks,
         "Removed": len(row.removal_list),
-        "Removal list": ", ".join(map(str, row.removal_list)),
-        "Perplexity before": first.perplexity if first else None,
-        "after": last.perplexity if last else None,
         "Held-out before": first.held_out.perplexity if first else None,
         "Held-out after": last.held_out.perplexity if last else None,
+        "Rise, nats": None,
+        "Calibration before": first.perplexity if first else None,
+        "Calibration after": last.perplexity if last else None,
+        "Seconds": None,
+        "Text": f"{_file(text.source)}, {run.stack.sequences} × {run.stack.sequence_length}",
+        "Removal list": ", ".join(map(str, row.removal_list)),
+        "Run": run.run_id,
     }
     if first and last:
         before, after = _nats(first.held_out), _nats(last.held_out)
         if before is not None and after is not None:
             error = last.held_out_standard_error
-            found["Held-out rise (nats)"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+            found["Rise, nats"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
     if first and run.trace:
         found["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
-    found["Run"] = run.run_id
     return found

@@ -1,0 +1,208 @@
+"""Writing the smaller checkpoint from the browser: start it, watch it, stop it, see it proven.
+
+Everything shown is read from the run folder, so a reload loses nothing; the process belongs to no browser.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import streamlit as st
+
+from app import components, data, report
+from app.components import plain
+from sleb import files, jobs, store
+from sleb.errors import OptionError, SlebError
+from sleb.records import Job, JobSpec, JobState, Run
+
+
+def checkpoint(run: Run, steps: int) -> None:
+    """Folder, button, the job while it runs, how it ended, and the proof of what was written."""
+    st.subheader("The smaller checkpoint", anchor=False)
+    st.markdown(
+        "Writes safetensors with the blocks really gone, reloads them in a fresh process with plain transformers, and "
+        "compares with the original model skipping the same blocks. The folder appears only when the proof has passed."
+    )
+    active = jobs.active(run)
+    out = st.text_input(
+        "Folder", f"~/sleb-exports/{run.run_id}-{steps}-removed", key=f"out-{run.run_id}-{steps}",
+        help="On the machine that runs this dashboard; made if it is not there.", disabled=active is not None,
+    )  # fmt: skip
+    replace = st.toggle(
+        "Replace an earlier export", key="replace", disabled=active is not None,
+        help="Only a folder that an earlier export wrote can be replaced, never anything else.",
+    )  # fmt: skip
+    pressed = st.button(
+        "Write the smaller model", type="primary", icon=":material/save:", disabled=active is not None,
+        help="Starts a process of its own: you may leave this page meanwhile. Needs memory for the whole model.",
+    )  # fmt: skip
+    if pressed:
+        _start(run, steps, out or "", replace)
+    if active is not None and active.spec.kind == "export":
+        _watch(run)
+    elif active is not None:
+        st.info("A process is executing this run; export when it has finished, or stop it on the Runs page.")
+    exports = [job for job in run.jobs if job.spec.kind == "export"]
+    if exports and active is None:
+        _how_it_ended(run, exports[-1])
+    done = store.read_exports(run)
+    if done:
+        _proof_card(done[-1])
+    if len(exports) > 1:
+        _all_exports(exports)
+
+
+def _start(run: Run, steps: int, out: str, replace: bool) -> None:
+    """A process that exports, or the sentence that says why not."""
+    try:
+        folder = _checked(out, replace)
+        if data.is_sample(run):  # samples are never changed: the export belongs to a copy in the store
+            run = jobs.bring_in(run.run_dir)
+        spec = data.job_spec("export", "cpu").model_dump()
+        spec |= {"steps": steps, "out": str(folder), "replace": replace}
+        job = jobs.next_job(run, JobSpec.model_validate(spec))
+        try:
+            jobs.start(job)
+        except SlebError:
+            store.withdraw_job(job)
+            raise
+    except SlebError as error:
+        st.error(plain(error))
+        return
+    components.choose(run.run_id)
+    st.rerun()
+
+
+def _checked(out: str, replace: bool) -> Path:
+    """The folder, absolute. What a look at the disk can refuse is refused before a model is loaded."""
+    if not out.strip():
+        raise OptionError("Name a folder to write.")
+    if not out.isprintable():
+        raise OptionError("The folder's name has characters that no file system takes; type it anew.")
+    folder = files.expanded(Path(out.strip())).absolute()
+    try:
+        above = next(each for each in folder.parents if each.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise OptionError(f"Nothing can be written in {above}; name another folder.")
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise OptionError(f"{folder} is a link or a file; name a folder that does not exist yet.")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not replace:
+                raise OptionError(f"{folder} is not empty; name another folder, or replace an earlier export.")
+            if not (folder / "proof.json").is_file():
+                raise OptionError(f"{folder} holds something other than an earlier export; name another one.")
+    except (OSError, ValueError) as error:  # no permission to look, or no name for a file
+        raise OptionError(f"{folder} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
+    return folder
+
+
+@st.fragment(run_every=1)
+def _watch(run: Run) -> None:
+    """The job as it is now, every second until it is over."""
+    job = jobs.active(run.model_copy(update={"jobs": store.read_jobs(run.run_dir)}))
+    if job is None:
+        st.rerun()
+    progress, started = job.status.progress, job.status.started
+    phase = progress.phase if progress and progress.phase else "Starting"
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            components.badge(job.status.state)
+            st.markdown(f"{plain(phase)} …")
+            if started is not None:
+                st.caption(components.duration(max(0.0, time.time() - started)))
+        st.caption(f"{job.spec.steps} blocks removed, into {plain(job.spec.out)}")
+        if st.button(
+            "Stop", icon=":material/stop:", help="Nothing is left behind: the folder appears at the end only."
+        ):
+            try:
+                with st.spinner("Stopping"):
+                    jobs.stop(run)
+            except SlebError as error:
+                st.error(plain(error))
+            else:
+                st.rerun()
+
+
+def _how_it_ended(run: Run, job: Job) -> None:
+    """Why the newest export brought nothing, if so."""
+    state = job.status.state
+    if state is JobState.FINISHED:
+        return
+    message = plain(job.status.message or "It ended without a word.")
+    if state is JobState.FAILED:
+        st.error(message, icon=":material/error:")
+    elif state is JobState.QUEUED:
+        st.warning("The last export never began: its process did not start.", icon=":material/stop:")
+    else:
+        st.warning(f"The last export was {components.state_word(state).lower()}: {message}", icon=":material/stop:")
+    log = data.log_of(run.model_copy(update={"jobs": (job,)}))
+    if log:
+        with st.expander("Log"):
+            st.code(log, language=None, wrap_lines=True, height=240)
+
+
+def _proof_card(export: store.Export) -> None:
+    """What the fresh process found when it reloaded the smaller model."""
+    proof = export.proof
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.badge(
+                "Proof passed" if proof.passed else "Proof failed",
+                icon=":material/verified:" if proof.passed else ":material/error:",
+                color="green" if proof.passed else "red",
+            )
+            st.caption(
+                f"{export.job.spec.steps or ''} blocks removed; took {components.duration(proof.seconds)} to check"
+            )
+        for reason in proof.reasons:
+            st.error(plain(reason))
+        with st.container(horizontal=True, gap="large"):
+            st.metric("Blocks", f"{proof.blocks_before} → {proof.blocks_after}")
+            st.metric(
+                "Parameters",
+                f"{proof.parameters_before / 1e6:,.1f} → {proof.parameters_after / 1e6:,.1f} M",
+                f"−{1 - proof.parameters_after / proof.parameters_before:.1%}",
+                delta_color="off",
+                delta_arrow="off",
+            )
+            st.metric(
+                "Weights on disk",
+                f"{proof.bytes_after / 1e6:,.0f} MB",
+                plain(proof.dtype),
+                delta_color="off",
+                delta_arrow="off",
+            )
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(proof.versions.items()))
+        apart = (
+            f"differ by at most **{proof.max_logit_difference:.3g}** from those"
+            if proof.max_logit_difference
+            else ("are **exactly those**")
+        )
+        st.markdown(
+            f"- Logits at {proof.tokens} positions {apart} of the original with these blocks skipped "
+            f"({proof.tolerance:.3g} apart would pass).\n"
+            f"- {report.generation(proof)}.\n"
+            f"- Reloaded with {plain(versions)}."
+        )
+        st.code(str(export.out), language=None, wrap_lines=True)
+        if not export.out.is_dir():
+            st.caption("The folder is no longer there: it was moved or deleted.")
+        st.code(report.snippet(export.out), language="python", wrap_lines=True)
+
+
+def _all_exports(exports: list[Job]) -> None:
+    with st.expander(f"All {len(exports)} exports of this run"):
+        st.dataframe(
+            [
+                {
+                    "State": components.state_word(job.status.state),
+                    "Removed": job.spec.steps,
+                    "Folder": job.spec.out,
+                    "Said": job.status.message,
+                }
+                for job in reversed(exports)
+            ],
+            hide_index=True,
+        )
