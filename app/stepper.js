@@ -20,8 +20,8 @@ class Stepper {
     this.step = 0;
     this.value = "rises";
     this.find = (name) => root.querySelector(`.${name}`);
-    this.bars = new Bars(this.find("bars"), this.find("tip"));
-    this.curve = new Curve(this.find("curve"));
+    this.bars = new Bars(this.find("bars"), this.find("tip"), (step) => this.go(step));
+    this.curve = new Curve(this.find("curve"), (step) => this.go(step));
     this.find("first").onclick = () => this.go(0);
     this.find("previous").onclick = () => this.go(this.step - 1);
     this.find("next").onclick = () => this.go(this.step + 1);
@@ -38,7 +38,8 @@ class Stepper {
   }
 
   leave() {
-    this.pause();
+    clearInterval(this.timer);
+    clearTimeout(this.telling);
     document.removeEventListener("keydown", this.onKey);
     this.resized.disconnect();
     delete this.root.stepper;
@@ -64,7 +65,7 @@ class Stepper {
     if (wanted === this.step) return;
     this.step = wanted;
     this.draw();
-    this.tellSoon();
+    if (!this.timer) this.tellSoon(); // while it plays, the server is left in peace
   }
 
   tellSoon() {
@@ -83,6 +84,7 @@ class Stepper {
   }
 
   pause() {
+    if (this.timer) this.tellSoon();
     clearInterval(this.timer);
     this.timer = null;
     if (this.data) this.drawControls();
@@ -92,11 +94,15 @@ class Stepper {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     const at = event.composedPath()[0];
     const inside = this.root.contains(at);
-    if (!inside && at !== document.body && at !== window && at !== document) {
-      // Elsewhere arrows belong to whatever has the focus, but for plain text and links.
-      if (at.closest?.("input, textarea, select, button, [role], [contenteditable], canvas, summary, [tabindex]")) return;
-    }
+    // Elsewhere keys belong to whatever has the focus. A click on plain text gives it to the page itself.
+    const free = [document, document.documentElement, document.body].includes(at) || at.matches?.("main");
+    if (!inside && (!free || document.querySelector("[role=dialog]") || !this.inSight())) return;
     if (inside && at.matches?.("select, input:not(.slider)")) return;
+    if (inside && !at.matches?.("input") && (event.key === "ArrowUp" || event.key === "ArrowDown")) {
+      event.preventDefault();
+      return this.bars.walk(event.key === "ArrowDown" ? 1 : -1);
+    }
+    if (inside && event.key === "Escape") return this.bars.unpoint();
     const act = {
       ArrowLeft: () => this.go(this.step - 1),
       ArrowRight: () => this.go(this.step + 1),
@@ -109,11 +115,19 @@ class Stepper {
     act();
   }
 
+  inSight() {
+    const place = this.root.getBoundingClientRect();
+    return place.bottom > 80 && place.top < innerHeight - 80;
+  }
+
   draw() {
     const shown = this.step ? this.data.steps[this.step - 1] : null;
     this.bars.draw(this.data, this.step, this.value);
     this.curve.draw(this.data, this.step);
     this.find("words").textContent = shown ? shown.words : this.data.words;
+    this.find("interval").textContent = this.data.interval;
+    this.find("whisker").hidden = !this.data.interval;
+    this.root.querySelector(".legend .guarded").hidden = !this.data.protected.length;
     this.drawNumbers();
     this.drawList(shown);
     this.drawControls();
@@ -147,6 +161,7 @@ class Stepper {
     const play = this.find("play");
     play.textContent = this.timer ? "Pause" : "Play";
     play.setAttribute("aria-pressed", String(Boolean(this.timer)));
+    this.find("words").setAttribute("aria-live", this.timer ? "off" : "polite");
     for (const name of ["first", "previous"]) this.find(name).disabled = this.step === 0;
     for (const name of ["next", "last"]) this.find(name).disabled = this.step === this.count;
   }
@@ -154,9 +169,10 @@ class Stepper {
 
 // Candidates of a step as bars over the strip of all blocks. Every block has one column that stays; only its state changes.
 class Bars {
-  constructor(svg, tip) {
+  constructor(svg, tip, go) {
     this.svg = svg;
     this.tip = tip;
+    this.go = go;
   }
 
   build(data) {
@@ -172,7 +188,11 @@ class Bars {
         parts[name] = group.appendChild(shape("text", { class: name, "text-anchor": "middle" }));
       const hit = group.appendChild(shape("rect", { class: "hit" }));
       hit.addEventListener("pointerenter", () => this.point(block));
-      hit.addEventListener("pointerleave", () => { this.tip.hidden = true; });
+      hit.addEventListener("pointerleave", () => this.unpoint());
+      hit.addEventListener("click", () => { // a block that is gone leads to the step in which it went
+        const gone = this.step ? this.data.steps[this.step - 1].gone : {};
+        if (block in gone) this.go(gone[block]);
+      });
       parts.hit = hit;
       this.columns.push(parts);
     }
@@ -196,7 +216,7 @@ class Bars {
     const before = step > 1 ? data.steps[step - 2].gone : {};
     const guarded = new Set(data.protected), tied = new Set(step && shown ? shown.tied : []);
     const fresh = new Set(step && shown ? shown.removed : []);
-    const every = Math.max(1, Math.ceil(24 / band));
+    const every = [1, 2, 5, 10, 20, 50].find((each) => each * band >= 24) ?? 100;
     this.columns.forEach((column, block) => {
       const index = this.places.get(block);
       const x = left + block * band, inner = Math.max(band * 0.72, 1.5), bar = x + (band - inner) / 2, middle = x + band / 2;
@@ -223,8 +243,9 @@ class Bars {
       at(column.mark, middle, (whole ? up : end) - 5);
       place(column.cell, bar, floor + 8, inner, strip);
       column.cell.classList.toggle("fresh", fresh.has(block));
-      column.when.textContent = block in gone && band > 13 ? String(gone[block]) : "";
-      at(column.when, middle, floor + 8 + strip / 2 + 4);
+      column.when.textContent = block in gone && band > 7 ? String(gone[block]) : "";
+      column.when.classList.toggle("upright", band <= 14);
+      at(column.when, middle + (band <= 14 ? 3.5 : 0), floor + 8 + strip / 2 + (band <= 14 ? 0 : 4), band <= 14 ? -90 : 0);
       column.label.textContent = block % every === 0 ? String(block) : "";
       at(column.label, middle, height - 5);
       place(column.hit, x, 0, band, height);
@@ -246,12 +267,26 @@ class Bars {
     this.axis.append(title);
   }
 
+  unpoint() {
+    this.tip.hidden = true;
+    this.columns?.forEach((column) => column.group.classList.remove("pointed", "within"));
+  }
+
+  walk(by) { // from block to block by keyboard
+    const from = this.tip.hidden ? (by > 0 ? -1 : this.columns.length) : this.pointed;
+    this.point(Math.min(Math.max(from + by, 0), this.columns.length - 1));
+  }
+
   point(block) {
+    this.unpoint();
     this.pointed = block;
     const { data, step } = this;
     const shown = data.steps[Math.max(step, 1) - 1];
     const index = this.places.get(block);
     const lines = [];
+    const [start, end] = index == null ? [block, block] : shown.names[index].split("–").map(Number);
+    for (let each = start; each <= (end ?? start); each++) this.columns[each].group.classList.add("within");
+    this.columns[block].group.classList.add("pointed");
     if (index != null) {
       lines.push(["strong", shown.names[index].includes("–") ? `Blocks ${shown.names[index]}` : `Block ${block}`]);
       lines.push(["span", `score ${number(shown.scores[index], 4)} ${data.score_name}`]);
@@ -269,22 +304,27 @@ class Bars {
     this.tip.replaceChildren(...lines.map(([name, text]) => element(name, "", text)));
     this.tip.hidden = false;
     const hit = this.columns[block].hit.getBoundingClientRect(), frame = this.tip.parentElement.getBoundingClientRect();
-    const across = hit.left - frame.left + hit.width / 2;
-    const half = this.tip.offsetWidth / 2;
-    this.tip.style.left = `${Math.min(Math.max(across, half + 2), frame.width - half - 2)}px`;
+    // Beside the bar, on the side where there is more room, so that it hides neither the bar nor its error bar.
+    const from = hit.left - frame.left, wide = this.tip.offsetWidth + 8;
+    this.tip.style.left = `${from + hit.width / 2 < frame.width / 2 ? from + hit.width + 8 : from - wide}px`;
   }
 }
 
 // Perplexity after each step: what is behind is drawn in full, what is ahead faintly.
 class Curve {
-  constructor(svg) {
+  constructor(svg, go) {
     this.svg = svg;
+    svg.addEventListener("click", (event) => {
+      const across = event.clientX - svg.getBoundingClientRect().left;
+      if (this.width) go(Math.round((across - this.left) / this.width * this.steps));
+    });
   }
 
   draw(data, step) {
     const width = this.svg.clientWidth || 320, height = this.svg.clientHeight || 200;
     const left = 46, right = 10, top = 18, bottom = height - 22;
     const points = data.curve, count = points.length - 1;
+    Object.assign(this, { left, width: width - left - right, steps: count });
     const values = points.flatMap((each) => [each.calibration, each.held_out, each.held_out_high]).filter((each) => each != null);
     this.svg.replaceChildren();
     if (!values.length) return;
@@ -299,7 +339,7 @@ class Curve {
       this.write(left - 6, y(value) + 4, tick.text ?? number(value, 0), "end", "tick");
     }
     this.write(0, 10, curved ? "Perplexity (log)" : "Perplexity", "start", "unit");
-    const every = Math.max(1, Math.ceil(count / 10));
+    const every = [1, 2, 5, 10, 20, 50].find((each) => count / each <= 10) ?? 100;
     for (let index = 0; index <= count; index += every) this.write(x(index), height - 5, String(index), "middle", "tick");
     const banded = points.map((each, index) => ({ ...each, index })).filter((each) => each.held_out_low != null);
     if (banded.length) {
@@ -348,8 +388,8 @@ function place(node, x, y, width, height) { // as styles, which the style sheet 
   node.style.height = `${height}px`;
 }
 
-function at(node, x, y) {
-  node.style.transform = `translate(${x}px, ${y}px)`;
+function at(node, x, y, turned = 0) {
+  node.style.transform = `translate(${x}px, ${y}px)` + (turned ? ` rotate(${turned}deg)` : "");
 }
 
 function ticks(low, high, wanted = 5) {
@@ -363,17 +403,17 @@ function ticks(low, high, wanted = 5) {
 }
 
 function powers(low, high) {
-  const found = [];
+  const found = [], wide = Math.log10(high / low);
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
-    for (const each of [1, 2, 5]) {
+    for (const each of wide > 4 ? (power % Math.ceil(wide / 6) ? [] : [1]) : wide > 2 ? [1, 3] : [1, 2, 5]) {
       const value = each * 10 ** power;
-      if (value >= low && value <= high) found.push({ value, text: value >= 1e4 ? value.toExponential(0) : String(value) });
+      if (value >= low && value <= high) found.push({ value, text: number(value, 0) });
     }
   return found;
 }
 
 function number(value, digits = 2) {
   if (value == null) return "–";
-  if (Math.abs(value) >= 1e5) return value.toExponential(2);
+  if (Math.abs(value) >= 1e5) return value.toExponential(Math.min(digits, 2)).replace("e+", "e");
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import streamlit as st
 
 from app.charts import steps as charts
 from sleb.methods import Comparison
-from sleb.records import Run, Step
+from sleb.records import Run
 
 _HERE = Path(__file__).resolve().parent
 _STEPPER = st.components.v2.component(
@@ -53,6 +54,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
             "differences": f"Above the best candidate ({unit})",
         },
         "axis": axes,
+        "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
         "words": _before(run),
         "steps": [_step(each) for each in compared],
         "curve": _curve(run),
@@ -91,17 +93,25 @@ def words(shown: charts.Bars) -> str:
     if step.margin is None:
         return f"{text}, the only candidate."
     others = [shown.names[index] for index in shown.tied]
+    if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
+        return f"{text}: {_margin(shown)} better than the next best, but one sequence cannot tell candidates apart."
     if not others:
-        return f"{text}: {_margin(step)} better than the next best, told apart."
+        return f"{text}: {_margin(shown)} better than the next best, told apart."
     if len(others) > 8:
         return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
-    return f"{text}, tied with {_and(others)}: the next best is {_margin(step)} behind."
+    return f"{text}, tied with {_and(others)}: the next best is {_margin(shown)} behind."
 
 
-def _margin(step: Step) -> str:
-    error = "" if step.margin_standard_error is None else f" ± {step.margin_standard_error:.4f}"
-    unit = "" if step.candidates[0].objective == "metric1" else " nats per token"
-    return f"{step.margin:.4f}{error}{unit}"
+def _margin(shown: charts.Bars) -> str:
+    """How far the next best is behind, with the half width of its interval, which is what calls it tied."""
+    next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
+    reach = float(shown.reaches[next_best])
+    unit = "" if shown.step.candidates[0].objective == "metric1" else " nats per token"
+    return f"{shown.step.margin:.4f}" + (f" ± {reach:.4f}" if math.isfinite(reach) else "") + unit
+
+
+def _has_intervals(compared: Sequence[charts.Bars]) -> bool:
+    return any((each.reaches[np.isfinite(each.reaches)] > 0).any() for each in compared)
 
 
 def _before(run: Run) -> str:
@@ -130,6 +140,10 @@ def _curve(run: Run) -> list[dict[str, float | str | None]]:
 
 def _rise(ratio: float, spread: float) -> str:
     """`spread` is the ratio of the bounds of one standard error either way."""
+    if ratio >= 10:
+        digits = 0 if ratio >= 100 else 1
+        spare = f" ± {ratio * math.log(spread) / 2:,.{digits}f}" if math.isfinite(spread) and spread > 1 else ""
+        return f"× {ratio:.2e}".replace("e+0", "e") if ratio >= 1e5 else f"× {ratio:,.{digits}f}{spare}"
     digits = 0 if ratio > 2 else 1
     text = f"{ratio - 1:+.{digits}%}"
     return text + (f" ± {ratio * math.log(spread) / 2:.{digits}%}" if math.isfinite(spread) and spread > 1 else "")

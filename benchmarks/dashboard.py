@@ -29,7 +29,7 @@ PAGES = {
     "runs": '[data-testid="stDataFrame"]',
     "similarity": ".js-plotly-plot .heatmaplayer image",
     "alignment": ".js-plotly-plot .scatterlayer .trace",
-    "steps": '[data-testid="stBidiComponentRegular"], [data-testid="stBidiComponentIsolated"]',
+    "steps": ".stepper .column",
     "compare": ".js-plotly-plot",
     "export": '[data-testid="stCode"]',
 }

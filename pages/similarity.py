@@ -1,5 +1,222 @@
-"""Being built."""
+"""Similarity: how alike block outputs are (paper, 3.1, Figure 6, equation 3), and what lies between two of them."""
 
-from app import components
+from __future__ import annotations
 
-run = components.run_page("similarity", "What it answers, in one sentence.")
+from collections.abc import Callable
+
+import streamlit as st
+
+from app import choosing, components, data
+from app.charts import similarity
+from app.charts.similarity import Measure, Pick
+from sleb.records import Analysis, Run, StackDescription
+from sleb.similarity import TokenSimilarity, recorded
+
+MAP, CHUNKS, PANEL = "similarity-map", "chunks", "pair-details"
+TOKENS = {"mean": "Mean over calibration tokens", "random": "One random token"}
+MEASURES: dict[Measure, str] = {"cosine": "Cosine similarity", "angular": "Angular distance"}
+PANEL_STYLE = f"<style>div:has(> .st-key-{PANEL}) {{min-width: 380px; max-width: 720px}}</style>"
+"""Beside the map while there is room to read, else below it."""
+READING = """
+**A bright cell** says that the outputs of its two blocks point in nearly the same direction: the blocks between them
+turned what flows through them only a little. Each block adds to its input, so neighbours are always alike, and the
+diagonal, an output with itself, is 1. Look for bright squares along it: a stretch of blocks that together change
+little. A dark seam is a block that changes much, often the first and the last.
+
+**The first token hides the rest.** Many models give the first token of every sequence a huge vector that later blocks
+hardly turn. The paper's single random token, fed alone, is such a first token, which is why its map is often brighter
+than the mean over a text. The shorter the sequences, the more of the mean are first tokens: *Leave out first tokens*
+shows what happens to the others.
+
+**Metric1** is 1 − the similarity of a block's own input and output. It sees how far a block turns its input, never what
+the rest of the model makes of it: it never runs the model without the block. A small turn can matter much, and blocks
+that are each unimportant can be important together. All of this is measured on the whole model; behind a removed block
+the others see other inputs. That is why the paper removes blocks by Metric3 (3.2, Figure 7): see **Removal steps**.
+
+**Counting.** Block indices are the original ones, from 0. Between the output of block *a* and the output of block *b*
+lie blocks *a* + 1 to *b*, both included; as a half-open range, as in Python and mergekit, `[a+1, b+1)`.
+"""
+
+
+def main() -> None:
+    """The screen, from top to bottom."""
+    run = components.run_page("Similarity", "Which blocks hardly change what flows through them?")
+    analysis, stack = choosing.analysis_of(run)
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        tokens = st.segmented_control(
+            "Tokens",
+            list(TOKENS),
+            default="mean",
+            required=True,
+            format_func=TOKENS.__getitem__,
+            key="tokens",
+            bind="query-params",
+            help="The paper feeds a single random token to the model (3.1, Figure 6). The mean over many tokens of the "
+            "calibration text says more about text.",
+        )
+        measure: Measure = st.segmented_control(
+            "Measure",
+            list(MEASURES),
+            default="cosine",
+            required=True,
+            format_func=MEASURES.__getitem__,
+            key="measure",
+            bind="query-params",
+            help="Cosine similarity: 1 is the same direction, 0 a right angle (paper, equation 2). Angular distance is "
+            "the angle divided by 180 degrees: 0 is the same direction, 0.5 a right angle; it tells very similar "
+            "outputs apart.",
+        )
+        chosen = choosing.calibration_tokens(run, analysis, disabled=tokens == "random")
+        whole = st.toggle(
+            "Colours from 0 to 1",
+            key="whole",
+            bind="query-params",
+            help="On: the same scale for all runs and choices. Off: colours are spread over the range that pairs of "
+            "blocks take, so that small differences show.",
+        )
+    found, about = _numbers(run, analysis, tokens, chosen)
+    st.caption(f"{about} Measured on the whole model: no block is removed here.")
+    st.html(PANEL_STYLE)
+    _pictures(run, stack, found, measure, whole)
+    with st.expander("How to read this", icon=":material/help:"):
+        st.markdown(READING)
+        st.page_link("../pages/steps.py", label="Go to Removal steps", icon=":material/layers_clear:")
+
+
+def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen) -> tuple[TokenSimilarity, str]:
+    """The matrices over the chosen tokens, and what they are over, in a sentence."""
+    about = analysis.description
+    if tokens == "random":
+        token = analysis.similarity.random_token_id
+        return recorded(analysis, "random"), f"Over 1 token, fed alone: entry {token} of the vocabulary, drawn blindly."
+    if chosen.tokens == choosing.EVERYTHING:
+        text = f"Mean over all {about.token_count:,} tokens analysed, of {about.sequences} calibration sequences."
+        return recorded(analysis, "all"), text
+    if chosen.available is None:
+        found = recorded(analysis, "without first")
+        return found, (
+            f"Mean over {found.token_count:,} tokens, recorded by the run. Its angular distances are those of the mean "
+            "cosine here. Sequences and positions can be chosen only where the tokens are: this folder has none."
+        )
+    over = data.similarity_over(run, chosen.tokens)
+    if over is None:
+        choosing.nothing_chosen()
+        st.stop()
+    return over, f"Mean over {over.token_count:,} {choosing.origin(analysis, chosen)}."
+
+
+@st.fragment
+def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure: Measure, whole: bool) -> None:
+    """All that follows a click; nothing else is run again for it."""
+    pick = similarity.parse(st.query_params.get("cell"), stack.num_blocks)
+    with st.container(horizontal=True, gap="large"):
+        with st.container(width=640):
+            _map(run, found, measure, whole, pick)
+        with st.container(border=True, key=PANEL):
+            _details(run, stack, found, pick)
+    left, right = st.columns(2, gap="large")
+    with left:
+        _neighbours(run, found)
+    with right:
+        _chunks(found, pick)
+
+
+def _map(run: Run, found: TokenSimilarity, measure: Measure, whole: bool, pick: Pick | None) -> None:
+    removed = run.removal_list
+    components.chart(
+        similarity.heatmap(found, measure, removed=removed, pick=pick, whole=whole),
+        key=MAP,
+        alt=f"{MEASURES[measure]} between the outputs of every two blocks, the embedding first; removed blocks have "
+        "triangles at the axes and outlined cells on the diagonal",
+        table=lambda: similarity.heatmap_table(found),
+        on_pick=lambda: _picked(MAP, lambda row, column: (row, column)),
+    )
+    low, high = similarity.colour_range(found.mean if measure == "cosine" else found.angular, measure, whole=whole)
+    st.caption(
+        f"Bright is alike. Colours run from {low:.3g} to {high:.3g}; what lies beyond has the colour of the end. "
+        "“in” is the embedding output, which is block 0's input."
+        + (f" Triangles and outlines: the {len(removed)} blocks that this run removed." if removed else "")
+    )
+
+
+def _picked(key: str, cell: Callable[[int, int], Pick]) -> None:
+    """What was clicked goes into the address, from which the page is drawn; a second click changes nothing."""
+    points = st.session_state[key]["selection"]["points"]
+    if points:
+        st.query_params["cell"] = similarity.address(cell(round(points[0]["y"]), round(points[0]["x"])))
+
+
+def _listed() -> None:
+    """Both blocks were chosen from the lists, by those who use no mouse."""
+    row, column = st.session_state["cell-row"], st.session_state["cell-column"]
+    if row is not None and column is not None:
+        st.query_params["cell"] = similarity.address((row, column))
+
+
+def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pick | None) -> None:
+    """The two blocks of a cell, and what lies between them."""
+    if pick is None:
+        st.markdown("#### Click a cell")
+        st.markdown(
+            "Its two blocks appear here, and what lies between their outputs. A cell beside the diagonal compares a "
+            "block's input and output; the farther from it, the more blocks lie between. Or choose from the lists:"
+        )
+    else:
+        st.markdown(f"#### {similarity.pair_title(pick)}")
+        st.session_state["cell-row"], st.session_state["cell-column"] = pick
+    with st.container(horizontal=True):
+        for side in ("row", "column"):
+            st.selectbox(
+                f"Output of ({side})",
+                range(similarity.EMBEDDING, stack.num_blocks),
+                index=None,
+                format_func=lambda block: similarity.name(block).capitalize(),
+                placeholder="Choose",
+                key=f"cell-{side}",
+                on_change=_listed,
+                width=190,
+                help=f"The {side} of the cell. A click on the map sets it, and so does one on a chunk further below.",
+            )
+    if pick is None:
+        return
+    facts = similarity.pair(found, pick, run.removal_list)
+    with st.container(horizontal=True, gap="large"):
+        st.metric("Cosine similarity", f"{facts.cosine:.4f}", width="content")
+        st.metric("Angular distance", f"{facts.angular:.4f}", width="content")
+        st.metric("Blocks between", len(facts.between), width="content")
+    st.markdown(similarity.between_words(facts, run.spec.kind == "search"))
+    st.markdown(similarity.details_table(run, found, pick))
+
+
+def _neighbours(run: Run, found: TokenSimilarity) -> None:
+    st.subheader("Neighbours: Metric1", anchor=False)
+    components.chart(
+        similarity.neighbours(found, removed=run.removal_list),
+        key="metric1",
+        alt="Metric1 of every block, removed blocks as crosses, the least five labelled",
+        table=lambda: similarity.neighbours_table(run, found),
+    )
+    least = ", ".join(map(str, similarity.least(found.metric1)))
+    st.caption(
+        "1 − cosine similarity of a block's input and output (paper, equation 3; elsewhere called Block Influence). "
+        f"The lowest, in order: {least}."
+    )
+
+
+def _chunks(found: TokenSimilarity, pick: Pick | None) -> None:
+    st.subheader("Contiguous chunks", anchor=False)
+    components.chart(
+        similarity.chunks(found, pick=pick),
+        key=CHUNKS,
+        alt="Angular distance between input and output of every contiguous chunk, by first block and length; the best "
+        "chunk of each length has a dot",
+        table=lambda: similarity.chunks_table(found),
+        on_pick=lambda: _picked(CHUNKS, lambda length, start: (start - 1, start + length - 1)),
+    )
+    st.caption(
+        "Angular distance between what goes into a chunk of consecutive blocks and what comes out. A dot marks the "
+        "chunk of each length that turns least: the one that the “deeper layers” papers would remove."
+    )
+
+
+main()

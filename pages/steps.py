@@ -44,6 +44,7 @@ def steps(run_id: str) -> None:
     if run.trace is None or not run.trace.steps:
         waiting(run)
         return
+    ended(run)
     shown = payload(run) | {"live": job is not None}
     count = len(run.trace.steps)
     asked = wanted(count)
@@ -69,6 +70,17 @@ def wanted(count: int) -> int:
     """The step of the URL, brought into range; without one, all of them."""
     text = st.query_params.get("step", "")
     return min(int(text), count) if text.isdecimal() and text.isascii() and len(text) < 6 else count
+
+
+def ended(run: Run) -> None:
+    """Say that a search came to no good end: what it finished is shown all the same."""
+    state = jobs.state_of(run)
+    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
+    unfinished = run.trace is not None and run.trace.finished is None
+    if unfinished and state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
+        what = "failed" if state is JobState.FAILED else f"was {state.value}"
+        why = f" {plain(own[-1].status.message)}" if own and own[-1].status.message else ""
+        st.warning(f"This search {what}; its finished steps are below. Resume it on **Runs**.{why}")
 
 
 def waiting(run: Run) -> None:
@@ -155,8 +167,9 @@ def curves(run: Run) -> None:
     ]
     if missing:
         st.caption(
-            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run on Runs and choose it there."
+            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run and choose the method there."
         )
+        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
 
 
 def same_model_and_text(run: Run) -> list[Run]:

@@ -60,6 +60,12 @@ def exit_statistics(predictions: np.ndarray, source: str) -> ExitStatistics:
     )
 
 
+def half_decided(exits: Sequence[int] | np.ndarray) -> int | None:
+    """First block by which at least half of the tokens have left; `exits` counts them per block. None without any."""
+    by_block = np.cumsum(exits)
+    return int(np.searchsorted(by_block, by_block[-1] / 2)) if len(by_block) and by_block[-1] else None
+
+
 def skipped_shares(exits: Sequence[int] | np.ndarray) -> dict[int, float]:
     """Batch size -> expected share of blocks skipped, where the batch waits for its slowest token.
 

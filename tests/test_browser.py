@@ -133,6 +133,7 @@ def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
     tab.shows("Step 2 of 12")
     tab.page.keyboard.press(" ")
     tab.page.get_by_role("button", name="Play").wait_for()
+    tab.page.wait_for_url(lambda url: "step=0" not in url)  # the address follows once it rests
     assert stepper.evaluate("node => node.marked")  # the same node all along
     tab.page.reload()
     tab.idle()

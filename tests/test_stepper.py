@@ -90,7 +90,34 @@ def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
     assert greedy.trace is not None
     for step, shown in zip(greedy.trace.steps, payload(greedy)["steps"], strict=True):
         assert ("tied with" in shown["words"]) == bool(step.tied)
-        assert f"{step.margin:.4f} ± {step.margin_standard_error:.4f} nats per token" in shown["words"]
+        behind = sorted(shown["differences"])[1]
+        reach = shown["reaches"][shown["differences"].index(behind)]  # half of the interval that calls it tied
+        assert f"{step.margin:.4f} ± {reach:.4f} nats per token" in shown["words"]
+        assert ("told apart" in shown["words"]) == (not step.tied)
+
+
+def test_one_sequence_tells_nobody_apart(runs: Path) -> None:
+    run = write_run(runs / "run", 12, 1)
+    assert run.trace is not None
+    everyone = tuple(each.block for each in run.trace.steps[0].candidates if each.block not in run.removal_list)
+    step = run.trace.steps[0].model_copy(update={"tied": everyone, "margin_standard_error": None})
+    alone = run.model_copy(update={"trace": run.trace.model_copy(update={"steps": (step,)})})
+    found = stepper.payload(alone, [None])
+    assert "one sequence cannot tell candidates apart" in found["steps"][0]["words"]
+    assert found["interval"] == ""
+    assert payload(run)["interval"] == "95% interval of the difference"
+
+
+def test_rises_stay_readable(runs: Path) -> None:
+    run = write_run(runs / "run", 80, 40)
+    assert run.trace is not None
+    curve = payload(run)["curve"]
+    first, last = run.trace.baseline.perplexity, run.trace.steps[-1].perplexity
+    assert first is not None
+    assert last is not None
+    assert last / first > 100
+    assert curve[1]["calibration_rise"].endswith("%")
+    assert curve[40]["calibration_rise"] == f"× {last / first:,.0f}"
 
 
 def test_the_page_shows_the_sample_and_follows_the_address(runs: Path) -> None:
@@ -120,6 +147,8 @@ def test_a_failed_run_shows_the_steps_it_has(runs: Path) -> None:
     app = open_page("steps", run="failed")
     assert not app.exception
     assert len(given(app)["steps"]) == 2
+    assert "This search failed; its finished steps are below" in words(app)
+    assert "The disk is full" in words(app)
     write_run(runs / "none", 12, 4, done=0, state=JobState.FAILED, message="The disk is full.", analysis=False)
     app = open_page("steps", run="none")
     assert steppers(app) == []

@@ -108,6 +108,13 @@ def gone_after(steps: Sequence[Step]) -> dict[int, int]:
     return gone
 
 
+def gone_after_step(shown: Bars) -> dict[int, int]:
+    """As `gone_after`, the step itself included."""
+    return {block: at for block, at in shown.gone.items() if block not in shown.step.restored} | dict.fromkeys(
+        shown.step.removed, shown.step.number
+    )
+
+
 def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float | None, str]:
     """Mean score of removing nothing: of the model so far where candidates were scored on it, else of the whole one."""
     if step.candidates[0].objective == "metric1":
@@ -277,35 +284,40 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
     assert len(evidence) == len(run.trace.steps)
     all_bars = [bars(run, number, each) for number, each in enumerate(evidence, start=1)]
     top = 1.08 * max(
-        (reach_of_axis(each.rises, each.reaches, (each.chosen, *each.tied), 0.75) for each in all_bars), default=1.0
+        (reach_of_axis(each.rises, each.reaches, (each.chosen, *each.tied), 0.6) for each in all_bars), default=1.0
     )
     bottom = min([0.0, *(1.15 * float(np.nanmin(each.rises)) for each in all_bars)])
     blocks = list(range(run.stack.num_blocks))
-    frames = [
-        go.Frame(name=str(each.step.number), data=_frame(each, blocks, top), traces=[0, 1, 2, 3]) for each in all_bars
-    ]
     protected = list(run.stack.protected)
+    guard = go.Bar(y=[top / 12] * len(protected))  # in every frame: Plotly takes away what a frame leaves out
+    frames = [
+        go.Frame(name=str(each.step.number), data=[*_frame(each, blocks, top), guard], traces=[0, 1, 2, 3, 4])
+        for each in all_bars
+    ]
     shown = _first_frame(blocks)
     for trace, last in zip(shown, frames[-1].data if frames else (), strict=False):
         trace.update(last)
     metric1 = bool(all_bars) and all_bars[0].step.candidates[0].objective == "metric1"
     figure = style.figure(
-        420,
+        440,
         *shown,
-        go.Scatter(
+        go.Bar(
             x=protected,
-            y=[0.0] * len(protected),
-            mode="markers",
+            y=guard.y,
+            width=0.75,
             name="Protected",
-            marker=dict(symbol="diamond-open", size=9, color=style.PROTECTED, line=dict(width=1.5)),
+            marker=dict(
+                color=style.PROTECTED,
+                pattern=_pattern(".", style.PROTECTED, "rgba(0,0,0,0)"),
+                line=dict(color=style.PROTECTED, width=1),
+            ),
             hovertemplate="block %{x}: protected, never a candidate<extra></extra>",
-            cliponaxis=False,
         ),
         barmode="overlay",
         bargap=0.25,
         xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
         yaxis=dict(title="1 − cosine" if metric1 else "Cost of removing it (nats per token)", range=[bottom, top]),
-        margin=dict(b=90, t=40),
+        margin=dict(b=110, t=40),
     )
     if frames:
         figure.frames = frames
@@ -326,9 +338,11 @@ def _first_frame(blocks: list[int]) -> list[go.Bar]:
     kinds = [
         go.Bar(
             x=blocks,
-            error_y=dict(type="data", thickness=1.2, width=2, color=style.GREY),
+            error_y=dict(type="data", thickness=1.5, width=0, color=style.GREY),
             name=name,
-            marker=dict(color=colour, pattern=dict(shape=pattern, fgcolor="rgba(0,0,0,0.55)", size=5)),
+            marker=dict(
+                color=colour, pattern=dict(shape=pattern, fillmode="overlay", fgcolor="rgba(0,0,0,0.55)", size=5)
+            ),
             hovertemplate=(
                 "<b>%{customdata[0]}</b>: %{y:.4f} above removing nothing<br>"
                 "%{customdata[1]} above the removed one<br>" + word + "<extra></extra>"
@@ -339,7 +353,7 @@ def _first_frame(blocks: list[int]) -> list[go.Bar]:
     gone = go.Bar(
         x=blocks,
         name="Removed before",
-        marker=dict(color="rgba(0,0,0,0)", pattern=dict(shape="/", fgcolor=style.REMOVED, size=6, solidity=0.2)),
+        marker=dict(color=style.REMOVED, pattern=_pattern("/", style.REMOVED, "rgba(0,0,0,0)")),
         hovertemplate="block %{x}: removed in step %{customdata}<extra></extra>",
     )
     return [*kinds, gone]
@@ -353,19 +367,24 @@ def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
     def data_of(kind: int) -> go.Bar:
         mine = [i if i is not None and kinds.get(i, 0) == kind else None for i in map(at.get, blocks)]
         return go.Bar(
-            y=[None if i is None else _short(shown.rises[i]) for i in mine],
-            error_y=dict(array=[None if i is None else _short(shown.reaches[i]) for i in mine]),
+            # Nothing is 0, not None: Plotly does not draw the error bar of a bar that a frame brings back.
+            y=[0.0 if i is None else _short(shown.rises[i]) for i in mine],
+            error_y=dict(array=[0.0 if i is None else _short(shown.reaches[i]) for i in mine]),
             customdata=[None if i is None else [shown.names[i], _difference(shown, i)] for i in mine],
         )
 
     earlier = [shown.gone.get(block) if block not in at else None for block in blocks]
-    gone = go.Bar(y=[None if number is None else _short(top) for number in earlier], customdata=earlier)
+    gone = go.Bar(y=[0.0 if number is None else _short(top) for number in earlier], customdata=earlier)
     return [data_of(0), data_of(1), data_of(2), gone]
 
 
-def _short(value: float) -> float | None:
+def _pattern(shape: str, foreground: str, background: str) -> dict[str, object]:
+    return dict(shape=shape, fgcolor=foreground, bgcolor=background, size=6, solidity=0.25) if shape else {}
+
+
+def _short(value: float) -> float:
     """Four digits: what a frame can show. A Python float, because Plotly packs arrays of numpy's."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(f"{value:.4g}") if math.isfinite(value) else 0.0
 
 
 def _difference(shown: Bars, i: int) -> str:
@@ -375,12 +394,8 @@ def _difference(shown: Bars, i: int) -> str:
 
 def _player(steps: Sequence[Step]) -> dict[str, object]:
     """Slider and play button of `animated`. redraw=False keeps 60 frames a second."""
-    timing = dict(
-        mode="immediate", frame=dict(duration=900, redraw=False), transition=dict(duration=350, easing="cubic-in-out")
-    )
-    jump = dict(
-        mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=250, easing="cubic-in-out")
-    )
+    timing = dict(mode="immediate", frame=dict(duration=900, redraw=False), transition=dict(duration=0))
+    jump = dict(mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=0))
     stop = dict(mode="immediate", frame=dict(duration=0, redraw=False), transition=dict(duration=0))
     slider = dict(
         active=len(steps) - 1,
@@ -407,45 +422,6 @@ def _player(steps: Sequence[Step]) -> dict[str, object]:
         buttons=buttons,
     )
     return dict(sliders=[slider], updatemenus=[menu])
-
-
-def strip(run: Run, number: int) -> go.Figure:
-    """All blocks in the order of the stack; those gone after step `number` (0: none) are hatched, with their step."""
-    assert run.trace is not None
-    assert run.stack is not None
-    gone = gone_after(run.trace.steps[:number])
-    blocks = list(range(run.stack.num_blocks))
-    protected = set(run.stack.protected)
-    figure = style.figure(
-        110,
-        xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
-        yaxis=dict(visible=False, range=[0, 1], fixedrange=True),
-        barmode="overlay",
-        bargap=0.15,
-    )
-    kinds = [
-        ("Kept", [b for b in blocks if b not in gone and b not in protected], style.CANDIDATE, ""),
-        ("Protected", [b for b in blocks if b in protected and b not in gone], style.CANDIDATE, "."),
-        ("Removed", [b for b in blocks if b in gone], style.REMOVED, "/"),
-    ]
-    for name, members, colour, pattern in kinds:
-        figure.add_trace(
-            go.Bar(
-                x=members,
-                y=[1.0] * len(members),
-                name=name,
-                text=[str(gone[b]) if b in gone and len(blocks) <= 48 else "" for b in members],
-                textangle=0,
-                marker=dict(
-                    color="rgba(0,0,0,0)" if name == "Removed" else colour,
-                    line=dict(color=colour, width=1.2),
-                    pattern=dict(shape=pattern, fgcolor="white" if pattern == "." else colour, size=6, solidity=0.25),
-                ),
-                hovertext=[f"block {b}: removed in step {gone[b]}" if b in gone else f"block {b}" for b in members],
-                hoverinfo="text",
-            )
-        )
-    return figure
 
 
 def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool) -> go.Figure:

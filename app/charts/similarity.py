@@ -1,0 +1,494 @@
+"""How alike block outputs are -> figures, tables and the facts of one pair. Knows records; knows no Streamlit.
+
+Outputs go by their block: an original, 0-based index, and `EMBEDDING` for what goes into block 0. Row and column
+i + 1 of a matrix belong to block i.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from app.charts import style
+from sleb.records import Run
+from sleb.similarity import TokenSimilarity, best_chunks
+
+EMBEDDING = -1
+"""The embedding output, where a block is asked for; "in" in labels and in addresses."""
+Measure = Literal["cosine", "angular"]
+Pick = tuple[int, int]
+"""The blocks of a cell's row and column."""
+
+_PICKED, _HALO = "#ffffff", "#000000"
+_NAMES: dict[Measure, str] = {"cosine": "Cosine similarity", "angular": "Angular distance"}
+
+
+def label(block: int) -> str:
+    """How an output is called on an axis and in an address."""
+    return "in" if block == EMBEDDING else str(block)
+
+
+def name(block: int) -> str:
+    """The same in a sentence."""
+    return "the embedding" if block == EMBEDDING else f"block {block}"
+
+
+def address(pick: Pick) -> str:
+    """A cell in an address: "3-17"."""
+    return f"{label(pick[0])}-{label(pick[1])}"
+
+
+def parse(text: str | None, num_blocks: int) -> Pick | None:
+    """The cell of an address, as "3-17" or "in-5"; None where there is none, or not in this stack."""
+    found = re.fullmatch(r"(in|[0-9]{1,4})-(in|[0-9]{1,4})", text or "", re.ASCII)
+    if found is None:
+        return None
+    row, column = (EMBEDDING if each == "in" else int(each) for each in found.groups())
+    return (row, column) if max(row, column) < num_blocks else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two outputs and what lies between them: the blocks after the earlier one, up to the later one, included."""
+
+    earlier: int
+    later: int
+    cosine: float
+    angular: float
+    """In [0, 1]."""
+    between: range
+    """Half-open, as Python and mergekit count: blocks earlier + 1 to later, both included."""
+    mean_metric1: float | None
+    """Of the blocks between; None where there is none."""
+    removed: int
+    """How many of the blocks between are removed."""
+    rank: int | None
+    """Of the chunk between among all chunks of its length, 1 turning least; None where there is none."""
+    best_start: int | None
+    """Of the chunk of the same length that turns least."""
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks are as long."""
+        return self._num_blocks - len(self.between) + 1
+
+    _num_blocks: int
+
+
+def pair(found: TokenSimilarity, pick: Pick, removed: Collection[int] = ()) -> Pair:
+    """The facts of a cell; the order of row and column makes no difference."""
+    earlier, later = min(pick), max(pick)
+    between = range(earlier + 1, later + 1)
+    rank = best = None
+    if between:
+        distances = np.diagonal(found.angular, offset=len(between))
+        rank = int((distances < distances[between.start]).sum()) + 1
+        best = int(distances.argmin())
+    return Pair(
+        earlier=earlier,
+        later=later,
+        cosine=float(found.mean[earlier + 1, later + 1]),
+        angular=float(found.angular[earlier + 1, later + 1]),
+        between=between,
+        mean_metric1=float(found.metric1[between.start : between.stop].mean()) if between else None,
+        removed=sum(block in removed for block in between),
+        rank=rank,
+        best_start=best,
+        _num_blocks=len(found.mean) - 1,
+    )
+
+
+def pair_title(pick: Pick) -> str:
+    """Two outputs as a headline."""
+    earlier, later = min(pick), max(pick)
+    words = name(earlier).capitalize()
+    return words if earlier == later else f"{words} and {name(later)}"
+
+
+def between_words(facts: Pair, is_search: bool) -> str:
+    """What lies between two outputs, as Markdown: with both ends, and half-open: people mistake one for the other."""
+    if not facts.between:
+        return "One and the same output: nothing lies between. Choose a cell beside the diagonal to compare two."
+    first, last, count = facts.between.start, facts.between.stop - 1, len(facts.between)
+    what = f"block {first} alone**" if count == 1 else f"{count} blocks, {first} to {last}**, both included"
+    lines = [f"**Between the two outputs: {what}; half-open `[{first},\N{NO-BREAK SPACE}{last + 1})`."]
+    lines.append(f"{'Mean ' if count > 1 else ''}Metric1 {facts.mean_metric1:.4f}.")
+    if is_search and count == 1:
+        lines[-1] += " This run removed it." if facts.removed else " This run did not remove it."
+    elif is_search:
+        lines[-1] += f" This run removed {facts.removed or 'none'} of them."
+    if facts.chunks > 1 and facts.best_start is not None:
+        kind = "blocks" if count == 1 else f"chunks of {count} blocks"
+        best = f"{facts.best_start}" if count == 1 else f"{facts.best_start} to {facts.best_start + count - 1}"
+        least = "it turns its input least." if facts.rank == 1 else f"number {facts.rank}; the first is {best}."
+        lines.append(f"Among all {facts.chunks} {kind} by angular distance: {least}")
+    return "  \n".join(lines)
+
+
+def details_table(run: Run, found: TokenSimilarity, pick: Pick) -> str:
+    """What is known of the two blocks of a cell, as a Markdown table of one column each."""
+    assert run.stack is not None
+    metric1 = found.metric1
+    columns = [["&nbsp;", "Parameters", "Metric1", "Its rank, lowest first", "In this run"]]
+    for block in dict.fromkeys(sorted(pick)):
+        head, state = name(block).capitalize(), state_of(run, block)
+        if block == EMBEDDING:
+            columns.append([head, "–", "–", "–", state])
+            continue
+        parameters, rank = run.stack.block_parameters[block], int((metric1 < metric1[block]).sum()) + 1
+        columns.append([head, f"{parameters:,}", f"{metric1[block]:.4f}", f"{rank} of {len(metric1)}", state])
+    first, *rest = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
+    return "\n".join([first, "|---" * len(columns) + "|", *rest])
+
+
+def state_of(run: Run, block: int) -> str:
+    """What became of a block in a search, in words; analyses alone decide nothing."""
+    assert run.stack is not None
+    if block == EMBEDDING:
+        return "always kept"
+    since = run.trace.removed_at if run.trace else {}
+    if block in since:
+        return f"removed at step {since[block]}"
+    if run.spec.kind != "search":
+        return "alive"
+    return "protected, never a candidate" if block in run.stack.protected else "alive"
+
+
+def colour_range(matrix: np.ndarray, measure: Measure, *, whole: bool = False) -> tuple[float, float]:
+    """Where the colours start and end: over pairs of different blocks, less the two per cent that are least alike.
+
+    The diagonal and the embedding would take most of the scale, and leave one colour for all blocks. `whole` is
+    0 to 1, the same for all runs.
+    """
+    blocks = matrix[1:, 1:]
+    others = blocks[~np.eye(len(blocks), dtype=bool)]
+    if whole or len(others) == 0:
+        return 0.0, 1.0
+    low, high = (0.02, 1.0) if measure == "cosine" else (0.0, 0.98)
+    ends = np.quantile(others, [low, high])
+    return (float(ends[0]), float(ends[1])) if ends[1] - ends[0] > 1e-9 else (float(ends[0]) - 1e-3, float(ends[1]))
+
+
+def heatmap(
+    found: TokenSimilarity,
+    measure: Measure,
+    *,
+    removed: Collection[int] = (),
+    pick: Pick | None = None,
+    whole: bool = False,
+    height: int = 590,
+) -> go.Figure:
+    """Every output against every other (paper, Figure 6): bright is alike, in either measure.
+
+    Its last trace is transparent and catches clicks: a heatmap's own do not reach Streamlit.
+    """
+    matrix = found.mean if measure == "cosine" else found.angular
+    blocks = np.arange(EMBEDDING, len(matrix) - 1)
+    low, high = colour_range(matrix, measure, whole=whole)
+    last, strip, edge = len(matrix) - 2, 0.035 * len(matrix), 0.012 * len(matrix)
+    rows, columns = np.repeat(blocks, len(blocks)), np.tile(blocks, len(blocks))
+    traces: list[Any] = [
+        go.Heatmap(
+            z=matrix.astype(np.float32),
+            x=blocks,
+            y=blocks,
+            zmin=low,
+            zmax=high,
+            colorscale=style.SCALE,
+            reversescale=measure == "angular",
+            colorbar=_colour_bar(_NAMES[measure]),
+            hoverinfo="skip",
+        ),
+        *_edge_marks(sorted(removed), last, strip, len(matrix)),
+        go.Scattergl(
+            x=columns,
+            y=rows,
+            mode="markers",
+            marker=dict(size=max(5, round(480 / len(matrix))), symbol="square", opacity=0),
+            selected=dict(marker=dict(opacity=0)),
+            unselected=dict(marker=dict(opacity=0)),
+            customdata=np.stack([found.mean.ravel(), found.angular.ravel()], axis=1).astype(np.float32),
+            hovertemplate="outputs of %{y} and %{x}<br>cosine %{customdata[0]:.4f}"
+            "<br>angular distance %{customdata[1]:.4f}<extra></extra>",
+            showlegend=False,
+        ),
+    ]
+    ticks = _ticks(len(matrix) - 1)
+    axis: dict[str, Any] = dict(showgrid=False, zeroline=False, constrain="domain", ticks="", **ticks)
+    return style.figure(
+        height,
+        *traces,
+        shapes=[*_outlined(removed), *_picked(pick, len(matrix))],
+        margin=dict(t=30, r=4),
+        hovermode="closest",
+        uirevision="heatmap",
+        xaxis=dict(
+            title=dict(text="Output of block", standoff=6),
+            range=[-1.5 - strip, last + 0.5 + edge],
+            scaleanchor="y",
+            **axis,
+        ),
+        yaxis=dict(title=dict(text="Output of block", standoff=6), range=[last + 0.5 + strip, -1.5 - edge], **axis),
+    )
+
+
+def _colour_bar(title: str) -> dict[str, Any]:
+    return dict(title=dict(text=title, side="right"), thickness=14, outlinewidth=0, x=1.01, xpad=4, len=1.0, ypad=0)
+
+
+def _ticks(num_blocks: int) -> dict[str, Any]:
+    step = 1 if num_blocks <= 16 else 2 if num_blocks <= 34 else 5 if num_blocks <= 50 else 10
+    shown = [EMBEDDING, *range(0 if num_blocks <= 16 else step, num_blocks, step)]
+    return dict(tickmode="array", tickvals=shown, ticktext=[label(block) for block in shown])
+
+
+def _edge_marks(removed: Sequence[int], last: int, strip: float, points: int) -> list[Any]:
+    """A triangle at the row and one at the column of every removed block."""
+    if not removed:
+        return []
+    hover = [f"block {block} is removed by this run" for block in removed]
+    size = 9 if points <= 40 else 7
+    places = (
+        ("triangle-right", [-1.5 - strip / 2] * len(removed), removed),
+        ("triangle-up", removed, [last + 0.5 + strip / 2] * len(removed)),
+    )
+    return [
+        go.Scatter(
+            x=list(x),
+            y=list(y),
+            mode="markers",
+            marker=dict(symbol=symbol, size=size, color=style.ORANGE),
+            hovertext=hover,
+            hoverinfo="text",
+            name="removed by this run",
+            legendgroup="removed",
+            showlegend=symbol == "triangle-right",
+        )
+        for symbol, x, y in places
+    ]
+
+
+def _outlined(removed: Collection[int]) -> list[dict[str, Any]]:
+    """The cells of removed blocks on the diagonal."""
+    if not removed:
+        return []
+    path = " ".join(
+        f"M{block - 0.5},{block - 0.5} H{block + 0.5} V{block + 0.5} H{block - 0.5} Z" for block in sorted(removed)
+    )
+    return [dict(type="path", path=path, line=dict(color=style.ORANGE, width=2), fillcolor="rgba(0,0,0,0)")]
+
+
+def _picked(pick: Pick | None, points: int) -> list[dict[str, Any]]:
+    """A frame around the picked cell, and lines to its labels."""
+    if pick is None:
+        return []
+    row, column = pick
+    reach = max(0.5, points / 90)
+    frame = dict(type="rect", x0=column - reach, x1=column + reach, y0=row - reach, y1=row + reach)
+    lines = [
+        dict(type="line", x0=-1.5, x1=column - reach, y0=row, y1=row),
+        dict(type="line", x0=column, x1=column, y0=row + reach, y1=points - 1.5),
+    ]
+    return [
+        *(each | dict(line=dict(color=_PICKED, width=1, dash="dot")) for each in lines),
+        frame | dict(line=dict(color=_HALO, width=5)),
+        frame | dict(line=dict(color=_PICKED, width=2.5)),
+    ]
+
+
+def heatmap_table(found: TokenSimilarity) -> pd.DataFrame:
+    """One row a pair of outputs, the earlier one first, each pair once."""
+    earlier, later = np.triu_indices(len(found.mean))
+    return pd.DataFrame(
+        {
+            "output": [label(int(index) - 1) for index in earlier],
+            "other_output": [label(int(index) - 1) for index in later],
+            "cosine": found.mean[earlier, later],
+            "angular_distance": found.angular[earlier, later],
+        }
+    )
+
+
+def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height: int = 400) -> go.Figure:
+    """Metric1 of every block (paper, equation 3): how far each turns its own input. The least five are labelled."""
+    metric1 = found.metric1
+    blocks = np.arange(len(metric1))
+    gone = np.isin(blocks, list(removed))
+    axis, in_decades = _metric1_axis(metric1)
+    traces: list[Any] = [
+        go.Scatter(
+            x=blocks, y=metric1, mode="lines", line=dict(color=style.GREY, width=1), hoverinfo="skip", showlegend=False
+        )
+    ]
+    kinds = ((~gone, "alive", style.BLUE, "circle"), (gone, "removed by this run", style.ORANGE, "x"))
+    for chosen, words, colour, symbol in kinds:
+        if chosen.any():
+            traces.append(
+                go.Scatter(
+                    x=blocks[chosen],
+                    y=metric1[chosen],
+                    mode="markers",
+                    name=words,
+                    marker=dict(color=colour, symbol=symbol, size=9 if len(blocks) <= 40 else 7),
+                    hovertemplate="block %{x}: Metric1 %{y:.4g}<extra>" + words + "</extra>",
+                )
+            )
+    return style.figure(
+        height,
+        *traces,
+        annotations=_least_labels(metric1, in_decades),
+        showlegend=bool(gone.any()),
+        hovermode="closest",
+        xaxis=dict(title="Block", range=[-0.8, len(blocks) - 0.2], zeroline=False, showgrid=False),
+        yaxis=dict(title="Metric1" + (", log scale" if in_decades else ""), zeroline=False, **axis),
+    )
+
+
+def least(metric1: np.ndarray, count: int = 5) -> list[int]:
+    """The blocks that turn their input least, the very least first."""
+    return [int(block) for block in np.argsort(metric1, kind="stable")[:count]]
+
+
+def _least_labels(metric1: np.ndarray, in_decades: bool) -> list[dict[str, Any]]:
+    """Labels below the least blocks; those of near blocks hang lower and lower, each on its own line."""
+    found: list[dict[str, Any]] = []
+    place, before = 0, -math.inf
+    for block in sorted(least(metric1)):
+        place = place + 1 if block - before < 0.035 * len(metric1) else 0
+        before = block
+        value = float(metric1[block])
+        found.append(
+            dict(
+                x=block,
+                y=math.log10(value) if in_decades else value,
+                text=f"<b>{block}</b>",
+                ax=0,
+                ay=20 + 15 * place,
+                yanchor="top",
+                arrowhead=0,
+                arrowwidth=1,
+                arrowcolor=style.GREY,
+                standoff=5,
+            )
+        )
+    return found
+
+
+def _metric1_axis(metric1: np.ndarray) -> tuple[dict[str, Any], bool]:
+    """The axis, with room for labels below the least; logarithmic where the values span more than a decade."""
+    low, high = float(metric1.min()), float(metric1.max())
+    if low <= 0 or high < 10 * low:
+        room = 0.05 * (high - min(low, 0.0)) + 1e-9
+        unit = 10.0 ** math.floor(math.log10(max(high, 1e-9)))
+        step = next(each for each in (0.2 * unit, 0.5 * unit, unit, 2 * unit) if high <= 6 * each)
+        shown = [step * place for place in range(7) if step * place <= high + room]  # none below 0: labels hang there
+        bounds = [min(low, 0.0) - 5 * room, high + room]
+        return dict(range=bounds, tickvals=shown, ticktext=[f"{each:.4g}" for each in shown]), False
+    first, last = math.log10(low), math.log10(high)
+    digits = (1, 2, 5) if last - first < 2.5 else (1,)
+    ticks = [digit * 10.0**power for power in range(math.floor(first) - 1, math.ceil(last) + 1) for digit in digits]
+    bounds = [first - 0.35 * (last - first), last + 0.06 * (last - first)]
+    shown = [each for each in ticks if bounds[0] <= math.log10(each) <= bounds[1]]
+    return dict(type="log", range=bounds, tickvals=shown, ticktext=[f"{each:g}" for each in shown]), True
+
+
+def neighbours_table(run: Run, found: TokenSimilarity) -> pd.DataFrame:
+    """One row a block: its Metric1, its rank (1 turns its input least) and what became of it."""
+    metric1 = found.metric1
+    return pd.DataFrame(
+        {
+            "block": np.arange(len(metric1)),
+            "metric1": metric1,
+            "rank": pd.Series(metric1).rank(method="min").astype(int),
+            "state": [state_of(run, block) for block in range(len(metric1))],
+        }
+    )
+
+
+def chunks(found: TokenSimilarity, *, pick: Pick | None = None, height: int = 400) -> go.Figure:
+    """How far every contiguous chunk turns its input, by its start and its length; the best of each length marked.
+
+    Its last trace is transparent and catches clicks.
+    """
+    distances = found.chunk_angular_distance
+    count = len(distances)
+    lengths = np.arange(1, count + 1)
+    best = best_chunks(distances)
+    # The whole stack and the first block have no like, and would take most of the scale.
+    inner = distances[:, 1:][np.isfinite(distances[:, 1:])]
+    low, high = (float(each) for each in np.quantile(inner, [0.0, 0.98])) if len(inner) > 1 else (0.0, 1.0)
+    rows, starts = np.nonzero(np.isfinite(distances))
+    shapes: list[dict[str, Any]] = []
+    if pick is not None and pick[0] != pick[1]:
+        start, length = min(pick) + 1, abs(pick[0] - pick[1])
+        reach = max(0.5, count / 90)
+        frame = dict(type="rect", x0=start - reach, x1=start + reach, y0=length - reach, y1=length + reach)
+        shapes = [frame | dict(line=dict(color=_HALO, width=5)), frame | dict(line=dict(color=_PICKED, width=2.5))]
+    return style.figure(
+        height,
+        go.Heatmap(
+            z=distances.astype(np.float32),
+            x=np.arange(count),
+            y=lengths,
+            zmin=low,
+            zmax=high if high > low else low + 1e-3,
+            colorscale=style.SCALE,
+            reversescale=True,
+            colorbar=_colour_bar("Angular distance"),
+            hoverinfo="skip",
+            hoverongaps=False,
+        ),
+        go.Scatter(
+            x=best,
+            y=lengths,
+            mode="markers",
+            name="best chunk of its length",
+            marker=dict(
+                size=7 if count <= 40 else 4,
+                color=style.ORANGE,
+                line=dict(width=1 if count <= 40 else 0, color=_PICKED),
+            ),
+            hoverinfo="skip",
+        ),
+        go.Scattergl(
+            x=starts,
+            y=rows + 1,
+            mode="markers",
+            marker=dict(size=6, symbol="square", opacity=0),
+            selected=dict(marker=dict(opacity=0)),
+            unselected=dict(marker=dict(opacity=0)),
+            customdata=np.stack([starts + rows, distances[rows, starts]], axis=1).astype(np.float32),
+            text=np.where(best[rows] == starts, "<br>the best chunk of its length", ""),
+            hovertemplate="blocks %{x} to %{customdata[0]:.0f}, %{y} of them"
+            "<br>angular distance %{customdata[1]:.4f}%{text}<extra></extra>",
+            showlegend=False,
+        ),
+        showlegend=True,
+        shapes=shapes,
+        hovermode="closest",
+        xaxis=dict(title="First block of the chunk", range=[-0.5, count - 0.5], showgrid=False, zeroline=False),
+        yaxis=dict(title="Blocks in the chunk", range=[0.5, count + 0.5], showgrid=False, zeroline=False),
+    )
+
+
+def chunks_table(found: TokenSimilarity) -> pd.DataFrame:
+    """One row a chunk: blocks start to stop - 1; whether it turns its input least of all as long."""
+    distances = found.chunk_angular_distance
+    best = best_chunks(distances)
+    rows, starts = np.nonzero(np.isfinite(distances))
+    return pd.DataFrame(
+        {
+            "start": starts,
+            "stop": starts + rows + 1,
+            "length": rows + 1,
+            "angular_distance": distances[rows, starts],
+            "best_of_length": best[rows] == starts,
+        }
+    )
