@@ -9,11 +9,12 @@ from sleb.records import Run, Step
 def of(run: Run, step: Step) -> methods.Comparison | None:
     """How each candidate of a step compares with the chosen one, with intervals; None without its scores."""
     try:
-        scores = store.read_scores(run.run_dir, f"step-{step.number:04d}")["nats"]
+        found = store.read_scores(run.run_dir, f"step-{step.number:04d}")
+        scores, seen = found["nats"], found.get("seen")
         counts = store.read_scores(run.run_dir, "baseline")["token_counts"][: scores.shape[1]]
     except (OSError, KeyError, ValueError):
         return None
     if len(scores) != len(step.candidates):
         return None
     # Metric1 is a mean over hidden states, of which the last token has one too.
-    return methods.compare(scores, counts + (step.candidates[0].objective == "metric1"), run.spec.confidence)
+    return methods.compare(scores, counts + (step.candidates[0].objective == "metric1"), run.spec.confidence, seen)

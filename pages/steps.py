@@ -121,6 +121,9 @@ def evidence(run: Run, number: int) -> None:
                 "interval": st.column_config.NumberColumn(
                     f"± ({confidence})", format="%.4f", help="Half width of the interval of that difference."
                 ),
+                "sequences": st.column_config.NumberColumn(
+                    "Sequences", format="%d", help="On how many it was scored: fewer where it left the race."
+                ),
                 "verdict": st.column_config.TextColumn("Verdict", help="Tied: the interval contains zero."),
             },
         )

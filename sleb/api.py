@@ -39,6 +39,7 @@ def search(
     protect: Sequence[int] | None = None,
     until_perplexity: float | None = None,
     confidence: float = 0.95,
+    search: Literal["auto", "full", "race"] = "auto",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -64,7 +65,9 @@ def search(
         protect: blocks that are never removed. Default: the first and the last one (none for early exit and
             best chunk).
         until_perplexity: stop before the held-out perplexity rises by more than this share (0.1 is 10 %).
-        confidence: of the interval by which candidates are told apart or called tied.
+        confidence: of the interval by which candidates are told apart or called tied, and of a race in each step.
+        search: `race` drops candidates once they cannot win, `full` scores all on everything; `auto` races from 32
+            sequences on.
         device, batch_size: how, not what: they do not belong to the run.
         run_dir: a new folder for the run. Default: one under `SLEB_HOME`.
 
@@ -86,6 +89,7 @@ def search(
         protect=protect,
         until_perplexity=until_perplexity,
         confidence=confidence,
+        search=search,
         bos=bos,
         chat=chat,
         dtype=dtype,
@@ -179,6 +183,7 @@ def run_spec(
     protect: Sequence[int] | None = None,
     until_perplexity: float | None = None,
     confidence: float = 0.95,
+    search: Literal["auto", "full", "race"] = "auto",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -224,6 +229,7 @@ def run_spec(
             protected=protect,
             until_perplexity=until_perplexity,
             confidence=confidence,
+            search=search,
             seed=seed,
             analysis=analysis,
         )

@@ -39,6 +39,7 @@ from .options import (
     RunName,
     Sampling,
     SamplingOption,
+    Search,
     Seed,
     SequenceLength,
     Sequences,
@@ -99,8 +100,16 @@ def search(
             help="Blocks never removed; '' for none. [default: first and last]",
         ),
     ] = None,
+    search: Annotated[
+        Search,
+        typer.Option(
+            "--search",
+            rich_help_panel=CHOICE,
+            help="race drops candidates that cannot win; full scores all on everything; auto races from 32 sequences.",
+        ),
+    ] = Search.AUTO,
     confidence: Annotated[
-        float, typer.Option(rich_help_panel=CHOICE, help="Of the interval that calls candidates tied.")
+        float, typer.Option(rich_help_panel=CHOICE, help="Of the interval that calls candidates tied, and of a race.")
     ] = 0.95,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
@@ -140,6 +149,7 @@ def search(
         protect=_blocks(protect),
         until_perplexity=_share(until_perplexity),
         confidence=confidence,
+        search=search.value,
         bos=bos.value,
         chat=chat,
         dtype=dtype.value,

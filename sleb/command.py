@@ -31,6 +31,8 @@ def arguments(spec: RunSpec, job: JobSpec | None = None) -> list[str]:
             given["protect"] = ",".join(map(str, spec.protected))
         if spec.confidence != 0.95:
             given["confidence"] = spec.confidence
+        if spec.search != "auto":
+            given["search"] = spec.search
     if job is not None and job.device != "auto":
         given["device"] = job.device
     if job is not None and job.batch_size is not None:

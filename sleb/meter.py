@@ -47,6 +47,12 @@ class Meter:
         self._total, self._done, self._start = max(units, 1.0), 0.0, time.perf_counter()
         self._progress = Progress(phase="Searching", step=finished_steps, steps=steps)
 
+    def revise(self, ahead: float) -> None:
+        """So much work is left as it was forecast; what is done tells how far off the forecast was."""
+        forecast = self._total - ahead
+        if forecast > 0:
+            self._total = self._done + ahead * self._done / forecast
+
     def step(self, number: int) -> None:
         """Step `number` begins."""
         self._tell(self._progress.model_copy(update={"phase": "Searching", "step": number}), force=True)

@@ -36,6 +36,10 @@ class Problem:
     """Predicted tokens of every sequence, int64."""
     confidence: float = 0.95
     until_perplexity: float | None = None
+    racing: bool = False
+    """Whether candidates that cannot win are dropped before they have seen the whole calibration set."""
+    seed: int = 0
+    """Of the order in which a race sees the sequences."""
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -51,6 +55,8 @@ class Decision:
     scores: np.ndarray
     held_out: np.ndarray
     """Sums of the held-out sequences under the model this step leaves, nats."""
+    seen: np.ndarray | None = None
+    """Which of the scores were taken, where candidates left a race; None is all of them."""
 
 
 @dataclass(frozen=True)
@@ -125,45 +131,111 @@ def measured(nats: np.ndarray, token_counts: np.ndarray) -> Measured:
     return Measured(nll_sum=total if math.isfinite(total) else None, token_count=int(token_counts.sum()))
 
 
-def compare(scores: np.ndarray, token_counts: np.ndarray, confidence: float) -> Comparison:
+def compare(
+    scores: np.ndarray, token_counts: np.ndarray, confidence: float, seen: np.ndarray | None = None
+) -> Comparison:
     """Winner, margin to the runner-up with its standard error, and who cannot be told from the winner.
 
-    `scores` is (candidates, sequences). The sequences are the same for all, so differences are taken in pairs, and
-    the interval of their mean is Student's. One sequence gives no interval: then nobody can be told from the winner.
+    `scores` is (candidates, sequences), and `seen` says which of them were scored: all of them unless candidates left
+    a race. The sequences are the same for a candidate and the winner, so differences are taken in pairs, and the
+    interval of their mean is Student's. One sequence gives no interval: then nobody can be told from the winner.
     """
-    totals = np.where(np.isfinite(scores).all(axis=1), scores.sum(axis=1), np.inf)
+    seen = np.ones(scores.shape, dtype=bool) if seen is None else seen
+    numbers = np.asarray(np.isfinite(np.where(seen, scores, 0.0)).all(axis=1))
+    totals = np.where(numbers & seen.all(axis=1), scores.sum(axis=1), np.inf)
     winner = int(np.argmin(totals))  # the first of equals: the earliest block, like the reference (sleb.py, strict <)
-    others = np.array([i for i in range(len(scores)) if i != winner and np.isfinite(totals[i])], dtype=int)
+    others = np.array([i for i in range(len(scores)) if i != winner and numbers[i]], dtype=int)
     all_differences, all_reach = np.full(len(scores), np.inf), np.full(len(scores), np.nan)
     all_differences[winner] = all_reach[winner] = 0.0
     if not len(others):
         return Comparison(winner, None, None, (), all_differences, all_reach)
-    means, errors = mean_and_error(scores[others] - scores[winner], token_counts)
+    differences = np.where(seen[others], scores[others] - scores[winner], 0.0)
+    means, errors = mean_and_error(differences, token_counts * seen[others])
     all_differences[others] = means
     runner_up = int(np.argmin(means))
-    if len(token_counts) < 2:
-        everyone = tuple(others.tolist())
-        return Comparison(winner, float(means[runner_up]), None, everyone, all_differences, all_reach)
     from scipy.special import stdtrit  # a third of a second to import
 
-    reach = float(stdtrit(len(token_counts) - 1, 0.5 + confidence / 2)) * errors
+    freedom = seen[others].sum(axis=1) - 1
+    reach = np.where(freedom > 0, stdtrit(np.maximum(freedom, 1), 0.5 + confidence / 2) * errors, np.nan)
     all_reach[others] = reach
-    tied = tuple(others[means <= reach].tolist())
-    return Comparison(winner, float(means[runner_up]), float(errors[runner_up]), tied, all_differences, all_reach)
+    tied = tuple(others[~(means > reach)].tolist())
+    error = float(errors[runner_up]) if np.isfinite(errors[runner_up]) else None
+    return Comparison(winner, float(means[runner_up]), error, tied, all_differences, all_reach)
 
 
 def mean_and_error(differences: np.ndarray, token_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean per token of paired differences (..., sequences) in nats, and its standard error.
 
-    The error is that of a ratio estimate (Cochran, Sampling Techniques, 6.4); NaN for a single sequence.
+    `token_counts` is (..., sequences) or the same for all; 0 where a sequence was not seen. The error is that of a
+    ratio estimate (Cochran, Sampling Techniques, 6.4); NaN for a single sequence.
     """
-    sequences = len(token_counts)
-    means = differences.sum(axis=-1) / token_counts.sum()
-    if sequences < 2:
-        return means, np.full_like(means, np.nan)
-    residuals = differences - means[..., None] * token_counts
-    spread = np.sqrt((residuals**2).sum(axis=-1) * sequences / (sequences - 1))
-    return means, spread / token_counts.sum()
+    counts = np.broadcast_to(token_counts, differences.shape)
+    sequences = (counts > 0).sum(axis=-1)
+    tokens = counts.sum(axis=-1)
+    means = differences.sum(axis=-1) / tokens
+    residuals = differences - means[..., None] * counts
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.sqrt((residuals**2).sum(axis=-1) * sequences / (sequences - 1))
+    return means, np.where(sequences > 1, spread / tokens, np.nan)
+
+
+def race(
+    problem: Problem, score: Score, skip_sets: Sequence[SkipSet], number: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scores (candidates, sequences) of the calibration set, and which of them were taken (None: all).
+
+    In a race, sequences come in rounds, in an order drawn anew for each step. After a round a candidate leaves whose
+    mean difference to the leader, on the same sequences, is above zero beyond what chance allows; whoever stays sees
+    the whole calibration set. Asked is who wins on *this* finite set, so the error shrinks as the set is used up
+    (finite-population correction, Cochran, 2.6), and the confidence is shared out evenly over all candidates and all
+    looks (Bonferroni): the best candidate is lost in at most 1 - `confidence` of the steps.
+    """
+    everything = problem.calibration
+    if not problem.racing:
+        return score(skip_sets, everything), None
+    count = len(everything)
+    looks = looks_of(count)
+    order = np.random.default_rng([problem.seed, number]).permutation(count)
+    scores = np.full((len(skip_sets), count), np.nan)
+    alive, done = np.arange(len(skip_sets)), 0
+    while done < count:
+        stop = next((look for look in looks if look > done), count) if len(alive) > 1 else count
+        chosen = order[done:stop]
+        found = score([skip_sets[int(index)] for index in alive], everything[chosen])
+        scores[np.ix_(alive, chosen)] = np.where(np.isfinite(found), found, np.inf)
+        done = stop
+        if done < count and len(alive) > 1:
+            so_far = scores[np.ix_(alive, order[:done])]
+            doubt = (1.0 - problem.confidence) / (len(skip_sets) * len(looks))
+            alive = alive[~_beaten(so_far, problem.token_counts[everything[order[:done]]], count, doubt)]
+    return scores, ~np.isnan(scores)
+
+
+def looks_of(sequences: int) -> tuple[int, ...]:
+    """After how many sequences a race looks who can leave: 8, 12, 16, 24, 32 ... Few looks cost little confidence."""
+    looks, size = [], 8
+    while size < sequences:
+        looks += [look for look in (size, size * 3 // 2) if look < sequences]
+        size *= 2
+    return tuple(looks)
+
+
+def _beaten(scores: np.ndarray, token_counts: np.ndarray, population: int, doubt: float) -> np.ndarray:
+    """Who is worse than the leader beyond `doubt`, bool (candidates,); `population` sequences are there in all."""
+    from scipy.special import stdtrit
+
+    totals = scores.sum(axis=1)
+    finite = np.isfinite(totals)
+    if not finite.any():
+        return np.zeros(len(scores), dtype=bool)
+    leader = int(np.argmin(totals))
+    seen = len(token_counts)
+    differences = np.where(finite[:, None], scores - scores[leader], 0.0)
+    means, errors = mean_and_error(differences, token_counts)
+    reach = float(stdtrit(seen - 1, 1.0 - doubt)) * errors * np.sqrt(1.0 - seen / population)
+    beaten: np.ndarray = ~finite | (means > reach)
+    beaten[leader] = False
+    return beaten
 
 
 def search(
@@ -211,8 +283,8 @@ def _greedy(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decisi
     while len(removed) < problem.num_remove:
         alive = [block for block in problem.candidates if block not in removed]
         skip_sets = [(*removed, block) for block in alive]
-        nats = score(skip_sets, problem.calibration)
-        decision = _decide(problem, score, removed, alive, skip_sets, nats)
+        nats, seen = race(problem, score, skip_sets, len(removed) + 1)
+        decision = _decide(problem, score, removed, alive, skip_sets, nats, seen=seen)
         yield decision
         removed = decision.step.removal_list
 
@@ -257,8 +329,8 @@ def _best_chunk(problem: Problem, score: Score, removed: SkipSet) -> Iterator[De
     while len(removed) < problem.num_remove:
         chunks = _chunks(problem.num_blocks, len(removed) + 1, set(problem.protected))
         starts = [chunk[0] for chunk in chunks]
-        nats = score(chunks, problem.calibration)
-        decision = _decide(problem, score, removed, starts, chunks, nats)
+        nats, seen = race(problem, score, chunks, len(removed) + 1)
+        decision = _decide(problem, score, removed, starts, chunks, nats, seen=seen)
         yield decision
         removed = decision.step.removal_list
 
@@ -273,18 +345,21 @@ def _decide(
     *,
     alone: bool = False,
     objective: Literal["nll", "metric1"] = "nll",
+    seen: np.ndarray | None = None,
 ) -> Decision:
     """Choose the lowest of `scores` (candidates, calibration sequences) and measure the model it leaves.
 
-    `alone`: candidates were scored without the blocks removed `before`, and are added to them.
+    `alone`: candidates were scored without the blocks removed `before`, and are added to them. `seen`: which scores
+    were taken, where candidates left a race.
     """
     counts = problem.token_counts[problem.calibration]
     score_counts = counts + 1 if objective == "metric1" else counts  # hidden states exist for the last token too
-    result = compare(scores, score_counts, problem.confidence)
+    result = compare(scores, score_counts, problem.confidence, seen)
+    taken = np.ones(scores.shape, dtype=bool) if seen is None else seen
     chosen = skip_sets[result.winner]
     candidates = []
-    for block, skipped, row in zip(blocks, skip_sets, scores, strict=True):
-        total = measured(row, score_counts)
+    for block, skipped, row, own in zip(blocks, skip_sets, scores, taken, strict=True):
+        total = measured(row[own], score_counts[own])
         candidates.append(
             Candidate(
                 block=block,
@@ -293,6 +368,7 @@ def _decide(
                 score_sum=total.nll_sum,
                 nll_sum=None if objective == "metric1" else total.nll_sum,
                 token_count=total.token_count,
+                sequences=int(own.sum()),
             )
         )
     if candidates[result.winner].score_sum is None:
@@ -320,4 +396,4 @@ def _decide(
         head_evaluations=0,
         seconds=0.0,
     )
-    return Decision(step, scores, held_out)
+    return Decision(step, scores, held_out, seen)

@@ -16,6 +16,14 @@ class Sampling(StrEnum):
     FIRST = "first"
 
 
+class Search(StrEnum):
+    """Whether candidates race."""
+
+    AUTO = "auto"
+    FULL = "full"
+    RACE = "race"
+
+
 class Bos(StrEnum):
     """Whether windows begin with BOS."""
 

@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 """Version of the run folder. A folder of another version is refused, never guessed at."""
 
 
+RACE_SEQUENCES = 32
+"""From so many calibration sequences on a race saves more than it may lose."""
+
+
 class Record(BaseModel):
     """A value: frozen, and strict about unknown fields, so that a misspelt one is found when it is written."""
 
@@ -69,9 +73,18 @@ class RunSpec(Record):
     until_perplexity: Annotated[float, Field(ge=0)] | None = None
     """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Of the interval by which two candidates are told apart, or called tied."""
+    """Of the interval by which two candidates are told apart, or called tied; and of a race, in each of its steps."""
+    search: Literal["auto", "full", "race"] = "auto"
+    """Whether every candidate sees the whole calibration set, or leaves once it cannot win. See `races`."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     analysis: bool = True
+
+    @property
+    def races(self) -> bool:
+        """Whether candidates race: where a method chooses one of many, from 32 sequences on unless asked otherwise."""
+        if self.method not in (Method.METRIC3, Method.BEST_CHUNK):
+            return False
+        return self.search == "race" or (self.search == "auto" and self.calibration.sequences >= RACE_SEQUENCES)
 
     @model_validator(mode="after")
     def _one_target(self) -> RunSpec:
@@ -152,10 +165,12 @@ class Candidate(Record):
     score_sum: float | None
     nll_sum: float | None = None
     token_count: Annotated[int, Field(gt=0)]
+    sequences: Annotated[int, Field(gt=0)] | None = None
+    """On how many calibration sequences it was scored: fewer than all where it left a race. None in older runs."""
 
     @property
     def score(self) -> float | None:
-        """Mean score per token, in nats for the likelihood."""
+        """Mean score per token, in nats for the likelihood; over other sequences than the winner's after a race."""
         return None if self.score_sum is None else self.score_sum / self.token_count
 
     @property

@@ -131,6 +131,8 @@ class Session:
             token_counts=scorer.token_counts,
             confidence=self.spec.confidence,
             until_perplexity=self.spec.until_perplexity,
+            racing=self.spec.races,
+            seed=self.spec.seed,
         )
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
@@ -227,13 +229,17 @@ class Session:
                 }
             )
             members = np.array([candidate.block for candidate in step.candidates])
-            store.write_scores(
-                directory, f"step-{step.number:04d}", blocks=members, nats=decision.scores, held_out=decision.held_out
-            )
+            kept = {"blocks": members, "nats": decision.scores, "held_out": decision.held_out}
+            if decision.seen is not None:
+                kept["seen"] = decision.seen
+            store.write_scores(directory, f"step-{step.number:04d}", **kept)
             store.append_step(directory, step)
             log.info("Step %d: removed %s in %.1f s", step.number, list(step.removed), step.seconds)
             steps.append(step)
             self.watcher.step(step, first)
+            if problem.racing:  # how soon candidates leave is only known now
+                ahead = cost_of_search(self.spec.method, problem, steps, with_baseline=False, plain=scorer.plain)
+                self.meter.revise(ahead.units(scorer.head_weight))
 
     def _held_out_error(self, problem: methods.Problem, nats: np.ndarray) -> float | None:
         """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""

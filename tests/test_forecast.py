@@ -85,7 +85,9 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
     [
         dict(model="demo"),
         dict(model="org/x", remove=3, method="best-chunk", protect=(), calibration="c4", chat=True, bos="no"),
-        dict(model="-odd name", until_perplexity=0.125, protect=(0, 5), confidence=0.9, seed=3, held_out=0),
+        dict(
+            model="-odd name", until_perplexity=0.125, protect=(0, 5), confidence=0.9, seed=3, held_out=0, search="full"
+        ),
         dict(model="org/x", ratio=0.3, analysis=False, dtype="float32", revision="main", sampling="first"),
         dict(model="org/x", kind="analyze", sequences=7, sequence_length=99),
     ],

@@ -11,6 +11,7 @@ from dashboard import charts, open_page, words
 from stores import write_run
 
 from app import data, evidence, stepper
+from app.charts import steps as step_charts
 from sleb.records import JobState, Method, Run
 
 
@@ -94,6 +95,31 @@ def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
         reach = shown["reaches"][shown["differences"].index(behind)]  # half of the interval that calls it tied
         assert f"{step.margin:.4f} ± {reach:.4f} nats per token" in shown["words"]
         assert ("told apart" in shown["words"]) == (not step.tied)
+
+
+def test_frames_of_the_report_hold_every_step(runs: Path) -> None:
+    run = write_run(runs / "run", 12, 4)
+    assert run.trace is not None
+    compared = [evidence.of(run, step) for step in run.trace.steps]
+    figure = step_charts.animated(run, compared)
+    assert [frame.name for frame in figure.frames] == ["1", "2", "3", "4"]
+    for frame, step in zip(figure.frames, run.trace.steps, strict=True):
+        kinds = [{block for block, height in enumerate(trace.y) if height} for trace in frame.data[:4]]
+        candidates, tied, chosen, gone = kinds
+        assert chosen == set(step.removed)
+        assert tied == set(step.tied)
+        assert gone == set(step.removal_list) - set(step.removed)
+        assert candidates | tied | chosen == {each.block for each in step.candidates}
+        assert len(frame.data) == len(figure.data)  # Plotly takes away what a frame leaves out
+
+
+def test_one_block_far_above_all_others_does_not_flatten_them() -> None:
+    costs = np.array([0.1, 0.11, 0.12, 0.2, 3.0])
+    reaches = np.array([0.0, 0.3, 0.01, 0.01, 0.5])
+    top = step_charts.reach_of_axis(costs, reaches, contenders=(0, 1), quantile=0.75)
+    assert 0.41 <= top < 1.0  # the tied one with its whole interval; the outlier is cut off
+    assert step_charts.reach_of_axis(costs[:4], reaches[:4], (0,), 0.75) == pytest.approx(0.2)
+    assert step_charts.reach_of_axis(np.array([np.nan]), np.array([np.nan]), (0,), 0.75) == 1.0
 
 
 def test_one_sequence_tells_nobody_apart(runs: Path) -> None:

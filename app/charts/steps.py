@@ -75,6 +75,8 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
     else:
         differences = np.where(np.isfinite(evidence.differences), evidence.differences, math.nan)
         reaches = evidence.reach
+        # Who left a race was scored on fewer sequences, easy or hard ones: only the difference on them compares.
+        scores = np.where(left_race(step), scores[chosen] + differences, scores)
     base, base_name = _base(run.trace.baseline, before, step)
     return Bars(
         step=step,
@@ -89,6 +91,12 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
         base_name=base_name,
         gone=gone_after(before),
     )
+
+
+def left_race(step: Step) -> np.ndarray:
+    """Which candidates were not scored on the whole calibration set, bool (candidates,)."""
+    counts = [each.token_count for each in step.candidates]
+    return np.array([count < max(counts) for count in counts])
 
 
 def candidate_name(candidate: Candidate) -> str:
@@ -162,6 +170,7 @@ def evidence_table(shown: Bars) -> pd.DataFrame:
             "perplexity": [math.nan if each.perplexity is None else each.perplexity for each in step.candidates],
             "difference": shown.differences,
             "interval": shown.reaches,
+            "sequences": [math.nan if each.sequences is None else each.sequences for each in step.candidates],
             "verdict": verdicts,
         }
     )
