@@ -42,6 +42,7 @@ _FIELDS: dict[str, Any] = dict(
     seed=0,
     protect="",
     confidence=95,
+    search="auto",
     bos="auto",
     chat=False,
     dtype="auto",
@@ -79,6 +80,7 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
         seed=spec.seed,
         protect="" if spec.protected is None else ", ".join(map(str, spec.protected)) or "none",
         confidence=round(100 * spec.confidence),
+        search=spec.search,
         bos=spec.calibration.bos,
         chat=spec.calibration.chat,
         dtype=spec.dtype,
@@ -337,7 +339,15 @@ def _more() -> dict[str, Any]:
         "Batch", 1, 100_000, key=_key("batch_size"), placeholder="chosen", help="Sequences at once."
     )
     found["revision"] = fourth.text_input("Revision", key=_key("revision"), help="Of a model on the hub.") or None
-    first, second = st.columns(2)
+    first, second, third = st.columns([1, 1, 2], vertical_alignment="bottom")
+    found["search"] = third.segmented_control(
+        "Candidates",
+        ["auto", "race", "full"],
+        required=True,
+        key=_key("search"),
+        help="In a race a candidate leaves once it cannot win: several times less work for the same list, but for bad "
+        "luck in at most 5 % of the steps. full scores all on all the text; auto races from 32 sequences on.",
+    )
     found["chat"] = first.checkbox("Conversations", key=_key("chat"), help="The column holds chats: use the template.")
     found["analysis"] = second.checkbox(
         "Similarity and alignment too", key=_key("analysis"), help="Both analyses after the search, for two more pages."
