@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import streamlit as st
 
@@ -54,7 +54,8 @@ def _missing(run: Run) -> tuple[str, str]:
         return "Nothing here yet", "This run has not been started. Start it on the **Runs** page."
     return (
         "Recorded without analyses",
-        "This run was asked for its removal list only. Start an analysis of the same model on the **Runs** page.",
+        "This run was asked for its removal list only. Duplicate it on the **Runs** page with *Similarity and "
+        "alignment too* switched on, or run `sleb analyze` on the same model.",
     )
 
 
@@ -111,11 +112,11 @@ def origin(analysis: Analysis, chosen: Chosen) -> str:
         return f"of the {analysed:,} tokens analysed, kept in the cache"
     return (
         f"of the {chosen.available:,} tokens that travel with the run folder "
-        f"(evenly spaced among the {analysed:,} analysed, and each sequence's first)"
+        f"(drawn from the {analysed:,} analysed)"
     )
 
 
-def nothing_chosen() -> None:
+def nothing_chosen() -> NoReturn:
     """Ends the page where a choice holds no token."""
     components.empty(
         "No token in this choice",

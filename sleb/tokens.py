@@ -41,13 +41,13 @@ def of(found: cache.BlockOutputs) -> Tokens:
 
 
 def sample(tokens: Tokens, size: int = SAMPLE_BYTES) -> Tokens:
-    """First tokens, and as many evenly spaced others as fit into `size` bytes."""
+    """As many tokens as fit into `size` bytes, drawn blindly: any choice among them is a fair sample of that choice."""
     points = tokens.cosine.shape[1]
     fitting = max(64, size // (points * (points - 1) + 4 * points))
     if len(tokens) <= fitting:
         return tokens
-    chosen = np.unique(np.linspace(0, len(tokens) - 1, fitting).astype(int))
-    chosen = np.union1d(chosen, np.flatnonzero(tokens.position == 0))
+    # Evenly spaced ones would always sit at the same positions where the spacing divides the length.
+    chosen = np.sort(np.random.default_rng(0).choice(len(tokens), fitting, replace=False))
     return Tokens(
         np.asarray(tokens.cosine[chosen]),
         np.asarray(tokens.predictions[:, chosen]),

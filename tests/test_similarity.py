@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from families import build, token_ids
+from stores import write_run
 
+from sleb import similarity, tokens
 from sleb.blocks import BlockStack
 from sleb.errors import ScoringError
 from sleb.similarity import (
@@ -153,3 +156,21 @@ def test_pages_get_similarities_without_torch() -> None:
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_run_recorded_is_what_its_tokens_give(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 12, 2)
+    kept = tokens.read(run.run_dir, 12)
+    assert kept is not None
+    assert run.analysis is not None
+    for which, rows in (("all", kept.position >= 0), ("without first", kept.position > 0)):
+        found = similarity.recorded(run.analysis, which)
+        again = similarity.over_tokens(kept.cosine, np.flatnonzero(rows))
+        np.testing.assert_allclose(found.mean, again.mean, atol=1e-4)
+        assert found.token_count == again.token_count
+    assert similarity.recorded(run.analysis, "random").token_count == 1
+
+
+def test_the_best_chunk_of_each_length_turns_least() -> None:
+    distances = np.array([[0.3, 0.1, 0.2], [0.4, 0.2, np.nan], [0.5, np.nan, np.nan]])
+    assert list(similarity.best_chunks(distances)) == [1, 1, 0]
