@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import streamlit as st
 
 from app import choosing, components, data
 from app.charts import similarity
-from app.charts.similarity import Measure, Pick
+from app.charts.similarity import Colours, Measure, Pick
 from sleb.records import Analysis, Run, StackDescription
 from sleb.similarity import TokenSimilarity, recorded
 
+Choice = TypeVar("Choice", bound=str)
 MAP, CHUNKS, PANEL = "similarity-map", "chunks", "pair-details"
-TOKENS = {"mean": "Mean over calibration tokens", "random": "One random token"}
-MEASURES: dict[Measure, str] = {"cosine": "Cosine similarity", "angular": "Angular distance"}
+TOKENS = {"mean": "Calibration tokens", "random": "One random token"}
+MEASURES: dict[Measure, str] = {"cosine": "Cosine", "angular": "Angular distance"}
+COLOURS: dict[Colours, str] = {"fitted": "Fitted", "ranks": "By rank", "whole": "0 to 1"}
 PANEL_STYLE = f"<style>div:has(> .st-key-{PANEL}) {{min-width: 380px; max-width: 720px}}</style>"
 """Beside the map while there is room to read, else below it."""
+COLOURS_EXPLAINED: dict[Colours, str] = {
+    "fitted": "What lies beyond the colour bar has the colour of its end.",
+    "ranks": "Colours follow the order of all pairs, not their distance.",
+    "whole": "Values below 0 have the colour of 0.",
+}
 READING = """
 **A bright cell** says that the outputs of its two blocks point in nearly the same direction: the blocks between them
-turned what flows through them only a little. Each block adds to its input, so neighbours are always alike, and the
+turned what flows through them only a little. Each block adds to its input, so neighbours are mostly alike, and the
 diagonal, an output with itself, is 1. Look for bright squares along it: a stretch of blocks that together change
 little. A dark seam is a block that changes much, often the first and the last.
 
@@ -42,45 +50,47 @@ def main() -> None:
     """The screen, from top to bottom."""
     run = components.run_page("Similarity", "Which blocks hardly change what flows through them?")
     analysis, stack = choosing.analysis_of(run)
-    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        tokens = st.segmented_control(
+    with st.container(horizontal=True, gap="medium"):
+        tokens = _switch(
             "Tokens",
-            list(TOKENS),
-            default="mean",
-            required=True,
-            format_func=TOKENS.__getitem__,
-            key="tokens",
-            bind="query-params",
-            help="The paper feeds a single random token to the model (3.1, Figure 6). The mean over many tokens of the "
+            "tokens",
+            TOKENS,
+            "The paper feeds a single random token to the model (3.1, Figure 6). The mean over many tokens of the "
             "calibration text says more about text.",
         )
-        measure: Measure = st.segmented_control(
+        measure = _switch(
             "Measure",
-            list(MEASURES),
-            default="cosine",
-            required=True,
-            format_func=MEASURES.__getitem__,
-            key="measure",
-            bind="query-params",
-            help="Cosine similarity: 1 is the same direction, 0 a right angle (paper, equation 2). Angular distance is "
-            "the angle divided by 180 degrees: 0 is the same direction, 0.5 a right angle; it tells very similar "
-            "outputs apart.",
+            "measure",
+            MEASURES,
+            "Cosine similarity: 1 is the same direction, 0 a right angle (paper, equation 2). Angular distance is the "
+            "angle divided by 180 degrees: 0 is the same direction, 0.5 a right angle; it tells very similar outputs "
+            "apart.",
         )
+        colours = _switch(
+            "Colours",
+            "colours",
+            COLOURS,
+            "Fitted: over the range that most pairs of blocks take. By rank: each colour has as many cells, so that "
+            "the smallest differences show. 0 to 1: the same for all runs and choices.",
+        )
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         chosen = choosing.calibration_tokens(run, analysis, disabled=tokens == "random")
-        whole = st.toggle(
-            "Colours from 0 to 1",
-            key="whole",
-            bind="query-params",
-            help="On: the same scale for all runs and choices. Off: colours are spread over the range that pairs of "
-            "blocks take, so that small differences show.",
-        )
     found, about = _numbers(run, analysis, tokens, chosen)
     st.caption(f"{about} Measured on the whole model: no block is removed here.")
     st.html(PANEL_STYLE)
-    _pictures(run, stack, found, measure, whole)
+    _pictures(run, stack, found, measure, colours)
     with st.expander("How to read this", icon=":material/help:"):
         st.markdown(READING)
         st.page_link("../pages/steps.py", label="Go to Removal steps", icon=":material/layers_clear:")
+
+
+def _switch(label: str, key: str, words: dict[Choice, str], explained: str) -> Choice:
+    """A choice between two or three, kept in the URL."""
+    found: Choice = st.segmented_control(
+        label, list(words), default=next(iter(words)), required=True, format_func=words.__getitem__, key=key,
+        bind="query-params", help=explained,
+    )  # fmt: skip
+    return found
 
 
 def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen) -> tuple[TokenSimilarity, str]:
@@ -88,7 +98,9 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen)
     about = analysis.description
     if tokens == "random":
         token = analysis.similarity.random_token_id
-        return recorded(analysis, "random"), f"Over 1 token, fed alone: entry {token} of the vocabulary, drawn blindly."
+        return recorded(
+            analysis, "random"
+        ), f"Over 1 token, fed alone: entry {token} of the vocabulary, drawn at random."
     if chosen.tokens == choosing.EVERYTHING:
         text = f"Mean over all {about.token_count:,} tokens analysed, of {about.sequences} calibration sequences."
         return recorded(analysis, "all"), text
@@ -106,34 +118,33 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen)
 
 
 @st.fragment
-def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure: Measure, whole: bool) -> None:
+def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure: Measure, colours: Colours) -> None:
     """All that follows a click; nothing else is run again for it."""
     pick = similarity.parse(st.query_params.get("cell"), stack.num_blocks)
     with st.container(horizontal=True, gap="large"):
         with st.container(width=640):
-            _map(run, found, measure, whole, pick)
+            _map(run, found, measure, colours, pick)
         with st.container(border=True, key=PANEL):
             _details(run, stack, found, pick)
     left, right = st.columns(2, gap="large")
     with left:
         _neighbours(run, found)
     with right:
-        _chunks(found, pick)
+        _chunks(found, colours, pick)
 
 
-def _map(run: Run, found: TokenSimilarity, measure: Measure, whole: bool, pick: Pick | None) -> None:
+def _map(run: Run, found: TokenSimilarity, measure: Measure, colours: Colours, pick: Pick | None) -> None:
     removed = run.removal_list
     components.chart(
-        similarity.heatmap(found, measure, removed=removed, pick=pick, whole=whole),
+        similarity.heatmap(found, measure, removed=removed, pick=pick, colours=colours),
         key=MAP,
         alt=f"{MEASURES[measure]} between the outputs of every two blocks, the embedding first; removed blocks have "
         "triangles at the axes and outlined cells on the diagonal",
         table=lambda: similarity.heatmap_table(found),
         on_pick=lambda: _picked(MAP, lambda row, column: (row, column)),
     )
-    low, high = similarity.colour_range(found.mean if measure == "cosine" else found.angular, measure, whole=whole)
     st.caption(
-        f"Bright is alike. Colours run from {low:.3g} to {high:.3g}; what lies beyond has the colour of the end. "
+        f"Bright is alike. {COLOURS_EXPLAINED[colours]} "
         "“in” is the embedding output, which is block 0's input."
         + (f" Triangles and outlines: the {len(removed)} blocks that this run removed." if removed else "")
     )
@@ -181,8 +192,8 @@ def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pi
         return
     facts = similarity.pair(found, pick, run.removal_list)
     with st.container(horizontal=True, gap="large"):
-        st.metric("Cosine similarity", f"{facts.cosine:.4f}", width="content")
-        st.metric("Angular distance", f"{facts.angular:.4f}", width="content")
+        st.metric("Cosine similarity", similarity.number(facts.cosine), width="content")
+        st.metric("Angular distance", similarity.number(facts.angular), width="content")
         st.metric("Blocks between", len(facts.between), width="content")
     st.markdown(similarity.between_words(facts, run.spec.kind == "search"))
     st.markdown(similarity.details_table(run, found, pick))
@@ -203,10 +214,10 @@ def _neighbours(run: Run, found: TokenSimilarity) -> None:
     )
 
 
-def _chunks(found: TokenSimilarity, pick: Pick | None) -> None:
+def _chunks(found: TokenSimilarity, colours: Colours, pick: Pick | None) -> None:
     st.subheader("Contiguous chunks", anchor=False)
     components.chart(
-        similarity.chunks(found, pick=pick),
+        similarity.chunks(found, pick=pick, colours=colours),
         key=CHUNKS,
         alt="Angular distance between input and output of every contiguous chunk, by first block and length; the best "
         "chunk of each length has a dot",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +85,41 @@ def test_colours_are_spread_over_pairs_of_different_blocks() -> None:
     others = found.mean[1:, 1:][~np.eye(6, dtype=bool)]
     assert others.min() <= low < high == others.max() < 1
     assert similarity.colour_range(found.angular, "angular")[0] == pytest.approx(1 / 180)
-    assert similarity.colour_range(found.mean, "cosine", whole=True) == (0.0, 1.0)
+    whole = similarity.heatmap(found, "cosine", colours="whole").data[0]
+    assert (whole.zmin, whole.zmax) == (0.0, 1.0)
     for flat in (np.ones((4, 4)), np.ones((2, 2))):  # no spread; one block
         low, high = similarity.colour_range(flat, "cosine")
         assert low < high
+
+
+def test_colours_by_rank_give_every_pair_its_place() -> None:
+    found = line(4)
+    shown = similarity.heatmap(found, "angular", colours="ranks").data[0]
+    ranks = shown.z
+    assert ranks[0, 4] == pytest.approx(9 / 10)  # of ten pairs, nine are nearer
+    assert ranks[2, 2] == 0
+    assert list(shown.colorbar.ticktext) == [similarity.number(each / 180) for each in (1, 1.25, 10.5, 11.75, 13)]
+    chunks = similarity.chunks(found, colours="ranks").data[0].z
+    assert chunks[3, 0] == pytest.approx(9 / 10)
+    assert np.isnan(chunks[3, 1])
+
+
+def test_numbers_have_the_digits_that_tell_them_from_0_and_1() -> None:
+    expected = {0.7365: "0.7365", 0.99998: "0.999980", 1.0: "1.0000", 0.0: "0.0000", 2e-5: "0.000020", -0.5: "-0.5000"}
+    assert {value: similarity.number(value) for value in expected} == expected
+
+
+def test_a_metric1_of_nothing_lies_at_the_foot_of_a_log_axis() -> None:
+    metric1 = np.array([0.9, 0.0, 1e-4, 0.02])
+    matrix = np.ones((5, 5))
+    matrix[np.arange(4), np.arange(1, 5)] = 1 - metric1
+    figure = similarity.neighbours(TokenSimilarity(1, matrix, 1 - matrix))
+    axis = figure.layout.yaxis
+    assert axis.type == "log"
+    assert axis.ticktext[0] == "≤ 10<sup>-6</sup>"
+    assert figure.data[1].y[1] == axis.tickvals[0] == pytest.approx(1e-6)
+    assert figure.data[1].customdata[1] == 0.0
+    assert axis.range[0] < -6
 
 
 def test_the_overlay_that_catches_clicks_lies_on_every_cell() -> None:
@@ -251,10 +280,13 @@ def test_runs_that_have_nothing_to_show_say_what_to_do(runs: Path) -> None:
     write_run(runs / "bare", 12, 3, analysis=False)
     write_run(runs / "failed", 12, 3, done=1, state=JobState.FAILED, message="Out of <b>memory</b>.", analysis=False)
     store.create(RunSpec(model="x"), runs / "waiting")
+    strange = write_run(runs / "strange", 12, 3, analysis=False)
+    store.write_no_analysis(strange.run_dir, "Its blocks hand on <b>two</b> tensors.")
     for run_id, expected in (
         ("bare", "asked for its removal list only"),
         ("failed", "Out of \\<b\\>memory"),
         ("waiting", "has not been started"),
+        ("strange", "Its blocks hand on \\<b\\>two\\</b\\> tensors."),
     ):
         app = open_page("similarity", run=run_id)
         assert not app.exception
@@ -269,25 +301,21 @@ def test_no_run_at_all(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 def test_a_run_of_analyses_alone_removes_nothing(runs: Path) -> None:
     run = write_run(runs / "one", 12, 3)
-    shutil.rmtree(run.run_dir / "scores")
     (run.run_dir / "trace.jsonl").unlink()
     spec = run.spec.model_copy(update={"kind": "analyze"})
     (run.run_dir / "spec.json").write_text(spec.model_dump_json())
     app = open_page("similarity", run="one", cell="0-5")
     assert not app.exception
     shown = words(app)
-    assert (
-        "removed"
-        not in shown.replace("no block is removed here", "").partition("How to read")[0].split("**A bright")[0]
-    )
+    assert "5 blocks, 1 to 5" in shown
     assert "| alive | alive |" in shown
+    assert "his run removed" not in shown
     assert charts(app)[1]["layout"]["showlegend"] is False
 
 
-def test_a_tall_stack_is_drawn_without_torch(runs: Path) -> None:
+def test_a_tall_stack_is_drawn_whole(runs: Path) -> None:
     write_run(runs / "tall", 80, 2)
-    before = "torch" in sys.modules
     app = open_page("similarity", run="tall", cell="40-60")
     assert not app.exception
-    assert ("torch" in sys.modules) is before
     assert array(charts(app)[0]["data"][0]["z"]).shape == (81, 81)
+    assert "20 blocks, 41 to 60" in words(app)

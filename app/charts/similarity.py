@@ -23,11 +23,20 @@ from sleb.similarity import TokenSimilarity, best_chunks
 EMBEDDING = -1
 """The embedding output, where a block is asked for; "in" in labels and in addresses."""
 Measure = Literal["cosine", "angular"]
+Colours = Literal["fitted", "ranks", "whole"]
+"""Over the range of most pairs of blocks; by rank, so that every colour has as many cells; or 0 to 1 for every run."""
 Pick = tuple[int, int]
 """The blocks of a cell's row and column."""
 
 _PICKED, _HALO = "#ffffff", "#000000"
+_FLOOR = 1e-6  # recorded similarities have six digits: a Metric1 below one of them is none
 _NAMES: dict[Measure, str] = {"cosine": "Cosine similarity", "angular": "Angular distance"}
+
+
+def number(value: float) -> str:
+    """A cosine or a distance with as many digits as it takes to tell it from 0 and from 1."""
+    rest = min(abs(value), abs(1.0 - abs(value)))
+    return f"{value:.{4 if rest >= 1e-3 or rest < _FLOOR / 2 else 6}f}"
 
 
 def label(block: int) -> str:
@@ -119,7 +128,7 @@ def between_words(facts: Pair, is_search: bool) -> str:
     first, last, count = facts.between.start, facts.between.stop - 1, len(facts.between)
     what = f"block {first} alone**" if count == 1 else f"{count} blocks, {first} to {last}**, both included"
     lines = [f"**Between the two outputs: {what}; half-open `[{first},\N{NO-BREAK SPACE}{last + 1})`."]
-    lines.append(f"{'Mean ' if count > 1 else ''}Metric1 {facts.mean_metric1:.4f}.")
+    lines.append(f"{'Mean ' if count > 1 else ''}Metric1 {number(facts.mean_metric1 or 0.0)}.")
     if is_search and count == 1:
         lines[-1] += " This run removed it." if facts.removed else " This run did not remove it."
     elif is_search:
@@ -143,7 +152,7 @@ def details_table(run: Run, found: TokenSimilarity, pick: Pick) -> str:
             columns.append([head, "–", "–", "–", state])
             continue
         parameters, rank = run.stack.block_parameters[block], int((metric1 < metric1[block]).sum()) + 1
-        columns.append([head, f"{parameters:,}", f"{metric1[block]:.4f}", f"{rank} of {len(metric1)}", state])
+        columns.append([head, f"{parameters:,}", number(float(metric1[block])), f"{rank} of {len(metric1)}", state])
     first, *rest = ["| " + " | ".join(row) + " |" for row in zip(*columns, strict=True)]
     return "\n".join([first, "|---" * len(columns) + "|", *rest])
 
@@ -161,19 +170,35 @@ def state_of(run: Run, block: int) -> str:
     return "protected, never a candidate" if block in run.stack.protected else "alive"
 
 
-def colour_range(matrix: np.ndarray, measure: Measure, *, whole: bool = False) -> tuple[float, float]:
-    """Where the colours start and end: over pairs of different blocks, less the two per cent that are least alike.
+def colour_range(matrix: np.ndarray, measure: Measure) -> tuple[float, float]:
+    """Where fitted colours start and end: over pairs of different blocks, less the two per cent least alike.
 
-    The diagonal and the embedding would take most of the scale, and leave one colour for all blocks. `whole` is
-    0 to 1, the same for all runs.
+    The diagonal and the embedding would take most of the scale, and leave one colour for all blocks.
     """
     blocks = matrix[1:, 1:]
     others = blocks[~np.eye(len(blocks), dtype=bool)]
-    if whole or len(others) == 0:
+    if len(others) == 0:
         return 0.0, 1.0
-    low, high = (0.02, 1.0) if measure == "cosine" else (0.0, 0.98)
-    ends = np.quantile(others, [low, high])
+    ends = np.quantile(others, [0.02, 1.0] if measure == "cosine" else [0.0, 0.98])
     return (float(ends[0]), float(ends[1])) if ends[1] - ends[0] > 1e-9 else (float(ends[0]) - 1e-3, float(ends[1]))
+
+
+def ranks(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The share of `others` (one dimension) that are lower than each value, in [0, 1]; NaN stays."""
+    return np.where(np.isnan(values), np.nan, np.searchsorted(np.sort(others), values) / max(1, len(others)))
+
+
+def _coloured(
+    values: np.ndarray, others: np.ndarray, fitted: tuple[float, float], measure: Measure, colours: Colours
+) -> dict[str, Any]:
+    """What a heatmap shows, and its colour bar; `others` are those of its values that ranks are counted in."""
+    bar, scale = _colour_bar(_NAMES[measure]), dict(colorscale=style.SCALE, reversescale=measure == "angular")
+    if colours == "ranks":
+        quarters = np.quantile(others, [0, 0.25, 0.5, 0.75, 1])
+        bar |= dict(tickvals=[0, 0.25, 0.5, 0.75, 1], ticktext=[number(float(each)) for each in quarters])
+        return dict(z=ranks(values, others).astype(np.float32), zmin=0, zmax=1, colorbar=bar, **scale)
+    low, high = (0.0, 1.0) if colours == "whole" else fitted
+    return dict(z=values.astype(np.float32), zmin=low, zmax=high, colorbar=bar, **scale)
 
 
 def heatmap(
@@ -182,7 +207,7 @@ def heatmap(
     *,
     removed: Collection[int] = (),
     pick: Pick | None = None,
-    whole: bool = False,
+    colours: Colours = "fitted",
     height: int = 590,
 ) -> go.Figure:
     """Every output against every other (paper, Figure 6): bright is alike, in either measure.
@@ -191,21 +216,12 @@ def heatmap(
     """
     matrix = found.mean if measure == "cosine" else found.angular
     blocks = np.arange(EMBEDDING, len(matrix) - 1)
-    low, high = colour_range(matrix, measure, whole=whole)
+    pairs = matrix[np.triu_indices(len(matrix), 1)]
+    coloured = _coloured(matrix, pairs, colour_range(matrix, measure), measure, colours)
     last, strip, edge = len(matrix) - 2, 0.035 * len(matrix), 0.012 * len(matrix)
     rows, columns = np.repeat(blocks, len(blocks)), np.tile(blocks, len(blocks))
     traces: list[Any] = [
-        go.Heatmap(
-            z=matrix.astype(np.float32),
-            x=blocks,
-            y=blocks,
-            zmin=low,
-            zmax=high,
-            colorscale=style.SCALE,
-            reversescale=measure == "angular",
-            colorbar=_colour_bar(_NAMES[measure]),
-            hoverinfo="skip",
-        ),
+        go.Heatmap(x=blocks, y=blocks, hoverinfo="skip", **coloured),
         *_edge_marks(sorted(removed), last, strip, len(matrix)),
         go.Scattergl(
             x=columns,
@@ -215,8 +231,8 @@ def heatmap(
             selected=dict(marker=dict(opacity=0)),
             unselected=dict(marker=dict(opacity=0)),
             customdata=np.stack([found.mean.ravel(), found.angular.ravel()], axis=1).astype(np.float32),
-            hovertemplate="outputs of %{y} and %{x}<br>cosine %{customdata[0]:.4f}"
-            "<br>angular distance %{customdata[1]:.4f}<extra></extra>",
+            hovertemplate="outputs of %{y} and %{x}<br>cosine %{customdata[0]:.6~f}"
+            "<br>angular distance %{customdata[1]:.6~f}<extra></extra>",
             showlegend=False,
         ),
     ]
@@ -235,7 +251,7 @@ def heatmap(
             scaleanchor="y",
             **axis,
         ),
-        yaxis=dict(title=dict(text="Output of block", standoff=6), range=[last + 0.5 + strip, -1.5 - edge], **axis),
+        yaxis=dict(title=dict(text="Output of block", standoff=14), range=[last + 0.5 + strip, -1.5 - edge], **axis),
     )
 
 
@@ -244,9 +260,13 @@ def _colour_bar(title: str) -> dict[str, Any]:
 
 
 def _ticks(num_blocks: int) -> dict[str, Any]:
-    step = 1 if num_blocks <= 16 else 2 if num_blocks <= 34 else 5 if num_blocks <= 50 else 10
+    step = _tick_step(num_blocks)
     shown = [EMBEDDING, *range(0 if num_blocks <= 16 else step, num_blocks, step)]
     return dict(tickmode="array", tickvals=shown, ticktext=[label(block) for block in shown])
+
+
+def _tick_step(num_blocks: int) -> int:
+    return 1 if num_blocks <= 16 else 2 if num_blocks <= 34 else 5 if num_blocks <= 50 else 10
 
 
 def _edge_marks(removed: Sequence[int], last: int, strip: float, points: int) -> list[Any]:
@@ -322,9 +342,10 @@ def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height:
     blocks = np.arange(len(metric1))
     gone = np.isin(blocks, list(removed))
     axis, in_decades = _metric1_axis(metric1)
+    heights = np.maximum(metric1, _FLOOR) if in_decades else metric1
     traces: list[Any] = [
         go.Scatter(
-            x=blocks, y=metric1, mode="lines", line=dict(color=style.GREY, width=1), hoverinfo="skip", showlegend=False
+            x=blocks, y=heights, mode="lines", line=dict(color=style.GREY, width=1), hoverinfo="skip", showlegend=False
         )
     ]
     kinds = ((~gone, "alive", style.BLUE, "circle"), (gone, "removed by this run", style.ORANGE, "x"))
@@ -333,17 +354,18 @@ def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height:
             traces.append(
                 go.Scatter(
                     x=blocks[chosen],
-                    y=metric1[chosen],
+                    y=heights[chosen],
+                    customdata=metric1[chosen],
                     mode="markers",
                     name=words,
                     marker=dict(color=colour, symbol=symbol, size=9 if len(blocks) <= 40 else 7),
-                    hovertemplate="block %{x}: Metric1 %{y:.4g}<extra>" + words + "</extra>",
+                    hovertemplate="block %{x}: Metric1 %{customdata:.4g}<extra>" + words + "</extra>",
                 )
             )
     return style.figure(
         height,
         *traces,
-        annotations=_least_labels(metric1, in_decades),
+        annotations=_least_labels(least(metric1), np.log10(heights) if in_decades else heights),
         showlegend=bool(gone.any()),
         hovermode="closest",
         xaxis=dict(title="Block", range=[-0.8, len(blocks) - 0.2], zeroline=False, showgrid=False),
@@ -356,47 +378,38 @@ def least(metric1: np.ndarray, count: int = 5) -> list[int]:
     return [int(block) for block in np.argsort(metric1, kind="stable")[:count]]
 
 
-def _least_labels(metric1: np.ndarray, in_decades: bool) -> list[dict[str, Any]]:
-    """Labels below the least blocks; those of near blocks hang lower and lower, each on its own line."""
+def _least_labels(blocks: Sequence[int], heights: np.ndarray) -> list[dict[str, Any]]:
+    """Labels below some blocks; those of near blocks hang lower and lower, each on its own line."""
     found: list[dict[str, Any]] = []
     place, before = 0, -math.inf
-    for block in sorted(least(metric1)):
-        place = place + 1 if block - before < 0.035 * len(metric1) else 0
+    for block in sorted(blocks):
+        place = place + 1 if block - before < 0.035 * len(heights) else 0
         before = block
-        value = float(metric1[block])
-        found.append(
-            dict(
-                x=block,
-                y=math.log10(value) if in_decades else value,
-                text=f"<b>{block}</b>",
-                ax=0,
-                ay=20 + 15 * place,
-                yanchor="top",
-                arrowhead=0,
-                arrowwidth=1,
-                arrowcolor=style.GREY,
-                standoff=5,
-            )
-        )
+        line = dict(ax=0, ay=20 + 17 * place, yanchor="top", arrowhead=0, arrowwidth=1, arrowcolor=style.GREY)
+        found.append(dict(x=block, y=float(heights[block]), text=f"<b>{block}</b>", standoff=5, **line))
     return found
 
 
 def _metric1_axis(metric1: np.ndarray) -> tuple[dict[str, Any], bool]:
     """The axis, with room for labels below the least; logarithmic where the values span more than a decade."""
     low, high = float(metric1.min()), float(metric1.max())
-    if low <= 0 or high < 10 * low:
+    if high < 10 * max(low, _FLOOR):
         room = 0.05 * (high - min(low, 0.0)) + 1e-9
         unit = 10.0 ** math.floor(math.log10(max(high, 1e-9)))
         step = next(each for each in (0.2 * unit, 0.5 * unit, unit, 2 * unit) if high <= 6 * each)
         shown = [step * place for place in range(7) if step * place <= high + room]  # none below 0: labels hang there
-        bounds = [min(low, 0.0) - 5 * room, high + room]
+        bounds = [min(low, 0.0) - 6 * room, high + room]
         return dict(range=bounds, tickvals=shown, ticktext=[f"{each:.4g}" for each in shown]), False
-    first, last = math.log10(low), math.log10(high)
+    first, last = math.log10(max(low, _FLOOR)), math.log10(high)
     digits = (1, 2, 5) if last - first < 2.5 else (1,)
-    ticks = [digit * 10.0**power for power in range(math.floor(first) - 1, math.ceil(last) + 1) for digit in digits]
-    bounds = [first - 0.35 * (last - first), last + 0.06 * (last - first)]
-    shown = [each for each in ticks if bounds[0] <= math.log10(each) <= bounds[1]]
-    return dict(type="log", range=bounds, tickvals=shown, ticktext=[f"{each:g}" for each in shown]), True
+    bounds = [first - 0.38 * (last - first), last + 0.06 * (last - first)]
+    lowest = max(bounds[0], math.log10(_FLOOR) - 1e-9)
+    ticks = [digit * 10.0**power for power in range(math.floor(first) - 2, math.ceil(last) + 1) for digit in digits]
+    shown = [each for each in ticks if lowest <= math.log10(each) <= bounds[1]]
+    words = [f"{each:g}" if each >= 1e-3 else f"10<sup>{math.log10(each):.0f}</sup>" for each in shown]
+    if low < _FLOOR:
+        words[0] = "≤ " + words[0]
+    return dict(type="log", range=bounds, tickvals=shown, ticktext=words), True
 
 
 def neighbours_table(run: Run, found: TokenSimilarity) -> pd.DataFrame:
@@ -412,7 +425,9 @@ def neighbours_table(run: Run, found: TokenSimilarity) -> pd.DataFrame:
     )
 
 
-def chunks(found: TokenSimilarity, *, pick: Pick | None = None, height: int = 400) -> go.Figure:
+def chunks(
+    found: TokenSimilarity, *, pick: Pick | None = None, colours: Colours = "fitted", height: int = 400
+) -> go.Figure:
     """How far every contiguous chunk turns its input, by its start and its length; the best of each length marked.
 
     Its last trace is transparent and catches clicks.
@@ -420,10 +435,12 @@ def chunks(found: TokenSimilarity, *, pick: Pick | None = None, height: int = 40
     distances = found.chunk_angular_distance
     count = len(distances)
     lengths = np.arange(1, count + 1)
-    best = best_chunks(distances)
+    best, edge, step = best_chunks(distances), 0.012 * count, _tick_step(2 * count)
     # The whole stack and the first block have no like, and would take most of the scale.
     inner = distances[:, 1:][np.isfinite(distances[:, 1:])]
     low, high = (float(each) for each in np.quantile(inner, [0.0, 0.98])) if len(inner) > 1 else (0.0, 1.0)
+    fitted = (low, high if high > low else low + 1e-3)
+    coloured = _coloured(distances, distances[np.isfinite(distances)], fitted, "angular", colours)
     rows, starts = np.nonzero(np.isfinite(distances))
     shapes: list[dict[str, Any]] = []
     if pick is not None and pick[0] != pick[1]:
@@ -434,14 +451,9 @@ def chunks(found: TokenSimilarity, *, pick: Pick | None = None, height: int = 40
     return style.figure(
         height,
         go.Heatmap(
-            z=distances.astype(np.float32),
             x=np.arange(count),
             y=lengths,
-            zmin=low,
-            zmax=high if high > low else low + 1e-3,
-            colorscale=style.SCALE,
-            reversescale=True,
-            colorbar=_colour_bar("Angular distance"),
+            **coloured,
             hoverinfo="skip",
             hoverongaps=False,
         ),
@@ -467,14 +479,26 @@ def chunks(found: TokenSimilarity, *, pick: Pick | None = None, height: int = 40
             customdata=np.stack([starts + rows, distances[rows, starts]], axis=1).astype(np.float32),
             text=np.where(best[rows] == starts, "<br>the best chunk of its length", ""),
             hovertemplate="blocks %{x} to %{customdata[0]:.0f}, %{y} of them"
-            "<br>angular distance %{customdata[1]:.4f}%{text}<extra></extra>",
+            "<br>angular distance %{customdata[1]:.6~f}%{text}<extra></extra>",
             showlegend=False,
         ),
         showlegend=True,
         shapes=shapes,
         hovermode="closest",
-        xaxis=dict(title="First block of the chunk", range=[-0.5, count - 0.5], showgrid=False, zeroline=False),
-        yaxis=dict(title="Blocks in the chunk", range=[0.5, count + 0.5], showgrid=False, zeroline=False),
+        xaxis=dict(
+            title="First block of the chunk",
+            range=[-0.5 - edge, count - 0.5 + edge],
+            tickvals=list(range(0, count, step)),
+            showgrid=False,
+            zeroline=False,
+        ),
+        yaxis=dict(
+            title="Blocks in the chunk",
+            range=[0.5 - edge, count + 0.5 + edge],
+            tickvals=sorted({1, *range(step, count + 1, step)}),
+            showgrid=False,
+            zeroline=False,
+        ),
     )
 
 
