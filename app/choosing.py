@@ -110,10 +110,7 @@ def origin(analysis: Analysis, chosen: Chosen) -> str:
         return "recorded by the run"
     if chosen.available >= analysed:
         return f"of the {analysed:,} tokens analysed, kept in the cache"
-    return (
-        f"of the {chosen.available:,} tokens that travel with the run folder "
-        f"(drawn from the {analysed:,} analysed)"
-    )
+    return f"of the {chosen.available:,} tokens that travel with the run folder (drawn from the {analysed:,} analysed)"
 
 
 def nothing_chosen() -> NoReturn:

@@ -7,7 +7,7 @@ text goes as data and is set as text there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import streamlit as st
 from plotly.colors import sample_colorscale
@@ -24,8 +24,11 @@ _VIEW = st.components.v2.component(
 )
 
 
-def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: Literal["first", "settled"]) -> None:
-    """The passage with its predictions; the token that is picked is kept in the URL as `token`, counted from 0."""
+def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> None:
+    """The passage with its predictions, coloured by the `first` or the `settled` exit.
+
+    The token that is picked is kept in the URL as `token`, counted from 0.
+    """
     key = f"tokens-{run.run_id}"
 
     def picked() -> None:

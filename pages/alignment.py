@@ -23,7 +23,7 @@ def main() -> None:
     analysis, stack = choosing.analysis_of(run)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         which, exits, about = _tokens(run, analysis)
-    st.caption(f"On {components.plain(about)}.")
+    st.caption(f"On {components.plain(about)}.{_why_not_generated(analysis)}")
     _headline(exits)
     left, right = st.columns(2, gap="large")
     with left:
@@ -46,10 +46,10 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
             default=CALIBRATION,
             required=True,
             format_func=NAMES.__getitem__,
-            key="tokens",
+            key="source",
             bind="query-params",
-            help="The calibration text, or text the model wrote itself, as in the paper's Table 6. Models are surer of "
-            "their own words, so those leave a little earlier.",
+            help="The calibration text, or text the model wrote itself, as in the paper's Table 6. Models are usually "
+            "surer of their own words, so those leave a little earlier.",
         )
     if which == GENERATED and found.generated is not None:
         return which, found.generated, found.generated.source
@@ -59,8 +59,12 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
     exits = data.exits_over(run, chosen.tokens)
     if exits is None:
         choosing.nothing_chosen()
-        raise AssertionError
     return which, exits, f"{exits.source} {choosing.origin(analysis, chosen)}"
+
+
+def _why_not_generated(analysis: Analysis) -> str:
+    why = analysis.alignment.generated_reason
+    return f" No text of the model's own: {components.plain(why)}" if why else ""
 
 
 def _headline(exits: ExitStatistics) -> None:
@@ -118,7 +122,7 @@ def _agreement(run: Run, analysis: Analysis, which: str, exits: ExitStatistics) 
 
 
 def _distribution(exits: ExitStatistics) -> None:
-    with _heading("Where tokens could leave"):
+    with _heading("Ideal exits"):
         count = st.segmented_control(
             "Count",
             ["per-block", "up-to"],
@@ -203,7 +207,9 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
 
 def _heading(text: str) -> DeltaGenerator:
     """A subheader, and a place beside it for its switch; as tall without one, so that charts in a row line up."""
-    row = st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center", height=52)
+    row = st.container(
+        horizontal=True, horizontal_alignment="distribute", vertical_alignment="center", height=52, border=False
+    )
     with row:
         st.subheader(text, anchor=False, width="content")
     return row
@@ -219,10 +225,11 @@ def _how_to_read() -> None:
             "that moment without having run the rest, so both are upper bounds.\n\n"
             "**Why the batch size matters.** Tokens that are decoded together go through the blocks together. The "
             "batch can stop only where its slowest token can, and among many there is nearly always one that needs the "
-            "last block. The figures are exact averages over all batches that can be drawn from the tokens measured.\n\n"
+            "last block. The figures are exact averages over all batches that can be drawn from the measured tokens."
+            "\n\n"
             "**Why the paper removes blocks instead** (section 2.2). What is removed is skipped for every token, at "
-            "every batch size, needs no predictor and no memory; an ideal exit saved the paper's models 8 to 13 % at "
-            "batch 1 and nothing at batch 16. The price is another one: an ideal exit changes no prediction, a "
+            "every batch size, needs no predictor and saves memory; an ideal exit saved the paper's models 8 to 13 % "
+            "at batch 1 and nothing at batch 16. The price is another one: an ideal exit changes no prediction, a "
             "removed block does. **Removal steps** shows how much."
         )
 

@@ -76,6 +76,7 @@ def agreement(
         HEIGHT,
         *traces,
         hovermode="x unified",
+        hoverdistance=-1,  # wherever the pointer is
         margin=_MARGIN,
         xaxis=_blocks(num_blocks, "After block"),
         yaxis=dict(
@@ -131,6 +132,7 @@ def distribution(exits: ExitStatistics, *, cumulative: bool = False) -> go.Figur
         HEIGHT,
         *traces,
         hovermode="x unified",
+        hoverdistance=-1,  # wherever the pointer is
         barmode="group",
         bargap=0.22,
         bargroupgap=0.0,
@@ -195,6 +197,7 @@ def skipping(exits: ExitStatistics, removed_share: float | None = None) -> go.Fi
         HEIGHT,
         *traces,
         hovermode="x unified",
+        hoverdistance=-1,  # wherever the pointer is
         xaxis=dict(
             title=dict(text="Batch size: tokens decoded together", standoff=10),
             type="category",
