@@ -110,8 +110,7 @@ def choose(run_id: str) -> None:
 
 def run_label(run: Outline) -> str:
     """One line that tells runs apart."""
-    name = model_name(run.spec)
-    what = method_name(run.spec)
+    name, what = model_name(run.spec).rpartition("/")[2], method_name(run.spec)
     if data.is_sample(run):
         return f"Recorded sample: {name}, {what}"
     return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"

@@ -70,3 +70,19 @@ def test_the_public_functions_survive_the_import_of_everything() -> None:
         "assert all(callable(getattr(sleb, name)) or name == '__version__' for name in sleb.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["charts/*.py", "report.py", "html_page.py", "evidence.py", "probes.py"])
+def test_what_draws_figures_and_reports_knows_no_streamlit_and_no_page(name: str) -> None:
+    for path in (ROOT / "app").glob(name):
+        modules = {
+            alias
+            for node in ast.walk(ast.parse(path.read_text()))
+            for alias in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom)
+                else [each.name for each in node.names] if isinstance(node, ast.Import)
+                else []
+            )
+        }  # fmt: skip
+        assert not {each.split(".")[0] for each in modules} & {"streamlit", "pages", "torch"}, path
+        assert not modules & {"app.data", "app.components"}, path

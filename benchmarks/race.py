@@ -1,0 +1,123 @@
+"""How much a race saves, and whether it chooses the same: replayed on a full search's recorded scores.
+
+python benchmarks/race.py             # replays tests/race_table.npz: the demo model, 128 sequences of 128 tokens
+python benchmarks/race.py --record    # makes that table anew first: a full search, about a quarter of an hour
+
+Prints block evaluations of the plain loop, of the sweep over everything and of the race, side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sleb.costs import Cost, cost_of
+from sleb.methods import Problem, compare, race
+
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "race_table.npz"
+NUM_BLOCKS, LENGTH, SEQUENCES = 30, 128, 128
+HEAD_WEIGHT = 8.0  # a read-out of the demo model in block evaluations
+
+
+def main() -> None:
+    """Record if asked, then replay."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="make the table anew")
+    parser.add_argument("--orders", type=int, default=100, help="random orders of the sequences")
+    asked = parser.parse_args()
+    if asked.record:
+        record()
+    table = steps_of(TABLE)
+    plain, full = Cost(0, 0), Cost(0, 0)
+    for removed, blocks, nats in table:
+        skip_sets = [(*removed, int(block)) for block in blocks]
+        plain += cost_of(skip_sets, NUM_BLOCKS, nats.shape[1], plain=True)
+        full += cost_of(skip_sets, NUM_BLOCKS, nats.shape[1])
+    runs = [replay(table, seed) for seed in range(asked.orders)]
+    same = sum(agrees for agrees, _ in runs)
+    raced = Cost(
+        round(float(np.mean([cost.block_evaluations for _, cost in runs]))),
+        round(float(np.mean([cost.head_evaluations for _, cost in runs]))),
+    )
+    print(f"{'':<22}{'block evaluations':>18}{'read-outs':>12}{'fewer blocks':>14}{'less work':>11}")
+    for name, cost in (("plain loop", plain), ("sweep, all on all", full), ("sweep and race", raced)):
+        fewer = plain.block_evaluations / cost.block_evaluations
+        less = plain.units(HEAD_WEIGHT) / cost.units(HEAD_WEIGHT)
+        print(f"{name:<22}{cost.block_evaluations:>18,}{cost.head_evaluations:>12,}{fewer:>13.2f}x{less:>10.2f}x")
+    print(f"The full search's removal list in {same} of {len(runs)} random orders of the sequences.")
+
+
+def record() -> None:
+    """A full search on the demo model; its scores as the table."""
+    import sleb
+    from sleb import store
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = sleb.search(
+            "demo",
+            ratio=0.2,
+            sequences=SEQUENCES,
+            sequence_length=LENGTH,
+            search="full",
+            analysis=False,
+            run_dir=Path(folder) / "run",
+        )
+        assert run.trace is not None
+        arrays: dict[str, np.ndarray] = {"removal_list": np.array(run.removal_list)}
+        for step in run.trace.steps:
+            found = store.read_scores(run.run_dir, f"step-{step.number:04d}")
+            arrays[f"blocks_{step.number}"] = found["blocks"].astype(np.int16)
+            arrays[f"nats_{step.number}"] = found["nats"].astype(np.float32)
+    np.savez_compressed(TABLE, **arrays)  # type: ignore[arg-type]
+    print(f"Wrote {TABLE}: {TABLE.stat().st_size / 1e3:.0f} kB")
+
+
+def steps_of(path: Path) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
+    """Per step: blocks removed before it, its candidates, and their scores (candidates, sequences)."""
+    with np.load(path) as arrays:
+        removal_list = [int(block) for block in arrays["removal_list"]]
+        return [
+            (tuple(removal_list[:step]), arrays[f"blocks_{step + 1}"], arrays[f"nats_{step + 1}"].astype(np.float64))
+            for step in range(len(removal_list))
+        ]
+
+
+def replay(table: Sequence[tuple[tuple[int, ...], np.ndarray, np.ndarray]], seed: int) -> tuple[bool, Cost]:
+    """Race every step of the full search's own path: whether each chose the same block, and what it took."""
+    total, same = Cost(0, 0), True
+    for number, (removed, blocks, nats) in enumerate(table, 1):
+        count = nats.shape[1]
+        row = {int(block): index for index, block in enumerate(blocks)}
+
+        def score(
+            skip_sets: Sequence[tuple[int, ...]],
+            sequences: np.ndarray,
+            row: dict[int, int] = row,
+            nats: np.ndarray = nats,
+        ) -> np.ndarray:
+            nonlocal total
+            total += cost_of(skip_sets, NUM_BLOCKS, len(sequences))
+            return nats[np.ix_([row[skipped[-1]] for skipped in skip_sets], sequences)]
+
+        problem = Problem(
+            num_blocks=NUM_BLOCKS,
+            num_remove=1,
+            protected=(),
+            calibration=np.arange(count),
+            held_out=np.arange(0),
+            token_counts=np.full(count, LENGTH - 1),
+            racing=True,
+            seed=seed,
+        )
+        scores, seen = race(problem, score, [(*removed, int(block)) for block in blocks], number)
+        winner = compare(scores, problem.token_counts, problem.confidence, seen).winner
+        same &= winner == int(nats.sum(axis=1).argmin())
+    return same, total
+
+
+if __name__ == "__main__":
+    main()
