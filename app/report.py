@@ -188,7 +188,7 @@ def _baseline(trace: Trace) -> str:
 
 def _all_steps(run: Run, trace: Trace, comparisons: Sequence[Comparison | None], count: int) -> str:
     first = trace.baseline
-    unit = "1 − cosine" if trace.steps[0].candidates[0].objective == "metric1" else "nats"
+    unit = step_charts.unit_of(run).removesuffix(" per token")
     rows: list[tuple[object, ...]] = [
         (
             "0",

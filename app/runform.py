@@ -42,6 +42,7 @@ _FIELDS: dict[str, Any] = dict(
     seed=0,
     protect="",
     confidence=95,
+    objective="nll",
     search="auto",
     bos="auto",
     chat=False,
@@ -80,6 +81,7 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
         seed=spec.seed,
         protect="" if spec.protected is None else ", ".join(map(str, spec.protected)) or "none",
         confidence=round(100 * spec.confidence),
+        objective=spec.objective,
         search=spec.search,
         bos=spec.calibration.bos,
         chat=spec.calibration.chat,
@@ -339,8 +341,16 @@ def _more() -> dict[str, Any]:
         "Batch", 1, 100_000, key=_key("batch_size"), placeholder="chosen", help="Sequences at once."
     )
     found["revision"] = fourth.text_input("Revision", key=_key("revision"), help="Of a model on the hub.") or None
-    first, second, third = st.columns([1, 1, 2], vertical_alignment="bottom")
-    found["search"] = third.segmented_control(
+    first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
+    found["objective"] = third.segmented_control(
+        "Objective",
+        ["nll", "kl"],
+        required=True,
+        key=_key("objective"),
+        help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or kl, "
+        "the divergence from the unmodified model's own predictions (as in EvoPress).",
+    )
+    found["search"] = fourth.segmented_control(
         "Candidates",
         ["auto", "race", "full"],
         required=True,

@@ -34,8 +34,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     assert run.trace is not None
     assert run.stack is not None
     compared = [charts.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
-    metric1 = bool(compared) and compared[0].step.candidates[0].objective == "metric1"
-    unit = "1 − cosine" if metric1 else "nats per token"
+    unit = charts.unit_of(run)
     axes: dict[str, list[float]] = {}
     for name in ("rises", "differences"):
         tops = [
@@ -106,7 +105,8 @@ def _margin(shown: charts.Bars) -> str:
     """How far the next best is behind, with the half width of its interval, which is what calls it tied."""
     next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
     reach = float(shown.reaches[next_best])
-    unit = "" if shown.step.candidates[0].objective == "metric1" else " nats per token"
+    objective = shown.step.candidates[0].objective
+    unit = "" if objective == "metric1" else f" {charts.UNITS[objective]}"
     return f"{shown.step.margin:.4f}" + (f" ± {reach:.4f}" if math.isfinite(reach) else "") + unit
 
 

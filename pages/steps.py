@@ -100,7 +100,7 @@ def evidence(run: Run, number: int) -> None:
     assert run.trace is not None
     shown = charts.bars(run, number, data.evidence(run, run.trace.steps[number - 1]))
     table = charts.evidence_table(shown)
-    unit = "1 − cosine" if shown.step.candidates[0].objective == "metric1" else "nats per token"
+    unit = charts.unit_of(run)
     confidence = f"{run.spec.confidence:.0%}"
     with st.expander(f"All candidates of step {number}", icon=":material/table_rows:"):
         st.dataframe(

@@ -39,6 +39,7 @@ def search(
     protect: Sequence[int] | None = None,
     until_perplexity: float | None = None,
     confidence: float = 0.95,
+    objective: Literal["nll", "kl"] = "nll",
     search: Literal["auto", "full", "race"] = "auto",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
@@ -66,6 +67,7 @@ def search(
             best chunk).
         until_perplexity: stop before the held-out perplexity rises by more than this share (0.1 is 10 %).
         confidence: of the interval by which candidates are told apart or called tied, and of a race in each step.
+        objective: `nll`, of the text (the paper), or `kl`, the divergence from the unmodified model's predictions.
         search: `race` drops candidates once they cannot win, `full` scores all on everything; `auto` races from 32
             sequences on.
         device, batch_size: how, not what: they do not belong to the run.
@@ -89,6 +91,7 @@ def search(
         protect=protect,
         until_perplexity=until_perplexity,
         confidence=confidence,
+        objective=objective,
         search=search,
         bos=bos,
         chat=chat,
@@ -183,6 +186,7 @@ def run_spec(
     protect: Sequence[int] | None = None,
     until_perplexity: float | None = None,
     confidence: float = 0.95,
+    objective: Literal["nll", "kl"] = "nll",
     search: Literal["auto", "full", "race"] = "auto",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
@@ -229,6 +233,7 @@ def run_spec(
             protected=protect,
             until_perplexity=until_perplexity,
             confidence=confidence,
+            objective=objective,
             search=search,
             seed=seed,
             analysis=analysis,

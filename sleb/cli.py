@@ -34,6 +34,7 @@ from .options import (
     HeldOut,
     Json,
     Model,
+    Objective,
     Revision,
     RunDir,
     RunName,
@@ -100,6 +101,13 @@ def search(
             help="Blocks never removed; '' for none. [default: first and last]",
         ),
     ] = None,
+    objective: Annotated[
+        Objective,
+        typer.Option(
+            rich_help_panel=CHOICE,
+            help="What is lowest: nll of the text (the paper), or kl, the divergence from the model's own predictions.",
+        ),
+    ] = Objective.NLL,
     search: Annotated[
         Search,
         typer.Option(
@@ -149,6 +157,7 @@ def search(
         protect=_blocks(protect),
         until_perplexity=_share(until_perplexity),
         confidence=confidence,
+        objective=objective.value,
         search=search.value,
         bos=bos.value,
         chat=chat,

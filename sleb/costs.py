@@ -31,6 +31,9 @@ class Cost:
     def __mul__(self, times: int) -> Cost:
         return Cost(self.block_evaluations * times, self.head_evaluations * times)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.block_evaluations + other.block_evaluations, self.head_evaluations + other.head_evaluations)
 
@@ -81,7 +84,15 @@ def cost_of_search(
     first = Baseline(calibration=calibration, held_out=held_out, block_evaluations=0, head_evaluations=0, seconds=0)
     endless = replace(problem, until_perplexity=None)
     influence = np.ones((problem.num_blocks, len(problem.calibration)))
-    for _ in methods.search(method, endless, count, first, tuple(steps), lambda: influence):
+
+    def count_with_base(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
+        nonlocal total
+        total += cost_of([*skip_sets, ()], problem.num_blocks, len(sequences), plain=plain)
+        total -= cost_of(skip_sets, problem.num_blocks, len(sequences), plain=plain)
+        return count(skip_sets, sequences)
+
+    score = count_with_base if problem.objective == "kl" else count
+    for _ in methods.search(method, endless, score, first, tuple(steps), lambda: influence, judge=count):
         pass
     return total
 
@@ -106,6 +117,7 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
             calibration=np.arange(sequences),
             held_out=np.arange(0),
             token_counts=np.ones(sequences, dtype=np.int64),
+            objective=spec.objective,
             racing=spec.races,
         ),
     )

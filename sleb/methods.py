@@ -36,6 +36,8 @@ class Problem:
     """Predicted tokens of every sequence, int64."""
     confidence: float = 0.95
     until_perplexity: float | None = None
+    objective: Literal["nll", "kl"] = "nll"
+    """What `score` measures."""
     racing: bool = False
     """Whether candidates that cannot win are dropped before they have seen the whole calibration set."""
     seed: int = 0
@@ -245,10 +247,12 @@ def search(
     first: Baseline,
     steps: Sequence[Step] = (),
     influence: Callable[[], np.ndarray] | None = None,
+    judge: Score | None = None,
 ) -> Iterator[Decision]:
     """Decisions after `steps` until enough blocks are removed, or until the held-out perplexity rises too far.
 
-    `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only.
+    `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only. `judge`
+    is the likelihood, by which the model a step leaves is measured, where `score` is another objective.
     """
     rank = {
         Method.METRIC3: _greedy,
@@ -259,9 +263,9 @@ def search(
     removed = steps[-1].removal_list if steps else ()
     if method is Method.METRIC1:
         assert influence is not None
-        decisions = _metric1(problem, score, removed, influence)
+        decisions = _metric1(problem, judge or score, removed, influence)
     else:
-        decisions = rank[method](problem, score, removed)
+        decisions = rank[method](problem, score, judge or score, removed)
     for decision in decisions:
         if _too_far(decision.step, first, problem.until_perplexity):
             return
@@ -278,73 +282,73 @@ def _too_far(step: Step, first: Baseline, until: float | None) -> bool:
     return now.nll_sum / now.token_count - before.nll_sum / before.token_count > math.log1p(until)
 
 
-def _greedy(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
+def _greedy(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
     """Metric3 (paper, Algorithm 1): the lowest likelihood loss under the model as streamlined so far."""
     while len(removed) < problem.num_remove:
         alive = [block for block in problem.candidates if block not in removed]
         skip_sets = [(*removed, block) for block in alive]
         nats, seen = race(problem, score, skip_sets, len(removed) + 1)
-        decision = _decide(problem, score, removed, alive, skip_sets, nats, seen=seen)
+        decision = _decide(problem, judge, removed, alive, skip_sets, nats, seen=seen)
         yield decision
         removed = decision.step.removal_list
 
 
-def _one_shot(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
+def _one_shot(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
     """Metric2 (paper, equation 4): all blocks scored once on the whole model, the lowest removed in turn."""
     singles = score([(block,) for block in problem.candidates], problem.calibration)
     while len(removed) < problem.num_remove:
         rows = [row for row, block in enumerate(problem.candidates) if block not in removed]
         alive = [problem.candidates[row] for row in rows]
-        decision = _decide(problem, score, removed, alive, [(block,) for block in alive], singles[rows], alone=True)
+        decision = _decide(problem, judge, removed, alive, [(block,) for block in alive], singles[rows], alone=True)
         yield decision
         removed = decision.step.removal_list
 
 
 def _metric1(
-    problem: Problem, score: Score, removed: SkipSet, influence: Callable[[], np.ndarray]
+    problem: Problem, judge: Score, removed: SkipSet, influence: Callable[[], np.ndarray]
 ) -> Iterator[Decision]:
     """Metric1 (paper, equation 3): 1 - cosine of a block's input and output; no model runs without the block."""
     sums = influence()
     while len(removed) < problem.num_remove:
         alive = [block for block in problem.candidates if block not in removed]
         skip_sets = [(block,) for block in alive]
-        decision = _decide(problem, score, removed, alive, skip_sets, sums[alive], alone=True, objective="metric1")
+        decision = _decide(problem, judge, removed, alive, skip_sets, sums[alive], alone=True, objective="metric1")
         yield decision
         removed = decision.step.removal_list
 
 
-def _early_exit(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
+def _early_exit(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
     """The last blocks, from the end (paper, Figure 4, "Early Exit")."""
     while len(removed) < problem.num_remove:
         block = problem.num_blocks - 1 - len(removed)
         skip_set = (*removed, block)
         nats = score([skip_set], problem.calibration)
-        decision = _decide(problem, score, removed, [block], [skip_set], nats)
+        decision = _decide(problem, judge, removed, [block], [skip_set], nats)
         yield decision
         removed = decision.step.removal_list
 
 
-def _best_chunk(problem: Problem, score: Score, removed: SkipSet) -> Iterator[Decision]:
+def _best_chunk(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
     """The contiguous run of blocks with the lowest perplexity, for each length (paper, Figure 4, "Chunk Best")."""
     while len(removed) < problem.num_remove:
         chunks = _chunks(problem.num_blocks, len(removed) + 1, set(problem.protected))
         starts = [chunk[0] for chunk in chunks]
         nats, seen = race(problem, score, chunks, len(removed) + 1)
-        decision = _decide(problem, score, removed, starts, chunks, nats, seen=seen)
+        decision = _decide(problem, judge, removed, starts, chunks, nats, seen=seen)
         yield decision
         removed = decision.step.removal_list
 
 
 def _decide(
     problem: Problem,
-    score: Score,
+    judge: Score,
     before: SkipSet,
     blocks: Sequence[int],
     skip_sets: Sequence[SkipSet],
     scores: np.ndarray,
     *,
     alone: bool = False,
-    objective: Literal["nll", "metric1"] = "nll",
+    objective: Literal["nll", "kl", "metric1"] | None = None,
     seen: np.ndarray | None = None,
 ) -> Decision:
     """Choose the lowest of `scores` (candidates, calibration sequences) and measure the model it leaves.
@@ -352,6 +356,7 @@ def _decide(
     `alone`: candidates were scored without the blocks removed `before`, and are added to them. `seen`: which scores
     were taken, where candidates left a race.
     """
+    objective = objective or problem.objective
     counts = problem.token_counts[problem.calibration]
     score_counts = counts + 1 if objective == "metric1" else counts  # hidden states exist for the last token too
     result = compare(scores, score_counts, problem.confidence, seen)
@@ -366,7 +371,7 @@ def _decide(
                 skipped=skipped,
                 objective=objective,
                 score_sum=total.nll_sum,
-                nll_sum=None if objective == "metric1" else total.nll_sum,
+                nll_sum=total.nll_sum if objective == "nll" else None,
                 token_count=total.token_count,
                 sequences=int(own.sum()),
             )
@@ -379,8 +384,8 @@ def _decide(
     removal_list = (*before, *chosen) if alone else chosen
     on_calibration = scores[result.winner]
     if objective != "nll" or set(removal_list) != set(chosen):  # nobody has run this model yet
-        on_calibration = score([removal_list], problem.calibration)[0]
-    held_out = score([removal_list], problem.held_out)[0] if len(problem.held_out) else np.zeros(0)
+        on_calibration = judge([removal_list], problem.calibration)[0]
+    held_out = judge([removal_list], problem.held_out)[0] if len(problem.held_out) else np.zeros(0)
     step = Step(
         number=len(before) + 1,
         removed=tuple(block for block in removal_list if block not in before),

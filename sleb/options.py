@@ -24,6 +24,13 @@ class Search(StrEnum):
     RACE = "race"
 
 
+class Objective(StrEnum):
+    """What is lowest."""
+
+    NLL = "nll"
+    KL = "kl"
+
+
 class Bos(StrEnum):
     """Whether windows begin with BOS."""
 

@@ -74,6 +74,9 @@ class RunSpec(Record):
     """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Of the interval by which two candidates are told apart, or called tied; and of a race, in each of its steps."""
+    objective: Literal["nll", "kl"] = "nll"
+    """What is lowest: the negative log-likelihood of the text (the paper), or the divergence from the unmodified
+    model's own predictions (as in EvoPress, arXiv 2410.14649). Metric1 has a measure of its own."""
     search: Literal["auto", "full", "race"] = "auto"
     """Whether every candidate sees the whole calibration set, or leaves once it cannot win. See `races`."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
@@ -90,6 +93,8 @@ class RunSpec(Record):
     def _one_target(self) -> RunSpec:
         if self.num_remove is not None and self.ratio is not None:
             raise ValueError("give either the number of blocks to remove or the ratio, not both")
+        if self.objective != "nll" and self.method is Method.METRIC1:
+            raise ValueError("Metric1 compares hidden states; --objective is for the other methods")
         return self
 
 
@@ -154,14 +159,14 @@ class Measured(Record):
 class Candidate(Record):
     """A set of blocks that was scored: `score_sum` is what was compared, lowest first.
 
-    For the likelihood it equals `nll_sum`; for Metric1 it is the sum over tokens of 1 - cosine, and `nll_sum` is
-    None, because nobody ran the model without the block.
+    For the likelihood it equals `nll_sum`. For the divergence it is nats of Kullback-Leibler from the unmodified
+    model's predictions, for Metric1 the sum over tokens of 1 - cosine; then `nll_sum` is None.
     """
 
     block: int
     """The block this candidate adds to the removal list; the first of the chunk for best chunk."""
     skipped: tuple[int, ...]
-    objective: Literal["nll", "metric1"] = "nll"
+    objective: Literal["nll", "kl", "metric1"] = "nll"
     score_sum: float | None
     nll_sum: float | None = None
     token_count: Annotated[int, Field(gt=0)]

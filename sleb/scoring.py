@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,20 +62,36 @@ class Scorer:
         """What `score` would take."""
         return cost_of(skip_sets, len(self.stack), sequences, plain=self.plain)
 
-    @torch.inference_mode()
     def score(self, skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         """Negative log-likelihood, float64 (skip_sets, sequences), nats; NaN where predictions are not numbers.
 
         Raises `ScoringError` when a single sequence does not fit into memory.
         """
+        return self._scored(skip_sets, sequences, self._score_batch)
+
+    def diverge(self, skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
+        """Kullback-Leibler divergence of each skip set's predictions from the unmodified model's, in the same sweep.
+
+        float64 (skip_sets, sequences), nats, over the positions that `score` predicts; else as `score`.
+        """
+        return self._scored(skip_sets, sequences, self._diverge_batch)
+
+    @torch.inference_mode()
+    def _scored(
+        self,
+        skip_sets: Sequence[SkipSet],
+        sequences: np.ndarray,
+        score_batch: Callable[[Sequence[SkipSet], torch.Tensor], np.ndarray],
+    ) -> np.ndarray:
+        walked = skip_sets if score_batch == self._score_batch else [*skip_sets, ()]
         result = np.empty((len(skip_sets), len(sequences)), dtype=np.float64)
 
         def work(start: int, stop: int) -> None:
             batch = self.ids[torch.from_numpy(np.asarray(sequences[start:stop]))]
             of = f"sequences {start + 1} to {stop} of {len(sequences)}"
             self._where = f"{len(skip_sets)} candidates on {of}" if len(skip_sets) > 1 else of
-            result[:, start:stop] = self._score_batch(skip_sets, batch)
-            cost = self.cost(skip_sets, stop - start)
+            result[:, start:stop] = score_batch(skip_sets, batch)
+            cost = self.cost(walked, stop - start)
             self.block_evaluations += cost.block_evaluations
             self.head_evaluations += cost.head_evaluations
 
@@ -87,7 +104,63 @@ class Scorer:
         nats = torch.stack([by_set[tuple(sorted(skipped))] for skipped in skip_sets])
         return nats.cpu().numpy()  # the only synchronisation with a GPU
 
+    def _diverge_batch(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> np.ndarray:
+        ids = ids.to(self.stack.device, non_blocking=True)
+        walked = [(), *skip_sets]
+        if self.plain:
+            read_out = self._plain_logits(walked, ids)
+        else:
+            streams = self._streams(walked, ids)
+            read_out = {
+                skipped: lambda part, hidden=stream.hidden: self.stack.read_out(hidden[..., part, :], ids[:, part])
+                for skipped, stream in streams.items()
+            }
+        divergences = self._kl(read_out, ids)
+        nats = torch.stack([divergences[tuple(sorted(skipped))] for skipped in skip_sets])
+        return nats.cpu().numpy()
+
+    def _kl(self, read_out: dict[SkipSet, Callable[[slice], torch.Tensor]], ids: torch.Tensor) -> dict[SkipSet, Any]:
+        """Divergence from `()`, summed over tokens: float64 (batch,). One piece of everybody's logits at a time."""
+        batch, length = ids.shape
+        rows = max(1, _UPCAST_BYTES[_kind(ids.device)] // (4 * batch * self.stack.config.vocab_size))
+        totals = {skipped: torch.zeros(batch, dtype=torch.float64, device=ids.device) for skipped in read_out}
+        for start in range(0, length - 1, rows):
+            part = slice(start, min(start + rows, length - 1))
+            base = read_out[()](part).float().log_softmax(dim=-1)
+            chances = base.exp()
+            for skipped, logits_of in read_out.items():
+                own = base if skipped == () else logits_of(part).float().log_softmax(dim=-1)
+                # 0 log 0 is 0: where the base model rules a token out, so may the other.
+                terms = torch.where(chances > 0, chances * (base - own), 0.0)
+                totals[skipped] += terms.sum(dim=-1).double().sum(dim=1).to(ids.device)
+                self.watch(self.head_weight * batch * (part.stop - part.start) / length, f"{self._where}, predictions")
+        return totals
+
+    def _plain_logits(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, Any]:
+        """One forward pass each; NaN where the model cannot run without the blocks."""
+        found: dict[SkipSet, Any] = {}
+        for skipped in dict.fromkeys(tuple(sorted(skipped)) for skipped in skip_sets):
+            try:
+                with self.stack.skipping(skipped):
+                    logits = self.stack.forward(ids)
+            except _MODEL_FAILURES as error:
+                if is_out_of_memory(error):
+                    raise
+                log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
+                logits = torch.full((*ids.shape, self.stack.config.vocab_size), float("nan"), device=ids.device)
+            found[skipped] = lambda part, logits=logits: logits[:, part]
+            self.watch(float((len(self.stack) - len(skipped)) * len(ids)), f"{self._where}, without {list(skipped)}")
+        return found
+
     def _sweep(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
+        nats = {}
+        for skipped, stream in self._streams(skip_sets, ids).items():
+            nats[skipped] = self._nll(stream.hidden, ids)
+            self.watch(self.head_weight * len(ids), f"{self._where}, predictions")
+        return nats
+
+    def _streams(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, Stream]:
+        """The walk up the stack: each skip set's hidden state after the last block, (batch, sequence, hidden)."""
         inputs = self.stack.capture(ids)
         streams: dict[SkipSet, Stream] = {(): inputs.start()}  # what was skipped so far -> where that leads
         members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
@@ -103,11 +176,7 @@ class Scorer:
                         continue
                 self.stack.advance(block, inputs, streams[prefix])
                 self.watch(len(ids), f"{self._where}, block {block}")
-        nats = {}
-        for skipped, stream in streams.items():
-            nats[skipped] = self._nll(stream.hidden, ids)
-            self.watch(self.head_weight * len(ids), f"{self._where}, predictions")
-        return nats
+        return streams
 
     def _nll(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Summed over tokens: float64 (batch,). Logits of the whole batch never exist at once."""

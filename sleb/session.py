@@ -131,6 +131,7 @@ class Session:
             token_counts=scorer.token_counts,
             confidence=self.spec.confidence,
             until_perplexity=self.spec.until_perplexity,
+            objective=self.spec.objective,
             racing=self.spec.races,
             seed=self.spec.seed,
         )
@@ -212,7 +213,8 @@ class Session:
             scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
             return block_influence(self.stack, self.text.ids[problem.calibration], scorer.batch_size)
 
-        decisions = methods.search(self.spec.method, problem, scorer.score, first, tuple(steps), influence)
+        score = scorer.diverge if self.spec.objective == "kl" else scorer.score
+        decisions = methods.search(self.spec.method, problem, score, first, tuple(steps), influence, judge=scorer.score)
         while True:
             if len(steps) < problem.num_remove:
                 self.meter.step(len(steps) + 1)

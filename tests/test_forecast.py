@@ -21,9 +21,19 @@ def options(text_file: Path, **changes: object) -> dict[str, object]:
     return dict(calibration=str(text_file), sequences=4, sequence_length=32, held_out=2, dtype="float32") | changes
 
 
-@pytest.mark.parametrize("method", list(Method))
-def test_evaluations_are_counted_exactly_before_a_search(method: Method, tiny_model: Path, text_file: Path) -> None:
-    asked = options(text_file, method=method, remove=3, analysis=False)
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [
+        *((method, "nll") for method in Method),
+        (Method.METRIC3, "kl"),
+        (Method.METRIC2, "kl"),
+        (Method.BEST_CHUNK, "kl"),
+    ],
+)
+def test_evaluations_are_counted_exactly_before_a_search(
+    method: Method, objective: str, tiny_model: Path, text_file: Path
+) -> None:
+    asked = options(text_file, method=method, objective=objective, remove=3, analysis=False)
     spec = api.run_spec(str(tiny_model), **asked)  # type: ignore[arg-type]
     cost, removing = costs.cost_of_spec(spec, 6)
     run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
@@ -88,6 +98,7 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
         dict(
             model="-odd name", until_perplexity=0.125, protect=(0, 5), confidence=0.9, seed=3, held_out=0, search="full"
         ),
+        dict(model="org/x", objective="kl", method="metric2"),
         dict(model="org/x", ratio=0.3, analysis=False, dtype="float32", revision="main", sampling="first"),
         dict(model="org/x", kind="analyze", sequences=7, sequence_length=99),
     ],

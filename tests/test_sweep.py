@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import FAMILIES, build, token_ids
 
+from sleb import scoring
 from sleb.blocks import BlockStack
 from sleb.costs import cost_of
 from sleb.records import Method
@@ -207,3 +208,41 @@ def test_one_sequence_that_does_not_fit_is_a_sentence() -> None:
     stack.blocks[0].register_forward_pre_hook(no_memory)
     with pytest.raises(ScoringError, match="--sequence-length"):
         Scorer(stack, token_ids(model).numpy(), batch_size=2).score([()], np.arange(2))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mamba", "gpt2"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_divergence_equals_that_of_plain_forward_passes(family: str, plain: bool) -> None:
+    model = build(family)
+    stack = BlockStack(model)
+    ids = token_ids(model)
+    skip_sets = [(), (1,), (2, 3), (3, 2), (4,)]
+    scorer = Scorer(stack, ids.numpy(), plain=plain)
+    found = scorer.diverge(skip_sets, np.arange(len(ids)))
+    with torch.inference_mode():
+        base = stack.forward(ids)[:, :-1].double().log_softmax(-1)
+        for skipped, row in zip(skip_sets, found, strict=True):
+            with stack.skipping(skipped):
+                own = stack.forward(ids)[:, :-1].double().log_softmax(-1)
+            twin = torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(dim=(1, 2))
+            np.testing.assert_allclose(row, twin.numpy(), rtol=1e-4, atol=1e-5)
+    assert (found[0] == 0).all()
+    assert (found[1:] > 0).all()
+    expected = cost_of([*skip_sets, ()], len(stack), len(ids), plain=plain)
+    assert (scorer.block_evaluations, scorer.head_evaluations) == (
+        expected.block_evaluations,
+        expected.head_evaluations,
+    )
+
+
+def test_the_divergence_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    stack = BlockStack(model)
+    ids = token_ids(model)
+    whole = Scorer(stack, ids.numpy()).diverge([(2,)], np.arange(len(ids)))
+    shapes = []
+    read_out = stack.read_out
+    monkeypatch.setattr(stack, "read_out", lambda hidden, part: shapes.append(part.shape[1]) or read_out(hidden, part))
+    monkeypatch.setitem(scoring._UPCAST_BYTES, "cpu", 4 * len(ids) * model.config.vocab_size * 2)
+    np.testing.assert_allclose(Scorer(stack, ids.numpy()).diverge([(2,)], np.arange(len(ids))), whole, rtol=1e-6)
+    assert max(shapes) == 2

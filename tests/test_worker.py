@@ -472,3 +472,24 @@ def _assert_same(found: sleb.Run, expected: sleb.Run) -> None:
     assert [s.model_copy(update=free) for s in found.trace.steps] == [
         s.model_copy(update=free) for s in expected.trace.steps
     ]
+
+
+def test_a_search_by_divergence_removes_what_changes_the_predictions_least(tiny_model: Path, text_file: Path) -> None:
+    run = sleb.search(str(tiny_model), **options(text_file, objective="kl", remove=2))
+    assert run.trace is not None
+    stack = BlockStack(build("llama"))
+    ids = _ids(run)[:4]
+    for step in run.trace.steps:
+        assert {each.objective for each in step.candidates} == {"kl"}
+        lowest = min(step.candidates, key=lambda each: each.score_sum or 0.0)
+        assert step.removal_list == lowest.skipped
+        with torch.inference_mode():
+            base = stack.forward(ids)[:, :-1].double().log_softmax(-1)
+            with stack.skipping(step.removal_list):
+                own = stack.forward(ids)[:, :-1].double().log_softmax(-1)
+            plain = float(plain_nll(stack, step.removal_list, ids).sum())
+        twin = float(torch.nn.functional.kl_div(own, base, log_target=True, reduction="sum"))
+        assert lowest.score_sum == pytest.approx(twin, rel=1e-4)
+        assert step.calibration.nll_sum == pytest.approx(plain, rel=1e-6)  # what it costs is a perplexity all the same
+    with pytest.raises(OptionError, match="Metric1 compares hidden states"):
+        sleb.search(str(tiny_model), **options(text_file, objective="kl", method="metric1"))

@@ -24,6 +24,16 @@ SCORE_NAMES = {
 """What the bars of a method show."""
 
 
+UNITS = {"nll": "nats per token", "kl": "nats of divergence per token", "metric1": "1 − cosine"}
+"""Of a score, by what was compared."""
+
+
+def unit_of(run: Run) -> str:
+    """Unit of the run's scores."""
+    steps = run.trace.steps if run.trace else ()
+    return UNITS[steps[0].candidates[0].objective if steps else "nll"]
+
+
 @dataclass(frozen=True)
 class Bars:
     """What one step compared. Arrays are (candidates,), in the units of the score: nats per token, or 1 - cosine."""
@@ -125,7 +135,7 @@ def gone_after_step(shown: Bars) -> dict[int, int]:
 
 def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float | None, str]:
     """Mean score of removing nothing: of the model so far where candidates were scored on it, else of the whole one."""
-    if step.candidates[0].objective == "metric1":
+    if step.candidates[0].objective != "nll":
         return 0.0, "a block that changes nothing"
     so_far = set(before[-1].removal_list) if before else set()
     if so_far and all(so_far <= set(each.skipped) for each in step.candidates):
@@ -306,7 +316,6 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
     shown = _first_frame(blocks)
     for trace, last in zip(shown, frames[-1].data if frames else (), strict=False):
         trace.update(last)
-    metric1 = bool(all_bars) and all_bars[0].step.candidates[0].objective == "metric1"
     figure = style.figure(
         440,
         *shown,
@@ -325,7 +334,7 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
         barmode="overlay",
         bargap=0.25,
         xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
-        yaxis=dict(title="1 − cosine" if metric1 else "Cost of removing it (nats per token)", range=[bottom, top]),
+        yaxis=dict(title=f"Cost of removing it ({unit_of(run)})", range=[bottom, top]),
         margin=dict(b=110, t=40),
     )
     if frames:
