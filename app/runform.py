@@ -347,8 +347,8 @@ def _more() -> dict[str, Any]:
         ["nll", "kl"],
         required=True,
         key=_key("objective"),
-        help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or kl, "
-        "the divergence from the unmodified model's own predictions (as in EvoPress).",
+        help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or "
+        "kl, the divergence from the unmodified model's own predictions (as in EvoPress).",
     )
     found["search"] = fourth.segmented_control(
         "Candidates",
