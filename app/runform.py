@@ -17,7 +17,7 @@ from sleb.records import Forecast, JobSpec, Method, RunSpec
 
 UPLOAD_BYTES = 8 << 20
 _SOURCES = {
-    "default": "The usual text (WikiText-2; for the demo, its own)",
+    "default": "The usual text",
     "wikitext2": "WikiText-2",
     "c4": "C4",
     "wikitext2-rows": "WikiText-2 as in the paper's own program",
@@ -224,11 +224,12 @@ def _controls() -> Asked:
         list(_SOURCES),
         format_func=lambda name: _SOURCES[name],
         key=_key("source"),
-        help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8).",
+        help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8). "
+        "The usual text is WikiText-2; for the demo model, its own.",
     )
     calibration = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):
-        more = _more()
+        more = _more(demo=model.strip() == "demo")
     device, batch_size = more.pop("device"), more.pop("batch_size")
     spec = api.run_spec(model.strip(), method=method, calibration=calibration, **limit, **more)
     return Asked(spec, data.job_spec("search", device.strip() or "auto", batch_size))
@@ -282,7 +283,7 @@ def keep_upload(name: str, content: bytes) -> Any:
     return path
 
 
-def _more() -> dict[str, Any]:
+def _more(*, demo: bool) -> dict[str, Any]:
     first, second, third, fourth = st.columns(4)
     found: dict[str, Any] = dict(
         sequences=first.number_input(
@@ -290,7 +291,7 @@ def _more() -> dict[str, Any]:
             1,
             100_000,
             key=_key("sequences"),
-            placeholder="128 (demo: 16)",
+            placeholder=str(api.DEMO_SEQUENCES if demo else api.PAPER_SEQUENCES),
             help="Pieces of text that decide. More of them tell more blocks apart, and take longer.",
         ),
         sequence_length=second.number_input(
@@ -298,7 +299,7 @@ def _more() -> dict[str, Any]:
             2,
             1_000_000,
             key=_key("sequence_length"),
-            placeholder="2048 (demo: 256)",
+            placeholder=str(api.DEMO_SEQUENCE_LENGTH if demo else api.PAPER_SEQUENCE_LENGTH),
             help="Their length.",
         ),
         held_out=third.number_input(
@@ -306,7 +307,7 @@ def _more() -> dict[str, Any]:
             0,
             100_000,
             key=_key("held_out"),
-            placeholder="a quarter as many",
+            placeholder="a quarter",
             help="Text that takes no part in any choice, and so tells what a removal really costs.",
         ),
         seed=fourth.number_input("Seed", 0, key=_key("seed"), help="Of everything that is drawn."),
@@ -360,7 +361,7 @@ def _more() -> dict[str, Any]:
     )
     found["chat"] = first.checkbox("Conversations", key=_key("chat"), help="The column holds chats: use the template.")
     found["analysis"] = second.checkbox(
-        "Similarity and alignment too", key=_key("analysis"), help="Both analyses after the search, for two more pages."
+        "Analyses too", key=_key("analysis"), help="Similarity and prediction alignment after the search."
     )
     return found
 
