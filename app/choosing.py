@@ -44,7 +44,7 @@ def _missing(run: Run) -> tuple[str, str]:
     if state in (JobState.QUEUED, JobState.RUNNING):
         return (
             "Not analysed yet",
-            "The analyses follow the last step of the search. Look at the **Runs** page how far it is.",
+            "The analyses follow the last step of the search; the **Runs** page says how far it is.",
         )
     if state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
         why = components.plain(run.jobs[-1].status.message)
@@ -54,8 +54,8 @@ def _missing(run: Run) -> tuple[str, str]:
         return "Nothing here yet", "This run has not been started. Start it on the **Runs** page."
     return (
         "Recorded without analyses",
-        "This run was asked for its removal list only. Duplicate it on the **Runs** page with *Similarity and "
-        "alignment too* switched on, or run `sleb analyze` on the same model.",
+        "This run was asked for its removal list only. Duplicate it on the **Runs** page with *Analyses too* "
+        "switched on, or run `sleb analyze` on the same model.",
     )
 
 

@@ -60,12 +60,14 @@ def _remember_runs() -> None:
 
 
 def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
-    """The run, and others of the same model that have removed something, newest first."""
-    model = by_id[run_id].spec.model
-    others = [
-        each.run_id for each in by_id.values() if each.spec.model == model and each.last and each.run_id != run_id
-    ]
-    return [run_id, *others][:MOST_AT_FIRST]
+    """The run, and of each other method on the same model the one that removed most; of the same text first."""
+    chosen = by_id[run_id].spec
+    others = [each for each in by_id.values() if each.spec.model == chosen.model and each.last]
+    others.sort(key=lambda each: (each.spec.calibration != chosen.calibration, -len(each.removal_list)))
+    found = {chosen.method: run_id}
+    for each in others:
+        found.setdefault(each.spec.method, each.run_id)
+    return list(found.values())[:MOST_AT_FIRST]
 
 
 def _load(run_ids: list[str]) -> list[Run]:

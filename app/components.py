@@ -29,9 +29,15 @@ _STATES: dict[JobState, tuple[str, str, _Colour]] = {
 }
 
 
+# What Streamlit and its Markdown turn into icons, arrows and links although it is escaped: an invisible joiner after
+# the first characters of each stops that.
+_EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
+
+
 def plain(text: object) -> str:
     """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
     shown = "".join(char if char.isprintable() else " " for char in str(text))
+    shown = _EAGER.sub("\\g<0>\N{WORD JOINER}", shown)
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
 
 
@@ -112,7 +118,7 @@ def run_label(run: Outline) -> str:
     """One line that tells runs apart."""
     name, what = model_name(run.spec).rpartition("/")[2], method_name(run.spec)
     if data.is_sample(run):
-        return f"Recorded sample: {name}, {what}"
+        return f"Sample: {name}, {what}"
     return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"
 
 
@@ -153,7 +159,8 @@ def facts(run: Run) -> None:
         stack = run.stack
         about = (
             f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
-            f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}"
+            f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
+            f"{stack.held_out} × held out"
         )
         words.append(plain(about))
     if words:
@@ -236,20 +243,38 @@ def number(value: float | None, digits: int = 2) -> str:
     return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
+def share_of_parameters(run: Run) -> float:
+    """Of the whole model, those of the blocks that are gone."""
+    if run.stack is None:
+        return 0.0
+    gone = sum(run.stack.block_parameters[block] for block in run.removal_list)
+    return gone / run.stack.total_parameters
+
+
 def rise(before: Baseline, after: Step) -> str | None:
-    """How much worse the held-out text is predicted, in per cent with its standard error."""
+    """How much worse the held-out text is predicted, with its standard error: in per cent, or how many times."""
     first, last = before.held_out.perplexity, after.held_out.perplexity
     if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:
         return None
     error = after.held_out_standard_error
     ratio = last / first
+    return rise_in_words(ratio, ratio * error if error else None)
+
+
+def rise_in_words(ratio: float, error: float | None) -> str:
+    """A ratio of perplexities and its standard error: +33.0% ± 0.8%, or × 12.3 ± 0.4 where per cents say nothing."""
+    if ratio >= 1e5:
+        return f"× {ratio:.2e}".replace("e+0", "e").replace("e+", "e")
+    if ratio >= 10:
+        digits = 0 if ratio >= 100 else 1
+        return f"× {ratio:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
     digits = 0 if ratio > 2 else 1
-    return f"+{ratio - 1:.{digits}%}".replace("+-", "−") + (f" ± {ratio * error:.{digits}%}" if error else "")
+    return f"{ratio - 1:+.{digits}%}" + (f" ± {error:.{digits}%}" if error else "")
 
 
 def duration(seconds: float | None) -> str:
     """Seconds in words."""
-    if seconds is None:
+    if seconds is None or not 0 <= seconds < 1e10:
         return "–"
     whole = round(seconds)
     if whole < 60:

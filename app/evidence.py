@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from sleb import methods, store
+from sleb.errors import RunError
 from sleb.records import Run, Step
 
 
 def of(run: Run, step: Step) -> methods.Comparison | None:
-    """How each candidate of a step compares with the chosen one, with intervals; None without its scores."""
+    """How each candidate of a step compares with the chosen one, with intervals; None without sound scores."""
     try:
         found = store.read_scores(run.run_dir, f"step-{step.number:04d}")
-        scores, seen = found["nats"], found.get("seen")
-        counts = store.read_scores(run.run_dir, "baseline")["token_counts"][: scores.shape[1]]
-    except (OSError, KeyError, ValueError):
+        scores, counts = found["nats"], store.read_scores(run.run_dir, "baseline")["token_counts"]
+    except (RunError, KeyError):
         return None
-    if len(scores) != len(step.candidates):
+    seen = found.get("seen", np.ones(scores.shape, dtype=bool))
+    sound = (
+        scores.dtype.kind == "f"
+        and scores.ndim == 2
+        and scores.shape[0] == len(step.candidates)
+        and scores.shape[1] > 0
+        and seen.shape == scores.shape
+        and seen.dtype == bool
+        and seen.any(axis=1).all()
+        and seen.all(axis=1).any()
+        and counts.dtype.kind in "iu"
+        and counts.ndim == 1
+        and len(counts) >= scores.shape[1]
+        and (counts > 0).all()
+    )
+    if not sound:
         return None
     # Metric1 is a mean over hidden states, of which the last token has one too.
-    return methods.compare(scores, counts + (step.candidates[0].objective == "metric1"), run.spec.confidence, seen)
+    counts = counts[: scores.shape[1]] + (step.candidates[0].objective == "metric1")
+    return methods.compare(scores, counts, run.spec.confidence, seen)

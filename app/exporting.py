@@ -83,7 +83,7 @@ def _checked(out: str, replace: bool) -> Path:
         raise OptionError("The folder's name has characters that no file system takes; type it anew.")
     folder = files.expanded(Path(out.strip())).absolute()
     try:
-        above = next(each for each in folder.parents if each.exists())
+        above = next((each for each in folder.parents if each.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise OptionError(f"Nothing can be written in {above}; name another folder.")
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

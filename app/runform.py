@@ -11,7 +11,7 @@ import streamlit as st
 
 from app import components, data, probes
 from app.charts import style
-from sleb import api, command, costs, files, store
+from sleb import api, command, costs, files, store, turns
 from sleb.errors import CalibrationError, SlebError
 from sleb.records import Forecast, JobSpec, Method, RunSpec
 
@@ -140,6 +140,8 @@ def forecast(asked: Asked) -> None:
 
 
 def _probe(asked: Asked, timed: Forecast | None) -> None:
+    if turns.queue(store.home(), asked.job.device):
+        st.caption("Another run is using the device: it comes first, and an estimate now would be too long.")
     running: probes.Probe | None = st.session_state.get("probe")
     if running is not None:
         _watch()
@@ -272,7 +274,7 @@ def keep_upload(name: str, content: bytes) -> Any:
     for number, line in enumerate(text.splitlines() if lines else [], 1):
         try:
             row = json.loads(line) if line.strip() else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"Line {number} of the upload is not JSON.") from error
         if not isinstance(row, dict):
             raise CalibrationError(f"Line {number} of the upload is no JSON object with a text in it.")

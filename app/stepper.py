@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
+from app import components
 from app.charts import steps as charts
 from sleb.methods import Comparison
 from sleb.records import Run
@@ -55,18 +56,19 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
         "axis": axes,
         "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
         "words": _before(run),
-        "steps": [_step(each) for each in compared],
+        "steps": [_step(each, run.spec.confidence) for each in compared],
         "curve": _curve(run),
     }
 
 
-def _step(shown: charts.Bars) -> dict[str, Any]:
+def _step(shown: charts.Bars, confidence: float) -> dict[str, Any]:
     step = shown.step
+    chunk = "–" in shown.names[shown.chosen]  # chosen whole, whatever an earlier chunk had taken
     return {
         "number": step.number,
-        "removed": list(step.removed),
+        "removed": list(step.removal_list if chunk else step.removed),
         "list": list(step.removal_list),
-        "gone": charts.gone_after_step(shown),
+        "gone": dict.fromkeys(step.removal_list, step.number) if chunk else charts.gone_after_step(shown),
         "blocks": list(shown.blocks),
         "names": list(shown.names),
         "scores": _short(shown.scores),
@@ -76,11 +78,11 @@ def _step(shown: charts.Bars) -> dict[str, Any]:
         "perplexities": _short([each.perplexity for each in step.candidates]),
         "chosen": shown.chosen,
         "tied": list(shown.tied),
-        "words": words(shown),
+        "words": words(shown, confidence),
     }
 
 
-def words(shown: charts.Bars) -> str:
+def words(shown: charts.Bars, confidence: float) -> str:
     """What happened in a step, and how sure it is, in one or two sentences."""
     step = shown.step
     chunk = len(step.candidates[shown.chosen].skipped) == len(step.removal_list) > 1 and bool(step.restored)
@@ -93,21 +95,25 @@ def words(shown: charts.Bars) -> str:
         return f"{text}, the only candidate."
     others = [shown.names[index] for index in shown.tied]
     if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
-        return f"{text}: {_margin(shown)} better than the next best, but one sequence cannot tell candidates apart."
+        return f"{text}: {_margin(shown, confidence)} better than the next best, but one sequence tells nobody apart."
     if not others:
-        return f"{text}: {_margin(shown)} better than the next best, told apart."
+        return f"{text}: {_margin(shown, confidence)} better than the next best, told apart."
     if len(others) > 8:
         return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
-    return f"{text}, tied with {_and(others)}: the next best is {_margin(shown)} behind."
+    return f"{text}, tied with {_and(others)}: the next best is {_margin(shown, confidence)} behind."
 
 
-def _margin(shown: charts.Bars) -> str:
+def _margin(shown: charts.Bars, confidence: float) -> str:
     """How far the next best is behind, with the half width of its interval, which is what calls it tied."""
+    if len(shown.scores) < 2 or np.isnan(np.delete(shown.scores, shown.chosen)).all():
+        return f"{shown.step.margin:.4f}"
     next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
     reach = float(shown.reaches[next_best])
     objective = shown.step.candidates[0].objective
     unit = "" if objective == "metric1" else f" {charts.UNITS[objective]}"
-    return f"{shown.step.margin:.4f}" + (f" ± {reach:.4f}" if math.isfinite(reach) else "") + unit
+    if not math.isfinite(reach):
+        return f"{shown.step.margin:.4f}{unit}"
+    return f"{shown.step.margin:.4f}{unit} (± {reach:.4f} at {confidence:.0%})"
 
 
 def _has_intervals(compared: Sequence[charts.Bars]) -> bool:
@@ -140,13 +146,8 @@ def _curve(run: Run) -> list[dict[str, float | str | None]]:
 
 def _rise(ratio: float, spread: float) -> str:
     """`spread` is the ratio of the bounds of one standard error either way."""
-    if ratio >= 10:
-        digits = 0 if ratio >= 100 else 1
-        spare = f" ± {ratio * math.log(spread) / 2:,.{digits}f}" if math.isfinite(spread) and spread > 1 else ""
-        return f"× {ratio:.2e}".replace("e+0", "e") if ratio >= 1e5 else f"× {ratio:,.{digits}f}{spare}"
-    digits = 0 if ratio > 2 else 1
-    text = f"{ratio - 1:+.{digits}%}"
-    return text + (f" ± {ratio * math.log(spread) / 2:.{digits}%}" if math.isfinite(spread) and spread > 1 else "")
+    error = ratio * math.log(spread) / 2 if math.isfinite(spread) and spread > 1 else None
+    return components.rise_in_words(ratio, error)
 
 
 def _lowest(values: Any) -> float:

@@ -86,7 +86,7 @@ def _headline(exits: ExitStatistics) -> None:
     half_settled = half_decided(exits.settled_exit)
     with columns[2]:
         st.metric(
-            "Half decided after",
+            "Half first agree by",
             f"block {half}" if half is not None else "–",
             f"settled after block {half_settled}",
             delta_color="off",

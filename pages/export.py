@@ -37,7 +37,7 @@ FORMATS = {
         "mergekit", "-mergekit.yaml", "application/yaml", "yaml",
         "For `mergekit-yaml FILE FOLDER`: a passthrough merge of the kept ranges. Beware: `layer_range` is half-open, "
         "and mergekit does not filter lists of the config that hold one entry a block (`layer_types`). For a model "
-        "that mixes kinds of blocks write the checkpoint below instead, which does.",
+        "that mixes kinds of blocks write the checkpoint instead, which does.",
     ),
     "llama-quantize": (
         "llama.cpp", "-llama-quantize.sh", "text/x-shellscript", "bash",

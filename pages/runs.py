@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,8 @@ from sleb.outline import Outline
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
 
 LIVE_SECONDS = 1.0
+IDLE_SECONDS = 4.0
+"""Runs come from the command line and from other browsers too."""
 _PAGES = {
     "similarity": ("Similarity", ":material/grid_on:"),
     "alignment": ("Prediction alignment", ":material/flag:"),
@@ -44,13 +47,14 @@ def act(what: str, run: Run) -> None:
             jobs.start(jobs.next_job(run, data.job_spec(run.spec.kind, *_how(run))))
         elif what == "duplicate":
             runform.fill(run.spec, run.jobs[0].spec if run.jobs else None)
-            st.session_state["form"] = True
+            st.session_state["form"] = st.session_state["outside"] = True
         elif what == "delete":
             jobs.delete(run.run_dir)
             st.session_state.pop("chosen_run", None)
             st.query_params.pop("run", None)
     except SlebError as error:
         st.session_state["said"] = str(error)
+        st.session_state["outside"] = True
 
 
 def _how(run: Run) -> tuple[str, int | None]:
@@ -130,7 +134,7 @@ def table(rows: list[Outline]) -> None:
                 help="Rise of the perplexity of text that took no part in the choice, with its standard error."
             ),
             "Seconds": st.column_config.NumberColumn(format="%.0f", help="Spent on the search."),
-            "Started": st.column_config.DatetimeColumn(format="D MMM YYYY, HH:mm"),
+            "Started": st.column_config.DatetimeColumn(format="D MMM, HH:mm"),
         },
     )
 
@@ -138,17 +142,17 @@ def table(rows: list[Outline]) -> None:
 def _row(each: Outline) -> dict[str, object]:
     return {
         "State": "Sample" if data.is_sample(each) else components.state_word(each.state),
+        "Started": None if data.is_sample(each) else pd.Timestamp(each.created, unit="s"),
         "Model": components.model_name(each.spec),
         "Method": components.method_name(each.spec),
         "Blocks": each.num_blocks,
         "Removed": len(each.removal_list) if each.baseline else None,
-        "Removal list": ", ".join(map(str, each.removal_list)) or None,
         "Before": each.baseline.perplexity if each.baseline else None,
         "After": each.last.perplexity if each.last else None,
+        "Removal list": ", ".join(map(str, each.removal_list)) or None,
         "Held-out": components.rise(each.baseline, each.last) if each.baseline and each.last else None,
         "Calibration": components.text_name(each.spec),
         "Seconds": each.seconds,
-        "Started": pd.Timestamp(each.created, unit="s"),
         "Run": each.run_id,
     }
 
@@ -192,7 +196,14 @@ def found(run: Run) -> None:
     last = trace.steps[-1] if trace.steps else None
     first, second, third, fourth = st.columns(4)
     blocks = run.stack.num_blocks if run.stack else 0
-    first.metric("Blocks removed", f"{len(run.removal_list)} of {blocks}", help="Steps that are finished.")
+    first.metric(
+        "Blocks removed",
+        f"{len(run.removal_list)} of {blocks}",
+        delta=f"−{components.share_of_parameters(run):.1%} parameters" if last else None,
+        delta_color="off",
+        delta_arrow="off",
+        help="Steps that are finished, and how much smaller the model is without those blocks.",
+    )
     second.metric(
         "Perplexity", _from_to(trace.baseline.perplexity, last.perplexity if last else None), help="Calibration text."
     )
@@ -204,8 +215,12 @@ def found(run: Run) -> None:
         delta_arrow="off",
         help="Text that took no part in any choice: what the removal really costs.",
     )
-    seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
-    fourth.metric("Search", components.duration(seconds), help="Time spent on finished steps.")
+    job = jobs.active(run)
+    if job is not None and job.status.started is not None:
+        fourth.metric("Running for", components.duration(time.time() - job.status.started), help="This process.")
+    else:
+        seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
+        fourth.metric("Search", components.duration(seconds), help="Time spent on finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
 
@@ -218,7 +233,7 @@ def actions(run: Run, job: Job | None, sample: bool) -> None:
     """What can be done with the run."""
 
     def button(word: str, icon: str, help: str, **options: Any) -> bool:
-        return st.button(word, icon=f":material/{icon}:", help=help, type="tertiary", **options)
+        return st.button(word, key=f"do-{word}", icon=f":material/{icon}:", help=help, type="tertiary", **options)
 
     if job is not None:
         button("Stop", "stop", "Finished steps are kept.", on_click=act, args=("stop", run))
@@ -234,7 +249,8 @@ def actions(run: Run, job: Job | None, sample: bool) -> None:
 @st.dialog("Delete this run?")
 def really_delete(run: Run) -> None:
     """Asked twice."""
-    st.markdown(f"The run folder `{plain(run.run_id)}` and everything in it goes for good. Exported models stay.")
+    st.markdown("This run folder and everything in it goes for good. Exported models stay.")
+    st.code(run.run_id, language=None, wrap_lines=True)
     with st.container(horizontal=True):
         if st.button("Delete for good", type="primary", icon=":material/delete:"):
             act("delete", run)
@@ -252,6 +268,8 @@ def say() -> None:
 
 def main() -> None:
     """Everything below the form, drawn anew while something is going on."""
+    if st.session_state.pop("outside", False):  # a button in here changed what is drawn out there
+        st.rerun()
     found = data.outlines()
     rows = [each for each in found if isinstance(each, Outline)]
     for error in found:
@@ -276,4 +294,4 @@ head()
 say()
 if st.session_state.get("form"):
     form()
-st.fragment(main, run_every=LIVE_SECONDS if st.session_state.get("live") else None)()
+st.fragment(main, run_every=LIVE_SECONDS if st.session_state.get("live") else IDLE_SECONDS)()

@@ -299,7 +299,8 @@ def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
     with jobs.executing(job_dir, watcher.progress) as reporter:
         from .worker import execute as execute_job  # torch: not before it is this job's turn
 
-        return execute_job(job_dir, reporter, watcher)
+        execute_job(job_dir, reporter, watcher)
+    return store.load(job_dir.parent.parent)
 
 
 def _found(run: str | PathLike[str] | Run) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from . import api, files, jobs, store
-from .errors import BadInput, OptionError, RunError, SlebError, Stopped
+from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
 from .options import (
     CHOICE,
     HOW,
@@ -398,7 +399,12 @@ def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
-    api.work(_job_dir(files.expanded(directory).absolute()))
+    job_dir = _job_dir(files.expanded(directory).absolute())
+    try:
+        api.work(job_dir)
+    except RunBusy:  # two asked at the same moment, and the other one has it
+        store.withdraw_job(store.load_job(job_dir))
+        raise
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -418,17 +424,32 @@ def dashboard(
     """
     if find_spec("app.main") is None:
         raise OptionError(_NO_DASHBOARD)
-    if address == "localhost" and _taken(port):
-        raise OptionError(f"Port {port} is in use, perhaps by another dashboard. Name another one with --port.")
+    _require_free(address, port)
     allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
     os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
     settings = [f"--server.port={port}", f"--server.address={address}"]
     os.execv(sys.executable, [sys.executable, "-m", "app", *settings, *context.args])
 
 
-def _taken(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("localhost", port)) == 0
+def _require_free(address: str, port: int) -> None:
+    """Whether the dashboard can listen there, said before it starts."""
+    try:
+        if not address.strip():
+            raise OSError
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"--address {address!r} is no address; use localhost, or one of this machine.") from error
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise OptionError(
+                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port "
+                    '(make run ARGS="--port 8502").'
+                ) from error
+            raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
 
 
 def _print_forecast(spec: RunSpec, found: Forecast, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import methods
+from .errors import OptionError
 from .records import Baseline, Method, RunSpec, StackDescription, Step
 
 SkipSet = tuple[int, ...]
@@ -102,7 +103,10 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
     protected = spec.protected
     if protected is None:
         protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
-    available = num_blocks - len([block for block in protected if 0 <= block < num_blocks])
+    outside = [block for block in protected if not 0 <= block < num_blocks]
+    if outside:
+        raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
+    available = num_blocks - len(protected)
     removing = methods.number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
     methods.require_possible(spec.method, num_blocks, removing, protected)
     held_out = max(1, round(spec.calibration.sequences / 4)) if spec.held_out is None else spec.held_out

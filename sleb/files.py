@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import OptionError, StorageError
 
@@ -49,6 +52,37 @@ def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) 
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file from anywhere. Raises `ValueError` for what is none, or holds what nobody wrote, else `OSError`."""
+    if not path.is_file() and path.exists():
+        raise ValueError("it is no regular file")  # a pipe would never end
+    return parse_json(path.read_bytes())
+
+
+def parse_json(data: bytes) -> Any:
+    """JSON whose numbers are numbers and whose text is text. Raises `ValueError` for everything else."""
+    try:
+        found = json.loads(data, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if b"\\ud" in data.lower():  # half a character, which no screen and no file takes
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refused(text)
+
+
+def _bounded(text: str) -> int:
+    return int(text) if len(text) <= 19 else _refused(text)
 
 
 def save_text(path: Path, text: str, *, replace: bool) -> None:

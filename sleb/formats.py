@@ -178,6 +178,11 @@ def _sleb(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     return shlex.join([*command, "--removal_list", json.dumps(steps[-1].removal_list)]) + "\n"
 
 
+_DEMO_REMARK = (
+    "# The search was on a 4-bit file of this model, dequantised; the hub's weights are not quite the same.",
+)
+
+
 def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     """A passthrough merge: `layer_range` is half-open, and names the blocks that stay."""
     assert run.stack is not None
@@ -188,6 +193,7 @@ def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
         "# layer_range is half-open: [0, 14] keeps blocks 0 to 13.",
         "# mergekit does not filter per-layer lists of the config (layer_types and its like): for a model that",
         "# mixes kinds of blocks use `sleb export --format hf` instead, which does and proves it.",
+        *(_DEMO_REMARK if run.spec.model == "demo" else ()),
         "slices:",
     ]
     for start, end in kept_ranges(run.stack.num_blocks, removal_list):

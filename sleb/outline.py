@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from . import jobs, store
 from .errors import RunError
+from .files import parse_json, read_json
 from .records import Baseline, Job, JobState, RunSpec, Step
 
 
@@ -60,7 +60,7 @@ def outline(directory: Path) -> Outline:
     baseline, last, finished, seconds = _ends(directory / "trace.jsonl")
     num_blocks = None
     with suppress(OSError, ValueError, KeyError, TypeError):
-        num_blocks = int(json.loads((directory / "stack.json").read_bytes())["num_blocks"])
+        num_blocks = int(read_json(directory / "stack.json")["num_blocks"])
     return Outline(
         run_id=directory.name,
         run_dir=directory,
@@ -87,12 +87,12 @@ def watched(found: Outline) -> Outline:
 def _ends(path: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
     """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if path.is_file() else b""
     except OSError:
         return None, None, False, None
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     try:
-        entries: list[dict[str, Any]] = [json.loads(line) for line in (*lines[:1], *lines[-2:])]
+        entries: list[dict[str, Any]] = [parse_json(line) for line in (*lines[:1], *lines[-2:])]
         baseline = Baseline.model_validate(entries[0]["baseline"])
         steps = [entry["step"] for entry in entries if "step" in entry]
         last = Step.model_validate(steps[-1]) if steps else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 from . import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
+MOST_BLOCKS = 256
+"""What claims to have more is opened before it is believed: counting its work would take minutes."""
 _NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -17,13 +18,14 @@ def num_blocks(model: str) -> int | None:
     """Blocks of a model given as for a search; None where its files are not here, or do not say."""
     if model == "demo":
         return DEMO_BLOCKS
+    found = None
     with suppress(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError):
         path = files.expanded(Path(model))
         if path.is_dir():
-            return _of_config(json.loads((path / "config.json").read_text(encoding="utf-8")))
-        if path.suffix == ".gguf" and path.is_file():
-            return _of_gguf(path)
-    return None
+            found = _of_config(files.read_json(path / "config.json"))
+        elif path.suffix == ".gguf" and path.is_file():
+            found = _of_gguf(path)
+    return found if found is not None and 0 < found <= MOST_BLOCKS else None
 
 
 def _of_config(config: Any) -> int | None:

@@ -139,13 +139,19 @@ class StackDescription(Record):
     protected: tuple[int, ...]
     self_check: SelfCheck
 
+    @model_validator(mode="after")
+    def _whole(self) -> StackDescription:
+        if not 1 <= self.num_blocks == len(self.block_parameters) <= 100_000:
+            raise ValueError("there are as many numbers of parameters as blocks, and at least one")
+        return self
+
 
 class Measured(Record):
     """A sum of negative log-likelihoods in nats and the tokens it was summed over."""
 
     nll_sum: float | None
     """None where the predictions were not numbers."""
-    token_count: int
+    token_count: Annotated[int, Field(ge=0)]
 
     @property
     def perplexity(self) -> float | None:
@@ -165,7 +171,7 @@ class Candidate(Record):
 
     block: int
     """The block this candidate adds to the removal list; the first of the chunk for best chunk."""
-    skipped: tuple[int, ...]
+    skipped: Annotated[tuple[int, ...], Field(min_length=1)]
     objective: Literal["nll", "kl", "metric1"] = "nll"
     score_sum: float | None
     nll_sum: float | None = None
@@ -188,7 +194,7 @@ class Step(Record):
     """One decision with all its evidence. Carries the whole removal list after it: best chunks are not nested."""
 
     number: int
-    removed: tuple[int, ...]
+    removed: Annotated[tuple[int, ...], Field(min_length=1)]
     restored: tuple[int, ...] = ()
     removal_list: tuple[int, ...]
     candidates: tuple[Candidate, ...]
@@ -196,7 +202,7 @@ class Step(Record):
     """The calibration set under the model without `removal_list`."""
     held_out: Measured
     """Sequences that took no part in the choice."""
-    held_out_standard_error: float | None = None
+    held_out_standard_error: Annotated[float, Field(ge=0, le=1000)] | None = None
     """Of the mean rise over the baseline on the held-out sequences, per token, in pairs; None below two of them."""
     margin: float | None
     """Mean paired difference of the runner-up's score to the winner's, per token; None without a runner-up."""
@@ -471,7 +477,7 @@ class Proof(Record):
     blocks_before: int
     blocks_after: int
     kept_blocks: tuple[int, ...]
-    parameters_before: int
+    parameters_before: Annotated[int, Field(gt=0)]
     parameters_after: int
     bytes_after: int
     """Of the weight files."""

@@ -247,7 +247,7 @@ class Session:
         """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""
         try:
             before = store.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
-        except (OSError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
+        except (RunError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
             return None
         _, error = methods.mean_and_error(nats - before, problem.token_counts[problem.held_out])
         return float(error) if np.isfinite(error) else None

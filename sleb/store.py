@@ -17,6 +17,8 @@ import shlex
 import shutil
 import tempfile
 import time
+import zipfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from .errors import RunError
-from .files import expanded, replace_file, writing
+from .files import expanded, parse_json, read_json, replace_file, writing
 from .records import (
     FORMAT_VERSION,
     Analysis,
@@ -125,8 +127,8 @@ def load(run: str | os.PathLike[str]) -> Run:
         spec=read_spec(directory),
         stack=stack,
         trace=trace,
-        analysis=_read_or_none(analysis, Analysis),
-        analysis_unavailable=unavailable.read_text(errors="replace") if unavailable.exists() else None,
+        analysis=_fitting(_read_or_none(analysis, Analysis), stack, analysis),
+        analysis_unavailable=_sentence(unavailable),
         jobs=jobs,
     )
 
@@ -198,9 +200,13 @@ def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
 
 
 def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
-    """What `write_scores` wrote."""
-    with np.load(directory / "scores" / f"{name}.npz") as arrays:
-        return dict(arrays)
+    """What `write_scores` wrote. Raises `RunError` where it is missing or damaged."""
+    path = directory / "scores" / f"{name}.npz"
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(f"{path} cannot be read; it is missing or damaged.") from error
 
 
 def append_baseline(directory: Path, baseline: Baseline) -> None:
@@ -222,6 +228,8 @@ def read_trace(directory: Path) -> Trace | None:
     """The trace as far as it was written; None before the baseline."""
     path = directory / "trace.jsonl"
     try:
+        if path.exists() and not path.is_file():
+            raise RunError(f"{path} is no regular file; it is damaged. Restore it, or delete the run.")
         data = path.read_bytes()
     except FileNotFoundError:
         return None
@@ -232,7 +240,7 @@ def read_trace(directory: Path) -> Trace | None:
     steps: list[Step] = []
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if entry.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
                 raise RunError(_other_version(path, entry["format_version"]))
             if "baseline" in entry and baseline is None:
@@ -329,7 +337,7 @@ def read_proof(run: Run) -> Proof:
     found = [path for path in results if path.exists()]
     if not found:
         raise RunError(f"Run {run.run_id} has no finished export.")
-    return Proof.model_validate(json.loads(found[-1].read_text())["proof"])
+    return Proof.model_validate(read_json(found[-1])["proof"])
 
 
 @dataclass(frozen=True)
@@ -348,7 +356,7 @@ def read_exports(run: Run) -> list[Export]:
     for job in run.jobs:
         if job.spec.kind == "export":
             try:
-                result = json.loads((job.directory / "result.json").read_text())
+                result = read_json(job.directory / "result.json")
                 found.append(Export(job, Path(result["out"]), Proof.model_validate(result["proof"])))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.debug("No export in %s: %s", job.directory, error)
@@ -405,7 +413,7 @@ def _job_dirs(directory: Path) -> list[Path]:
 
 def _read(path: Path, record: type[R]) -> R:
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -428,6 +436,32 @@ def _read_or_none(path: Path, record: type[R]) -> R | None:
     except RunError as error:
         log.warning("%s", error)
         return None
+
+
+def _fitting(analysis: Analysis | None, stack: StackDescription | None, path: Path) -> Analysis | None:
+    """The analysis, if it is of a model with as many blocks."""
+    if analysis is None or stack is None:
+        return analysis
+    blocks, found, exits = stack.num_blocks, analysis.similarity, analysis.alignment
+    matrices = (found.mean, found.mean_without_first, found.random_token)
+    sizes = [len(matrix) - 1 for matrix in matrices] + [len(row) - 1 for matrix in matrices for row in matrix]
+    sizes += [len(found.metric1), len(found.chunk_angular_distance)]
+    sizes += [len(row) for row in found.chunk_angular_distance]
+    for each in (exits.calibration, exits.generated):
+        sizes += [len(each.agreement), len(each.first_exit), len(each.settled_exit)] if each else []
+    sizes += [len(token.top) for token in analysis.passage.tokens]
+    if all(size == blocks for size in sizes):
+        return analysis
+    log.warning("%s is of another model than stack.json; it is left out.", path)
+    return None
+
+
+def _sentence(path: Path) -> str | None:
+    """A file with one sentence in it, if it is there."""
+    try:
+        return path.read_text(errors="replace")[:2000] if path.is_file() else None
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
 
 
 def _other_version(path: Path, version: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,11 +77,16 @@ def read(run_dir: Path, num_blocks: int) -> Tokens | None:
     try:
         with np.load(run_dir / "analysis" / FILE) as arrays:
             stored = {name: arrays[name] for name in ("cosine", "predictions", "sequence", "position")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    integers = all(stored[name].dtype.kind in "iu" for name in stored)
+    if not integers or stored["sequence"].ndim != 1 or stored["cosine"].dtype != np.uint16:
         return None
     tokens, points = len(stored["sequence"]), num_blocks + 1
     shapes = {"cosine": (tokens, points * num_blocks // 2), "predictions": (num_blocks, tokens), "position": (tokens,)}
-    if any(stored[name].shape != shape for name, shape in shapes.items()):
+    if not tokens or any(stored[name].shape != shape for name, shape in shapes.items()):
+        return None
+    if any(stored[name].min() < 0 or stored[name].max() >= 2**31 for name in ("position", "sequence")):
         return None
     rows, columns = np.triu_indices(points, 1)
     cosine = np.ones((tokens, points, points), dtype=np.float32)

@@ -26,8 +26,8 @@ from .session import Session
 log = logging.getLogger(__name__)
 
 
-def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> Run:
-    """Do what the job says and return the run; the caller holds it (`jobs.executing`)."""
+def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
+    """Do what the job says; the caller holds the run (`jobs.executing`)."""
     job = store.load_job(job_dir)
     run_dir = job_dir.parent.parent
     with _logging_to(job_dir / "log.txt"):
@@ -52,7 +52,6 @@ def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> Run:
             log.info("Done.")
         finally:
             attempt.learn(peak_memory=_peak_memory())
-    return store.load(run_dir)
 
 
 def _require_exportable(run: Run, job: JobSpec) -> tuple[tuple[int, ...], Path]:

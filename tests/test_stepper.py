@@ -93,7 +93,7 @@ def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
         assert ("tied with" in shown["words"]) == bool(step.tied)
         behind = sorted(shown["differences"])[1]
         reach = shown["reaches"][shown["differences"].index(behind)]  # half of the interval that calls it tied
-        assert f"{step.margin:.4f} ± {reach:.4f} nats per token" in shown["words"]
+        assert f"{step.margin:.4f} nats per token (± {reach:.4f} at 95%)" in shown["words"]
         assert ("told apart" in shown["words"]) == (not step.tied)
 
 
@@ -129,7 +129,7 @@ def test_one_sequence_tells_nobody_apart(runs: Path) -> None:
     step = run.trace.steps[0].model_copy(update={"tied": everyone, "margin_standard_error": None})
     alone = run.model_copy(update={"trace": run.trace.model_copy(update={"steps": (step,)})})
     found = stepper.payload(alone, [None])
-    assert "one sequence cannot tell candidates apart" in found["steps"][0]["words"]
+    assert "one sequence tells nobody apart" in found["steps"][0]["words"]
     assert found["interval"] == ""
     assert payload(run)["interval"] == "95% interval of the difference"
 

@@ -16,7 +16,7 @@ from plotly.colors import sample_colorscale
 from app.charts import style
 from sleb.formats import public_name
 from sleb.published import PublishedList, jaccard, shared
-from sleb.records import Measured, Run, RunSpec, Step
+from sleb.records import Measured, Method, Run, RunSpec, Step
 
 PALETTE = (style.ORANGE, style.BLUE, style.GREEN, style.PINK, style.YELLOW, style.SKY, "#8C6BB1", "#7A7A7A")
 """Of runs that are told apart by more than their method; published lists are grey."""
@@ -47,6 +47,8 @@ class Listed:
     """The removal list after 1, 2, ... removals: best chunks are not nested."""
     colour: str
     is_published: bool = False
+    is_chunk: bool = False
+    """Removed in one piece: its blocks have no order."""
 
     @property
     def label(self) -> str:
@@ -109,9 +111,12 @@ def _cut(text: str, length: int = _LABEL) -> str:
 def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list[Listed]:
     """Runs, then published lists, each with its letter and its colour. Runs without a stack are left out."""
     methods = [run.spec.method.value for run in runs]
-    colours = [style.METHOD_COLOURS[each] for each in methods]
-    if len(set(methods)) < len(methods):
-        colours = [PALETTE[index % len(PALETTE)] for index in range(len(runs))]
+    free = [colour for colour in PALETTE if colour not in {style.METHOD_COLOURS[each] for each in methods}]
+    colours = []
+    for place, method in enumerate(methods):  # a method keeps its colour on all pages; a second run of it takes another
+        own = style.METHOD_COLOURS[method]
+        spare = free.pop(0) if own in colours and free else PALETTE[place % len(PALETTE)]
+        colours.append(spare if own in colours else own)
     found = [
         Listed(
             "",
@@ -119,6 +124,7 @@ def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list
             run.stack.num_blocks,
             tuple(step.removal_list for step in run.trace.steps) if run.trace else (),
             colour,
+            is_chunk=run.spec.method is Method.BEST_CHUNK,
         )
         for run, name, colour in zip(runs, names_of(runs), colours, strict=True)
         if run.stack is not None
@@ -192,8 +198,9 @@ def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str
             base.append(block * unit - (0 if relative else 0.5))
             width.append(unit)
             label.append(each.label)
-            text.append(str(order.get(block, "")))
+            text.append("" if each.is_chunk else str(order.get(block, "")))
             what = f"removed as number {order[block]} of {len(order)}" if removed else "stays"
+            what = "removed with its chunk" if removed and each.is_chunk else what
             depth = (block + 0.5) / each.num_blocks
             hover.append(f"{style.plain(each.name)}<br>block {block} of {each.num_blocks} ({depth:.0%} deep): {what}")
     return dict(orientation="h", base=base, x=width, y=label, text=text, hovertext=hover, **_CELL)

@@ -442,8 +442,21 @@ def _player(steps: Sequence[Step]) -> dict[str, object]:
     return dict(sliders=[slider], updatemenus=[menu])
 
 
-def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool) -> go.Figure:
-    """Perplexity against the number of blocks removed, one curve a run, its colour its method's (paper, Figure 7)."""
+def _capped(figure: go.Figure, logarithmic: bool) -> list[float] | None:
+    """A range of perplexity up to 30 times the unmodified model's: beyond it a model writes nonsense."""
+    values = np.array([y for trace in figure.data if trace.mode for y in trace.y if y is not None], dtype=float)
+    values = values[np.isfinite(values)]
+    if not len(values) or values.max() <= 30 * values.min():
+        return None
+    low, high = 0.9 * values.min(), 30 * values.min()
+    return [math.log10(low), math.log10(high)] if logarithmic else [0.0, float(high)]
+
+
+def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everything: bool = False) -> go.Figure:
+    """Perplexity against the number of blocks removed, one curve a run, its colour its method's (paper, Figure 7).
+
+    Curves leave the chart at 30 times the unmodified model's perplexity, unless `everything` is to be seen.
+    """
     many = {run.spec.method for run in runs if sum(run.spec.method is each.spec.method for each in runs) > 1}
     text = "held_out" if held_out else "calibration"
     figure = style.figure(
@@ -465,6 +478,8 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool) -> go.Fig
         dash = ("solid", "dash", "dot", "dashdot")[place % 4]
         symbol = ("circle", "square", "diamond", "cross", "triangle-up")[order.index(method)]
         figure.add_traces(_with_band(curve_table(run), text, name, style.METHOD_COLOURS[method.value], dash, symbol))
+    if not everything:
+        figure.update_yaxes(range=_capped(figure, logarithmic))
     longest = max((len(run.trace.steps) + 1 for run in runs if run.trace), default=1)
     figure.update_xaxes(dtick=_tick(longest))
     return figure
