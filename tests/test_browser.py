@@ -112,6 +112,26 @@ def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     assert len(store.load(run_id).removal_list) == 2
 
 
+def test_a_run_is_duplicated_into_the_form(tab: browser.Tab, place: Path) -> None:
+    write_run(place / "runs" / "pattern", 12, 3, model="org/pattern")
+    tab.open("/?run=pattern")
+    tab.page.get_by_role("button", name="Duplicate", exact=True).click()
+    box = tab.page.get_by_label("Model", exact=True)
+    box.wait_for()
+    assert box.input_value() == "org/pattern"
+
+
+def test_runs_from_elsewhere_appear_by_themselves(tab: browser.Tab, place: Path) -> None:
+    write_run(place / "runs" / "watched", 12, 4, done=2, state=JobState.STOPPED)
+    tab.open("/?run=watched")
+    tab.shows("2 of 12")
+    with (place / "runs" / "watched" / "trace.jsonl").open() as trace:
+        lines = trace.readlines()
+    assert len(lines) == 3
+    (place / "runs" / "watched" / "trace.jsonl").write_text("".join(lines[:2]))
+    tab.shows("1 of 12")
+
+
 def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
     tab.open("/steps?step=3")
     where, stepper = tab.page.locator(".stepper .where"), tab.page.locator(".stepper")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from stores import write_run
 from typer.testing import CliRunner
 
 import sleb
@@ -295,3 +296,35 @@ def test_python_m_sleb_is_sleb() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("sleb: There is no run 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [("", "is no address"), ("999.1.1.1", "is no address"), ("nosuchhost.invalid", "is no address"),
+     ("192.0.2.7", "cannot listen"), ("localhost", "is in use"), ("127.0.0.1", "is in use")],
+)  # fmt: skip
+def test_a_dashboard_that_cannot_listen_says_so(address: str, sentence: str) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "sleb", "dashboard", f"--port={port}", f"--address={address}"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_report_is_written_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 12, 3)
+    out = tmp_path / "report.html"
+    wanted = [sys.executable, "-m", "sleb", "report", str(run.run_dir), "--out", str(out)]
+    assert subprocess.run(wanted, capture_output=True, cwd=tmp_path).returncode == 0
+    assert str(list(run.removal_list)) in out.read_text()
+    again = subprocess.run(wanted, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr

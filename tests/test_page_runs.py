@@ -11,7 +11,7 @@ import pytest
 from dashboard import ROOT, open_page, words
 from stores import write_many, write_run
 
-from app import data, runform
+from app import components, data, runform
 from sleb import jobs, store
 from sleb.errors import CalibrationError, RunError
 from sleb.records import JobState, Method
@@ -214,3 +214,37 @@ def test_the_configuration_is_in_force_from_any_directory(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
     assert done.stdout.split() == ["localhost", "#0b6aa8"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "never"),
+    [
+        ("see https://evil.example/x", "://e"),
+        ("www.evil.example", "www.e"),
+        ("write to a@b.example", "a@b"),
+        (":material/home: and :red[x]", ":m"),
+        ("a -> b >= c", "->"),
+    ],
+)
+def test_foreign_text_is_shown_as_text(text: str, never: str) -> None:
+    shown = components.plain(text)
+    assert never not in shown.replace("\\", "")
+    assert shown.replace("\\", "").replace("\N{WORD JOINER}", "") == text
+
+
+def test_foreign_markup_is_escaped() -> None:
+    assert components.plain("<b>*x*</b> $y$ [a](b)") == r"\<b\>\*x\*\</b\> \$y\$ \[a\]\(b\)"
+
+
+def test_two_processes_for_one_run_leave_one_job(runs: Path) -> None:
+    """Resume pressed in two tabs at once: who comes second takes its job back."""
+    run = write_run(runs / "stopped", 12, 4, done=2, state=JobState.STOPPED)
+    second = store.create_job(run.run_dir, data.job_spec("search"))
+    with jobs.lock_of(run.run_dir):
+        done = subprocess.run(
+            [sys.executable, "-m", "sleb", "work", str(second.directory)], capture_output=True, text=True, cwd=ROOT
+        )
+    assert done.returncode == 2
+    assert "is being executed" in done.stderr
+    assert [job.name for job in store.load("stopped").jobs] == ["1-search"]
+    assert jobs.state_of(store.load("stopped")) is JobState.STOPPED
