@@ -16,7 +16,7 @@ from rich.table import Table
 from . import jobs, store
 from .meter import Watcher
 from .outline import Outline
-from .records import Baseline, Candidate, Run, StackDescription, Step
+from .records import Baseline, Candidate, Job, Run, StackDescription, Step
 from .records import Progress as Done
 
 _TIED_SHOWN = 6
@@ -259,7 +259,8 @@ def print_run(run: Run, console: Console | None = None) -> None:
     kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({jobs.state_of(run).value})"))
     console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}"))
-    for job in jobs.watched(run).jobs:
+    last: dict[str, Job] = {job.spec.kind: job for job in jobs.watched(run).jobs}  # earlier tries are history
+    for job in last.values():
         if job.status.message:
             console.print(_labelled("", f"{job.name} {job.status.state.value}: {shown(job.status.message)}"))
     if run.stack:
