@@ -452,6 +452,12 @@ def _capped(figure: go.Figure, logarithmic: bool) -> list[float] | None:
     return [math.log10(low), math.log10(high)] if logarithmic else [0.0, float(high)]
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten: of less than three decades all are labelled."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    return [each * 10.0**power for power in powers for each in (1, 2, 5) if low <= each * 10.0**power <= high]
+
+
 def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everything: bool = False) -> go.Figure:
     """Perplexity against the number of blocks removed, one curve a run, its colour its method's (paper, Figure 7).
 
@@ -478,8 +484,13 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everythin
         dash = ("solid", "dash", "dot", "dashdot")[place % 4]
         symbol = ("circle", "square", "diamond", "cross", "triangle-up")[order.index(method)]
         figure.add_traces(_with_band(curve_table(run), text, name, style.METHOD_COLOURS[method.value], dash, symbol))
-    if not everything:
-        figure.update_yaxes(range=_capped(figure, logarithmic))
+    reach = None if everything else _capped(figure, logarithmic)
+    if reach is not None:
+        figure.update_yaxes(range=reach)
+        if logarithmic:
+            figure.update_yaxes(
+                tickvals=_ticks(10 ** reach[0], 10 ** reach[1]), tickformat=",.3~r", minorloglabels=None
+            )
     longest = max((len(run.trace.steps) + 1 for run in runs if run.trace), default=1)
     figure.update_xaxes(dtick=_tick(longest))
     return figure
