@@ -19,7 +19,7 @@ from sleb import alignment, api, cache, jobs, methods, peek, similarity, store, 
 from sleb import outline as outlines_of
 from sleb.errors import RunError
 from sleb.outline import Outline
-from sleb.records import ExitStatistics, JobSpec, Run, Step
+from sleb.records import ExitStatistics, JobSpec, Method, Run, Step
 from sleb.similarity import TokenSimilarity
 from sleb.tokens import Tokens
 
@@ -45,7 +45,10 @@ def outlines() -> list[Outline | RunError]:
     """All runs, newest first, then the recorded samples; an unreadable one is its error."""
     found: list[Outline | RunError] = []
     for folder in (store.runs_folder(), SAMPLES):
-        for directory in store.run_dirs(folder):
+        directories = store.run_dirs(folder)
+        if folder == SAMPLES:
+            directories.sort(key=_rank_of_sample)  # their times are those of the checkout
+        for directory in directories:
             if folder == SAMPLES and (store.runs_folder() / directory.name / "spec.json").is_file():
                 continue  # a copy was brought in, to be exported: it is the one that pages show
             try:
@@ -55,6 +58,12 @@ def outlines() -> list[Outline | RunError]:
                 if isinstance(error, RunError):
                     found.append(error)
     return found
+
+
+def _rank_of_sample(directory: Path) -> tuple[int, str]:
+    """In the order of the methods, the one that is shown first at the head."""
+    ends = [directory.name.endswith(f"-{method.value}") for method in Method]
+    return (ends.index(True) if True in ends else len(ends), directory.name)
 
 
 def is_sample(run: Run | Outline) -> bool:

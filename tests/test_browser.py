@@ -39,7 +39,7 @@ def tab(address: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 @pytest.fixture(scope="module")
 def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "long.txt"
-    path.write_text(tiny.text(200_000))
+    path.write_text(tiny.text(800_000))
     return path
 
 
@@ -98,7 +98,7 @@ def test_a_live_run_is_started_and_watched_to_its_end(tab: browser.Tab, tiny_mod
 def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     tab: browser.Tab, tiny_model: Path, long_text: Path
 ) -> None:
-    run_id = start(tab, tiny_model, long_text, Sequences="1200", Tokens_each="64")
+    run_id = start(tab, tiny_model, long_text, Sequences="8000", Tokens_each="64")
     tab.shows("Step 1 of 2", 90)
     tab.page.reload()
     tab.idle()
@@ -133,7 +133,7 @@ def test_runs_from_elsewhere_appear_by_themselves(tab: browser.Tab, place: Path)
 
 
 def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
-    tab.open("/steps?step=3")
+    tab.open("/steps?run=sample-smollm2-135m-metric3&step=3")
     where, stepper = tab.page.locator(".stepper .where"), tab.page.locator(".stepper")
     expect = tab.page.wait_for_url
     assert where.inner_text() == "Step 3 of 12"
