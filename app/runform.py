@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,7 @@ def _controls() -> Asked:
     model_column, method_column = st.columns([3, 2])
     model = model_column.text_input(
         "Model",
+        persist_state="session",
         key=_key("model"),
         help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
         "a real model of 135 million parameters that comes with the installation.",
@@ -196,6 +198,7 @@ def _controls() -> Asked:
         "Method",
         [method.value for method in Method],
         format_func=lambda name: style.METHOD_NAMES[name],
+        persist_state="session",
         key=_key("method"),
         help="Metric3 is SLEB: after each removal all blocks are scored anew (paper, Algorithm 1). The others are what "
         "the paper compares it with (Figures 4 and 7): they take less time and choose worse.",
@@ -205,56 +208,82 @@ def _controls() -> Asked:
         "Remove",
         list(_AMOUNTS),
         format_func=lambda name: _AMOUNTS[name],
+        persist_state="session",
         key=_key("amount"),
         help="Every step is kept, so a longer list contains all shorter ones (but for best chunk).",
     )
     limit: dict[str, Any] = {}
     if amount == "ratio":
         share = middle.number_input(
-            "Per cent", 1, 99, key=_key("ratio"), help="Rounded up to whole blocks (paper, 4.1)."
+            "Per cent",
+            1,
+            99,
+            persist_state="session",
+            key=_key("ratio"),
+            help="Rounded up to whole blocks (paper, 4.1).",
         )
         limit["ratio"] = share / 100
     elif amount == "remove":
-        limit["remove"] = middle.number_input("Blocks", 1, 1000, key=_key("remove"), help="How many steps to take.")
+        limit["remove"] = middle.number_input(
+            "Blocks", 1, 1000, persist_state="session", key=_key("remove"), help="How many steps to take."
+        )
     else:
         rise = middle.number_input(
-            "Per cent", 1, 1000, key=_key("until"), help="Stops before the held-out perplexity rises by more."
+            "Per cent",
+            1,
+            1000,
+            persist_state="session",
+            key=_key("until"),
+            help="Stops before the held-out perplexity rises by more.",
         )
         limit["until_perplexity"] = rise / 100
     source = right.selectbox(
         "Calibration text",
         list(_SOURCES),
         format_func=lambda name: _SOURCES[name],
+        persist_state="session",
         key=_key("source"),
         help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8). "
         "The usual text is WikiText-2; for the demo model, its own.",
     )
-    calibration = _calibration(source)
+    text = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):
         more = _more(demo=model.strip() == "demo")
+    # All controls are drawn by now: what is skipped in one run of the page forgets its value.
+    calibration, more["protect"] = text(), _blocks(more["protect"])
     device, batch_size = more.pop("device"), more.pop("batch_size")
     spec = api.run_spec(model.strip(), method=method, calibration=calibration, **limit, **more)
     return Asked(spec, data.job_spec("search", device.strip() or "auto", batch_size))
 
 
-def _calibration(source: str) -> str | None:
+def _calibration(source: str) -> Callable[[], str | None]:
+    """Controls of the text; what they come to is asked for later, and raises `CalibrationError`."""
     if source == "other":
         name = st.text_input(
             "File or data set",
+            persist_state="session",
             key=_key("other"),
             help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub.",
         )
-        if not name.strip():
-            raise CalibrationError("Name the file or data set to calibrate on.")
-        return name.strip()
+        return lambda: _named(name)
     if source == "upload":
         given = st.file_uploader(
             "Text", type=["txt", "jsonl"], help=f"UTF-8, at most {UPLOAD_BYTES >> 20} MB. It stays on the server."
         )
-        if given is None:
-            raise CalibrationError("Choose a text to upload.")
-        return str(keep_upload(given.name, given.getvalue()))
-    return None if source == "default" else source
+        return lambda: _uploaded(given)
+    return lambda: None if source == "default" else source
+
+
+def _named(name: str) -> str:
+    if not name.strip():
+        raise CalibrationError("Name the file or data set to calibrate on.")
+    return name.strip()
+
+
+def _uploaded(given: Any) -> str:
+    if given is None:
+        raise CalibrationError("Choose a text to upload.")
+    return str(keep_upload(given.name, given.getvalue()))
 
 
 def keep_upload(name: str, content: bytes) -> Any:
@@ -292,6 +321,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Sequences",
             1,
             100_000,
+            persist_state="session",
             key=_key("sequences"),
             placeholder=str(api.DEMO_SEQUENCES if demo else api.PAPER_SEQUENCES),
             help="Pieces of text that decide. More of them tell more blocks apart, and take longer.",
@@ -300,6 +330,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Tokens each",
             2,
             1_000_000,
+            persist_state="session",
             key=_key("sequence_length"),
             placeholder=str(api.DEMO_SEQUENCE_LENGTH if demo else api.PAPER_SEQUENCE_LENGTH),
             help="Their length.",
@@ -308,47 +339,77 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Held-out sequences",
             0,
             100_000,
+            persist_state="session",
             key=_key("held_out"),
             placeholder="a quarter",
             help="Text that takes no part in any choice, and so tells what a removal really costs.",
         ),
-        seed=fourth.number_input("Seed", 0, key=_key("seed"), help="Of everything that is drawn."),
+        seed=fourth.number_input(
+            "Seed", 0, persist_state="session", key=_key("seed"), help="Of everything that is drawn."
+        ),
     )
     first, second, third, fourth = st.columns(4)
     found["sampling"] = first.selectbox(
-        "Windows", ["random", "first"], key=_key("sampling"), help="Drawn without overlap, or the first ones."
+        "Windows",
+        ["random", "first"],
+        persist_state="session",
+        key=_key("sampling"),
+        help="Drawn without overlap, or the first ones.",
     )
     found["bos"] = second.selectbox(
         "BOS token",
         ["auto", "yes", "no"],
+        persist_state="session",
         key=_key("bos"),
         help="Heads every window; auto asks the tokenizer.",
     )
     protect = third.text_input(
         "Protected blocks",
+        persist_state="session",
         key=_key("protect"),
         placeholder="first and last",
         help="Never removed: indices such as 0, 29, or none. Empty: the first and the last one.",
     )
-    found["protect"] = _blocks(protect)
+    found["protect"] = protect
     confidence = fourth.number_input(
-        "Confidence, per cent", 50, 99, key=_key("confidence"), help="Of the interval that calls two blocks tied."
+        "Confidence, per cent",
+        50,
+        99,
+        persist_state="session",
+        key=_key("confidence"),
+        help="Of the interval that calls two blocks tied.",
     )
     found["confidence"] = confidence / 100
     first, second, third, fourth = st.columns(4)
     found["dtype"] = first.selectbox(
-        "Computed in", ["auto", "float32", "bfloat16", "float16"], key=_key("dtype"), help="auto is what is fast there."
+        "Computed in",
+        ["auto", "float32", "bfloat16", "float16"],
+        persist_state="session",
+        key=_key("dtype"),
+        help="auto is what is fast there.",
     )
-    found["device"] = second.text_input("Device", key=_key("device"), help="auto, cpu, cuda:0 …")
+    found["device"] = second.text_input(
+        "Device", persist_state="session", key=_key("device"), help="auto, cpu, cuda:0 …"
+    )
     found["batch_size"] = third.number_input(
-        "Batch", 1, 100_000, key=_key("batch_size"), placeholder="chosen", help="Sequences at once."
+        "Batch",
+        1,
+        100_000,
+        persist_state="session",
+        key=_key("batch_size"),
+        placeholder="chosen",
+        help="Sequences at once.",
     )
-    found["revision"] = fourth.text_input("Revision", key=_key("revision"), help="Of a model on the hub.") or None
+    found["revision"] = (
+        fourth.text_input("Revision", persist_state="session", key=_key("revision"), help="Of a model on the hub.")
+        or None
+    )
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
     found["objective"] = third.segmented_control(
         "Objective",
         ["nll", "kl"],
         required=True,
+        persist_state="session",
         key=_key("objective"),
         help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or "
         "kl, the divergence from the unmodified model's own predictions (as in EvoPress).",
@@ -357,13 +418,19 @@ def _more(*, demo: bool) -> dict[str, Any]:
         "Candidates",
         ["auto", "race", "full"],
         required=True,
+        persist_state="session",
         key=_key("search"),
         help="In a race a candidate leaves once it cannot win: several times less work for the same list, but for bad "
         "luck in at most 5 % of the steps. full scores all on all the text; auto races from 32 sequences on.",
     )
-    found["chat"] = first.checkbox("Conversations", key=_key("chat"), help="The column holds chats: use the template.")
+    found["chat"] = first.checkbox(
+        "Conversations", persist_state="session", key=_key("chat"), help="The column holds chats: use the template."
+    )
     found["analysis"] = second.checkbox(
-        "Analyses too", key=_key("analysis"), help="Similarity and prediction alignment after the search."
+        "Analyses too",
+        persist_state="session",
+        key=_key("analysis"),
+        help="Similarity and prediction alignment after the search.",
     )
     return found
 

@@ -79,7 +79,7 @@ def head() -> None:
             help="SLEB on a real model of 135 million parameters and a real text that come with the installation: "
             "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
         )
-        st.toggle("New run", key="form", help="Your own model, text and number of blocks.")
+        st.toggle("New run", persist_state="session", key="form", help="Your own model, text and number of blocks.")
         components.copy_link()
 
 

@@ -11,6 +11,7 @@ import tiny
 from stores import write_run
 
 from sleb import jobs, store
+from sleb.formats import FORMATS, render
 from sleb.records import JobState
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="no browser found: python tests/browser.py gets one")
@@ -112,6 +113,29 @@ def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     assert len(store.load(run_id).removal_list) == 2
 
 
+def test_the_form_remembers_what_it_does_not_show(tab: browser.Tab) -> None:
+    def confidence() -> str:
+        return str(tab.page.get_by_label("Confidence, per cent", exact=True).input_value())
+
+    tab.open("/")
+    tab.page.get_by_text("New run").click()
+    tab.page.get_by_text("More choices").click()
+    assert confidence() == "95"
+    fill(tab, Sequences="9")
+    choose(tab, "Calibration text", "Upload a text")
+    tab.shows("Choose a text to upload.")
+    choose(tab, "Calibration text", "The usual text")
+    tab.page.get_by_role("button", name="Start", exact=True).wait_for()
+    assert confidence() == "95"
+    tab.page.get_by_text("New run").click()
+    tab.idle()
+    tab.page.get_by_text("New run").click()
+    tab.idle()
+    tab.page.get_by_text("More choices").click()
+    assert confidence() == "95"
+    assert tab.page.get_by_label("Sequences", exact=True).input_value() == "9"
+
+
 def test_a_run_is_duplicated_into_the_form(tab: browser.Tab, place: Path) -> None:
     write_run(place / "runs" / "pattern", 12, 3, model="org/pattern")
     tab.open("/?run=pattern")
@@ -167,6 +191,21 @@ def test_a_live_run_grows_under_the_eyes_of_whoever_watches(
     tab.open(f"/steps?run={run_id}")
     tab.shows("Step 2 of 2", 120)
     assert len(store.load(run_id).removal_list) == 2
+
+
+def test_every_export_is_downloaded_as_it_is_rendered(tab: browser.Tab, place: Path) -> None:
+    run = write_run(place / "runs" / "exported", 12, 4, model="org/exported")
+    tab.open("/export?run=exported&steps=3")
+    labels = {"json": "JSON", "csv": "CSV", "list": "Plain list", "sleb": "SLEB", "mergekit": "mergekit"}
+    for name in FORMATS:
+        label = labels.get(name, "llama.cpp")
+        tab.page.get_by_test_id("stButtonGroup").get_by_text(label, exact=True).click()
+        tab.idle()
+        tab.page.wait_for_timeout(300)  # the button is there before its file is
+        assert tab.download("Download") == render(run, name, 3), name
+    report = tab.download("Download the report")
+    assert str(list(run.removal_list[:3])) in report
+    assert "org/exported" in report
 
 
 def test_a_run_is_deleted_when_asked_twice(tab: browser.Tab, place: Path) -> None:
