@@ -92,19 +92,21 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
         batch_size=job.batch_size if job else None,
         analysis=spec.analysis,
     )
-    for name, value in values.items():
-        st.session_state[_key(name)] = value
+    _begin_with(values)
 
 
 def draw() -> Asked | None:
     """The controls; None where they do not make a run, with the sentence that says why."""
-    for name, value in _FIELDS.items():
-        st.session_state.setdefault(_key(name), value)
+    last = st.session_state.get("form-last")
+    if last is not None and _key("model") not in st.session_state:  # they were hidden, and forgot
+        _begin_with(last)
     try:
         return _controls()
     except SlebError as error:
         st.error(components.plain(_for_the_form(str(error))), icon=":material/error:")
         return None
+    finally:
+        st.session_state["form-last"] = {name: st.session_state.get(_key(name), _first(name)) for name in _FIELDS}
 
 
 def forecast(asked: Asked) -> None:
@@ -189,7 +191,7 @@ def _controls() -> Asked:
     model_column, method_column = st.columns([3, 2])
     model = model_column.text_input(
         "Model",
-        persist_state="session",
+        value=_first("model"),
         key=_key("model"),
         help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
         "a real model of 135 million parameters that comes with the installation.",
@@ -198,7 +200,7 @@ def _controls() -> Asked:
         "Method",
         [method.value for method in Method],
         format_func=lambda name: style.METHOD_NAMES[name],
-        persist_state="session",
+        index=[method.value for method in Method].index(_first("method")),
         key=_key("method"),
         help="Metric3 is SLEB: after each removal all blocks are scored anew (paper, Algorithm 1). The others are what "
         "the paper compares it with (Figures 4 and 7): they take less time and choose worse.",
@@ -208,7 +210,7 @@ def _controls() -> Asked:
         "Remove",
         list(_AMOUNTS),
         format_func=lambda name: _AMOUNTS[name],
-        persist_state="session",
+        index=list(_AMOUNTS).index(_first("amount")),
         key=_key("amount"),
         help="Every step is kept, so a longer list contains all shorter ones (but for best chunk).",
     )
@@ -218,21 +220,26 @@ def _controls() -> Asked:
             "Per cent",
             1,
             99,
-            persist_state="session",
+            value=_first("ratio"),
             key=_key("ratio"),
             help="Rounded up to whole blocks (paper, 4.1).",
         )
         limit["ratio"] = share / 100
     elif amount == "remove":
         limit["remove"] = middle.number_input(
-            "Blocks", 1, 1000, persist_state="session", key=_key("remove"), help="How many steps to take."
+            "Blocks",
+            1,
+            1000,
+            value=_first("remove"),
+            key=_key("remove"),
+            help="How many steps to take.",
         )
     else:
         rise = middle.number_input(
             "Per cent",
             1,
             1000,
-            persist_state="session",
+            value=_first("until"),
             key=_key("until"),
             help="Stops before the held-out perplexity rises by more.",
         )
@@ -241,7 +248,7 @@ def _controls() -> Asked:
         "Calibration text",
         list(_SOURCES),
         format_func=lambda name: _SOURCES[name],
-        persist_state="session",
+        index=list(_SOURCES).index(_first("source")),
         key=_key("source"),
         help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8). "
         "The usual text is WikiText-2; for the demo model, its own.",
@@ -261,7 +268,7 @@ def _calibration(source: str) -> Callable[[], str | None]:
     if source == "other":
         name = st.text_input(
             "File or data set",
-            persist_state="session",
+            value=_first("other"),
             key=_key("other"),
             help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub.",
         )
@@ -321,7 +328,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Sequences",
             1,
             100_000,
-            persist_state="session",
+            value=_first("sequences"),
             key=_key("sequences"),
             placeholder=str(api.DEMO_SEQUENCES if demo else api.PAPER_SEQUENCES),
             help="Pieces of text that decide. More of them tell more blocks apart, and take longer.",
@@ -330,7 +337,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Tokens each",
             2,
             1_000_000,
-            persist_state="session",
+            value=_first("sequence_length"),
             key=_key("sequence_length"),
             placeholder=str(api.DEMO_SEQUENCE_LENGTH if demo else api.PAPER_SEQUENCE_LENGTH),
             help="Their length.",
@@ -339,33 +346,37 @@ def _more(*, demo: bool) -> dict[str, Any]:
             "Held-out sequences",
             0,
             100_000,
-            persist_state="session",
+            value=_first("held_out"),
             key=_key("held_out"),
             placeholder="a quarter",
             help="Text that takes no part in any choice, and so tells what a removal really costs.",
         ),
         seed=fourth.number_input(
-            "Seed", 0, persist_state="session", key=_key("seed"), help="Of everything that is drawn."
+            "Seed",
+            0,
+            value=_first("seed"),
+            key=_key("seed"),
+            help="Of everything that is drawn.",
         ),
     )
     first, second, third, fourth = st.columns(4)
     found["sampling"] = first.selectbox(
         "Windows",
         ["random", "first"],
-        persist_state="session",
+        index=["random", "first"].index(_first("sampling")),
         key=_key("sampling"),
         help="Drawn without overlap, or the first ones.",
     )
     found["bos"] = second.selectbox(
         "BOS token",
         ["auto", "yes", "no"],
-        persist_state="session",
+        index=["auto", "yes", "no"].index(_first("bos")),
         key=_key("bos"),
         help="Heads every window; auto asks the tokenizer.",
     )
     protect = third.text_input(
         "Protected blocks",
-        persist_state="session",
+        value=_first("protect"),
         key=_key("protect"),
         placeholder="first and last",
         help="Never removed: indices such as 0, 29, or none. Empty: the first and the last one.",
@@ -375,7 +386,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
         "Confidence, per cent",
         50,
         99,
-        persist_state="session",
+        value=_first("confidence"),
         key=_key("confidence"),
         help="Of the interval that calls two blocks tied.",
     )
@@ -384,24 +395,29 @@ def _more(*, demo: bool) -> dict[str, Any]:
     found["dtype"] = first.selectbox(
         "Computed in",
         ["auto", "float32", "bfloat16", "float16"],
-        persist_state="session",
+        index=["auto", "float32", "bfloat16", "float16"].index(_first("dtype")),
         key=_key("dtype"),
         help="auto is what is fast there.",
     )
     found["device"] = second.text_input(
-        "Device", persist_state="session", key=_key("device"), help="auto, cpu, cuda:0 …"
+        "Device", value=_first("device"), key=_key("device"), help="auto, cpu, cuda:0 …"
     )
     found["batch_size"] = third.number_input(
         "Batch",
         1,
         100_000,
-        persist_state="session",
+        value=_first("batch_size"),
         key=_key("batch_size"),
         placeholder="chosen",
         help="Sequences at once.",
     )
     found["revision"] = (
-        fourth.text_input("Revision", persist_state="session", key=_key("revision"), help="Of a model on the hub.")
+        fourth.text_input(
+            "Revision",
+            value=_first("revision"),
+            key=_key("revision"),
+            help="Of a model on the hub.",
+        )
         or None
     )
     first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
@@ -409,7 +425,7 @@ def _more(*, demo: bool) -> dict[str, Any]:
         "Objective",
         ["nll", "kl"],
         required=True,
-        persist_state="session",
+        default=_first("objective"),
         key=_key("objective"),
         help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or "
         "kl, the divergence from the unmodified model's own predictions (as in EvoPress).",
@@ -418,17 +434,20 @@ def _more(*, demo: bool) -> dict[str, Any]:
         "Candidates",
         ["auto", "race", "full"],
         required=True,
-        persist_state="session",
+        default=_first("search"),
         key=_key("search"),
         help="In a race a candidate leaves once it cannot win: several times less work for the same list, but for bad "
         "luck in at most 5 % of the steps. full scores all on all the text; auto races from 32 sequences on.",
     )
     found["chat"] = first.checkbox(
-        "Conversations", persist_state="session", key=_key("chat"), help="The column holds chats: use the template."
+        "Conversations",
+        value=_first("chat"),
+        key=_key("chat"),
+        help="The column holds chats: use the template.",
     )
     found["analysis"] = second.checkbox(
         "Analyses too",
-        persist_state="session",
+        value=_first("analysis"),
         key=_key("analysis"),
         help="Similarity and prediction alignment after the search.",
     )
@@ -453,4 +472,17 @@ def _for_the_form(sentence: str) -> str:
 
 
 def _key(name: str) -> str:
-    return f"new-{name}"
+    generation = st.session_state.get("form-generation", 0)
+    return f"new-{generation}-{name}" if generation else f"new-{name}"
+
+
+def _first(name: str) -> Any:
+    """What a control begins with: a default of its own. Set through the session state, a quick second run of the page
+    could lose it on the way to the browser."""
+    return st.session_state.get("form-fields", _FIELDS)[name]
+
+
+def _begin_with(values: dict[str, Any]) -> None:
+    """New keys, so that the controls are new ones, which begin with these values."""
+    st.session_state["form-fields"] = st.session_state["form-last"] = values
+    st.session_state["form-generation"] = st.session_state.get("form-generation", 0) + 1

@@ -141,10 +141,11 @@ def test_a_run_is_duplicated_with_its_choices(runs: Path) -> None:
     run = write_run(runs / "first", 12, 3, method=Method.BEST_CHUNK, model="org/one", seed=5)
     app = open_page("runs", run="first")
     press(app, "Duplicate")
-    assert app.text_input(key="new-model").value == "org/one"
-    assert app.selectbox(key="new-method").value == "best-chunk"
-    assert app.number_input(key="new-remove").value == run.spec.num_remove == 3
-    assert app.number_input(key="new-seed").value == 5
+    shown = {each.label: each.value for each in (*app.text_input, *app.selectbox, *app.number_input)}
+    assert shown["Model"] == "org/one"
+    assert shown["Method"] == "best-chunk"
+    assert shown["Blocks"] == run.spec.num_remove == 3
+    assert shown["Seed"] == 5
 
 
 def test_delete_asks_before_it_does(runs: Path) -> None:
