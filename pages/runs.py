@@ -15,9 +15,8 @@ from sleb.errors import RunError, SlebError
 from sleb.outline import Outline
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
 
-LIVE_SECONDS = 1.0
-IDLE_SECONDS = 4.0
-"""Runs come from the command line and from other browsers too."""
+LIVE_SECONDS = 1.5
+"""Always the same: runs come from elsewhere too, and a click while the whole page is drawn anew would be lost."""
 _PAGES = {
     "similarity": ("Similarity", ":material/grid_on:"),
     "alignment": ("Prediction alignment", ":material/flag:"),
@@ -275,10 +274,6 @@ def main() -> None:
     for error in found:
         if isinstance(error, RunError):
             st.warning(plain(error), icon=":material/broken_image:")
-    live = any(each.job is not None and jobs.is_active(each.job) for each in rows)
-    if live != st.session_state.get("live", False):
-        st.session_state["live"] = live
-        st.rerun()
     run_id = components.asked(rows) if rows else None
     if run_id is None:
         components.empty("No runs yet", "**Run the demo** needs no download and no GPU.")
@@ -294,4 +289,4 @@ head()
 say()
 if st.session_state.get("form"):
     form()
-st.fragment(main, run_every=LIVE_SECONDS if st.session_state.get("live") else IDLE_SECONDS)()
+st.fragment(main, run_every=LIVE_SECONDS)()
