@@ -5,7 +5,6 @@ from __future__ import annotations
 import streamlit as st
 
 from app import components, data
-from app.charts import compare
 from sleb.errors import RunError
 from sleb.outline import Outline
 from sleb.published import PUBLISHED, PublishedList, published, published_for
@@ -50,7 +49,7 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
 
 def _run_label(run: Outline) -> str:
     """Shorter than elsewhere: several stand in one line."""
-    what = f"{compare.model_name(run.spec).split('/')[-1]}, {components.method_name(run.spec)}"
+    what = f"{components.model_name(run.spec).split('/')[-1]}, {components.method_name(run.spec)}"
     return f"{what} (sample)" if data.is_sample(run) else f"{what}, {len(run.removal_list)} removed ({run.run_id})"
 
 

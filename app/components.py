@@ -13,8 +13,9 @@ import streamlit as st
 
 from app import data
 from app.charts import style
+from sleb import meter
 from sleb.errors import RunError
-from sleb.formats import public_name
+from sleb.formats import display_name
 from sleb.outline import Outline
 from sleb.records import Baseline, Job, JobState, Run, RunSpec, Step
 
@@ -123,9 +124,8 @@ def run_label(run: Outline) -> str:
 
 
 def model_name(spec: RunSpec) -> str:
-    """The last part of a folder or file, a hub name as it is."""
-    name = public_name(spec.model)
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name.startswith(("/", "~")) or ":\\" in name else name
+    """What the run's model is called on the screen."""
+    return display_name(spec.model)
 
 
 def method_name(spec: RunSpec) -> str:
@@ -276,12 +276,7 @@ def duration(seconds: float | None) -> str:
     """Seconds in words."""
     if seconds is None or not 0 <= seconds < 1e10:
         return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return meter.duration(seconds)
 
 
 _COPY = st.components.v2.component(

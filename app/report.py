@@ -14,7 +14,7 @@ from app import evidence
 from app.charts import compare, style
 from app.charts import steps as step_charts
 from app.html_page import facts, page, plot, section, table
-from sleb.formats import in_words, kept_ranges, trace_of
+from sleb.formats import display_name, in_words, kept_ranges, trace_of
 from sleb.methods import Comparison
 from sleb.records import Alignment, Measured, Proof, Run, Similarity, StackDescription, Step, Trace
 from sleb.store import Export, read_exports
@@ -46,7 +46,7 @@ def render(
         _exports(exports),
         _how(run, stack),
     ]
-    title = f"{compare.model_name(run.spec)} without {len(step.removal_list)} of its {stack.num_blocks} blocks"
+    title = f"{display_name(run.spec.model)} without {len(step.removal_list)} of its {stack.num_blocks} blocks"
     about = (
         f"Transformer blocks that the text needs least, found by {style.METHOD_NAMES[run.spec.method.value]}; "
         f"nothing was trained afterwards. Run {run.run_id}, reported on {time.strftime('%Y-%m-%d')}."
@@ -157,7 +157,7 @@ def _asked(run: Run, stack: StackDescription) -> str:
         ("Confidence, seed", f"{spec.confidence:.0%}, {spec.seed}"),
     ]
     model = [
-        ("Model", compare.model_name(spec)),
+        ("Model", display_name(spec.model)),
         ("Revision", stack.revision or spec.revision or "unknown"),
         ("Weights hash", stack.weights_hash),
         ("Blocks", f"{stack.num_blocks} × {stack.block_class} in {stack.model_class}"),

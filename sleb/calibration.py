@@ -16,7 +16,7 @@ import xxhash
 
 from . import demo
 from .errors import CalibrationError
-from .records import CalibrationSpec
+from .records import CalibrationSpec, default_held_out
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,6 @@ def require_there(spec: CalibrationSpec) -> None:
     """A local file that is missing is said before minutes of loading a model. Raises `CalibrationError`."""
     if spec.source not in RESERVED:
         _local(spec.source)
-
-
-def default_held_out(sequences: int) -> int:
-    """A quarter of the calibration set, at least one."""
-    return max(1, round(sequences / 4))
 
 
 def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any, vocab_size: int) -> CalibrationSet:

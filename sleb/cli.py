@@ -19,6 +19,7 @@ import typer
 
 from . import api, files, jobs, store
 from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
+from .meter import duration
 from .options import (
     CHOICE,
     HOW,
@@ -49,7 +50,7 @@ from .options import (
 )
 from .outline import Outline, list_outlines
 from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
-from .screen import Screen, duration, print_run, print_runs, table
+from .screen import Screen, print_run, print_runs, table
 from .summary import summary
 
 _NO_DASHBOARD = "The dashboard is not installed: run sleb from a checkout of the project (make setup)."

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import methods
 from .errors import OptionError
-from .records import Baseline, Method, RunSpec, StackDescription, Step
+from .records import Baseline, Method, RunSpec, Step, default_held_out
 
 SkipSet = tuple[int, ...]
 
@@ -109,7 +109,7 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
     available = num_blocks - len(protected)
     removing = methods.number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
     methods.require_possible(spec.method, num_blocks, removing, protected)
-    held_out = max(1, round(spec.calibration.sequences / 4)) if spec.held_out is None else spec.held_out
+    held_out = default_held_out(spec.calibration.sequences) if spec.held_out is None else spec.held_out
     # Without a race one sequence stands for all of them: work is proportional to their number.
     sequences = spec.calibration.sequences if spec.races else 1
     choosing = cost_of_search(
@@ -131,9 +131,3 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
     for each in judged:
         total += each * held_out
     return total, removing
-
-
-def head_weight(stack: StackDescription) -> float:
-    """What reading out one skip set costs, in block evaluations: the ratio of their multiplications."""
-    per_block = sum(stack.block_parameters) / len(stack.block_parameters)
-    return stack.vocab_size * stack.hidden_size / max(per_block, 1.0)

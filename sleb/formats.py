@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,13 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
 def public_name(model: str) -> str:
     """The name other tools know a model by: the demo's own, every other as it was given."""
     return "HuggingFaceTB/SmolLM2-135M-Instruct" if model == "demo" else model
+
+
+def display_name(model: str) -> str:
+    """A name for the screen: the last part of a folder or file, a hub name as it is."""
+    name = public_name(model)
+    local = name.startswith(("/", "~")) or ":\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
 
 
 def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int, int]]:

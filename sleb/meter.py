@@ -78,3 +78,13 @@ class Meter:
             self._told = time.perf_counter()
             for sink in self.sinks:
                 sink(progress)
+
+
+def duration(seconds: float) -> str:
+    """`90` -> `1 min 30 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

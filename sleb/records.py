@@ -53,6 +53,11 @@ class CalibrationSpec(Record):
     chat: bool = False
 
 
+def default_held_out(sequences: int) -> int:
+    """A quarter of the calibration set, at least one."""
+    return max(1, round(sequences / 4))
+
+
 class RunSpec(Record):
     """What was asked; immutable once written. Permissions and devices are no part of it: see `JobSpec`."""
 

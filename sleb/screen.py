@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from . import jobs, store
-from .meter import Watcher
+from .meter import Watcher, duration
 from .outline import Outline
 from .records import Baseline, Candidate, Job, Run, StackDescription, Step
 from .records import Progress as Done
@@ -129,16 +129,6 @@ class Screen:
             share=f"{progress.fraction:.0%}" if known else "",
             left="" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left",
         )
-
-
-def duration(seconds: float) -> str:
-    """`90` -> `1 min 30 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def decimal(value: float | None) -> str:

@@ -14,9 +14,9 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from app.charts import style
-from sleb.formats import public_name
+from sleb.formats import display_name
 from sleb.published import PublishedList, jaccard, shared
-from sleb.records import Measured, Method, Run, RunSpec, Step
+from sleb.records import Measured, Method, Run, Step
 
 PALETTE = (style.ORANGE, style.BLUE, style.GREEN, style.PINK, style.YELLOW, style.SKY, "#8C6BB1", "#7A7A7A")
 """Of runs that are told apart by more than their method; published lists are grey."""
@@ -61,13 +61,6 @@ class Listed:
         return self.prefixes[-1] if self.prefixes else ()
 
 
-def model_name(spec: RunSpec) -> str:
-    """The last part of a folder or file, a hub name as it is."""
-    name = public_name(spec.model)
-    local = name.startswith(("/", "~")) or ":\\" in name
-    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
-
-
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A name for each run that says in what it differs from the others, all of them different."""
     facts = [_facts(run) for run in runs]
@@ -86,7 +79,7 @@ def _facts(run: Run) -> tuple[str, ...]:
     """What runs differ in, the most telling first: model, method, text, seed, type."""
     spec, text = run.spec, run.spec.calibration
     return (
-        model_name(spec).split("/")[-1],
+        display_name(spec.model).split("/")[-1],
         style.METHOD_NAMES[spec.method.value],
         _file(text.source),
         f"{text.sequences} × {text.sequence_length}",
@@ -500,7 +493,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
     text = run.spec.calibration
     found: dict[str, Any] = {
         "": row.letter,
-        "Model": model_name(run.spec),
+        "Model": display_name(run.spec.model),
         "Method": style.METHOD_NAMES[run.spec.method.value],
         "Blocks": row.num_blocks,
         "Removed": len(row.removal_list),
