@@ -59,13 +59,16 @@ def _remember_runs() -> None:
 
 
 def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
-    """The run, and of each other method on the same model the one that removed most; of the same text first."""
+    """The run, and of each other method on the same model the one that removed most; of the same text first.
+
+    With swaps and without are two methods here.
+    """
     chosen = by_id[run_id].spec
     others = [each for each in by_id.values() if each.spec.model == chosen.model and each.last]
     others.sort(key=lambda each: (each.spec.calibration != chosen.calibration, -len(each.removal_list)))
-    found = {chosen.method: run_id}
+    found = {(chosen.method, chosen.refine): run_id}
     for each in others:
-        found.setdefault(each.spec.method, each.run_id)
+        found.setdefault((each.spec.method, each.spec.refine), each.run_id)
     return list(found.values())[:MOST_AT_FIRST]
 
 

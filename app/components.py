@@ -130,7 +130,7 @@ def model_name(spec: RunSpec) -> str:
 
 def method_name(spec: RunSpec) -> str:
     """How blocks are chosen, or that none are."""
-    return style.METHOD_NAMES[spec.method.value] if spec.kind == "search" else "Analyses only"
+    return style.method_name(spec) if spec.kind == "search" else "Analyses only"
 
 
 def text_name(spec: RunSpec) -> str:

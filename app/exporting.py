@@ -15,6 +15,7 @@ from app import components, data, report
 from app.components import plain
 from sleb import files, jobs, store
 from sleb.errors import OptionError, SlebError
+from sleb.formats import removal_list_after
 from sleb.records import Job, JobSpec, JobState, Run
 
 
@@ -27,7 +28,7 @@ def checkpoint(run: Run, steps: int) -> None:
     )
     active = jobs.active(run)
     out = st.text_input(
-        "Folder", f"~/sleb-exports/{run.run_id}-{steps}-removed", key=f"out-{run.run_id}-{steps}",
+        "Folder", f"~/sleb-exports/{name_of(run, steps)}", key=f"out-{run.run_id}-{steps}",
         help="On the machine that runs this dashboard; made if it is not there.", disabled=active is not None,
     )  # fmt: skip
     replace = st.toggle(
@@ -51,7 +52,13 @@ def checkpoint(run: Run, steps: int) -> None:
     if done:
         _proof_card(done[-1])
     if len(exports) > 1:
-        _all_exports(exports)
+        _all_exports(run, exports)
+
+
+def name_of(run: Run, steps: int) -> str:
+    """A name for files with the list after so many steps: how many blocks it removes, and after how many swaps."""
+    removed = len(removal_list_after(run, steps))
+    return f"{run.run_id}-{removed}-removed" + (f"-{steps - removed}-swapped" if steps > removed else "")
 
 
 def _start(run: Run, steps: int, out: str, replace: bool) -> None:
@@ -112,7 +119,7 @@ def _watch(run: Run) -> None:
             st.markdown(f"{plain(phase)} …")
             if started is not None:
                 st.caption(components.duration(max(0.0, time.time() - started)))
-        st.caption(f"{job.spec.steps} blocks removed, into {plain(job.spec.out)}")
+        st.caption(f"{_removed(run, job)} blocks removed, into {plain(job.spec.out)}")
         if st.button(
             "Stop", icon=":material/stop:", help="Nothing is left behind: the folder appears at the end only."
         ):
@@ -153,9 +160,8 @@ def _proof_card(export: store.Export) -> None:
                 icon=":material/verified:" if proof.passed else ":material/error:",
                 color="green" if proof.passed else "red",
             )
-            st.caption(
-                f"{export.job.spec.steps or ''} blocks removed; took {components.duration(proof.seconds)} to check"
-            )
+            removed = proof.blocks_before - proof.blocks_after
+            st.caption(f"{removed} blocks removed; took {components.duration(proof.seconds)} to check")
         for reason in proof.reasons:
             st.error(plain(reason))
         with st.container(horizontal=True, gap="large"):
@@ -192,13 +198,21 @@ def _proof_card(export: store.Export) -> None:
         st.code(report.snippet(export.out), language="python", wrap_lines=True)
 
 
-def _all_exports(exports: list[Job]) -> None:
+def _removed(run: Run, job: Job) -> int | None:
+    """Blocks that an export takes away: a swap is a step, and removes no more of them."""
+    try:
+        return len(removal_list_after(run, job.spec.steps))
+    except SlebError:  # the trace was cut since
+        return None
+
+
+def _all_exports(run: Run, exports: list[Job]) -> None:
     with st.expander(f"All {len(exports)} exports of this run"):
         st.dataframe(
             [
                 {
                     "State": components.state_word(job.status.state),
-                    "Removed": job.spec.steps,
+                    "Removed": _removed(run, job),
                     "Folder": job.spec.out,
                     "Said": job.status.message,
                 }

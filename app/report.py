@@ -48,7 +48,7 @@ def render(
     ]
     title = f"{display_name(run.spec.model)} without {len(step.removal_list)} of its {stack.num_blocks} blocks"
     about = (
-        f"Transformer blocks that the text needs least, found by {style.METHOD_NAMES[run.spec.method.value]}; "
+        f"Transformer blocks that the text needs least, found by {style.method_name(run.spec)}; "
         f"nothing was trained afterwards. Run {run.run_id}, reported on {time.strftime('%Y-%m-%d')}."
     )
     return page(title, about, filter(None, sections))
@@ -144,7 +144,7 @@ def _asked(run: Run, stack: StackDescription) -> str:
         else f"one forward pass a candidate. {check.reason or ''}"
     )
     asked = [
-        ("Method", style.METHOD_NAMES[spec.method.value]),
+        ("Method", style.METHOD_NAMES[spec.method.value] + (", then swaps" if spec.refine == "swap" else "")),
         ("To remove", target),
         ("Calibration text", stack.text),
         (
@@ -216,7 +216,7 @@ def _all_steps(run: Run, trace: Trace, comparisons: Sequence[Comparison | None],
                 _number(step.held_out.perplexity),
                 _rise(first.held_out, step),
                 margin,
-                ", ".join(map(str, step.tied)) or "–",
+                (step_charts.swaps_in_words(len(step.tied)) if step.is_swap else ", ".join(map(str, step.tied))) or "–",
                 f"{step.seconds:,.1f}",
             )
         )
@@ -234,6 +234,10 @@ def _all_steps(run: Run, trace: Trace, comparisons: Sequence[Comparison | None],
         "<p>In every step each candidate is scored without it; the lowest score is removed, and all others are scored "
         "again. The margin is the runner-up's mean score above the winner's, ± its standard error over the calibration "
         "sequences in pairs; a block is tied where the interval of that difference contains zero.</p>",
+        "<p>After the last removal, swaps: one block back and another out, as long as that lowers the score beyond its "
+        "error. They are compared with each other; of those that remove the same block the figure shows the best.</p>"
+        if any(step.is_swap for step in trace.steps)
+        else "",
         plot(
             step_charts.animated(run, comparisons), "What removing each block costs, step by step; press play", "play"
         ),

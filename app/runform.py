@@ -45,6 +45,7 @@ _FIELDS: dict[str, Any] = dict(
     confidence=95,
     objective="nll",
     search="auto",
+    refine=False,
     bos="auto",
     chat=False,
     dtype="auto",
@@ -84,6 +85,7 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
         confidence=round(100 * spec.confidence),
         objective=spec.objective,
         search=spec.search,
+        refine=spec.refine == "swap",
         bos=spec.calibration.bos,
         chat=spec.calibration.chat,
         dtype=spec.dtype,
@@ -130,6 +132,7 @@ def forecast(asked: Asked) -> None:
             f"**{removing} of {num_blocks}** blocks, chosen on **{tokens:,}** tokens "
             f"({calibration.sequences} × {calibration.sequence_length})  \n"
             f"{cost.block_evaluations:,} block evaluations and {cost.head_evaluations:,} read-outs"
+            + ("; one round of swaps is counted, each swap found takes another" if asked.spec.refine == "swap" else "")
         )
         if timed is not None:
             searching = cost.units(timed.head_weight) * timed.seconds_per_unit
@@ -255,7 +258,7 @@ def _controls() -> Asked:
     )
     text = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):
-        more = _more(demo=model.strip() == "demo")
+        more = _more(demo=model.strip() == "demo", refinable=method == Method.METRIC3.value)
     # All controls are drawn by now: what is skipped in one run of the page forgets its value.
     calibration, more["protect"] = text(), _blocks(more["protect"])
     device, batch_size = more.pop("device"), more.pop("batch_size")
@@ -321,7 +324,7 @@ def keep_upload(name: str, content: bytes) -> Any:
     return path
 
 
-def _more(*, demo: bool) -> dict[str, Any]:
+def _more(*, demo: bool, refinable: bool) -> dict[str, Any]:
     first, second, third, fourth = st.columns(4)
     found: dict[str, Any] = dict(
         sequences=first.number_input(
@@ -445,6 +448,15 @@ def _more(*, demo: bool) -> dict[str, Any]:
         key=_key("chat"),
         help="The column holds chats: use the template.",
     )
+    refine = second.checkbox(
+        "Refine by swaps",
+        value=_first("refine"),
+        key=_key("refine"),
+        disabled=not refinable,
+        help="After Metric3's last removal: one block back and another out, as long as that lowers the score beyond "
+        "its error. A round takes about as long as one step for every removed block.",
+    )
+    found["refine"] = "swap" if refine and refinable else "none"
     found["analysis"] = second.checkbox(
         "Analyses too",
         value=_first("analysis"),

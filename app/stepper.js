@@ -128,6 +128,7 @@ class Stepper {
     this.find("interval").textContent = this.data.interval;
     this.find("whisker").hidden = !this.data.interval;
     this.root.querySelector(".legend .guarded").hidden = !this.data.protected.length;
+    this.root.querySelector(".legend .back").hidden = !this.data.steps.some((each) => each.swap);
     this.drawNumbers();
     this.drawList(shown);
     this.drawControls();
@@ -150,6 +151,7 @@ class Stepper {
     const fresh = new Set(shown ? shown.removed : []);
     if (!blocks.length) list.append(element("span", "none", "nothing removed yet"));
     for (const block of blocks) list.append(element("span", fresh.has(block) ? "block fresh" : "block", String(block)));
+    for (const block of shown?.restored ?? []) list.append(element("span", "block back", `${block} back`));
   }
 
   drawControls() {
@@ -210,12 +212,12 @@ class Bars {
     const shown = data.steps[Math.max(step, 1) - 1];
     const [low, high] = data.axis[value];
     const y = (score) => floor - (Math.min(Math.max(score, low), high) - low) / (high - low) * (floor - top);
-    this.drawAxis(low, high, y, left, width - right, data.unit[value]);
+    this.drawAxis(low, high, y, left, width - right, (shown?.swap ? data.swap_unit : data.unit)[value]);
     this.places = new Map(shown ? shown.blocks.map((block, index) => [block, index]) : []);
     const gone = step ? shown.gone : {};
     const before = step > 1 ? data.steps[step - 2].gone : {};
     const guarded = new Set(data.protected), tied = new Set(step && shown ? shown.tied : []);
-    const fresh = new Set(step && shown ? shown.removed : []);
+    const fresh = new Set(step && shown ? shown.removed : []), back = new Set(step && shown ? shown.restored : []);
     const every = [1, 2, 5, 10, 20, 50].find((each) => each * band >= 24) ?? 100;
     this.columns.forEach((column, block) => {
       const index = this.places.get(block);
@@ -238,11 +240,11 @@ class Bars {
       const hatched = block in before && index == null;
       place(column.gone, bar, top, inner, hatched ? floor - top : 0);
       const cut = known && score > high;
-      const mark = chosen ? "▼" : kind === "tied" ? "≈" : cut ? "↑" : index != null && !known ? "×" : "";
+      const mark = chosen ? "▼" : kind === "tied" ? "≈" : cut ? "↑" : index != null && !known ? "×" : back.has(block) ? "▲" : "";
       column.mark.textContent = mark;
-      at(column.mark, middle, (whole ? up : end) - 5);
+      at(column.mark, middle, Math.min(whole ? up : end, base) - 5); // a bar that hangs below zero has it on the line
       place(column.cell, bar, floor + 8, inner, strip);
-      column.cell.classList.toggle("fresh", fresh.has(block));
+      column.cell.classList.toggle("fresh", fresh.has(block) || back.has(block));
       column.when.textContent = block in gone && band > 7 ? String(gone[block]) : "";
       column.when.classList.toggle("upright", band <= 14);
       at(column.when, middle + (band <= 14 ? 3.5 : 0), floor + 8 + strip / 2 + (band <= 14 ? 0 : 4), band <= 14 ? -90 : 0);
@@ -284,21 +286,23 @@ class Bars {
     const shown = data.steps[Math.max(step, 1) - 1];
     const index = this.places.get(block);
     const lines = [];
-    const [start, end] = index == null ? [block, block] : shown.names[index].split("–").map(Number);
+    const [start, end] = index == null || shown.swap ? [block, block] : shown.names[index].split("–").map(Number);
     for (let each = start; each <= (end ?? start); each++) this.columns[each].group.classList.add("within");
     this.columns[block].group.classList.add("pointed");
     if (index != null) {
-      lines.push(["strong", shown.names[index].includes("–") ? `Blocks ${shown.names[index]}` : `Block ${block}`]);
+      const name = shown.names[index];
+      lines.push(["strong", shown.swap ? name : name.includes("–") ? `Blocks ${name}` : `Block ${block}`]);
       lines.push(["span", `score ${number(shown.scores[index], 4)} ${data.score_name}`]);
       if (shown.perplexities[index] != null) lines.push(["span", `perplexity ${number(shown.perplexities[index])}`]);
-      if (step && index === shown.chosen) lines.push(["em", "removed in this step"]);
+      if (step && index === shown.chosen) lines.push(["em", shown.swap ? "swapped in this step" : "removed in this step"]);
       else if (shown.differences[index] == null) lines.push(["em", "its predictions were not numbers"]);
       else {
         const reach = shown.reaches[index] == null ? "" : ` ± ${number(shown.reaches[index], 4)}`;
         lines.push(["span", `${number(shown.differences[index], 4)}${reach} above the best`]);
         lines.push(["em", shown.tied.includes(index) ? "tied: it might as well have been this one" : "told apart"]);
       }
-    } else if (step && block in shown.gone) lines.push(["strong", `Block ${block}`], ["em", `removed in step ${shown.gone[block]}`]);
+    } else if (step && shown.restored.includes(block)) lines.push(["strong", `Block ${block}`], ["em", "taken back in this step"]);
+    else if (step && block in shown.gone) lines.push(["strong", `Block ${block}`], ["em", `removed in step ${shown.gone[block]}`]);
     else if (data.protected.includes(block)) lines.push(["strong", `Block ${block}`], ["em", "protected: never a candidate"]);
     else lines.push(["strong", `Block ${block}`], ["em", "no candidate of this step"]);
     this.tip.replaceChildren(...lines.map(([name, text]) => element(name, "", text)));

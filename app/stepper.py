@@ -34,7 +34,8 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     """What the component draws: all steps with their candidates, the curve, the axes. One comparison a step."""
     assert run.trace is not None
     assert run.stack is not None
-    compared = [charts.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    whole = [charts.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    compared = [each.by_block for each in whole]  # one bar a block; words tell of all candidates
     unit = charts.unit_of(run)
     axes: dict[str, list[float]] = {}
     for name in ("rises", "differences"):
@@ -53,20 +54,26 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
             "rises": f"Cost of removing it ({unit})",
             "differences": f"Above the best candidate ({unit})",
         },
+        "swap_unit": {
+            "rises": f"Best swap that removes it, above the list before ({unit})",
+            "differences": f"Best swap that removes it, above the best one ({unit})",
+        },
         "axis": axes,
         "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
         "words": _before(run),
-        "steps": [_step(each, run.spec.confidence) for each in compared],
+        "steps": [_step(each, words(every, run.spec.confidence)) for each, every in zip(compared, whole, strict=True)],
         "curve": _curve(run),
     }
 
 
-def _step(shown: charts.Bars, confidence: float) -> dict[str, Any]:
+def _step(shown: charts.Bars, told: str) -> dict[str, Any]:
     step = shown.step
     chunk = "–" in shown.names[shown.chosen]  # chosen whole, whatever an earlier chunk had taken
     return {
         "number": step.number,
+        "swap": step.is_swap,
         "removed": list(step.removal_list if chunk else step.removed),
+        "restored": list(step.restored) if step.is_swap else [],
         "list": list(step.removal_list),
         "gone": dict.fromkeys(step.removal_list, step.number) if chunk else charts.gone_after_step(shown),
         "blocks": list(shown.blocks),
@@ -75,16 +82,18 @@ def _step(shown: charts.Bars, confidence: float) -> dict[str, Any]:
         "rises": _short(shown.rises),
         "differences": _short(shown.differences),
         "reaches": _short(shown.reaches),
-        "perplexities": _short([each.perplexity for each in step.candidates]),
+        "perplexities": _short([each.perplexity for each in shown.candidates]),
         "chosen": shown.chosen,
         "tied": list(shown.tied),
-        "words": words(shown, confidence),
+        "words": told,
     }
 
 
 def words(shown: charts.Bars, confidence: float) -> str:
     """What happened in a step, and how sure it is, in one or two sentences."""
     step = shown.step
+    if step.is_swap:
+        return _words_of_swap(shown, confidence)
     chunk = len(step.candidates[shown.chosen].skipped) == len(step.removal_list) > 1 and bool(step.restored)
     if chunk or "–" in shown.names[shown.chosen]:
         text = f"Step {step.number} removed blocks {shown.names[shown.chosen]}"
@@ -101,6 +110,21 @@ def words(shown: charts.Bars, confidence: float) -> str:
     if len(others) > 8:
         return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
     return f"{text}, tied with {_and(others)}: the next best is {_margin(shown, confidence)} behind."
+
+
+def _words_of_swap(shown: charts.Bars, confidence: float) -> str:
+    step = shown.step
+    text = f"Step {step.number}, a swap: {shown.names[shown.chosen]}"
+    if step.improvement is not None:
+        objective = step.candidates[0].objective
+        error = step.improvement_standard_error
+        text += f", {step.improvement:.4f} {charts.UNITS[objective]} better than before"
+        text += f" (standard error {error:.4f})" if error is not None else ""
+    if step.margin is None:
+        return f"{text}; the only swap."
+    if shown.tied:
+        return f"{text}; tied with {charts.swaps_in_words(len(shown.tied))}."
+    return f"{text}; {_margin(shown, confidence)} better than the next best swap, told apart."
 
 
 def _margin(shown: charts.Bars, confidence: float) -> str:

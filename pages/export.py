@@ -75,14 +75,17 @@ def _which_list(run: Run) -> int:
     if len(done) > 1:
         if st.session_state.get("steps", 1) > len(done):  # of a run with more steps
             st.session_state["steps"] = len(done)
+        swapped = any(each.is_swap for each in done)
         steps = st.slider(
-            "After how many removals", 1, len(done), len(done), key="steps", bind="query-params",
-            help="Any step of the search is a list of its own: fewer blocks removed cost less perplexity.",
+            "After how many steps" if swapped else "After how many removals", 1, len(done), len(done), key="steps",
+            bind="query-params",
+            help="Any step of the search is a list of its own: fewer blocks removed cost less perplexity."
+            + (" The last steps are swaps, which remove no more blocks." if swapped else ""),
         )  # fmt: skip
     step = done[steps - 1]
     gone = sum(stack.block_parameters[block] for block in step.removal_list)
     with st.container(horizontal=True, gap="large"):
-        st.metric("Blocks kept", f"{stack.num_blocks - steps} of {stack.num_blocks}")
+        st.metric("Blocks kept", f"{stack.num_blocks - len(step.removal_list)} of {stack.num_blocks}")
         st.metric("Parameters", f"−{gone / stack.total_parameters:.1%}", help="Of all, embeddings and head included.")
         st.metric(
             "Held-out perplexity",
@@ -120,7 +123,7 @@ def _for_other_tools(run: Run, steps: int) -> None:
     text = render(run, chosen, steps)
     st.markdown(note)
     st.code(text, language=language, wrap_lines=True, height=260 if text.count("\n") > 9 else "content")
-    name = f"{run.run_id}-{steps}-removed{ending}"
+    name = f"{exporting.name_of(run, steps)}{ending}"
     st.download_button("Download", text, name, kind, icon=":material/download:", on_click="ignore", key="list-file")
 
 

@@ -111,7 +111,11 @@ def evidence(run: Run, number: int) -> None:
             placeholder="–",
             column_config={
                 "rank": st.column_config.NumberColumn("Rank", format="%d", width="small"),
-                "block": st.column_config.TextColumn("Block", help="Original, 0-based index.", width="small"),
+                "block": st.column_config.TextColumn(
+                    "Swap" if shown.step.is_swap else "Block",
+                    help="Original, 0-based index.",
+                    width=None if shown.step.is_swap else "small",
+                ),
                 "score": st.column_config.NumberColumn("Score", format="%.4f", help=f"Lower is better: {unit}."),
                 "perplexity": st.column_config.NumberColumn(
                     "Perplexity", format="%.4g", help="Of the calibration text."
@@ -185,7 +189,8 @@ def same_model_and_text(run: Run) -> list[Run]:
     found = [run] if run.trace and run.trace.steps else []
     rows = [each for each in data.outlines() if isinstance(each, Outline) and each.run_id != run.run_id]
     for each in sorted(rows, key=lambda row: -len(row.removal_list)):  # of several, the longest
-        taken = any(each.spec.method is have.spec.method for have in found)
+        how = (each.spec.method, each.spec.refine)
+        taken = any(how == (have.spec.method, have.spec.refine) for have in found)
         if taken or not each.removal_list or each.num_blocks != run.stack.num_blocks:
             continue
         other = data.load(each.run_id)
@@ -210,6 +215,9 @@ def explain() -> None:
   contains zero the two are **tied** (≈): on this text it might as well have been the other. More text tells more apart.
 - **Calibration perplexity** is too good, because blocks were chosen on that text. **Held-out** text took no part in any
   choice; its band is one standard error either way.
+- **A swap** (`--refine swap`), after the last removal, takes one block back (▲) and removes another. All such swaps are
+  compared with each other and with the list as it is, and the best one is made if it lowers the score beyond its error.
+  Bars then show, for each block, the best swap that removes it: below zero it is better than before.
 - Arrow keys step, Home and End jump, the space bar plays. The address names the step.
 """
     )

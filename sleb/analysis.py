@@ -245,6 +245,10 @@ class _Generated:
 
 def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> list[_Generated]:
     """Continue the prompts greedily; then the predictions after each block where a token was generated."""
+    if stack.streamed is not None:
+        raise alignment.GenerationUnavailable(
+            "The model is read from disk block by block: generating would read all of it for every token."
+        )
     config = stack.model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     room = NEW_TOKENS if not positions else min(NEW_TOKENS, positions - prompts.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from os import PathLike, fspath
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from . import files, jobs, store
+from . import distributed, files, jobs, store
 from .errors import OptionError, RunBusy
 from .meter import Watcher
-from .records import CalibrationSpec, Forecast, JobSpec, Method, Proof, Run, RunSpec
+from .records import CalibrationSpec, Forecast, JobSpec, JobState, Method, Proof, Run, RunSpec
 
 PAPER_SEQUENCES = 128
 PAPER_SEQUENCE_LENGTH = 2048
@@ -41,11 +42,14 @@ def search(
     confidence: float = 0.95,
     objective: Literal["nll", "kl"] = "nll",
     search: Literal["auto", "full", "race"] = "auto",
+    refine: Literal["none", "swap"] = "none",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     batch_size: int | None = None,
+    processes: int = 1,
+    memory_budget: int | None = None,
     revision: str | None = None,
     analysis: bool = True,
     run_dir: str | PathLike[str] | None = None,
@@ -70,7 +74,11 @@ def search(
         objective: `nll`, of the text (the paper), or `kl`, the divergence from the unmodified model's predictions.
         search: `race` drops candidates once they cannot win, `full` scores all on everything; `auto` races from 32
             sequences on.
+        refine: `swap` goes on after the last removal of `metric3`: one block back and another out, as long as that
+            lowers the score beyond its error.
         device, batch_size: how, not what: they do not belong to the run.
+        processes: on this machine, each with a share of the sequences, one GPU each where there are any.
+        memory_budget: bytes for weights and hidden states; blocks that do not fit are read from disk as needed.
         run_dir: a new folder for the run. Default: one under `SLEB_HOME`.
 
     Raises:
@@ -93,13 +101,14 @@ def search(
         confidence=confidence,
         objective=objective,
         search=search,
+        refine=refine,
         bos=bos,
         chat=chat,
         dtype=dtype,
         revision=revision,
         analysis=analysis,
     )
-    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code)
+    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
     return start(spec, job, run_dir, watcher)
 
 
@@ -108,6 +117,8 @@ def analyze(
     *,
     device: str = "auto",
     batch_size: int | None = None,
+    processes: int = 1,
+    memory_budget: int | None = None,
     run_dir: str | PathLike[str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -116,7 +127,7 @@ def analyze(
 ) -> Run:
     """The two analyses alone: block output similarity and prediction alignment. Options as for `search`."""
     spec = run_spec(model, kind="analyze", **options)
-    job = job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code)
+    job = job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
     return start(spec, job, run_dir, watcher)
 
 
@@ -125,6 +136,8 @@ def resume(
     *,
     device: str = "auto",
     batch_size: int | None = None,
+    processes: int = 1,
+    memory_budget: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
@@ -133,7 +146,7 @@ def resume(
     found = _found(run)
     if is_finished(found):
         return found
-    job = job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code)
+    job = job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
     return execute(found, job, watcher)
 
 
@@ -144,6 +157,7 @@ def export_model(
     steps: int | None = None,
     replace: bool = False,
     device: str = "cpu",
+    memory_budget: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
@@ -153,7 +167,7 @@ def export_model(
     Raises `ExportError` where the architecture cannot express the removal, or the proof fails.
     """
     found = _found(run)
-    job = job_spec("export", device, None, allow_pickle, trust_remote_code)
+    job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
     folder = str(files.expanded(Path(out)).absolute())
     job = _valid(JobSpec, job.model_dump() | {"steps": steps, "replace": replace, "out": folder})
     done = execute(found, job, watcher)
@@ -188,6 +202,7 @@ def run_spec(
     confidence: float = 0.95,
     objective: Literal["nll", "kl"] = "nll",
     search: Literal["auto", "full", "race"] = "auto",
+    refine: Literal["none", "swap"] = "none",
     bos: Literal["auto", "yes", "no"] = "auto",
     chat: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -235,6 +250,7 @@ def run_spec(
             confidence=confidence,
             objective=objective,
             search=search,
+            refine=refine,
             seed=seed,
             analysis=analysis,
         )
@@ -248,11 +264,14 @@ def job_spec(
     batch_size: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    processes: int = 1,
+    memory_budget: int | None = None,
 ) -> JobSpec:
-    """How it is to be done. Raises `OptionError` out of range."""
+    """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
     settings = {"kind": kind, "device": _text("device", device), "batch_size": batch_size}
+    scale = {"processes": processes, "memory_budget": memory_budget}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    return _valid(JobSpec, settings | permissions)
+    return _valid(JobSpec, settings | scale | permissions)
 
 
 def start(
@@ -296,11 +315,26 @@ def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
     # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     watcher = watcher or Watcher()
-    with jobs.executing(job_dir, watcher.progress) as reporter:
+    rank = distributed.rank_here()
+    if rank.rank > 0:
+        _assist(job_dir)
+        return store.load(job_dir.parent.parent)
+    with jobs.executing(job_dir, watcher.progress, rank.local_size if rank.size > 1 else None) as reporter:
         from .worker import execute as execute_job  # torch: not before it is this job's turn
 
         execute_job(job_dir, reporter, watcher)
     return store.load(job_dir.parent.parent)
+
+
+def _assist(job_dir: Path) -> None:
+    """One of several processes, but not the first: it begins when that one has its turn."""
+    distributed.die_with_the_first()
+    while (job := store.load_job(job_dir)).status.state is JobState.QUEUED:
+        time.sleep(0.2)
+    if job.status.state is JobState.RUNNING:
+        from .worker import assist
+
+        assist(job_dir)
 
 
 def _found(run: str | PathLike[str] | Run) -> Run:

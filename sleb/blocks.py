@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .errors import ModelError
+from .streaming import StreamedBlocks, streamed_blocks
 
 _ABSENT = object()
 
@@ -85,8 +86,9 @@ class BlockStack:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.path, self.blocks = find_stack(model)
-        self._tuple_lengths = _observe_outputs(model, self.blocks)
-        _require_causal(model)
+        self.streamed: StreamedBlocks | None = streamed_blocks(model)
+        """The blocks as files, where their weights do not stay in memory."""
+        self._tuple_lengths = _observe(model, self.blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -99,9 +101,7 @@ class BlockStack:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        embedding = self.model.get_input_embeddings()
-        weight = getattr(embedding, "weight", None)
-        return weight.device if weight is not None else next(self.model.parameters()).device
+        return _device(self.model)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, sequence, vocabulary) of the model as it stands, skips included."""
@@ -110,6 +110,12 @@ class BlockStack:
     def parameters_of(self, block: int) -> int:
         """Number of parameters in one block."""
         return sum(parameter.numel() for parameter in self.blocks[block].parameters())
+
+    @contextmanager
+    def resident(self, block: int, then: int | None = None) -> Iterator[None]:
+        """The weights of a block are in memory within it; those of block `then`, where streamed, are on their way."""
+        with self.streamed.resident(block, then) if self.streamed is not None else contextlib.nullcontext():
+            yield
 
     @contextmanager
     def skipping(self, skipped: set[int] | frozenset[int] | tuple[int, ...]) -> Iterator[None]:
@@ -178,6 +184,34 @@ class BlockStack:
             for handle in handles:
                 handle.remove()
         return found
+
+    def last_output(self, ids: torch.Tensor, undone: torch.Tensor) -> torch.Tensor:
+        """The last block's output, (batch, sequence, hidden), of a forward pass in which blocks are undone row by row.
+
+        `undone` is bool (blocks, batch): there a block's output is put back to its input.
+        """
+        last: list[torch.Tensor] = []
+
+        def put_back(block: int) -> Callable[..., Any]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+                rows = undone[block].to(_first(output).device)[:, None, None]
+                mended = torch.where(rows, _hidden_of(args, kwargs), _first(output))
+                if block == len(self) - 1:
+                    last.append(mended)
+                    raise _Enough
+                return mended if self._tuple_lengths[block] is None else type(output)((mended, *output[1:]))
+
+            return hook
+
+        handles = [
+            block.register_forward_hook(put_back(index), with_kwargs=True) for index, block in enumerate(self.blocks)
+        ]
+        try:
+            self._run_to_the_last_block(ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return last[0]
 
     def _run_to_the_last_block(self, ids: torch.Tensor) -> None:
         """A forward pass that nobody reads out: the last block's replacement or hook ends it with `_Enough`.
@@ -248,13 +282,14 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return next(iter(found.items()))
 
 
-def _probe_ids(model: nn.Module, length: int) -> torch.Tensor:
+def _probe(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[tuple[int, Any]], torch.Tensor]:
+    """Outputs of the blocks in the order they are run, and logits, of two rows that differ in their last token.
+
+    One pass for all questions: where weights are streamed, each pass reads the whole model.
+    """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 64)  # type: ignore[union-attr,operator]
-    ids = torch.arange(3, 3 + length).remainder(max(vocabulary, 1))
-    return ids[None].to(next(model.parameters()).device)
-
-
-def _recorded_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[int, Any]]:
+    ids = torch.arange(3, 9).remainder(max(vocabulary, 1)).repeat(2, 1)
+    ids[1, -1] = ids[0, 0]
     calls: list[tuple[int, Any]] = []
     handles = [
         block.register_forward_hook(lambda _module, _args, output, index=index: calls.append((index, output)))
@@ -262,7 +297,7 @@ def _recorded_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[int, 
     ]
     try:
         with torch.inference_mode():
-            call_model(model, _probe_ids(model, 4))
+            logits = call_model(model, ids.to(_device(model))).logits
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {_first_line(error)}); "
@@ -271,16 +306,16 @@ def _recorded_calls(model: nn.Module, blocks: nn.ModuleList) -> list[tuple[int, 
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, logits
 
 
 def _calls_in_order(model: nn.Module, blocks: nn.ModuleList) -> bool:
-    return [index for index, _ in _recorded_calls(model, blocks)] == list(range(len(blocks)))
+    return [index for index, _ in _probe(model, blocks)[0]] == list(range(len(blocks)))
 
 
-def _observe_outputs(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
-    """Per block, the length of the tuple it returns, or None for a bare tensor."""
-    calls = _recorded_calls(model, blocks)
+def _observe(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
+    """Per block, the length of the tuple it returns, or None for a bare tensor. Refuses what cannot be searched."""
+    calls, logits = _probe(model, blocks)
     order = [index for index, _ in calls]
     if order != list(range(len(blocks))):
         raise ModelError(
@@ -296,24 +331,26 @@ def _observe_outputs(model: nn.Module, blocks: nn.ModuleList) -> list[int | None
                 "this architecture is not supported."
             )
         lengths.append(len(output) if isinstance(output, tuple | list) else None)
+    _require_causal(model, logits)
     return lengths
 
 
-def _require_causal(model: nn.Module) -> None:
+def _require_causal(model: nn.Module, logits: torch.Tensor) -> None:
     """An encoder loaded as a language model predicts a token it has already seen: ask whether the future leaks."""
-    ids = _probe_ids(model, 6)
-    other = ids.clone()
-    other[0, -1] = ids[0, 0]
-    with torch.inference_mode():
-        before, after = (call_model(model, each).logits[0, :-1] for each in (ids, other))
     # Equal to the last bit where every token takes the same way; mixtures of experts group tokens differently.
-    tolerance = max(1e-4, 4 * torch.finfo(before.dtype).eps)
-    before, after = before.float(), after.float()
+    tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
+    before, after = logits[:, :-1].float()
     if float((before - after).abs().max()) > tolerance * float(before.abs().max().clamp(min=1e-6)):
         raise ModelError(
             f"{type(model).__name__} is not causal: its prediction for a token depends on later tokens, as in an "
             "encoder; a causal (decoder-only) language model is needed."
         )
+
+
+def _device(model: Any) -> torch.device:
+    """Where token ids go in."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return weight.device if weight is not None else next(model.parameters()).device
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

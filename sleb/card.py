@@ -30,7 +30,9 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
     on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
     # Where a folder lies is nobody else's business.
     shown = name if on_hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-    steps = [step for step in trace.steps if set(step.removal_list) <= set(removal_list)] or list(trace.steps)
+    last = max((step.number for step in trace.steps if set(step.removal_list) == set(removal_list)), default=None)
+    steps = list(trace.steps[:last])
+    refined = any(step.is_swap for step in steps)
     front = ["---", "library_name: transformers"]
     front += [f"base_model: {yaml_string(name)}"] if on_hub else []
     front += ["tags:", "  - sleb", "  - depth-pruning", "  - text-generation", "---"]
@@ -49,7 +51,8 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         f"weights hash {code(stack.weights_hash)}",
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(stack.num_blocks, removal_list))}",
-        f"- **Method:** {run.spec.method.value}, seed {run.spec.seed}, blocks {code(list(stack.protected))} protected",
+        f"- **Method:** {run.spec.method.value}{', refined by swaps' if refined else ''}, seed {run.spec.seed}, blocks "
+        f"{code(list(stack.protected))} protected",
         f"- **Calibration:** {escaped(_without_folder(calibration.source))} ({escaped(stack.text)}), {stack.sequences} "
         f"sequences of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
         f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",
@@ -63,7 +66,8 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         "",
         "Perplexity is of the calibration text, on which the blocks were chosen, and so too good; the "
         "held-out sequences took no part in any choice. The margin is the runner-up's mean score above the "
-        "winner's; a block is tied when the two cannot be told apart on these sequences.",
+        "winner's; a block is tied when the two cannot be told apart on these sequences."
+        + (" The steps that take a block back are swaps, compared with all other swaps." if refined else ""),
         "",
         "## How to load it",
         "",
@@ -146,9 +150,15 @@ def _row(step: Step) -> str:
         _number(step.perplexity),
         _number(step.held_out.perplexity),
         margin,
-        ", ".join(map(str, step.tied)),
+        _tied(step),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _tied(step: Step) -> str:
+    if step.is_swap and step.tied:
+        return f"{len(step.tied)} other swap{'s' if len(step.tied) > 1 else ''}"
+    return ", ".join(map(str, step.tied))
 
 
 def _number(value: float | None) -> str:

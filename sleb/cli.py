@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import sys
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import api, files, jobs, store
+from . import api, distributed, files, jobs, store
 from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
 from .meter import duration
 from .options import (
@@ -35,8 +36,12 @@ from .options import (
     Format,
     HeldOut,
     Json,
+    MemoryBudget,
     Model,
     Objective,
+    Prepare,
+    Processes,
+    Refine,
     Revision,
     RunDir,
     RunName,
@@ -118,12 +123,22 @@ def search(
             help="race drops candidates that cannot win; full scores all on everything; auto races from 32 sequences.",
         ),
     ] = Search.AUTO,
+    refine: Annotated[
+        Refine,
+        typer.Option(
+            rich_help_panel=CHOICE,
+            help="swap goes on after metric3's last removal: one block back and another out, as long as that lowers "
+            "the score beyond its error.",
+        ),
+    ] = Refine.NONE,
     confidence: Annotated[
         float, typer.Option(rich_help_panel=CHOICE, help="Of the interval that calls candidates tied, and of a race.")
     ] = 0.95,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
     batch_size: BatchSize = None,
+    processes: Processes = 1,
+    memory_budget: MemoryBudget = None,
     revision: Revision = None,
     run_dir: RunDir = None,
     analysis: Annotated[
@@ -132,6 +147,7 @@ def search(
     ] = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    prepare: Prepare = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", rich_help_panel=HOW, help="Only say what it would take, after a short probe.")
     ] = False,
@@ -161,15 +177,18 @@ def search(
         confidence=confidence,
         objective=objective.value,
         search=search.value,
+        refine=refine.value,
         bos=bos.value,
         chat=chat,
         dtype=dtype.value,
         revision=revision,
         analysis=analysis,
     )
-    job = api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code)
+    job = api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget))
     if dry_run:
         _print_forecast(spec, api.forecast(spec, job), as_json)
+    elif prepare:
+        _prepare(store.create(spec, run_dir), job, as_json)
     else:
         _start(spec, job, run_dir, as_json)
 
@@ -187,6 +206,8 @@ def analyze(
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",
     batch_size: BatchSize = None,
+    processes: Processes = 1,
+    memory_budget: MemoryBudget = None,
     revision: Revision = None,
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
@@ -208,7 +229,8 @@ def analyze(
         dtype=dtype.value,
         revision=revision,
     )
-    _start(spec, api.job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code), run_dir, as_json)
+    job = api.job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget))
+    _start(spec, job, run_dir, as_json)
 
 
 @app.command()
@@ -216,14 +238,22 @@ def resume(
     run: RunName,
     device: Device = "auto",
     batch_size: BatchSize = None,
+    processes: Processes = 1,
+    memory_budget: MemoryBudget = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    prepare: Prepare = False,
     as_json: Json = False,
 ) -> None:
     """Go on after the last finished step; a finished run is printed."""
     found = store.load(run)
     if not api.is_finished(found):
-        job = api.job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code)
+        job = api.job_spec(
+            found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget)
+        )
+        if prepare:
+            _prepare(found, job, as_json)
+            return
         found = _execute(found, job, as_json)
         if not as_json:
             return
@@ -290,6 +320,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="What an earlier export left at --out may go.")] = False,
     device: Device = "cpu",
+    memory_budget: MemoryBudget = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -324,6 +355,7 @@ def export(
                 steps=steps,
                 replace=replace,
                 device=device,
+                memory_budget=_bytes(memory_budget),
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,
                 watcher=screen.watcher(),
@@ -400,7 +432,14 @@ def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
-    job_dir = _job_dir(files.expanded(directory).absolute())
+    directory = files.expanded(directory).absolute()
+    rank = distributed.rank_here()
+    if rank.size > 1 and directory.parent.name != "jobs":
+        raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
+    if rank.rank > 0:  # the first one has taken the job
+        api.work(directory)
+        return
+    job_dir = _job_dir(directory)
     try:
         api.work(job_dir)
     except RunBusy:  # two asked at the same moment, and the other one has it
@@ -463,7 +502,11 @@ def _print_forecast(spec: RunSpec, found: Forecast, as_json: bool) -> None:
         ("", ""),
         [
             ("blocks", f"{found.num_remove} of {found.num_blocks} removed, scored on {sequences}"),
-            ("block evaluations", f"{found.block_evaluations:,}, and {found.head_evaluations:,} read-outs"),
+            (
+                "block evaluations",
+                f"{found.block_evaluations:,}, and {found.head_evaluations:,} read-outs"
+                + ("; one round of swaps is counted, each swap found takes another" if spec.refine == "swap" else ""),
+            ),
             ("loading and checking", f"about {duration(found.loading_seconds)}"),
             ("search", f"about {duration(found.search_seconds)}"),
             ("analyses", f"about {duration(found.analysis_seconds)}" if found.analysis_seconds else "none"),
@@ -553,6 +596,11 @@ def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
     return done
 
 
+def _prepare(run: Run, spec: JobSpec, as_json: bool) -> None:
+    job = jobs.next_job(run, spec)
+    typer.echo(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
+
+
 def _print(run: Run, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary(run)))
@@ -586,6 +634,16 @@ def _blocks(text: str | None) -> list[int] | None:
         return [int(part) for part in text.replace(" ", "").split(",") if part]
     except ValueError as error:
         raise OptionError(f"--protect takes block indices such as 0,29; found {text!r}.") from error
+
+
+def _bytes(text: str | None) -> int | None:
+    """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 
 def _share(text: str | None) -> float | None:

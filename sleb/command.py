@@ -35,10 +35,16 @@ def arguments(spec: RunSpec, job: JobSpec | None = None) -> list[str]:
             given["objective"] = spec.objective
         if spec.search != "auto":
             given["search"] = spec.search
+        if spec.refine != "none":
+            given["refine"] = spec.refine
     if job is not None and job.device != "auto":
         given["device"] = job.device
     if job is not None and job.batch_size is not None:
         given["batch_size"] = job.batch_size
+    if job is not None and job.processes != 1:
+        given["processes"] = job.processes
+    if job is not None and job.memory_budget is not None:
+        given["memory_budget"] = job.memory_budget
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     options += ["--chat"] if spec.calibration.chat else []
     options += ["--no-analysis"] if spec.kind == "search" and not spec.analysis else []

@@ -51,3 +51,7 @@ class Stopped(SlebError):
     """The job was asked to stop, and did."""
 
     exit_code = 130
+
+
+class RankLost(SlebError):
+    """One of several processes that share a run is gone."""

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from .configs import check_removal_list
 from .errors import ExportError, OptionError, StorageError
 from .loading import forget_quantisation
 from .records import Proof
+from .streaming import streamed_blocks
 from .surgery import Removal, carry_out, plan_removal, remove_blocks
 
 __all__ = ["expect", "export_checkpoint", "model_card", "remove_blocks", "run_proof", "write_checkpoint"]
@@ -42,6 +44,7 @@ PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short 
 LONGEST_PROOF = 1088  # tokens
 PROMPT_LENGTH = 16
 GENERATED = 16
+GENERATED_STREAMED = 4  # each token reads the whole model
 SPARE_BYTES = 64 * 1024**2  # tokenizer, card and what the file system takes
 PROOF_TEXT = (
     "A river rises in the hills, runs through the town and reaches the sea after sixty miles. In 1847 the "
@@ -75,6 +78,7 @@ def export_checkpoint(
     progress: Callable[[str], None] = lambda message: None,
     *,
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
 ) -> Proof:
     """Write the model without these blocks to `out`, and prove that it reloads and answers as the original
     does.
@@ -98,7 +102,7 @@ def export_checkpoint(
         device = str(stack.device)
         _let_go(model)
         progress("Reloading it in a new process, to compare")
-        proof = run_proof(folder, device, trust_remote_code)
+        proof = run_proof(folder, device, trust_remote_code, memory_budget)
         (folder / proof_process.EXPECTED).unlink()
         (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
         _move(folder, out, allow_existing)
@@ -111,11 +115,12 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
     ids = _proof_ids(model, tokenizer)
     prompt = ids[0, :PROMPT_LENGTH]
     skipped = set(range(removal.num_blocks)) - set(removal.kept)
-    cache_works = _cache_works(model, prompt.to(stack.device))
+    length = GENERATED if stack.streamed is None else GENERATED_STREAMED
+    cache_works = _cache_works(model, prompt.to(stack.device), length)
     try:
         with torch.inference_mode(), stack.skipping(skipped):
             rows = [proof_process.last_logits(model, row[None].to(stack.device), PROOF_LENGTH) for row in ids]
-            generated = proof_process.greedy(model, prompt.to(stack.device), GENERATED)
+            generated = proof_process.greedy(model, prompt.to(stack.device), length)
     except proof_process.FAILURES as error:
         raise ExportError(
             f"The model cannot run without blocks {sorted(skipped)} ({type(error).__name__}: {error}): other "
@@ -132,12 +137,12 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
 
 
 @torch.inference_mode()
-def _cache_works(model: Any, prompt: torch.Tensor) -> bool:
+def _cache_works(model: Any, prompt: torch.Tensor, length: int) -> bool:
     try:
-        with_cache = proof_process.generate_with_cache(model, prompt, GENERATED)
+        with_cache = proof_process.generate_with_cache(model, prompt, length)
     except proof_process.FAILURES:
         return False
-    without = proof_process.greedy(model, prompt, GENERATED)
+    without = proof_process.greedy(model, prompt, length)
     logits = proof_process.last_logits(model, prompt[None], PROMPT_LENGTH)
     tolerance = proof_process.tolerance_of(str(model.dtype).removeprefix("torch."), logits)
     return proof_process.disagreement(model, prompt, without, with_cache, tolerance) is None
@@ -166,7 +171,10 @@ def write_checkpoint(
     }
     try:
         _mend_generation_config(model, folder)
-        model.save_pretrained(folder)
+        streamed = streamed_blocks(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            model.save_pretrained(folder, **({} if streamed is None else {"max_shard_size": streamed.budget // 3}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -175,11 +183,14 @@ def write_checkpoint(
         raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
 
 
-def run_proof(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> Proof:
+def run_proof(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory_budget: int | None = None
+) -> Proof:
     """Reload the model in a fresh process that knows plain transformers only; a failed proof raises."""
     # As a file and with -P: the process cannot find sleb through us, and sleb's modules hide nobody else's.
     command = [sys.executable, "-P", str(Path(proof_process.__file__)), str(folder), "--device", device]
     command += ["--trust-remote-code"] if trust_remote_code else []
+    command += ["--memory-budget", str(memory_budget)] if memory_budget is not None else []
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, check=False)
     try:
@@ -239,8 +250,12 @@ def _mend_generation_config(model: Any, folder: Path) -> None:
 
 def _let_go(model: nn.Module) -> None:
     """Give the memory of the weights back, for the process that loads them again."""
+    streamed = streamed_blocks(model)
+    if streamed is not None:
+        streamed.forget()
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        if not tensor.is_meta:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -131,6 +131,7 @@ def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
         "kept_ranges": [list(pair) for pair in kept_ranges(run.stack.num_blocks, last.removal_list)],
         "in_words": in_words(run.stack.num_blocks, last.removal_list),
         "method": run.spec.method.value,
+        "refine": run.spec.refine,
         "calibration": run.spec.calibration.model_dump(mode="json") | {"text": run.stack.text},
         "perplexity": {
             "baseline": _finite(baseline.perplexity),

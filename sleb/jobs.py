@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -82,11 +83,13 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def executing(job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None) -> Iterator[Reporter]:
+def executing(
+    job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None, processes: int | None = None
+) -> Iterator[Reporter]:
     """Hold the run's lock, wait for the device, keep the status, and write how it ended.
 
     Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
-    thread is. `watch` hears of the waiting.
+    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says.
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
@@ -97,16 +100,18 @@ def executing(job_dir: Path, watch: Callable[[Progress], None] = lambda progress
             raise RunBusy(_busy(run_dir)) from error
     try:
         reporter = Reporter(job_dir)
-        device = store.load_job(job_dir).spec.device
+        spec = store.load_job(job_dir).spec
 
-        def waiting(before: int) -> None:
+        def waiting(device: str, before: int) -> None:
             ahead = f"{before} job{'s' if before > 1 else ''} before this one"
-            told = Progress(phase=f"Waiting for {turns.device_name(device)}", message=ahead)
+            told = Progress(phase=f"Waiting for {device}", message=ahead)
             reporter.progress(told)
             watch(told)
 
         try:
-            with _stopping_on_sigterm(), turns.turn(store.home(), device, waiting):
+            with stopping_on_sigterm(), contextlib.ExitStack() as stack:
+                for device in turns.devices(spec.device, processes or spec.processes):  # all ask in the same order
+                    stack.enter_context(turns.turn(store.home(), device, partial(waiting, device)))
                 reporter.begin()
                 yield reporter
         except (Stopped, KeyboardInterrupt):
@@ -234,7 +239,8 @@ def next_job(run: Run, spec: JobSpec) -> Job:
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
+def stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM is `Stopped` within it."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread; a notebook's worker thread is stopped by its caller
         return

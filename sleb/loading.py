@@ -16,8 +16,10 @@ import torch
 import xxhash
 from torch import nn
 
-from . import demo
+from . import demo, store
 from .errors import ModelError, OptionError
+from .offloading import load_within
+from .streaming import streamed_blocks
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +63,13 @@ def load_model(
     device: str = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    memory_budget: int | None = None,
 ) -> LoadedModel:
     """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights have.
 
+    With a `memory_budget` in bytes that the weights exceed, the blocks stay on disk and are read when they are needed.
     Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
-    that is not there.
+    that is not there, or a budget that is too small.
     """
     where = resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -85,13 +89,26 @@ def load_model(
     chosen = _dtype(dtype, config, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
-        kwargs["device_map"] = {"": where}  # straight to the GPU, without a second copy in memory
-    model, report = _loading(
-        name, lambda: _auto_model().from_pretrained(str(source), output_loading_info=True, **kwargs)
-    )
+        # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
+        kwargs["device_map"] = "auto" if device == "all" else {"": where}
+
+    def load(**others: Any) -> Any:
+        return _auto_model().from_pretrained(str(source), output_loading_info=True, **(kwargs | others))
+
+    if memory_budget is not None and device == "all":
+        raise OptionError("--device all keeps the whole model in memory; leave --memory-budget out, or name one GPU.")
+    if memory_budget is None:
+        model, report = _loading(name, load)
+    elif gguf is not None:
+        raise OptionError(f"{name} is dequantised as a whole; --memory-budget needs a safetensors folder.")
+    else:
+        scratch = store.home() / "cache" / "offload"
+        model, report = _loading(
+            name, lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load)
+        )
     _require_complete(name, report)
     tokenizer = _loading(name, lambda: _auto_tokenizer().from_pretrained(str(source), **options))
-    if kwargs.get("device_map") is None:
+    if kwargs.get("device_map") is None and streamed_blocks(model) is None:
         model.to(where)
     model.eval()
     model.requires_grad_(False)
@@ -136,11 +153,15 @@ def forget_quantisation(model: Any) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU where there is none."""
+    """`auto` is the first GPU, or the CPU where there is none; `all` begins on the first GPU."""
+    if device == "all":
+        if not torch.cuda.is_available():
+            raise OptionError("--device all spreads a model over all GPUs; this machine has none. Use cpu or auto.")
+        return torch.device("cuda", 0)
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise OptionError(f"There is no device {device!r}; use auto, cpu, or cuda:0 and so on.")
+        raise OptionError(f"There is no device {device!r}; use auto, cpu, cuda:0 and so on, or all (GPUs).")
     if device == "cpu":
         return torch.device("cpu")
     index = int(device.partition(":")[2] or 0)
@@ -171,12 +192,16 @@ def weights_hash(model: nn.Module, dtype: str | None = None) -> str:
     cast = getattr(torch, dtype) if dtype else None
     digest = xxhash.xxh3_128()
     seen: set[int] = set()
+    streamed = streamed_blocks(model)
     for name, tensor in sorted(model.state_dict().items()):
         kind = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
         digest.update(f"{name}{tuple(tensor.shape)}{kind}".encode())
-        if tensor.data_ptr() in seen:  # tied
+        if streamed is not None and tensor.is_meta:
+            tensor = streamed.tensor(name)
+        elif tensor.data_ptr() in seen:  # tied
             continue
-        seen.add(tensor.data_ptr())
+        else:
+            seen.add(tensor.data_ptr())
         plain = (tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor).to(kind)
         digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

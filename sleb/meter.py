@@ -39,8 +39,8 @@ class Meter:
         self._tell(Progress(phase=name), force=True)
 
     def within(self, name: str) -> None:
-        """A part of the search that is no step."""
-        self._tell(self._progress.model_copy(update={"phase": name}), force=True)
+        """A part of the search that is no step, or none of those that were asked for."""
+        self._tell(self._progress.model_copy(update={"phase": name, "step": 0}), force=True)
 
     def expect(self, units: float, finished_steps: int, steps: int) -> None:
         """The search is about to start, with so much work ahead."""
@@ -52,6 +52,10 @@ class Meter:
         forecast = self._total - ahead
         if forecast > 0:
             self._total = self._done + ahead * self._done / forecast
+
+    def extend(self, ahead: float) -> None:
+        """So much work is left, none of which was forecast."""
+        self._total = max(self._done, self._total) + ahead
 
     def step(self, number: int) -> None:
         """Step `number` begins."""

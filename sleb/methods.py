@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,8 @@ class Problem:
     """Whether candidates that cannot win are dropped before they have seen the whole calibration set."""
     seed: int = 0
     """Of the order in which a race sees the sequences."""
+    refine: Literal["none", "swap"] = "none"
+    """What follows once `num_remove` blocks are removed."""
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -252,7 +254,8 @@ def search(
     """Decisions after `steps` until enough blocks are removed, or until the held-out perplexity rises too far.
 
     `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only. `judge`
-    is the likelihood, by which the model a step leaves is measured, where `score` is another objective.
+    is the likelihood, by which the model a step leaves is measured, where `score` is another objective. Where
+    `problem.refine` asks for them, swaps follow the last removal.
     """
     rank = {
         Method.METRIC3: _greedy,
@@ -266,10 +269,17 @@ def search(
         decisions = _metric1(problem, judge or score, removed, influence)
     else:
         decisions = rank[method](problem, score, judge or score, removed)
+    number = len(steps)
     for decision in decisions:
         if _too_far(decision.step, first, problem.until_perplexity):
             return
         yield decision
+        removed, number = decision.step.removal_list, decision.step.number
+    if problem.refine == "swap":
+        for decision in _swaps(problem, score, judge or score, removed, number):
+            if _too_far(decision.step, first, problem.until_perplexity):
+                return
+            yield decision
 
 
 def _too_far(step: Step, first: Baseline, until: float | None) -> bool:
@@ -290,6 +300,38 @@ def _greedy(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> I
         nats, seen = race(problem, score, skip_sets, len(removed) + 1)
         decision = _decide(problem, judge, removed, alive, skip_sets, nats, seen=seen)
         yield decision
+        removed = decision.step.removal_list
+
+
+def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, number: int) -> Iterator[Decision]:
+    """Better than greedy: one block back and another out, as long as that lowers the score beyond its error.
+
+    A round races every such swap against the list as it is. The best one is accepted if its paired difference to that
+    list, over the whole calibration set, is below zero beyond the interval by which candidates are called tied. A list
+    that left the race has lost it, but the race asks about this very set: its score is completed all the same, so that
+    the rule and the number on record are the same with a race and without. The first round whose best swap does not
+    pass ends it. Every swap lowers the score, so no list comes back and there is an end.
+    """
+    counts = problem.token_counts[problem.calibration]
+    while True:
+        number += 1
+        alive = [block for block in problem.candidates if block not in removed]
+        swaps = [(*(each for each in removed if each != back), block) for back in removed for block in alive]
+        if not swaps:
+            return
+        nats, seen = race(problem, score, [removed, *swaps], number)  # the list as it is comes first: it wins draws
+        best = compare(nats, counts, problem.confidence, seen).winner
+        if best == 0:
+            return
+        if seen is not None and not seen[0].all():
+            nats[0, ~seen[0]] = score([removed], problem.calibration[~seen[0]])[0]
+        against = compare(nats[[best, 0]], counts, problem.confidence)
+        if against.winner != 0 or against.tied:
+            return
+        blocks, rest = [swap[-1] for swap in swaps], None if seen is None else seen[1:]
+        decision = _decide(problem, judge, removed, blocks, swaps, nats[1:], seen=rest, number=number)
+        fall = {"improvement": against.margin, "improvement_standard_error": against.standard_error}
+        yield replace(decision, step=decision.step.model_copy(update=fall))
         removed = decision.step.removal_list
 
 
@@ -350,12 +392,14 @@ def _decide(
     alone: bool = False,
     objective: Literal["nll", "kl", "metric1"] | None = None,
     seen: np.ndarray | None = None,
+    number: int | None = None,
 ) -> Decision:
     """Choose the lowest of `scores` (candidates, calibration sequences) and measure the model it leaves.
 
     `alone`: candidates were scored without the blocks removed `before`, and are added to them. `seen`: which scores
-    were taken, where candidates left a race.
+    were taken, where candidates left a race. `number` is the step's, where it is not one more than those removed.
     """
+    number = number or len(before) + 1
     objective = objective or problem.objective
     counts = problem.token_counts[problem.calibration]
     score_counts = counts + 1 if objective == "metric1" else counts  # hidden states exist for the last token too
@@ -378,7 +422,7 @@ def _decide(
         )
     if candidates[result.winner].score_sum is None:
         raise ScoringError(
-            f"No candidate of step {len(before) + 1} gives predictions that are numbers. "
+            f"No candidate of step {number} gives predictions that are numbers. "
             "Use --dtype bfloat16 or float32, or remove fewer blocks."
         )
     removal_list = (*before, *chosen) if alone else chosen
@@ -386,10 +430,13 @@ def _decide(
     if objective != "nll" or set(removal_list) != set(chosen):  # nobody has run this model yet
         on_calibration = judge([removal_list], problem.calibration)[0]
     held_out = judge([removal_list], problem.held_out)[0] if len(problem.held_out) else np.zeros(0)
+    removed = tuple(block for block in removal_list if block not in before)
+    restored = tuple(block for block in before if block not in removal_list)
+    is_swap = len(removed) == len(restored)
     step = Step(
-        number=len(before) + 1,
-        removed=tuple(block for block in removal_list if block not in before),
-        restored=tuple(block for block in before if block not in removal_list),
+        number=number,
+        removed=removed,
+        restored=restored,
         removal_list=removal_list,
         candidates=tuple(candidates),
         calibration=measured(on_calibration, counts),
@@ -397,6 +444,7 @@ def _decide(
         margin=result.margin,
         margin_standard_error=result.standard_error,
         tied=tuple(blocks[index] for index in result.tied),
+        tied_restored=tuple(min(set(before) - set(skip_sets[index])) for index in result.tied) if is_swap else (),
         block_evaluations=0,
         head_evaluations=0,
         seconds=0.0,

@@ -24,6 +24,13 @@ class Search(StrEnum):
     RACE = "race"
 
 
+class Refine(StrEnum):
+    """What follows the last removal."""
+
+    NONE = "none"
+    SWAP = "swap"
+
+
 class Objective(StrEnum):
     """What is lowest."""
 
@@ -104,10 +111,28 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(rich_help_panel=HOW, help="auto is what is fast on the device (16 bits where it can)."),
 ]
-Device = Annotated[str, typer.Option(rich_help_panel=HOW, help="auto, cpu, cuda:0 …")]
+Device = Annotated[str, typer.Option(rich_help_panel=HOW, help="auto, cpu, cuda:0 …, or all: spread over all GPUs.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(min=1, rich_help_panel=HOW, help="Sequences at once; halved when memory runs out."),
+]
+Processes = Annotated[
+    int,
+    typer.Option(min=1, rich_help_panel=HOW, help="Processes that share the sequences; one GPU each if there are any."),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="24GB",
+        rich_help_panel=HOW,
+        help="For weights and hidden states; blocks that do not fit are read from disk when they are needed.",
+    ),
+]
+Prepare = Annotated[
+    bool,
+    typer.Option(
+        "--prepare", rich_help_panel=HOW, help="Only write the job and print its folder, for sleb work or torchrun."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(rich_help_panel=HOW, help="Branch, tag or commit on the hub.")]
 RunDir = Annotated[

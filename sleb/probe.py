@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ from .blocks import BlockStack, call_model
 from .costs import cost_of_spec
 from .errors import OptionError
 from .loading import load_model
+from .methods import looks_of
 from .records import Forecast, JobSpec, RunSpec
 from .scoring import Scorer, self_check
 
@@ -34,6 +36,7 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
         device=job.device,
         allow_pickle=job.allow_pickle,
         trust_remote_code=job.trust_remote_code,
+        memory_budget=job.memory_budget,
     )
     stack = BlockStack(loaded.model)
     loading = time.perf_counter() - began
@@ -50,12 +53,15 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
     some = [(), *((block,) for block in range(1, count, max(1, count // 4)))]
     scorer.score([()], np.arange(batch))  # the first pass allocates
     _settle(stack)
+    waited = stack.streamed.seconds_waited if stack.streamed else 0.0
     blocks, heads, start = scorer.block_evaluations, scorer.head_evaluations, time.perf_counter()
     while time.perf_counter() - start < SECONDS:
         scorer.score(some, np.arange(batch))
         _settle(stack)
     elapsed = time.perf_counter() - start
     units = scorer.block_evaluations - blocks + scorer.head_weight * (scorer.head_evaluations - heads)
+    if stack.streamed is not None:  # reading is counted by the pass below, not by the evaluation
+        elapsed = max(elapsed - (stack.streamed.seconds_waited - waited), 0.1 * elapsed)
     per_unit = elapsed / units
 
     start = time.perf_counter()
@@ -68,7 +74,9 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
         tokens = min(cache.tokens_that_fit(count, config.hidden_size), spec.calibration.sequences * length)
         analysing = _analysis_seconds(stack, tokens / length, per_unit, scorer.head_weight, length)
         memory = max(memory, _memory(stack) + 4 * (count + 1) * tokens * (config.hidden_size + count + 1))
-    searching = cost.units(scorer.head_weight) * per_unit if cost else 0.0
+    searching = cost.units(scorer.head_weight) * per_unit / job.processes if cost else 0.0
+    if stack.streamed is not None and cost is not None:
+        searching = max(searching, _passes(spec, scorer, count, removing) * _pass_seconds(stack))
     return Forecast(
         num_blocks=count,
         num_remove=removing,
@@ -96,6 +104,22 @@ def _analysis_seconds(stack: BlockStack, sequences: float, per_unit: float, head
     token = time.perf_counter() - start
     generated = analysis.PROMPTS * analysis.NEW_TOKENS / length
     return len(stack) * (1 + head_weight) * (sequences + generated) * per_unit + analysis.NEW_TOKENS * token
+
+
+def _passes(spec: RunSpec, scorer: Scorer, num_blocks: int, removing: int) -> float:
+    """How often a streamed search reads the model, about: each round of each step, as if no candidate ever left."""
+    sequences = spec.calibration.sequences
+    fits = scorer.round_size([(block,) for block in range(num_blocks)])
+    ends = (*looks_of(sequences), sequences) if spec.races else (sequences,)
+    rounds = sum(math.ceil((stop - start) / fits) for start, stop in zip((0, *ends), ends, strict=False))
+    return 4 + removing * (rounds + 1)  # baseline, hash and self-check; held-out sequences in each step
+
+
+def _pass_seconds(stack: BlockStack) -> float:
+    """What reading all blocks once takes, as fast as it went so far."""
+    assert stack.streamed is not None
+    total = sum(stack.streamed.block_bytes(block) for block in range(len(stack)))
+    return total / max(stack.streamed.bytes_read, 1) * stack.streamed.seconds_read
 
 
 def _settle(stack: BlockStack) -> None:

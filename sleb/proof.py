@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,24 @@ and more.
 """
 
 
-def prove(folder: Path, device: str = "cpu", trust_remote_code: bool = False) -> dict[str, Any]:
-    """Reload the model in `folder`, compare, write `PROOF` and return it."""
+def prove(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory_budget: int | None = None
+) -> dict[str, Any]:
+    """Reload the model in `folder`, compare, write `PROOF` and return it. Within a budget, blocks stay on disk."""
     started = time.monotonic()
     with safe_open(folder / EXPECTED, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    options = {"trust_remote_code": True} if trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    scratch = tempfile.TemporaryDirectory(prefix=".offload.", dir=folder)
+    if memory_budget is not None:
+        where = device if device == "cpu" else torch.device(device).index or 0
+        most = {where: memory_budget // 2} | ({} if device == "cpu" else {"cpu": 0})
+        options |= {"device_map": "auto", "max_memory": most, "offload_folder": scratch.name}
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
-    model, loading = loaded[0].eval().to(device), loaded[1]
+    model, loading = loaded[0].eval(), loaded[1]
+    if memory_budget is None:
+        model.to(device)
 
     reasons = [
         f"{len(loading[kind])} weights are {kind.removesuffix('_keys')} when it is reloaded, such as "
@@ -119,6 +129,7 @@ def prove(folder: Path, device: str = "cpu", trust_remote_code: bool = False) ->
             "transformers": transformers.__version__,
         },
     }
+    scratch.cleanup()
     (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     return proof
 
@@ -183,8 +194,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--memory-budget", type=int, metavar="BYTES")
     options = parser.parse_args(arguments)
-    proofs = [prove(folder, options.device, options.trust_remote_code) for folder in options.folders]
+    proofs = [
+        prove(folder, options.device, options.trust_remote_code, options.memory_budget) for folder in options.folders
+    ]
     return 0 if all(proof["passed"] for proof in proofs) else 1
 
 

@@ -84,6 +84,8 @@ class RunSpec(Record):
     model's own predictions (as in EvoPress, arXiv 2410.14649). Metric1 has a measure of its own."""
     search: Literal["auto", "full", "race"] = "auto"
     """Whether every candidate sees the whole calibration set, or leaves once it cannot win. See `races`."""
+    refine: Literal["none", "swap"] = "none"
+    """What follows Metric3's last removal: `swap` tries one block back and another out, while that lowers the score."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     analysis: bool = True
 
@@ -100,6 +102,10 @@ class RunSpec(Record):
             raise ValueError("give either the number of blocks to remove or the ratio, not both")
         if self.objective != "nll" and self.method is Method.METRIC1:
             raise ValueError("Metric1 compares hidden states; --objective is for the other methods")
+        if self.refine != "none" and self.method is not Method.METRIC3:
+            raise ValueError(
+                f"--refine {self.refine} goes on from Metric3's list; leave it out with {self.method.value}"
+            )
         return self
 
 
@@ -196,7 +202,10 @@ class Candidate(Record):
 
 
 class Step(Record):
-    """One decision with all its evidence. Carries the whole removal list after it: best chunks are not nested."""
+    """One decision with all its evidence. Carries the whole removal list after it: best chunks are not nested.
+
+    A swap takes one block back and removes another: its removal list is as long as the one before.
+    """
 
     number: int
     removed: Annotated[tuple[int, ...], Field(min_length=1)]
@@ -215,6 +224,11 @@ class Step(Record):
     """None where one sequence gives no spread."""
     tied: tuple[int, ...]
     """Candidates (their `block`) whose paired difference to the winner cannot be told from zero."""
+    tied_restored: tuple[int, ...] = ()
+    """In a swap: the block that each of `tied` would have taken back. Empty elsewhere."""
+    improvement: float | None = None
+    """Of a swap: mean paired difference of the score before it to the score after it, per token. None elsewhere."""
+    improvement_standard_error: float | None = None
     block_evaluations: int
     head_evaluations: int
     seconds: float
@@ -226,12 +240,36 @@ class Step(Record):
             raise ValueError("a step has candidates, and removes blocks that exist, each once")
         if not any(candidate.skipped in (blocks, self.removed) for candidate in self.candidates):
             raise ValueError("what a step removes is one of its candidates")
+        if len(self.tied_restored) != (len(self.tied) if self.is_swap else 0):
+            raise ValueError("a swap names the block that each tied candidate takes back, and no other step does")
         return self
 
     @property
     def perplexity(self) -> float | None:
         """Of the calibration set after this step."""
         return self.calibration.perplexity
+
+    @property
+    def is_swap(self) -> bool:
+        """Whether it took as many blocks back as it removed; another best chunk takes back fewer."""
+        return len(self.removed) == len(self.restored)
+
+    @property
+    def before(self) -> frozenset[int]:
+        """The blocks that were removed when this step began."""
+        return frozenset({*self.removal_list, *self.restored} - {*self.removed})
+
+    def restored_by(self, candidate: Candidate) -> tuple[int, ...]:
+        """The block that a candidate of a swap takes back; nothing in other steps."""
+        return tuple(sorted(self.before - set(candidate.skipped))) if self.is_swap else ()
+
+    @property
+    def tied_candidates(self) -> tuple[Candidate, ...]:
+        """Those of `tied`: in a swap several candidates remove the same block."""
+        if not self.is_swap:
+            return tuple(each for each in self.candidates if each.block in self.tied)
+        tied = set(zip(self.tied, self.tied_restored, strict=True))
+        return tuple(each for each in self.candidates if (each.block, *self.restored_by(each)) in tied)
 
 
 class Baseline(Record):
@@ -264,6 +302,11 @@ class Trace(Record):
         return self.steps[-1].removal_list if self.steps else ()
 
     @property
+    def by_length(self) -> tuple[Step, ...]:
+        """The last step that leaves 1, 2, ... blocks removed: swaps do not change the number."""
+        return tuple({len(step.removal_list): step for step in self.steps}.values())
+
+    @property
     def removed_at(self) -> dict[int, int]:
         """Removed block -> the step since which it is gone: best chunks are not nested, and a swap restores."""
         since: dict[int, int] = {}
@@ -290,6 +333,10 @@ class JobSpec(Record):
     device: str = "auto"
     batch_size: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sequences per batch; None chooses for the device."""
+    processes: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
+    """On this host, each with a share of the sequences; one GPU each where there are any."""
+    memory_budget: Annotated[int, Field(ge=1, strict=True)] | None = None
+    """Bytes for weights and hidden states, of the GPU or else of the host; blocks are streamed where that is little."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
     steps: Annotated[int, Field(ge=0, strict=True)] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 
 from .blocks import BlockStack, Stream
 from .costs import Cost, SkipSet, cost_of
+from .distributed import Group
+from .errors import ScoringError
 from .memory import in_batches, is_out_of_memory
 from .records import SelfCheck
 
@@ -26,12 +29,45 @@ _NOTHING = -100  # the target that `cross_entropy` leaves out
 _MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """What happens at one block: streams fork where a skip set leaves, and whoever is left goes through."""
+
+    block: int
+    forks: tuple[tuple[SkipSet, SkipSet], ...]
+    """(stream, its new twin that skips this block)."""
+    ended: tuple[SkipSet, ...]
+    """Streams that nobody follows any further."""
+    through: tuple[SkipSet, ...]
+
+
+def itinerary(skip_sets: Sequence[SkipSet], num_blocks: int) -> list[_Visit]:
+    """The walk up the stack for these skip sets; a stream is named by what it has skipped so far."""
+    members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
+    visits = []
+    for block in range(num_blocks):
+        forks, ended = [], []
+        for prefix in list(members):
+            leaving = {skipped for skipped in members[prefix] if block in skipped}
+            if leaving:
+                forks.append((prefix, (*prefix, block)))
+                members[prefix] -= leaving
+                members[(*prefix, block)] = leaving
+                if not members[prefix]:
+                    ended.append(prefix)
+                    del members[prefix]
+        skipping = {twin for _, twin in forks}
+        through = tuple(prefix for prefix in members if prefix not in skipping)
+        visits.append(_Visit(block, tuple(forks), tuple(ended), through))
+    return visits
+
+
 class Scorer:
     """Scores skip sets on sequences of token ids; counts what it did.
 
     `ids` is (sequences, length) int64; every sequence has length - 1 predicted tokens. Out of memory halves the
     batch and goes on. With `plain` every skip set is a forward pass of its own. `watch` hears of the work done, in
-    block evaluations, and where it is.
+    block evaluations, and where it is. Every rank of a `group` scores its share, and all get the whole.
     """
 
     def __init__(
@@ -42,12 +78,14 @@ class Scorer:
         batch_size: int | None = None,
         plain: bool = False,
         watch: Callable[[float, str], None] = lambda units, where: None,
+        group: Group | None = None,
     ) -> None:
         self.stack = stack
         self.ids = torch.from_numpy(np.ascontiguousarray(ids))
         self.plain = plain
         self.batch_size = batch_size or default_batch_size(stack.device, ids.shape[1])
         self.watch = watch
+        self.group = group or Group()
         self.block_evaluations = 0
         self.head_evaluations = 0
         self.head_weight = head_weight(stack)
@@ -65,59 +103,94 @@ class Scorer:
     def score(self, skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         """Negative log-likelihood, float64 (skip_sets, sequences), nats; NaN where predictions are not numbers.
 
-        Raises `ScoringError` when a single sequence does not fit into memory.
+        Raises `ScoringError` when a single sequence does not fit into memory, `RankLost` when another rank is gone.
         """
-        return self._scored(skip_sets, sequences, self._score_batch)
+        return self._scored(skip_sets, sequences, self._score_round)
 
     def diverge(self, skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         """Kullback-Leibler divergence of each skip set's predictions from the unmodified model's, in the same sweep.
 
         float64 (skip_sets, sequences), nats, over the positions that `score` predicts; else as `score`.
         """
-        return self._scored(skip_sets, sequences, self._diverge_batch)
+        return self._scored(skip_sets, sequences, self._diverge_round)
 
     @torch.inference_mode()
     def _scored(
         self,
         skip_sets: Sequence[SkipSet],
         sequences: np.ndarray,
-        score_batch: Callable[[Sequence[SkipSet], torch.Tensor], np.ndarray],
+        score_round: Callable[[Sequence[SkipSet], list[torch.Tensor]], np.ndarray],
     ) -> np.ndarray:
-        walked = skip_sets if score_batch == self._score_batch else [*skip_sets, ()]
-        result = np.empty((len(skip_sets), len(sequences)), dtype=np.float64)
+        walked = skip_sets if score_round == self._score_round else [*skip_sets, ()]
+        result = np.zeros((len(skip_sets), len(sequences)), dtype=np.float64)
+        part = self.group.part(len(sequences))
+        own = np.asarray(sequences)[part]
+        found = np.empty((len(skip_sets), len(own)), dtype=np.float64)
 
         def work(start: int, stop: int) -> None:
-            batch = self.ids[torch.from_numpy(np.asarray(sequences[start:stop]))]
-            of = f"sequences {start + 1} to {stop} of {len(sequences)}"
+            ids = self.ids[torch.from_numpy(own[start:stop])].to(self.stack.device, non_blocking=True)
+            of = f"sequences {start + 1} to {stop} of {len(own)}"
             self._where = f"{len(skip_sets)} candidates on {of}" if len(skip_sets) > 1 else of
-            result[:, start:stop] = score_batch(skip_sets, batch)
-            cost = self.cost(walked, stop - start)
-            self.block_evaluations += cost.block_evaluations
-            self.head_evaluations += cost.head_evaluations
+            found[:, start:stop] = score_round(skip_sets, list(ids.split(self.batch_size)))
 
-        self.batch_size = in_batches(len(sequences), self.batch_size, work)
-        return result
+        round_size = self.round_size(walked)
+        fitted = in_batches(len(own), round_size, work)
+        if fitted < round_size:  # memory ran out
+            self.batch_size = min(self.batch_size, fitted)
+        cost = self.cost(walked, len(sequences))
+        self.block_evaluations += cost.block_evaluations
+        self.head_evaluations += cost.head_evaluations
+        result[:, part] = found
+        return self.group.sum(result)
 
-    def _score_batch(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> np.ndarray:
-        ids = ids.to(self.stack.device, non_blocking=True)
-        by_set = self._plain(skip_sets, ids) if self.plain else self._sweep(skip_sets, ids)
-        nats = torch.stack([by_set[tuple(sorted(skipped))] for skipped in skip_sets])
-        return nats.cpu().numpy()  # the only synchronisation with a GPU
+    def round_size(self, skip_sets: Sequence[SkipSet]) -> int:
+        """Sequences that go up the stack together: one batch, or all that fit where each block must be read first.
 
-    def _diverge_batch(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> np.ndarray:
-        ids = ids.to(self.stack.device, non_blocking=True)
+        Raises `ScoringError` where not even one fits into what the weights leave of the budget.
+        """
+        streamed = self.stack.streamed
+        if streamed is None or self.plain:
+            return self.batch_size
+        visits, alive, widest = itinerary(skip_sets, len(self.stack)), 1, 1
+        for visit in visits:
+            alive += len(visit.forks) - len(visit.ended)
+            widest = max(widest, alive)
+        hidden = self.ids.shape[1] * self.stack.config.hidden_size * self.stack.model.dtype.itemsize
+        fits = int(streamed.spare_bytes // ((widest + 2) * hidden))  # an output is there before its input goes
+        if fits < 1:
+            raise ScoringError(
+                f"The hidden states of one sequence of {self.ids.shape[1]} tokens in {widest} streams take "
+                f"{(widest + 2) * hidden / 1e6:,.0f} MB; --memory-budget leaves {streamed.spare_bytes / 1e6:,.0f} MB. "
+                "Raise it, or lower --sequence-length."
+            )
+        return fits if fits < self.batch_size else fits // self.batch_size * self.batch_size
+
+    def _tell(self, units: float, where: str) -> None:
+        """The other ranks do as much meanwhile."""
+        self.watch(units * self.group.size, where)
+
+    def _score_round(self, skip_sets: Sequence[SkipSet], batches: list[torch.Tensor]) -> np.ndarray:
+        if self.plain:
+            found = [self._plain(skip_sets, ids) for ids in batches]
+        else:
+            found = self._sweep(skip_sets, batches)
+        return _in_order(found, skip_sets)
+
+    def _diverge_round(self, skip_sets: Sequence[SkipSet], batches: list[torch.Tensor]) -> np.ndarray:
         walked = [(), *skip_sets]
         if self.plain:
-            read_out = self._plain_logits(walked, ids)
+            found = [self._kl(self._plain_logits(walked, ids), ids) for ids in batches]
         else:
-            streams = self._streams(walked, ids)
-            read_out = {
-                skipped: lambda part, hidden=stream.hidden: self.stack.read_out(hidden[..., part, :], ids[:, part])
-                for skipped, stream in streams.items()
-            }
-        divergences = self._kl(read_out, ids)
-        nats = torch.stack([divergences[tuple(sorted(skipped))] for skipped in skip_sets])
-        return nats.cpu().numpy()
+            streams = self._streams(walked, batches)
+            found = []
+            for ids in batches:
+                last = {skipped: stream.hidden for skipped, stream in streams.pop(0).items()}
+                found.append(self._kl({skipped: self._reader(hidden, ids) for skipped, hidden in last.items()}, ids))
+        return _in_order(found, skip_sets)
+
+    def _reader(self, hidden: torch.Tensor, ids: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+        """Logits of some positions, when they are asked for."""
+        return lambda part: self.stack.read_out(hidden[..., part, :], ids[:, part])
 
     def _kl(self, read_out: dict[SkipSet, Callable[[slice], torch.Tensor]], ids: torch.Tensor) -> dict[SkipSet, Any]:
         """Divergence from `()`, summed over tokens: float64 (batch,). One piece of everybody's logits at a time."""
@@ -133,7 +206,7 @@ class Scorer:
                 # 0 log 0 is 0: where the base model rules a token out, so may the other.
                 terms = torch.where(chances > 0, chances * (base - own), 0.0)
                 totals[skipped] += terms.sum(dim=-1).double().sum(dim=1).to(ids.device)
-                self.watch(self.head_weight * batch * (part.stop - part.start) / length, f"{self._where}, predictions")
+                self._tell(self.head_weight * batch * (part.stop - part.start) / length, f"{self._where}, predictions")
         return totals
 
     def _plain_logits(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, Any]:
@@ -149,33 +222,44 @@ class Scorer:
                 log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
                 logits = torch.full((*ids.shape, self.stack.config.vocab_size), float("nan"), device=ids.device)
             found[skipped] = lambda part, logits=logits: logits[:, part]
-            self.watch(float((len(self.stack) - len(skipped)) * len(ids)), f"{self._where}, without {list(skipped)}")
+            self._tell(float((len(self.stack) - len(skipped)) * len(ids)), f"{self._where}, without {list(skipped)}")
         return found
 
-    def _sweep(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
-        nats = {}
-        for skipped, stream in self._streams(skip_sets, ids).items():
-            nats[skipped] = self._nll(stream.hidden, ids)
-            self.watch(self.head_weight * len(ids), f"{self._where}, predictions")
-        return nats
+    def _sweep(self, skip_sets: Sequence[SkipSet], batches: list[torch.Tensor]) -> list[dict[SkipSet, torch.Tensor]]:
+        """Per batch, each skip set's sums: float64 (batch,)."""
+        streams, found = self._streams(skip_sets, batches), []
+        for ids in batches:
+            nats = {}
+            for skipped, stream in streams.pop(0).items():
+                nats[skipped] = self._nll(stream.hidden, ids)
+                self._tell(self.head_weight * len(ids), f"{self._where}, predictions")
+            found.append(nats)
+        return found
 
-    def _streams(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, Stream]:
-        """The walk up the stack: each skip set's hidden state after the last block, (batch, sequence, hidden)."""
-        inputs = self.stack.capture(ids)
-        streams: dict[SkipSet, Stream] = {(): inputs.start()}  # what was skipped so far -> where that leads
-        members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
-        for block in range(len(self.stack)):
-            for prefix in list(streams):
-                leaving = {skipped for skipped in members[prefix] if block in skipped}
-                if leaving:
-                    streams[(*prefix, block)] = streams[prefix].fork()
-                    members[(*prefix, block)] = leaving
-                    members[prefix] -= leaving
-                    if not members[prefix]:
-                        del streams[prefix], members[prefix]
-                        continue
-                self.stack.advance(block, inputs, streams[prefix])
-                self.watch(len(ids), f"{self._where}, block {block}")
+    def _streams(self, skip_sets: Sequence[SkipSet], batches: list[torch.Tensor]) -> list[dict[SkipSet, Stream]]:
+        """Per batch, each skip set's hidden state after the last block: (batch, sequence, hidden).
+
+        Blocks outside, batches inside: the weights of a block are needed once for a whole round, and never where
+        everybody skips it.
+        """
+        inputs = [self.stack.capture(ids) for ids in batches]
+        streams: list[dict[SkipSet, Stream]] = [{(): each.start()} for each in inputs]
+        visits = itinerary(skip_sets, len(self.stack))
+        needed = [visit.block for visit in visits if visit.through]
+        following = dict(zip(needed, [*needed[1:], *needed[:1]], strict=True))
+        for visit in visits:
+            for own in streams:
+                for prefix, twin in visit.forks:
+                    own[twin] = own[prefix].fork()
+                for prefix in visit.ended:
+                    del own[prefix]
+            if not visit.through:
+                continue
+            with self.stack.resident(visit.block, then=following[visit.block]):
+                for ids, each, own in zip(batches, inputs, streams, strict=True):
+                    for prefix in visit.through:
+                        self.stack.advance(visit.block, each, own[prefix])
+                        self._tell(len(ids), f"{self._where}, block {visit.block}")
         return streams
 
     def _nll(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -194,7 +278,10 @@ class Scorer:
     def _read_out_tokens(self, batch: int, hidden: torch.Tensor) -> int:
         """Tokens of a sequence to read out at once."""
         row_bytes = batch * self.stack.config.vocab_size * hidden.element_size()
-        return max(1, _READ_OUT_BYTES[_kind(hidden.device)] // row_bytes)
+        limit = _READ_OUT_BYTES[_kind(hidden.device)]
+        if self.stack.streamed is not None:
+            limit = min(limit, self.stack.streamed.budget // 32)
+        return max(1, limit // row_bytes)
 
     def _plain(self, skip_sets: Sequence[SkipSet], ids: torch.Tensor) -> dict[SkipSet, torch.Tensor]:
         nats = {}
@@ -207,8 +294,15 @@ class Scorer:
                 log.warning("The model cannot run without blocks %s: %s", list(skipped), error)
                 nats[skipped] = torch.full((len(ids),), float("nan"), dtype=torch.float64, device=ids.device)
             cost = cost_of([skipped], len(self.stack), len(ids), plain=True)
-            self.watch(cost.units(self.head_weight), f"{self._where}, without {list(skipped)}")
+            self._tell(cost.units(self.head_weight), f"{self._where}, without {list(skipped)}")
         return nats
+
+
+def _in_order(batches: list[dict[SkipSet, torch.Tensor]], skip_sets: Sequence[SkipSet]) -> np.ndarray:
+    """Sums of batches as float64 (skip_sets, sequences)."""
+    names = [tuple(sorted(skipped)) for skipped in skip_sets]
+    nats = [torch.stack([found[name] for name in names]) for found in batches]
+    return torch.cat(nats, dim=1).cpu().numpy()  # the only synchronisation with a GPU
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -254,22 +348,19 @@ def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) ->
     the plain way. `ids` is (sequences, length); two sequences of 16 tokens are used.
     """
     tiny = torch.from_numpy(np.ascontiguousarray(ids[:2, :16])).to(stack.device)
-    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), tiny)}
-    protected: dict[int, str] = {}
-    for block in candidates:
-        try:
-            plain[(block,)] = plain_nll(stack, (block,), tiny)
-        except _MODEL_FAILURES as error:
-            protected[block] = f"the model cannot run without it ({type(error).__name__}: {error})"
+    twin = _plain_twin if stack.streamed is None else _streamed_twin
+    plain, protected = twin(stack, candidates, tiny)
     tokens = tiny.shape[1] - 1
-    tolerance = 1e-5 if next(stack.model.parameters()).dtype == torch.float32 else 0.02
+    tolerance = 1e-5 if stack.model.dtype == torch.float32 else 0.02
     difference, reason = None, None
     try:
-        swept = Scorer(stack, tiny.cpu().numpy(), batch_size=len(tiny))._sweep(list(plain), tiny)
-        pairs = [(plain[skipped], swept[skipped]) for skipped in plain]
-        pieces = _in_pieces(stack, tiny)
-        if not torch.allclose(pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
+        scorer, pieces = Scorer(stack, tiny.cpu().numpy(), batch_size=len(tiny)), _InPieces(stack, tiny.cpu().numpy())
+        streams = scorer._streams(list(plain), [tiny])[0]
+        swept = {skipped: scorer._nll(stream.hidden, tiny) for skipped, stream in streams.items()}
+        in_pieces = pieces._nll(streams[()].hidden, tiny)
+        if not torch.allclose(in_pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
             reason = "hidden states cannot be read out in pieces"
+        pairs = [(plain[skipped], swept[skipped]) for skipped in plain]
         difference = max(float((torch.nan_to_num(a) - torch.nan_to_num(b)).abs().max()) for a, b in pairs) / tokens
         if difference > tolerance:
             reason = f"the sweep differs from the plain forward pass by {difference:.3g} nats per token"
@@ -285,14 +376,45 @@ def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) ->
     )
 
 
-def _in_pieces(stack: BlockStack, ids: torch.Tensor) -> torch.Tensor:
-    """The unmodified model's sums, float64 (batch,), read out five tokens at a time."""
+def _plain_twin(
+    stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor
+) -> tuple[dict[SkipSet, torch.Tensor], dict[int, str]]:
+    """Nats (batch,) of each candidate by a forward pass of its own; and the blocks that the model needs, with why."""
+    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), ids)}
+    protected: dict[int, str] = {}
+    for block in candidates:
+        try:
+            plain[(block,)] = plain_nll(stack, (block,), ids)
+        except _MODEL_FAILURES as error:
+            protected[block] = f"the model cannot run without it ({type(error).__name__}: {error})"
+    return plain, protected
 
-    class InPieces(Scorer):
-        def _read_out_tokens(self, batch: int, hidden: torch.Tensor) -> int:
-            return 5
 
-    return InPieces(stack, ids.cpu().numpy(), batch_size=len(ids))._sweep([()], ids)[()]
+def _streamed_twin(
+    stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor
+) -> tuple[dict[SkipSet, torch.Tensor], dict[int, str]]:
+    """The same in one forward pass for all candidates: each has rows of its own, in which its block is undone.
+
+    A pass of its own for each would read the whole model as often. A block that others need is not found out by its
+    failing here, but by the difference.
+    """
+    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), ids)}
+    count, batch = len(candidates), len(ids)
+    undone = torch.zeros(len(stack), count * batch, dtype=torch.bool, device=ids.device)
+    for row, block in enumerate(candidates):
+        undone[block, row * batch : (row + 1) * batch] = True
+    hidden = stack.last_output(ids.repeat(count, 1), undone)
+    reader = Scorer(stack, ids.cpu().numpy(), batch_size=batch)
+    for row, block in enumerate(candidates):
+        plain[(block,)] = reader._nll(hidden[row * batch : (row + 1) * batch], ids)
+    return plain, {}
+
+
+class _InPieces(Scorer):
+    """Reads out five tokens at a time."""
+
+    def _read_out_tokens(self, batch: int, hidden: torch.Tensor) -> int:
+        return 5
 
 
 def _kind(device: torch.device) -> str:

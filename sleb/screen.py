@@ -174,7 +174,7 @@ def describe_step(step: Step, baseline: Baseline) -> str:
         margin = f"{step.margin:.4f}"
         if step.margin_standard_error is not None:
             margin += f" ± {step.margin_standard_error:.4f}"
-    removed = _name(chosen)
+    removed = _name(chosen) + "".join(f", {block} back" for block in step.restored if step.is_swap)
     score = "-" if chosen.score is None else f"{chosen.score:.4f}"
     return _row(str(step.number), removed, score, margin, step.perplexity, step, baseline) + "  " + _verdict(step)
 
@@ -195,13 +195,16 @@ def _row(
 ) -> str:
     held_out = decimal(of.held_out.perplexity) if of.held_out.token_count else "-"
     rise = _rise(of, baseline) if of is not baseline else ""
+    left = max(18 - max(len(removed), 8), len(score) + 1)  # a swap takes some of the score's room
     return (
-        f"{number:>4} [bold]{removed:>8}[/]  {score:>8}  {margin:>17}  [bold]{decimal(perplexity):>10}[/]  "
+        f"{number:>4} [bold]{removed:>8}[/]{score:>{left}}  {margin:>17}  [bold]{decimal(perplexity):>10}[/]  "
         f"{held_out:>9} {rise:<14}"
     )
 
 
 def _verdict(step: Step) -> str:
+    if step.is_swap:
+        return _verdict_on_swap(step)
     if step.margin is None:
         return ""
     if step.margin_standard_error is None:
@@ -211,6 +214,15 @@ def _verdict(step: Step) -> str:
     more = f" and {len(step.tied) - _TIED_SHOWN} more" if len(step.tied) > _TIED_SHOWN else ""
     names = {candidate.block: _name(candidate) for candidate in step.candidates}
     return f"[yellow]tied with {', '.join(names[block] for block in step.tied[:_TIED_SHOWN])}{more}[/]"
+
+
+def _verdict_on_swap(step: Step) -> str:
+    better = "" if step.improvement is None else f"[green]better by {step.improvement:.4f}"
+    if better and step.improvement_standard_error is not None:
+        better += f" ± {step.improvement_standard_error:.4f}"
+    better += "[/]" if better else ""
+    count = len(step.tied)
+    return better + (f", [yellow]tied with {count} other swap{'s' if count > 1 else ''}[/]" if count else "")
 
 
 def _name(candidate: Candidate) -> str:
@@ -248,7 +260,8 @@ def print_run(run: Run, console: Console | None = None) -> None:
     console = console or _Patient()
     kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({jobs.state_of(run).value})"))
-    console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}"))
+    refined = ", refined by swaps" if run.spec.refine == "swap" else ""
+    console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}{refined}"))
     last: dict[str, Job] = {job.spec.kind: job for job in jobs.watched(run).jobs}  # earlier tries are history
     for job in last.values():
         if job.status.message:

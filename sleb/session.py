@@ -12,6 +12,7 @@ import numpy as np
 from . import analysis, cache, calibration, methods, store, tokens
 from .blocks import BlockStack
 from .costs import cost_of_search
+from .distributed import Group
 from .errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from .loading import LoadedModel, weights_hash
 from .meter import Meter, Watcher
@@ -25,8 +26,18 @@ log = logging.getLogger(__name__)
 class Session:
     """One search or analysis of one run, from the model to the last line of the trace."""
 
-    def __init__(self, run: Run, job: JobSpec, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> None:
+    def __init__(
+        self,
+        run: Run,
+        job: JobSpec,
+        loaded: LoadedModel,
+        meter: Meter,
+        watcher: Watcher,
+        group: Group | None = None,
+    ) -> None:
         self.run, self.spec, self.loaded = run, run.spec, loaded
+        self.group = group or Group()
+        """Of several, the first writes; all decide, on the same numbers."""
         self.meter, self.watcher = meter, watcher
         self.batch_size = job.batch_size
         """Sequences at once; what fitted, once the search is over."""
@@ -34,30 +45,34 @@ class Session:
         config = self.stack.config
         _require_positions(config, self.spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
-        self.text = calibration.build(
-            self.spec.calibration,
-            self.spec.held_out,
-            self.spec.seed,
-            self.loaded.tokenizer,
-            config.vocab_size,
+        self.text = self.group.share(
+            lambda: calibration.build(
+                self.spec.calibration,
+                self.spec.held_out,
+                self.spec.seed,
+                self.loaded.tokenizer,
+                config.vocab_size,
+            )
         )
         if self.spec.until_perplexity is not None and self.text.held_out == 0:
             raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
         cache.limit_bytes()  # refused now, not after the search
-        self.description = self._describe(config)
+        self.description = self.group.share(lambda: self._describe(config))
         watcher.described(self.description)
 
     def go(self) -> None:
         """Baseline, steps, analyses; whatever is there already is kept."""
         if self.spec.kind == "search":
             self._search()
+            if not self.group.first:
+                return
             if self.spec.analysis and self.run.analysis is None and self.run.analysis_unavailable is None:
                 try:
                     self._analyze()
                 except (ModelError, ScoringError) as error:  # the removal list stands without it
                     log.warning("No analysis: %s", error)
                     store.write_no_analysis(self.run.run_dir, str(error))
-        elif self.run.analysis is None:
+        elif self.run.analysis is None and self.group.first:
             self._analyze()
 
     def _describe(self, config: Any) -> StackDescription:
@@ -78,6 +93,11 @@ class Session:
             methods.number_to_remove(count, len(candidates), self.spec.num_remove, self.spec.ratio)
         self.meter.phase("Checking the sweep against plain forward passes")
         check = self_check(self.stack, candidates, self.text.ids)
+        if check.reason and self.stack.streamed is not None:
+            raise ModelError(
+                f"{self.spec.model} cannot be streamed block by block ({check.reason}). Leave --memory-budget out, or "
+                "give one that holds the whole model."
+            )
         if check.reason:
             log.warning("Scoring the plain way: %s.", check.reason)
         protected = tuple(sorted({*asked, *check.protected}))
@@ -114,13 +134,14 @@ class Session:
         return description
 
     def _search(self) -> None:
-        directory, description = self.run.run_dir, self.description
+        description = self.description
         scorer = Scorer(
             self.stack,
             self.text.ids,
             batch_size=self.batch_size,
             plain=description.self_check.scoring == "plain",
             watch=self.meter.advance,
+            group=self.group,
         )
         problem = methods.Problem(
             num_blocks=description.num_blocks,
@@ -134,6 +155,7 @@ class Session:
             objective=self.spec.objective,
             racing=self.spec.races,
             seed=self.spec.seed,
+            refine=self.spec.refine,
         )
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
@@ -145,8 +167,8 @@ class Session:
             for step in steps:
                 self.watcher.step(step, first)
             self._steps(problem, scorer, first, steps)
-            reason = _why_finished(problem, steps)
-            store.append_finished(directory, reason)
+            if self.group.first:
+                store.append_finished(self.run.run_dir, _why_finished(problem, steps))
         self.batch_size = scorer.batch_size
 
     def _baseline(self, problem: methods.Problem, scorer: Scorer) -> Baseline:
@@ -165,8 +187,10 @@ class Session:
             block_evaluations=scorer.block_evaluations,
             head_evaluations=scorer.head_evaluations,
             seconds=time.perf_counter() - start,
-            warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)),
+            warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)) if self.group.first else (),
         )
+        if not self.group.first:
+            return first
         for warning in first.warnings:
             log.warning("%s", warning)
         store.write_scores(self.run.run_dir, "baseline", nats=nats, token_counts=problem.token_counts)
@@ -207,41 +231,51 @@ class Session:
             )
 
     def _steps(self, problem: methods.Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
-        directory = self.run.run_dir
-
         def influence() -> np.ndarray:
             scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
-            return block_influence(self.stack, self.text.ids[problem.calibration], scorer.batch_size)
+            part = self.group.part(len(problem.calibration))
+            sums = np.zeros((len(self.stack), len(problem.calibration)))
+            sums[:, part] = block_influence(self.stack, self.text.ids[problem.calibration[part]], scorer.batch_size)
+            return self.group.sum(sums)
 
         score = scorer.diverge if self.spec.objective == "kl" else scorer.score
         decisions = methods.search(self.spec.method, problem, score, first, tuple(steps), influence, judge=scorer.score)
         while True:
             if len(steps) < problem.num_remove:
                 self.meter.step(len(steps) + 1)
+            elif problem.refine == "swap":
+                self.meter.within("Trying swaps")
             start, blocks, heads = time.perf_counter(), scorer.block_evaluations, scorer.head_evaluations
             decision = next(decisions, None)
             if decision is None:
                 return
+            error = self._held_out_error(problem, decision.held_out) if self.group.first else None
             step = decision.step.model_copy(
                 update={
-                    "held_out_standard_error": self._held_out_error(problem, decision.held_out),
+                    "held_out_standard_error": error,
                     "block_evaluations": scorer.block_evaluations - blocks,
                     "head_evaluations": scorer.head_evaluations - heads,
                     "seconds": time.perf_counter() - start,
                 }
             )
-            members = np.array([candidate.block for candidate in step.candidates])
-            kept = {"blocks": members, "nats": decision.scores, "held_out": decision.held_out}
-            if decision.seen is not None:
-                kept["seen"] = decision.seen
-            store.write_scores(directory, f"step-{step.number:04d}", **kept)
-            store.append_step(directory, step)
-            log.info("Step %d: removed %s in %.1f s", step.number, list(step.removed), step.seconds)
+            if self.group.first:
+                self._write(step, decision)
+            back = f", took {list(step.restored)} back" if step.restored else ""
+            log.info("Step %d: removed %s%s in %.1f s", step.number, list(step.removed), back, step.seconds)
             steps.append(step)
             self.watcher.step(step, first)
-            if problem.racing:  # how soon candidates leave is only known now
+            if problem.racing or step.is_swap:  # how soon candidates leave, or that there is a swap, is only known now
                 ahead = cost_of_search(self.spec.method, problem, steps, with_baseline=False, plain=scorer.plain)
-                self.meter.revise(ahead.units(scorer.head_weight))
+                update = self.meter.extend if step.is_swap else self.meter.revise
+                update(ahead.units(scorer.head_weight))
+
+    def _write(self, step: Step, decision: methods.Decision) -> None:
+        members = np.array([candidate.block for candidate in step.candidates])
+        kept = {"blocks": members, "nats": decision.scores, "held_out": decision.held_out}
+        if decision.seen is not None:
+            kept["seen"] = decision.seen
+        store.write_scores(self.run.run_dir, f"step-{step.number:04d}", **kept)
+        store.append_step(self.run.run_dir, step)
 
     def _held_out_error(self, problem: methods.Problem, nats: np.ndarray) -> float | None:
         """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""
@@ -292,6 +326,12 @@ def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
 
 
 def _why_finished(problem: methods.Problem, steps: list[Step]) -> str:
-    if len(steps) >= problem.num_remove:
-        return f"removed {len(steps)} block{'s' if len(steps) > 1 else ''}, as asked"
-    return f"the next removal would raise the held-out perplexity by more than {problem.until_perplexity:.0%}"
+    limit = f"raise the held-out perplexity by more than {problem.until_perplexity or 0:.0%}"
+    removed = len(steps[-1].removal_list) if steps else 0
+    if removed < problem.num_remove:
+        return f"the next removal would {limit}" + ("; no swap was tried" if problem.refine == "swap" else "")
+    reason = f"removed {removed} block{'s' if removed > 1 else ''}, as asked"
+    if problem.refine == "swap":
+        reason += "; the best swap lowers the score by no more than its error"
+        reason += f", or would {limit}" if problem.until_perplexity is not None else ""
+    return reason

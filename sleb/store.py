@@ -115,7 +115,7 @@ def load(run: str | os.PathLike[str]) -> Run:
     if trace is not None and stack is None:
         raise RunError(f"{directory} has a trace but no stack.json; it is damaged. Restore it, or delete the run.")
     if trace is not None and stack is not None:
-        foreign = [block for block in trace.removal_list if block >= stack.num_blocks]
+        foreign = [block for step in trace.steps for block in step.removal_list if block >= stack.num_blocks]
         if foreign:
             raise RunError(
                 f"The trace in {directory} removes block {foreign[0]} of {stack.num_blocks}; it is damaged. "
@@ -247,8 +247,12 @@ def read_trace(directory: Path) -> Trace | None:
                 baseline = Baseline.model_validate(entry["baseline"])
             elif "step" in entry:
                 step = Step.model_validate(entry["step"])
-                if step.number != len(steps) + 1 or len(step.removal_list) != step.number:
-                    raise ValueError("steps follow each other, each with one block more")
+                before = set(steps[-1].removal_list) if steps else set()
+                more = 0 if step.is_swap else 1
+                if step.number != len(steps) + 1 or len(step.removal_list) != len(before) + more:
+                    raise ValueError("steps follow each other, each with one block more, or one for another")
+                if set(step.removal_list) != {*before, *step.removed} - {*step.restored}:
+                    raise ValueError("a step removes what it says")
                 steps.append(step)
             else:
                 finished = str(entry["finished"])

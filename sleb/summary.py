@@ -18,6 +18,7 @@ def summary(run: Run) -> dict[str, Any]:
         "model": run.spec.model,
         "num_blocks": stack.num_blocks if stack else None,
         "method": run.spec.method.value,
+        "refine": run.spec.refine,
         "removal_list": list(run.removal_list),
         "kept_blocks": list(run.kept_blocks),
         "baseline": None
@@ -51,6 +52,9 @@ def _step(step: Step) -> dict[str, Any]:
         "margin": step.margin,
         "margin_standard_error": step.margin_standard_error,
         "tied": list(step.tied),
+        "tied_restored": list(step.tied_restored),
+        "improvement": step.improvement,
+        "improvement_standard_error": step.improvement_standard_error,
         "candidates": [_candidate(candidate) for candidate in step.candidates],
         "seconds": step.seconds,
     }

@@ -41,6 +41,16 @@ def device_name(device: str) -> str:
     return "mps" if platform.system() == "Darwin" and platform.machine() == "arm64" else "cpu"
 
 
+def devices(device: str, processes: int) -> list[str]:
+    """What a job of several processes on this host will use: a GPU each, or the CPU together."""
+    if device == "all":
+        processes = max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    first = device_name("auto" if device == "all" else device)
+    if processes == 1 or not first.startswith("cuda"):
+        return [first]
+    return [f"cuda:{index}" for index in range(processes)]
+
+
 @contextmanager
 def turn(home: Path, device: str, waiting: Callable[[int], None]) -> Iterator[None]:
     """Hold the device, after everybody who came before. `waiting` hears how many those are, when it changes.

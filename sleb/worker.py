@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import calibration, jobs, store
+from . import calibration, distributed, jobs, store
 from .errors import OptionError, RunError
 from .export import export_checkpoint, model_card, require_free
 from .formats import public_name, removal_list_after
@@ -29,9 +29,8 @@ log = logging.getLogger(__name__)
 def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
     """Do what the job says; the caller holds the run (`jobs.executing`)."""
     job = store.load_job(job_dir)
-    run_dir = job_dir.parent.parent
     with _logging_to(job_dir / "log.txt"):
-        run = store.load(run_dir)
+        run = store.load(job_dir.parent.parent)
         meter = Meter(reporter.progress, watcher.progress)
         attempt = _AttemptFile(job_dir, job.spec)
         log.info("Job %s of run %s: %s", job.name, run.run_id, run.spec.model)
@@ -41,17 +40,39 @@ def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
             else:
                 calibration.require_there(run.spec.calibration)
             meter.phase("Loading the model")
-            loaded = _load(run, job.spec)
-            attempt.learn(device=loaded.device)
             if job.spec.kind == "export":
+                loaded = _load(run, job.spec, job.spec.device)
+                attempt.learn(device=loaded.device)
                 _export(run, job.spec, job_dir, loaded, meter)
             else:
-                session = Session(run, job.spec, loaded, meter, watcher)
-                session.go()
+                with distributed.joined(job_dir, job.spec.processes, job.spec.device) as group:
+                    session = _session(run, job.spec, group, meter, watcher)
+                    attempt.learn(device=session.loaded.device, processes=group.size)
+                    session.go()
                 attempt.learn(batch_size=session.batch_size)
             log.info("Done.")
         finally:
             attempt.learn(peak_memory=_peak_memory())
+
+
+def assist(job_dir: Path) -> None:
+    """Compute a share of what the first process of a job executes; writes nothing."""
+    job = store.load_job(job_dir).spec
+    run = store.load(job_dir.parent.parent)
+    logging.getLogger("sleb").setLevel(logging.ERROR)  # the first one says it
+    with jobs.stopping_on_sigterm(), distributed.joined(job_dir, job.processes, job.device) as group:
+        _session(run, job, group, Meter(), Watcher()).go()
+
+
+def _session(run: Run, job: JobSpec, group: distributed.Group, meter: Meter, watcher: Watcher) -> Session:
+    """The same on every rank: run and type of the first one, a device of its own."""
+    run = group.share(lambda: run)
+    device = distributed.device_of(group, job.device)
+    loaded = _load(run, job, device) if group.first else None
+    dtype = group.share(lambda: loaded.dtype if loaded else "")
+    if loaded is None:
+        loaded = _load(run.model_copy(update={"spec": run.spec.model_copy(update={"dtype": dtype})}), job, device)
+    return Session(run, job, loaded, meter, watcher, group)
 
 
 def _require_exportable(run: Run, job: JobSpec) -> tuple[tuple[int, ...], Path]:
@@ -68,7 +89,7 @@ def _require_same_weights(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
     if weights_hash(loaded.model, run.stack.dtype) == run.stack.weights_hash:
         return
     if loaded.dtype != run.stack.dtype:  # some families keep a few weights in float32 whatever was asked
-        searched = _load(run, job.model_copy(update={"kind": "search"}))
+        searched = _load(run, job.model_copy(update={"kind": "search"}), job.device)
         if weights_hash(searched.model) == run.stack.weights_hash:
             return
     raise RunError(
@@ -88,20 +109,22 @@ def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: M
         allow_existing=job.replace,
         progress=meter.phase,
         trust_remote_code=job.trust_remote_code,
+        memory_budget=job.memory_budget,
     )
     store.write_result(job_dir, {"out": job.out, "proof": proof.model_dump(mode="json")})
 
 
-def _load(run: Run, job: JobSpec) -> LoadedModel:
+def _load(run: Run, job: JobSpec, device: str) -> LoadedModel:
     """An export writes what the checkpoint holds; a resumed run keeps the type it began with."""
     dtype = run.stack.dtype if run.stack else run.spec.dtype
     return load_model(
         run.spec.model,
         revision=run.stack.revision if run.stack and run.stack.revision else run.spec.revision,
         dtype="checkpoint" if job.kind == "export" else dtype,
-        device=job.device,
+        device=device,
         allow_pickle=job.allow_pickle,
         trust_remote_code=job.trust_remote_code,
+        memory_budget=job.memory_budget,
     )
 
 
@@ -113,6 +136,8 @@ class _AttemptFile:
         self.attempt = Attempt(
             device=job.device,
             batch_size=job.batch_size,
+            processes=job.processes,
+            memory_budget=job.memory_budget,
             threads=torch.get_num_threads(),
             host=socket.gethostname(),
             versions=versions(),

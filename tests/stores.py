@@ -44,8 +44,12 @@ def write_run(
     analysis: bool = True,
     words: tuple[str, ...] = ("The", " block", " is", "<script>alert(1)</script>", "<b>bold</b>", " $x$", " :red[x]"),
     seed: int = 0,
+    swap: bool = False,
 ) -> Run:
-    """A search of `num_remove` blocks of which `done` steps are finished (by default all), with its analyses."""
+    """A search of `num_remove` blocks of which `done` steps are finished (by default all), with its analyses.
+
+    `swap`: refined, over scores by which one swap is better than greedy's list.
+    """
     protected = (0, num_blocks - 1) if method.protects_ends else ()
     spec = RunSpec(
         model=model,
@@ -53,6 +57,7 @@ def write_run(
         method=method,
         seed=seed,
         calibration=CalibrationSpec(source="demo", sequences=SEQUENCES, sequence_length=LENGTH),
+        refine="swap" if swap else "none",
     )
     run = store.create(spec, folder)
     stack = make_stack(
@@ -80,12 +85,15 @@ def _write_trace(
     cost = 0.05 + 0.3 * np.abs(np.linspace(-1, 1, num_blocks)) ** 2 + draw.uniform(0, 0.05, num_blocks)
     own = draw.normal(0, 0.01, (num_blocks, SEQUENCES + HELD_OUT))
     counts = np.full(SEQUENCES + HELD_OUT, LENGTH - 1)
+    trap = min((block for block in range(num_blocks) if block not in protected), key=lambda block: cost[block])
 
     def score(skip_sets, sequences):  # type: ignore[no-untyped-def]
         rows = []
         for skipped in skip_sets:
             blocks = np.array(sorted(skipped), dtype=int)
             near = float((np.diff(blocks) == 1).sum()) * 0.08
+            if spec.refine == "swap" and trap in skipped:  # the cheapest alone, and the dearest in company
+                near += 0.1 * (len(blocks) - 1)
             rows.append(hard + cost[blocks].sum() + near + own[blocks].sum(axis=0))
         return np.array(rows)[:, sequences] * (LENGTH - 1)
 
@@ -96,6 +104,7 @@ def _write_trace(
         calibration=np.arange(SEQUENCES),
         held_out=np.arange(SEQUENCES, SEQUENCES + HELD_OUT),
         token_counts=counts,
+        refine=spec.refine,
     )
     calibration, held_out, nats = baseline(problem, score)
     first = Baseline(

@@ -14,13 +14,14 @@ FLOORS = {
     "errors": 0, "records": 0, "files": 0, "published": 0,
     "store": 1, "turns": 1, "jobs": 1, "outline": 1, "peek": 1, "command": 1, "methods": 1, "costs": 1, "formats": 1,
     "summary": 1, "memory": 1, "meter": 1, "cache": 1, "card": 1,
+    "distributed": 2, "streaming": 2, "offloading": 2,
     "demo": 2, "tokens": 2, "loading": 2, "blocks": 2, "calibration": 2, "configs": 2, "proof": 2,
-    "scoring": 3, "similarity": 3, "alignment": 3, "surgery": 3, "analysis": 4, "export": 4,
+    "scoring": 3, "similarity": 3, "alignment": 3, "surgery": 3, "analysis": 4, "export": 4, "speedups": 4,
     "session": 5,
     "worker": 6, "probe": 6,
     "options": 6, "api": 7, "screen": 7, "cli": 8, "__init__": 8, "__main__": 9,
 }  # fmt: skip
-LAZY_TORCH = {"tokens", "similarity", "alignment"}  # pages compute with them
+LAZY_TORCH = {"distributed", "tokens", "similarity", "alignment"}  # pages compute with them
 
 
 def imports(path: Path) -> set[str]:

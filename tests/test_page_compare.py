@@ -249,3 +249,24 @@ def test_votes_count_the_lists_that_remove_a_block() -> None:
         block: str(2 * (block in llama.removal_list) + (block in opt.removal_list))
         for block in sorted({*llama.removal_list, *opt.removal_list})
     }
+
+
+def test_a_refined_run_counts_blocks_and_not_steps(runs: Path) -> None:
+    refined, plain = write_run(runs / "refined", 12, 4, swap=True), write_run(runs / "plain", 12, 4)
+    assert refined.trace is not None
+    assert len(refined.trace.steps) == 6
+    app = open_page("compare", runs="refined,plain")
+    assert not app.exception
+    assert app.slider(key="after").max == 4
+    places, costs, agreement = charts(app)
+    rows = removed_cells(places)
+    assert list(rows) == ["A  Metric3 (SLEB), refined", "B  Metric3 (SLEB)"]
+    assert rows["A  Metric3 (SLEB), refined"] == list(refined.removal_list)
+    line = next(trace for trace in costs["data"] if "markers" in trace["mode"])
+    assert line["x"] == [0, 1, 2, 3, 4]
+    assert line["y"][-1] == pytest.approx(refined.trace.steps[-1].held_out.perplexity)
+    assert agreement["data"][0]["text"][0][1] == str(len(set(refined.removal_list) & set(plain.removal_list)))
+    assert list(app.dataframe[0].value["Removed"]) == [4, 4]
+    app.slider(key="after").set_value(3).run()
+    text = charts(app)[2]["data"][0]["text"]
+    assert text[0][1] == str(len(set(refined.trace.steps[2].removal_list) & set(plain.removal_list[:3])))

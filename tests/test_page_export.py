@@ -253,3 +253,23 @@ def test_a_result_that_cannot_be_read_is_no_crash(runs: Path) -> None:
     app = open_page("export", run="one")
     assert not app.exception
     assert store.read_exports(store.load("one")) == []
+
+
+def test_swaps_are_steps_that_remove_no_more_blocks(runs: Path, started: list[Job]) -> None:
+    run = write_run(runs / "refined", 12, 4, swap=True)
+    assert run.trace is not None
+    app = open_page("export", run="refined")
+    assert not app.exception
+    assert (app.slider(key="steps").value, app.slider(key="steps").label) == (6, "After how many steps")
+    assert {each.label: each.value for each in app.metric}["Blocks kept"] == "8 of 12"
+    assert app.text_input[0].value == "~/sleb-exports/refined-4-removed-2-swapped"
+    assert json.loads(app.code[0].value)["removal_list"] == list(run.removal_list)
+    app.slider(key="steps").set_value(4).run()
+    assert app.text_input[0].value == "~/sleb-exports/refined-4-removed"
+    assert json.loads(app.code[0].value)["removal_list"] == list(run.trace.steps[3].removal_list)
+    export_job(run, JobState.FAILED, steps=3)
+    export_job(run, JobState.STOPPED, steps=6)
+    app = open_page("export", run="refined")
+    assert not app.exception
+    (table,) = [each.value for each in app.dataframe if "Folder" in each.value]
+    assert list(table["Removed"]) == [4, 3]

@@ -125,6 +125,28 @@ def test_the_form_asks_for_what_it_says(runs: Path, monkeypatch: pytest.MonkeyPa
     assert (run.spec.calibration.sequences, run.spec.calibration.sequence_length) == (9, 2048)
 
 
+def test_the_form_asks_for_swaps_after_metric3_only(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "start", lambda job: None)
+    app = open_page("runs")
+    app.toggle(key="form").set_value(True).run()
+    without = next(line for line in words(app).splitlines() if "block evaluations" in line)
+    app.checkbox(key="new-refine").set_value(True).run()
+    assert without not in words(app)
+    assert "one round of swaps is counted" in words(app)
+    assert "--refine=swap" in "".join(each.value for each in app.code)
+    app.selectbox(key="new-method").set_value("metric2").run()
+    assert app.checkbox(key="new-refine").disabled
+    assert not app.error
+    assert "--refine" not in "".join(each.value for each in app.code)
+    app.selectbox(key="new-method").set_value("metric3").run()
+    press(app, "Start")
+    (run,) = [each for each in store.list_runs() if not isinstance(each, RunError)]
+    assert run.spec.refine == "swap"
+    app = open_page("runs", run=run.run_id)
+    press(app, "Duplicate")
+    assert next(each for each in app.checkbox if each.label == "Refine by swaps").value
+
+
 def test_bad_choices_get_a_sentence_and_no_start_button(runs: Path) -> None:
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()

@@ -10,7 +10,7 @@ import pytest
 from dashboard import charts, open_page, words
 from stores import write_run
 
-from app import data, evidence, stepper
+from app import data, evidence, report, stepper
 from app.charts import steps as step_charts
 from sleb.records import JobState, Method, Run
 
@@ -180,3 +180,61 @@ def test_a_failed_run_shows_the_steps_it_has(runs: Path) -> None:
     assert steppers(app) == []
     assert "No step is finished" in words(app)
     assert "The disk is full" in words(app)
+
+
+def test_a_swap_shows_one_block_coming_back_and_another_going(runs: Path) -> None:
+    run = write_run(runs / "run", 12, 4, swap=True)
+    assert run.trace is not None
+    found = payload(run)
+    json.dumps(found, allow_nan=False)
+    assert [shown["swap"] for shown in found["steps"]] == [False] * 4 + [True] * 2
+    assert len(found["curve"]) == 7
+    for step, shown in list(zip(run.trace.steps, found["steps"], strict=True))[4:]:
+        (block,), (back,) = step.removed, step.restored
+        assert (shown["removed"], shown["restored"]) == ([block], [back])
+        assert shown["names"][shown["chosen"]] == f"{back} back, {block} out"
+        assert shown["words"].startswith(
+            f"Step {step.number}, a swap: {back} back, {block} out, {step.improvement:.4f}"
+        )
+        assert shown["gone"][block] == step.number
+        assert back not in shown["gone"]
+        assert set(shown["gone"]) == set(step.removal_list)
+        # One bar a block: of all swaps that remove it, the best.
+        best = {each: min(c.score or 0 for c in step.candidates if c.block == each) for each in shown["blocks"]}
+        assert shown["blocks"] == sorted({each.block for each in step.candidates})
+        assert shown["scores"] == pytest.approx(list(best.values()), rel=1e-5)
+        assert shown["rises"][shown["chosen"]] == pytest.approx(-(step.improvement or 0), rel=1e-3)
+        low, high = found["axis"]["rises"]
+        assert low < shown["rises"][shown["chosen"]] < high
+
+
+def test_the_page_and_the_report_show_a_run_with_swaps(runs: Path) -> None:
+    run = write_run(runs / "refined", 12, 4, swap=True)
+    write_run(runs / "plain", 12, 4)
+    assert run.trace is not None
+    app = open_page("steps", run="refined", step="5")
+    assert not app.exception
+    swap = run.trace.steps[4]
+    table = app.dataframe[0].value
+    assert len(table) == len(swap.candidates) == 4 * 6
+    assert list(table["verdict"]).count("swapped") == 1
+    assert table["block"].iloc[0] == f"{swap.restored[0]} back, {swap.removed[0]} out"
+    assert table["block"].is_unique
+    assert (table["verdict"] == "tied").sum() == len(swap.tied)
+    (curves,) = charts(app)
+    assert {"Metric3 (SLEB)", "Metric3 (SLEB), refined"} <= {trace.get("name") for trace in curves["data"]}
+    (line,) = step_charts.methods([run], held_out=False, logarithmic=True).data
+    assert list(line.x) == [0, 1, 2, 3, 4]
+    assert line.y[-1] == pytest.approx(run.trace.steps[-1].perplexity)  # of several lists of a length the last
+    figure = step_charts.animated(run, [evidence.of(run, step) for step in run.trace.steps])
+    candidates, tied, chosen, gone = (
+        {block for block, height in enumerate(trace.y) if height} for trace in figure.frames[4].data[:4]
+    )
+    assert chosen == set(swap.removed)
+    assert gone == set(swap.before)
+    assert candidates | tied | chosen == {each.block for each in swap.candidates}
+    html = report.of(run)
+    assert f"{swap.removed[0]} (back: {swap.restored[0]})" in html
+    assert "Metric3 (SLEB), refined" in html
+    assert "After the last removal, swaps" in html
+    assert "After the last removal, swaps" not in report.of(data.load("plain"))

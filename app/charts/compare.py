@@ -44,7 +44,7 @@ class Listed:
     name: str
     num_blocks: int
     prefixes: tuple[tuple[int, ...], ...]
-    """The removal list after 1, 2, ... removals: best chunks are not nested."""
+    """The removal list after 1, 2, ... removals, swaps included: neither they nor best chunks are nested."""
     colour: str
     is_published: bool = False
     is_chunk: bool = False
@@ -80,7 +80,7 @@ def _facts(run: Run) -> tuple[str, ...]:
     spec, text = run.spec, run.spec.calibration
     return (
         display_name(spec.model).split("/")[-1],
-        style.METHOD_NAMES[spec.method.value],
+        style.method_name(spec),
         _file(text.source),
         f"{text.sequences} × {text.sequence_length}",
         f"seed {spec.seed}",
@@ -115,7 +115,7 @@ def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list
             "",
             name,
             run.stack.num_blocks,
-            tuple(step.removal_list for step in run.trace.steps) if run.trace else (),
+            tuple(step.removal_list for step in run.trace.by_length) if run.trace else (),
             colour,
             is_chunk=run.spec.method is Method.BEST_CHUNK,
         )
@@ -231,14 +231,17 @@ def strips_table(rows: Sequence[Listed]) -> pd.DataFrame:
 
 
 def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
-    """Perplexities after every removal, 0 being the baseline; the error is of the held-out rise, nats per token."""
+    """Perplexities after every removal, 0 being the baseline; the error is of the held-out rise, nats per token.
+
+    Of several lists of the same length, which swaps leave, the last one counts.
+    """
     found = []
     for run, row in zip(runs, rows, strict=False):
         if run.trace is None or run.stack is None:
             continue
         first = run.trace.baseline
         points: list[tuple[int, Measured, Measured, float | None]] = [(0, first.calibration, first.held_out, None)]
-        points += [_point(step) for step in run.trace.steps]
+        points += [_point(step) for step in run.trace.by_length]
         for removed, calibration, held_out, error in points:
             found.append(
                 (
@@ -494,7 +497,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
     found: dict[str, Any] = {
         "": row.letter,
         "Model": display_name(run.spec.model),
-        "Method": style.METHOD_NAMES[run.spec.method.value],
+        "Method": style.method_name(run.spec),
         "Blocks": row.num_blocks,
         "Removed": len(row.removal_list),
         "Held-out before": first.held_out.perplexity if first else None,

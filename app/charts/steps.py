@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -39,9 +39,12 @@ class Bars:
     """What one step compared. Arrays are (candidates,), in the units of the score: nats per token, or 1 - cosine."""
 
     step: Step
+    candidates: tuple[Candidate, ...]
+    """Those of the step."""
     blocks: tuple[int, ...]
+    """What each adds to the removal list."""
     names: tuple[str, ...]
-    """The block a candidate adds, or the chunk it is: "16" or "5-7"."""
+    """The block a candidate adds, the chunk it is, or the swap: "16", "5-7" or "14 back, 12 out"."""
     scores: np.ndarray
     """NaN where the predictions were not numbers."""
     differences: np.ndarray
@@ -62,6 +65,33 @@ class Bars:
     def rises(self) -> np.ndarray:
         """Scores above `base`: what removing each costs."""
         return self.scores - (self.base if self.base is not None else float(np.nanmin(self.scores)))
+
+    @property
+    def backs(self) -> tuple[int | None, ...]:
+        """The block that each candidate of a swap takes back; None in other steps."""
+        return tuple(next(iter(self.step.restored_by(each)), None) for each in self.candidates)
+
+    @property
+    def by_block(self) -> Bars:
+        """One candidate a block, for charts that have one bar a block: of swaps that remove the same, the best."""
+        if not self.step.is_swap:
+            return self
+        ranked = np.argsort(np.where(np.isfinite(self.differences), self.differences, math.inf), kind="stable")
+        best: dict[int, int] = {self.blocks[self.chosen]: self.chosen}
+        for index in ranked.tolist():
+            best.setdefault(self.blocks[index], index)
+        kept = sorted(best.values(), key=lambda index: self.blocks[index])
+        return replace(
+            self,
+            candidates=tuple(self.candidates[index] for index in kept),
+            blocks=tuple(self.blocks[index] for index in kept),
+            names=tuple(self.names[index] for index in kept),
+            scores=self.scores[kept],
+            differences=self.differences[kept],
+            reaches=self.reaches[kept],
+            chosen=kept.index(self.chosen),
+            tied=tuple(place for place, index in enumerate(kept) if index in self.tied),
+        )
 
     @property
     def order(self) -> np.ndarray:
@@ -88,15 +118,17 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
         # Who left a race was scored on fewer sequences, easy or hard ones: only the difference on them compares.
         scores = np.where(left_race(step), scores[chosen] + differences, scores)
     base, base_name = _base(run.trace.baseline, before, step)
+    tied = set(step.tied_candidates)
     return Bars(
         step=step,
+        candidates=step.candidates,
         blocks=blocks,
-        names=tuple(candidate_name(each) for each in step.candidates),
+        names=tuple(candidate_name(each, step.restored_by(each)) for each in step.candidates),
         scores=scores,
         differences=differences,
         reaches=reaches,
         chosen=chosen,
-        tied=tuple(blocks.index(block) for block in step.tied if block in blocks),
+        tied=tuple(i for i, each in enumerate(step.candidates) if each in tied),
         base=base,
         base_name=base_name,
         gone=gone_after(before),
@@ -109,11 +141,18 @@ def left_race(step: Step) -> np.ndarray:
     return np.array([count < max(counts) for count in counts])
 
 
-def candidate_name(candidate: Candidate) -> str:
-    """The block a candidate adds, or the chunk it is."""
+def candidate_name(candidate: Candidate, back: Sequence[int] = ()) -> str:
+    """The block a candidate adds, or the chunk it is, or what it swaps: `back` is what it takes back."""
+    if back:
+        return f"{', '.join(map(str, back))} back, {candidate.block} out"
     first, last = candidate.skipped[0], candidate.skipped[-1]
     is_chunk = candidate.block == first != last and candidate.skipped == tuple(range(first, last + 1))
     return f"{first}–{last}" if is_chunk else str(candidate.block)
+
+
+def swaps_in_words(count: int) -> str:
+    """How many others there are."""
+    return f"{count} other swap{'s' if count > 1 else ''}" if count else ""
 
 
 def gone_after(steps: Sequence[Step]) -> dict[int, int]:
@@ -135,6 +174,10 @@ def gone_after_step(shown: Bars) -> dict[int, int]:
 
 def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float | None, str]:
     """Mean score of removing nothing: of the model so far where candidates were scored on it, else of the whole one."""
+    if step.is_swap:
+        chosen = next(each for each in step.candidates if each.skipped == step.removal_list)
+        known = chosen.score is not None and step.improvement is not None
+        return (chosen.score or 0.0) + (step.improvement or 0.0) if known else None, "the list before the swap"
     if step.candidates[0].objective != "nll":
         return 0.0, "a block that changes nothing"
     so_far = set(before[-1].removal_list) if before else set()
@@ -168,8 +211,9 @@ def evidence_table(shown: Bars) -> pd.DataFrame:
     """Every candidate of a step, best first, as a table."""
     step = shown.step
     chosen, tied = shown.chosen, set(shown.tied)
+    done = "swapped" if step.is_swap else "removed"
     verdicts = [
-        "removed" if i == chosen else "tied" if i in tied else "no score" if math.isnan(score) else "told apart"
+        done if i == chosen else "tied" if i in tied else "no score" if math.isnan(score) else "told apart"
         for i, score in enumerate(shown.scores)
     ]
     table = pd.DataFrame(
@@ -177,10 +221,10 @@ def evidence_table(shown: Bars) -> pd.DataFrame:
             "rank": shown.order,
             "block": shown.names,
             "score": shown.scores,
-            "perplexity": [math.nan if each.perplexity is None else each.perplexity for each in step.candidates],
+            "perplexity": [math.nan if each.perplexity is None else each.perplexity for each in shown.candidates],
             "difference": shown.differences,
             "interval": shown.reaches,
-            "sequences": [math.nan if each.sequences is None else each.sequences for each in step.candidates],
+            "sequences": [math.nan if each.sequences is None else each.sequences for each in shown.candidates],
             "verdict": verdicts,
         }
     )
@@ -235,7 +279,10 @@ def perplexity(run: Run) -> go.Figure:
             name="Calibration text (chosen on)",
             mode="lines+markers",
             line=dict(color=style.ORANGE, dash="dot"),
-            customdata=[style.plain(each or "nothing yet") for each in table["removed"]],
+            customdata=[
+                style.plain(f"{out}{f', back: {back}' if back else ''}" if out else "nothing yet")
+                for out, back in zip(table["removed"], table["restored"], strict=True)
+            ],
             hovertemplate="%{y:,.2f} (removed: %{customdata})",
         )
     )
@@ -301,11 +348,12 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
     assert run.trace is not None
     assert run.stack is not None
     assert len(evidence) == len(run.trace.steps)
-    all_bars = [bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    all_bars = [bars(run, number, each).by_block for number, each in enumerate(evidence, start=1)]
     top = 1.08 * max(
         (reach_of_axis(each.rises, each.reaches, (each.chosen, *each.tied), 0.6) for each in all_bars), default=1.0
     )
     bottom = min([0.0, *(1.15 * float(np.nanmin(each.rises)) for each in all_bars)])
+    of_swap = ", by the best swap after the last removal" if any(each.step.is_swap for each in all_bars) else ""
     blocks = list(range(run.stack.num_blocks))
     protected = list(run.stack.protected)
     guard = go.Bar(y=[top / 12] * len(protected))  # in every frame: Plotly takes away what a frame leaves out
@@ -334,7 +382,7 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
         barmode="overlay",
         bargap=0.25,
         xaxis=dict(title="Block index", range=[-0.7, len(blocks) - 0.3], dtick=_tick(len(blocks)), zeroline=False),
-        yaxis=dict(title=f"Cost of removing it ({unit_of(run)})", range=[bottom, top]),
+        yaxis=dict(title=f"Cost of removing it{of_swap} ({unit_of(run)})", range=[bottom, top]),
         margin=dict(b=110, t=40),
     )
     if frames:
@@ -362,7 +410,7 @@ def _first_frame(blocks: list[int]) -> list[go.Bar]:
                 color=colour, pattern=dict(shape=pattern, fillmode="overlay", fgcolor="rgba(0,0,0,0.55)", size=5)
             ),
             hovertemplate=(
-                "<b>%{customdata[0]}</b>: %{y:.4f} above removing nothing<br>"
+                "<b>%{customdata[0]}</b>: %{y:.4f} above %{customdata[2]}<br>"
                 "%{customdata[1]} above the removed one<br>" + word + "<extra></extra>"
             ),
         )
@@ -381,6 +429,7 @@ def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
     """Data of the four kinds of bars of a step; a kind has no bar where a block is of another."""
     at = {block: i for i, block in enumerate(shown.blocks)}
     kinds = dict.fromkeys(shown.tied, 1) | {shown.chosen: 2}
+    nothing = shown.base_name if shown.step.is_swap else "removing nothing"
 
     def data_of(kind: int) -> go.Bar:
         mine = [i if i is not None and kinds.get(i, 0) == kind else None for i in map(at.get, blocks)]
@@ -388,7 +437,7 @@ def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
             # Nothing is 0, not None: Plotly does not draw the error bar of a bar that a frame brings back.
             y=[0.0 if i is None else _short(shown.rises[i]) for i in mine],
             error_y=dict(array=[0.0 if i is None else _short(shown.reaches[i]) for i in mine]),
-            customdata=[None if i is None else [shown.names[i], _difference(shown, i)] for i in mine],
+            customdata=[None if i is None else [shown.names[i], _difference(shown, i), nothing] for i in mine],
         )
 
     earlier = [shown.gone.get(block) if block not in at else None for block in blocks]
@@ -463,7 +512,8 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everythin
 
     Curves leave the chart at 30 times the unmodified model's perplexity, unless `everything` is to be seen.
     """
-    many = {run.spec.method for run in runs if sum(run.spec.method is each.spec.method for each in runs) > 1}
+    names = [style.method_name(run.spec) for run in runs]
+    many = {name for name in names if names.count(name) > 1}
     text = "held_out" if held_out else "calibration"
     figure = style.figure(
         420,
@@ -480,10 +530,12 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everythin
     for run in sorted(runs, key=lambda each: order.index(each.spec.method)):
         method = run.spec.method
         place = seen[method] = seen.get(method, -1) + 1
-        name = style.METHOD_NAMES[method.value] + (f", {style.plain(run.run_id)}" if method in many else "")
+        name = style.method_name(run.spec)
+        name += f", {style.plain(run.run_id)}" if name in many else ""
         dash = ("solid", "dash", "dot", "dashdot")[place % 4]
         symbol = ("circle", "square", "diamond", "cross", "triangle-up")[order.index(method)]
-        figure.add_traces(_with_band(curve_table(run), text, name, style.METHOD_COLOURS[method.value], dash, symbol))
+        table = curve_table(run).drop_duplicates("blocks_removed", keep="last")  # swaps leave several of a length
+        figure.add_traces(_with_band(table, text, name, style.METHOD_COLOURS[method.value], dash, symbol))
     reach = None if everything else _capped(figure, logarithmic)
     if reach is not None:
         figure.update_yaxes(range=reach)
@@ -491,7 +543,7 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everythin
             figure.update_yaxes(
                 tickvals=_ticks(10 ** reach[0], 10 ** reach[1]), tickformat=",.3~r", minorloglabels=None
             )
-    longest = max((len(run.trace.steps) + 1 for run in runs if run.trace), default=1)
+    longest = max((len(run.removal_list) + 1 for run in runs), default=1)
     figure.update_xaxes(dtick=_tick(longest))
     return figure
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from sleb.records import RunSpec
+
 # Okabe and Ito's colours (jfly.uni-koeln.de/color): told apart by colour-blind readers too. Categories always keep
 # the same one, in light and in dark.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -29,6 +31,11 @@ CONFIG: dict[str, Any] = {
     "toImageButtonOptions": {"format": "svg", "filename": "sleb"},
 }
 """Of every chart on a page; the camera in its corner saves an SVG."""
+
+
+def method_name(spec: RunSpec) -> str:
+    """How a search chooses, swaps after it included."""
+    return METHOD_NAMES[spec.method.value] + (", refined" if spec.refine != "none" else "")
 
 
 def plain(text: object) -> str:

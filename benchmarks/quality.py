@@ -1,0 +1,201 @@
+"""What lists of several methods cost on text they were not chosen on: swaps, greedy, best chunk, Metric2, Metric1.
+
+    python benchmarks/quality.py --text wiki.test.raw --calibration wiki.valid.raw [--limit 20] [MODEL]
+
+One search of each method serves all ratios, and swaps go on from the greedy list of each. Lists are chosen on the
+calibration text, as `sleb search` does it. Test perplexity is that of the published WikiText-2 protocol: the rows of
+wiki.test.raw joined by blank lines, no special tokens, windows of 2048 tokens, the rest dropped; the model as it was
+loaded runs with the blocks skipped, and log-likelihoods are taken in float32. `--limit` takes that many of the
+windows, evenly spread over the text: then the perplexity is an estimate of the published number, and the differences
+between lists, which are paired over windows, say more than the numbers themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sleb import calibration, methods
+from sleb.blocks import BlockStack
+from sleb.errors import SlebError
+from sleb.loading import load_model
+from sleb.records import RACE_SEQUENCES, Baseline, CalibrationSpec, Method, Step
+from sleb.scoring import Scorer
+from sleb.similarity import block_influence
+
+WINDOW = 2048
+METHODS = (Method.METRIC1, Method.METRIC2, Method.BEST_CHUNK, Method.METRIC3)
+NAMES = {
+    Method.METRIC1: "metric1",
+    Method.METRIC2: "metric2",
+    Method.BEST_CHUNK: "best chunk",
+    Method.METRIC3: "greedy",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A removal list, and what it took to find it."""
+
+    name: str
+    removal_list: tuple[int, ...]
+    perplexity: float
+    """Of the calibration text."""
+    seconds: float
+    """Of the whole search that gave it; for swaps, on top of the greedy search."""
+    remark: str = ""
+
+
+def main() -> None:
+    """Search, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--text", type=Path, required=True, help="wiki.test.raw of WikiText-2")
+    parser.add_argument("--calibration", default="demo", help="as for sleb search; wiki.valid.raw, for one")
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--limit", type=int, help="windows of the test text, evenly spread (default: all)")
+    parser.add_argument("--confidence", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    asked = parser.parse_args()
+    if not asked.text.is_file():
+        sys.exit(f"There is no file {asked.text}: name wiki.test.raw, of the WikiText-2 raw archive, with --text.")
+    try:
+        measure(asked)
+    except SlebError as error:
+        sys.exit(f"quality.py: {error}")
+
+
+def measure(asked: argparse.Namespace) -> None:
+    """All of it. Raises a `SlebError` in one sentence."""
+    loaded = load_model(asked.model, dtype=asked.dtype)
+    stack = BlockStack(loaded.model)
+    spec = CalibrationSpec(source=asked.calibration, sequences=asked.sequences, sequence_length=asked.sequence_length)
+    text = calibration.build(spec, 0, asked.seed, loaded.tokenizer, stack.config.vocab_size)
+    windows, whole = published_windows(asked.text, loaded.tokenizer, asked.limit)
+    if not len(windows):
+        sys.exit(f"{asked.text} gives no window of {WINDOW} tokens; it is not WikiText-2's wiki.test.raw.")
+    some = f"{len(windows)} of its {whole}" if len(windows) < whole else f"all {whole}"
+    print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}")
+    print(f"calibration: {text.text}; {text.sequences} sequences of {asked.sequence_length} tokens, seed {asked.seed}")
+    print(f"test: {asked.text.name} by the published protocol, {some} windows of {WINDOW} tokens", end="")
+    print(", evenly spread" if len(windows) < whole else "", flush=True)
+
+    counts = [methods.number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
+    found = search(asked, stack, text.ids, counts)
+    lists = list(dict.fromkeys(tuple(sorted(each.removal_list)) for column in found.values() for each in column))
+    began = time.perf_counter()
+    nats = Scorer(stack, windows, batch_size=1).score([(), *lists], np.arange(len(windows)))
+    say(f"evaluated {len(lists) + 1} lists in {time.perf_counter() - began:.0f} s")
+    rows = dict(zip([(), *lists], nats, strict=True))
+    tokens = np.full(len(windows), WINDOW - 1)
+    print(f"unmodified: test perplexity {perplexity(rows[()]):.2f}")
+    for count, column in found.items():
+        print(f"\n{count} of {len(stack)} blocks removed")
+        print(
+            f"{'':<12}{'calibration':>12}{'test':>9}  {'test - greedy, nats per token':<31}{'seconds':>8}  removal list"
+        )
+        greedy = next(rows[tuple(sorted(each.removal_list))] for each in column if each.name == "greedy")
+        for each in column:
+            own = rows[tuple(sorted(each.removal_list))]
+            mean, error = methods.mean_and_error(own - greedy, tokens)
+            apart = "" if each.name == "greedy" else f"{mean:+.4f} ± {error:.4f}"
+            print(
+                f"{each.name:<12}{each.perplexity:>12.2f}{perplexity(own):>9.2f}  {apart:<31}{each.seconds:>8.0f}  "
+                f"{list(each.removal_list)}{each.remark}"
+            )
+    print("\n± is one standard error over the windows, in pairs. Seconds of swaps come on top of greedy's.")
+
+
+def search(
+    asked: argparse.Namespace, stack: BlockStack, ids: np.ndarray, counts: Sequence[int]
+) -> dict[int, list[Found]]:
+    """Lists of each method for each number of blocks to remove."""
+    scorer = Scorer(stack, ids)
+    found: dict[int, list[Found]] = {count: [] for count in counts}
+    greedy: tuple[Step, ...] = ()
+    for method in METHODS:
+        problem = methods.Problem(
+            num_blocks=len(stack),
+            num_remove=max(counts),
+            protected=(0, len(stack) - 1) if method.protects_ends else (),
+            calibration=np.arange(len(ids)),
+            held_out=np.arange(0),
+            token_counts=scorer.token_counts,
+            confidence=asked.confidence,
+            racing=len(ids) >= RACE_SEQUENCES,
+            seed=asked.seed,
+        )
+        steps, seconds = taken(method, problem, stack, scorer, ())
+        say(f"{NAMES[method]}: {seconds:.0f} s")
+        for count in counts:
+            found[count].append(of(NAMES[method], steps[count - 1], seconds))
+        greedy = steps if method is Method.METRIC3 else greedy
+    for count in counts:
+        swapping = replace(problem, num_remove=count, refine="swap")
+        swaps, seconds = taken(Method.METRIC3, swapping, stack, scorer, greedy[:count])
+        say(f"swaps at {count}: {seconds:.0f} s")
+        told = "; ".join(
+            f"{step.restored[0]} back, {step.removed[0]} out: -{step.improvement or 0:.4f} "
+            f"± {step.improvement_standard_error or 0:.4f}"
+            for step in swaps
+        )
+        last = swaps[-1] if swaps else greedy[count - 1]
+        found[count].append(
+            of("refined", last, seconds, f"  ({told or 'the best swap lowers the score by no more than its error'})")
+        )
+    return found
+
+
+def taken(
+    method: Method, problem: methods.Problem, stack: BlockStack, scorer: Scorer, steps: tuple[Step, ...]
+) -> tuple[tuple[Step, ...], float]:
+    """The steps after these, and the seconds they took."""
+
+    def influence() -> np.ndarray:
+        return block_influence(stack, scorer.ids.numpy(), scorer.batch_size)
+
+    nothing = methods.measured(np.zeros(0), np.zeros(0, dtype=np.int64))
+    first = Baseline(calibration=nothing, held_out=nothing, block_evaluations=0, head_evaluations=0, seconds=0)
+    began = time.perf_counter()
+    decisions = methods.search(method, problem, scorer.score, first, steps, influence)
+    return tuple(decision.step for decision in decisions), time.perf_counter() - began
+
+
+def of(name: str, step: Step, seconds: float, remark: str = "") -> Found:
+    """The list that a step leaves."""
+    return Found(name, step.removal_list, step.perplexity or float("nan"), seconds, remark)
+
+
+def published_windows(path: Path, tokenizer: Any, limit: int | None) -> tuple[np.ndarray, int]:
+    """Windows of the published protocol, int64 (windows, 2048), and how many there are without `limit`."""
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    rows = (line + "\n" if line.strip() else "" for line in lines)  # as the data set has them
+    ids = np.asarray(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    if limit is None or limit >= len(windows):
+        return windows, len(windows)
+    return windows[np.linspace(0, len(windows) - 1, limit).round().astype(int)], len(windows)
+
+
+def perplexity(nats: np.ndarray) -> float:
+    """Of whole windows, whose first token nobody predicts; float64 (windows,) nats."""
+    return float(np.exp(nats.sum() / (len(nats) * (WINDOW - 1))))
+
+
+def say(text: str) -> None:
+    """How far it is, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
