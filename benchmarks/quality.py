@@ -62,6 +62,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    left_out = "methods left out; greedy and its swaps always run"
+    parser.add_argument(
+        "--without", nargs="+", choices=[NAMES[each] for each in METHODS[:-1]], default=[], help=left_out
+    )
     parser.add_argument("--limit", type=int, help="windows of the test text, evenly spread (default: all)")
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
@@ -123,7 +127,7 @@ def search(
     scorer = Scorer(stack, ids)
     found: dict[int, list[Found]] = {count: [] for count in counts}
     greedy: tuple[Step, ...] = ()
-    for method in METHODS:
+    for method in [each for each in METHODS if NAMES[each] not in asked.without]:
         problem = methods.Problem(
             num_blocks=len(stack),
             num_remove=max(counts),

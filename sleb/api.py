@@ -50,6 +50,7 @@ def search(
     batch_size: int | None = None,
     processes: int = 1,
     memory_budget: int | None = None,
+    speedups: Literal["auto", "off"] = "auto",
     revision: str | None = None,
     analysis: bool = True,
     run_dir: str | PathLike[str] | None = None,
@@ -79,6 +80,7 @@ def search(
         device, batch_size: how, not what: they do not belong to the run.
         processes: on this machine, each with a share of the sequences, one GPU each where there are any.
         memory_budget: bytes for weights and hidden states; blocks that do not fit are read from disk as needed.
+        speedups: in long searches, whether faster ways through the blocks are tried (they round differently).
         run_dir: a new folder for the run. Default: one under `SLEB_HOME`.
 
     Raises:
@@ -108,7 +110,7 @@ def search(
         revision=revision,
         analysis=analysis,
     )
-    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
+    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups)
     return start(spec, job, run_dir, watcher)
 
 
@@ -138,6 +140,7 @@ def resume(
     batch_size: int | None = None,
     processes: int = 1,
     memory_budget: int | None = None,
+    speedups: Literal["auto", "off"] = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
@@ -146,7 +149,9 @@ def resume(
     found = _found(run)
     if is_finished(found):
         return found
-    job = job_spec(found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
+    job = job_spec(
+        found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
+    )
     return execute(found, job, watcher)
 
 
@@ -266,10 +271,11 @@ def job_spec(
     trust_remote_code: bool = False,
     processes: int = 1,
     memory_budget: int | None = None,
+    speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
     """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
     settings = {"kind": kind, "device": _text("device", device), "batch_size": batch_size}
-    scale = {"processes": processes, "memory_budget": memory_budget}
+    scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return _valid(JobSpec, settings | scale | permissions)
 

@@ -51,6 +51,7 @@ from .options import (
     Seed,
     SequenceLength,
     Sequences,
+    Speedups,
     TrustRemoteCode,
 )
 from .outline import Outline, list_outlines
@@ -139,6 +140,7 @@ def search(
     batch_size: BatchSize = None,
     processes: Processes = 1,
     memory_budget: MemoryBudget = None,
+    speedups: Speedups = True,
     revision: Revision = None,
     run_dir: RunDir = None,
     analysis: Annotated[
@@ -184,7 +186,16 @@ def search(
         revision=revision,
         analysis=analysis,
     )
-    job = api.job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget))
+    job = api.job_spec(
+        "search",
+        device,
+        batch_size,
+        allow_pickle,
+        trust_remote_code,
+        processes,
+        _bytes(memory_budget),
+        "auto" if speedups else "off",
+    )
     if dry_run:
         _print_forecast(spec, api.forecast(spec, job), as_json)
     elif prepare:
@@ -240,6 +251,7 @@ def resume(
     batch_size: BatchSize = None,
     processes: Processes = 1,
     memory_budget: MemoryBudget = None,
+    speedups: Speedups = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
     prepare: Prepare = False,
@@ -249,7 +261,14 @@ def resume(
     found = store.load(run)
     if not api.is_finished(found):
         job = api.job_spec(
-            found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget)
+            found.spec.kind,
+            device,
+            batch_size,
+            allow_pickle,
+            trust_remote_code,
+            processes,
+            _bytes(memory_budget),
+            "auto" if speedups else "off",
         )
         if prepare:
             _prepare(found, job, as_json)

@@ -46,6 +46,7 @@ def arguments(spec: RunSpec, job: JobSpec | None = None) -> list[str]:
     if job is not None and job.memory_budget is not None:
         given["memory_budget"] = job.memory_budget
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    options += ["--no-speedups"] if job is not None and job.speedups == "off" else []
     options += ["--chat"] if spec.calibration.chat else []
     options += ["--no-analysis"] if spec.kind == "search" and not spec.analysis else []
     model = [spec.model] if not spec.model.startswith("-") else ["--", spec.model]

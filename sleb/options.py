@@ -128,6 +128,14 @@ MemoryBudget = Annotated[
         help="For weights and hidden states; blocks that do not fit are read from disk when they are needed.",
     ),
 ]
+Speedups = Annotated[
+    bool,
+    typer.Option(
+        "--speedups/--no-speedups",
+        rich_help_panel=HOW,
+        help="In long searches, try faster ways through the blocks first; they round a little differently.",
+    ),
+]
 Prepare = Annotated[
     bool,
     typer.Option(

@@ -281,6 +281,8 @@ class Baseline(Record):
     head_evaluations: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    speedups: tuple[str, ...] = ()
+    """Faster ways through the blocks that are in use, here and in the steps: they round differently."""
 
     @property
     def perplexity(self) -> float | None:
@@ -333,6 +335,8 @@ class JobSpec(Record):
     device: str = "auto"
     batch_size: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sequences per batch; None chooses for the device."""
+    speedups: Literal["auto", "off"] = "auto"
+    """Whether faster ways through the blocks are tried, where the work ahead is worth it."""
     processes: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
     """On this host, each with a share of the sequences; one GPU each where there are any."""
     memory_budget: Annotated[int, Field(ge=1, strict=True)] | None = None

@@ -7,7 +7,8 @@ so that a greedy step over n alive blocks costs about n^2/2 block evaluations in
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ from .records import SelfCheck
 
 log = logging.getLogger(__name__)
 
-_READ_OUT_BYTES = {"cpu": 48 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
+# Of one chunk of logits in the model's own dtype. Above 32 MB the C library takes each chunk fresh from the system.
+_READ_OUT_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 _UPCAST_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits: stays in a CPU's cache
 _NOTHING = -100  # the target that `cross_entropy` leaves out
 _MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
@@ -311,13 +313,32 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Upcast in pieces: `cross_entropy` on bfloat16 logits would return three digits, and all logits in float32 at
     once cost as much time as several blocks.
     """
-    flat, goal = logits.flatten(0, -2), targets.flatten()
+    return _loss(logits.flatten(0, -2), targets.flatten()).view(targets.shape)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Of each row, float32 (rows,): `logits` are (rows, vocabulary), and upcast whole."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none", ignore_index=_NOTHING)
+
+
+def _in_small_parts(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     rows = max(1, _UPCAST_BYTES[_kind(logits.device)] // (4 * logits.shape[-1]))
-    pieces = [
-        torch.nn.functional.cross_entropy(part.float(), aim, reduction="none", ignore_index=_NOTHING)
-        for part, aim in zip(flat.split(rows), goal.split(rows), strict=True)
-    ]
-    return torch.cat(pieces).view(targets.shape)
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([cross_entropy(part, goal) for part, goal in parts])
+
+
+_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _in_small_parts
+
+
+@contextmanager
+def losses_by(loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within it `token_nll` calls something that does the same as `cross_entropy`, with many rows at once."""
+    global _loss
+    before, _loss = _loss, loss
+    try:
+        yield
+    finally:
+        _loss = before
 
 
 def plain_nll(stack: BlockStack, skipped: SkipSet, ids: torch.Tensor) -> torch.Tensor:

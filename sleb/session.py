@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
-from . import analysis, cache, calibration, methods, store, tokens
+from . import analysis, cache, calibration, methods, speedups, store, tokens
 from .blocks import BlockStack
 from .costs import cost_of_search
 from .distributed import Group
@@ -39,6 +40,9 @@ class Session:
         self.group = group or Group()
         """Of several, the first writes; all decide, on the same numbers."""
         self.meter, self.watcher = meter, watcher
+        self.job = job
+        self.speedups: tuple[str, ...] = ()
+        """Names of the faster ways that are in use."""
         self.batch_size = job.batch_size
         """Sequences at once; what fitted, once the search is over."""
         self.stack = BlockStack(self.loaded.model)
@@ -160,16 +164,36 @@ class Session:
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
         if trace is None or trace.finished is None:
-            ahead = cost_of_search(self.spec.method, problem, steps, with_baseline=trace is None, plain=scorer.plain)
-            self.meter.expect(ahead.units(scorer.head_weight), len(steps), problem.num_remove)
-            first = trace.baseline if trace else self._baseline(problem, scorer)
-            self.watcher.baseline(first)
-            for step in steps:
-                self.watcher.step(step, first)
-            self._steps(problem, scorer, first, steps)
+            cost = cost_of_search(self.spec.method, problem, steps, with_baseline=trace is None, plain=scorer.plain)
+            ahead = cost.units(scorer.head_weight)
+            with self._faster(scorer, ahead / self.group.size, trace.baseline.speedups if trace else None):
+                self.meter.expect(ahead, len(steps), problem.num_remove)
+                first = trace.baseline if trace else self._baseline(problem, scorer)
+                self.watcher.baseline(first)
+                for step in steps:
+                    self.watcher.step(step, first)
+                self._steps(problem, scorer, first, steps)
             if self.group.first:
                 store.append_finished(self.run.run_dir, _why_finished(problem, steps))
         self.batch_size = scorer.batch_size
+
+    @contextmanager
+    def _faster(self, scorer: Scorer, ahead: float, known: tuple[str, ...] | None) -> Iterator[None]:
+        """Blocks run in ways that are faster here; those of a run that is resumed, and of all ranks, are the same."""
+        if self.job.speedups == "off" or scorer.plain:
+            yield
+            return
+        self.meter.phase("Trying faster ways through the blocks")
+
+        def sped_up(known: tuple[str, ...] | None) -> AbstractContextManager[tuple[str, ...]]:
+            return speedups.sped_up(self.stack, self.text.ids, scorer.batch_size, ahead, known=known)
+
+        with ExitStack() as switched:
+            names = switched.enter_context(sped_up(known)) if self.group.first else ()
+            self.speedups = self.group.share(lambda: names)
+            if not self.group.first:
+                switched.enter_context(sped_up(self.speedups))
+            yield
 
     def _baseline(self, problem: methods.Problem, scorer: Scorer) -> Baseline:
         self.meter.within("Scoring the unmodified model")
@@ -187,6 +211,7 @@ class Session:
             block_evaluations=scorer.block_evaluations,
             head_evaluations=scorer.head_evaluations,
             seconds=time.perf_counter() - start,
+            speedups=self.speedups,
             warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)) if self.group.first else (),
         )
         if not self.group.first:

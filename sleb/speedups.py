@@ -12,7 +12,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import MethodType
 from typing import Any, Literal, Protocol
@@ -25,7 +25,7 @@ from torch import nn
 from .blocks import BlockStack
 from .memory import is_out_of_memory
 from .meter import duration
-from .scoring import Scorer
+from .scoring import Scorer, cross_entropy, losses_by
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ Compile = Literal["auto", "yes", "no"]
 WORTH_TRYING = 200.0  # walks up the stack that must lie ahead: trying takes six for each way
 LEAST_GAIN = 1.03  # what a way must gain to be used
 COMPILE_SECONDS = 30.0  # on two cores, with nothing in the compiler's cache: 14 to 27 measured
-COMPILE_GAIN = 1.15  # assumed before it is known
+COMPILE_GAIN = 1.1  # assumed before it is known
 _ROUNDS = 2  # of timing, all blocks in each
 _PACKED_SHARE = 0.25  # of the free memory, for packed copies of weights
 _ABSENT = object()
@@ -63,11 +63,23 @@ class Way(Protocol):
 
 @contextmanager
 def sped_up(
-    stack: BlockStack, ids: np.ndarray, batch_size: int, ahead: float, *, compile: Compile = "auto"
+    stack: BlockStack,
+    ids: np.ndarray,
+    batch_size: int,
+    ahead: float,
+    *,
+    compile: Compile = "auto",
+    known: Collection[str] | None = None,
 ) -> Iterator[tuple[str, ...]]:
-    """Within it the blocks run in the ways that `choose` found; yields their names. Arguments as there."""
+    """Within it the blocks run in the ways that `choose` found; yields their names. Arguments as there.
+
+    With `known` names nothing is tried: a run that is resumed, and every rank, computes as the first one did.
+    """
     with ExitStack() as switched:
-        ways = choose(stack, ids, batch_size, ahead, compile=compile)
+        if known is None:
+            ways = choose(stack, ids, batch_size, ahead, compile=compile)
+        else:
+            ways = _named(stack, ids, batch_size, known)
         for way in ways:
             switched.enter_context(way.on())
         yield tuple(way.name for way in ways)
@@ -95,6 +107,23 @@ def choose(
     return chosen
 
 
+def _named(stack: BlockStack, ids: np.ndarray, batch_size: int, names: Collection[str]) -> list[Way]:
+    found: list[Way] = []
+    if names:
+        with _surviving("Going on with faster ways"):
+            trial = _Trial(stack, ids, batch_size)
+            compile: Compile = "yes" if CompiledBlocks.name in names else "no"
+            with ExitStack() as switched:
+                for way in _ways(stack, trial, 0.0, compile):
+                    if way.name in names:
+                        switched.enter_context(way.on())
+                        found.append(way)
+    missing = sorted({*names} - {way.name for way in found})
+    if missing:
+        log.warning("Not available here: %s. Scores round a little differently from here on.", ", ".join(missing))
+    return found
+
+
 def _ways(stack: BlockStack, trial: _Trial, ahead: float, compile: Compile) -> Iterator[Way]:
     """In this order: what is compiled is the blocks with the ways that were chosen before."""
     cpu, half = stack.device.type == "cpu", stack.model.dtype in (torch.bfloat16, torch.float16)
@@ -108,7 +137,7 @@ def _ways(stack: BlockStack, trial: _Trial, ahead: float, compile: Compile) -> I
     seconds = ahead / trial.units * trial.seconds()
     if compile == "yes" or compiling_pays(seconds):
         with _surviving("Compiling"):
-            yield CompiledBlocks(stack, tuple(trial.ids.shape))
+            yield CompiledBlocks(stack, trial.ids.shape[1])
     else:
         log.info("Not compiling: about %s of work ahead would not pay for it.", duration(seconds))
 
@@ -379,45 +408,56 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 class CompiledBlocks:
-    """Blocks whose code `torch.compile` made: once for each class of blocks, shared by all of that class.
+    """Blocks and loss as `torch.compile` makes them: the code of one block serves all of its class.
 
-    Only for batches of this shape (sequences, length); others run as before. Raises `RuntimeError` where blocks have a
+    For sequences of one length in batches of any size; others run as before. Raises `RuntimeError` where blocks have a
     `forward` of their own, which compiled code would pass by.
     """
 
     name = "compiled blocks"
 
-    def __init__(self, stack: BlockStack, shape: tuple[int, ...]) -> None:
+    def __init__(self, stack: BlockStack, length: int) -> None:
         if any("forward" in vars(block) for block in stack.blocks):
             raise RuntimeError("blocks have hooks in the place of their forward")
-        compiled = {
-            kind: torch.compile(kind.forward, dynamic=False) for kind in {type(block) for block in stack.blocks}
-        }
-        self.forwards = [(block, _for_shape(shape, block, compiled[type(block)])) for block in stack.blocks]
+        compiled = {kind: torch.compile(kind.forward) for kind in {type(block) for block in stack.blocks}}
+        self.forwards = [(block, _at_length(length, block, compiled[type(block)])) for block in stack.blocks]
+        self.loss = _compiled_loss()
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """The blocks' `forward` is another within it."""
+        """The blocks' `forward` and the loss are others within it."""
         import torch._inductor.config as inductor
 
         # Without processes of its own: a worker that is stopped must not leave any behind.
-        with inductor.patch(compile_threads=1), ExitStack() as restored:
+        with inductor.patch(compile_threads=1), losses_by(self.loss), ExitStack() as restored:
             for block, forward in self.forwards:
                 block.forward = forward
                 restored.callback(vars(block).pop, "forward", None)
             yield
 
 
-def _for_shape(shape: tuple[int, ...], block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _at_length(length: int, block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
     eager = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(hidden, torch.Tensor) and hidden.shape[:2] == shape:
-            return compiled(block, *args, **kwargs)
-        return eager(*args, **kwargs)
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[1] != length:
+            return eager(*args, **kwargs)
+        torch._dynamo.maybe_mark_dynamic(hidden, 0)  # no new code for the last batch
+        return compiled(block, *args, **kwargs)
 
     return forward
+
+
+def _compiled_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    compiled = torch.compile(cross_entropy)
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        for each in (logits, targets):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+        return compiled(logits, targets)
+
+    return loss
 
 
 def _first_line(error: BaseException) -> str:

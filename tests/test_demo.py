@@ -7,12 +7,13 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import sleb
-from sleb import demo, peek
+from sleb import api, demo, peek
 from sleb.errors import BadInput
 from sleb.loading import convert_gguf
 
@@ -82,6 +83,22 @@ def test_the_search_finds_blocks_that_can_go() -> None:
     agreement = run.analysis.alignment.calibration.agreement
     assert agreement[-1] == 1.0
     assert agreement[5] < 0.3 < 0.5 < agreement[27]  # decided near the end (paper, Figure 5)
+
+
+def test_the_forecast_is_within_thirty_per_cent(home: Path) -> None:
+    """Of seconds: whatever else the machine does takes part, so the forecast may try again, on either side of the run."""
+    asked: dict[str, Any] = {"sequences": 8, "sequence_length": 128, "remove": 1, "analysis": False}
+    ratios = []
+    for _ in range(4):
+        forecast = api.forecast(api.run_spec("demo", **asked))
+        run = sleb.search("demo", **asked)
+        assert run.trace is not None
+        assert run.trace.block_evaluations == forecast.block_evaluations
+        searched = run.trace.baseline.seconds + sum(step.seconds for step in run.trace.steps)
+        ratios.append(forecast.search_seconds / searched)
+        if 0.7 <= ratios[-1] <= 1.3:
+            return
+    raise AssertionError(f"forecast / measured: {ratios}")
 
 
 def test_the_model_is_converted_once(home: Path) -> None:
