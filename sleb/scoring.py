@@ -21,6 +21,7 @@ from .distributed import Group
 from .errors import ScoringError
 from .memory import in_batches, is_out_of_memory
 from .records import SelfCheck
+from .streaming import size
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +159,13 @@ class Scorer:
             alive += len(visit.forks) - len(visit.ended)
             widest = max(widest, alive)
         hidden = self.ids.shape[1] * self.stack.config.hidden_size * self.stack.model.dtype.itemsize
-        fits = int(streamed.spare_bytes // ((widest + 2) * hidden))  # an output is there before its input goes
+        needed = (widest + 2) * hidden  # an output is there before its input goes
+        fits = streamed.spare_bytes // needed
         if fits < 1:
             raise ScoringError(
                 f"The hidden states of one sequence of {self.ids.shape[1]} tokens in {widest} streams take "
-                f"{(widest + 2) * hidden / 1e6:,.0f} MB; --memory-budget leaves {streamed.spare_bytes / 1e6:,.0f} MB. "
-                "Raise it, or lower --sequence-length."
+                f"{size(needed)}, and --memory-budget leaves {size(streamed.spare_bytes)} for them. Use "
+                f"--memory-budget {size(streamed.budget_for(needed))} or more, or lower --sequence-length."
             )
         return fits if fits < self.batch_size else fits // self.batch_size * self.batch_size
 

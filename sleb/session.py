@@ -161,6 +161,8 @@ class Session:
             seed=self.spec.seed,
             refine=self.spec.refine,
         )
+        if self.stack.streamed is not None:
+            scorer.round_size([(block,) for block in problem.candidates])  # refused now, not after the baseline
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
         if trace is None or trace.finished is None:

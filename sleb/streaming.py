@@ -9,6 +9,7 @@ with it, and meanwhile a thread reads the next one.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -111,6 +112,10 @@ class StreamedBlocks:
         if coming is not None:
             coming[1].result()
 
+    def budget_for(self, hidden_bytes: int) -> int:
+        """The least budget that leaves so much for hidden states."""
+        return math.ceil(self.budget + (hidden_bytes - self.spare_bytes) / (1 - _WORKSPACE))
+
     def _spare(self) -> int:
         largest = max(self.block_bytes(block) for block in range(len(self._blocks)))
         fixed = self.resident_bytes + _HELD * largest
@@ -118,8 +123,8 @@ class StreamedBlocks:
         if spare <= 0:
             least = fixed / (1 - _WORKSPACE) * 1.1
             raise OptionError(
-                f"A memory budget of {_gb(self.budget)} is too small for this model: {_gb(self.resident_bytes)} stay "
-                f"in memory, and three blocks of {_gb(largest)} each. Use --memory-budget {_gb(least)} or more."
+                f"A memory budget of {size(self.budget)} is too small for this model: {size(self.resident_bytes)} stay "
+                f"in memory, and three blocks of {size(largest)} each. Use --memory-budget {size(least)} or more."
             )
         return spare
 
@@ -213,6 +218,7 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _gb(number: float) -> str:
-    """Bytes as an option takes them."""
-    return f"{number / 1e9:.3g}GB" if number >= 1e8 else f"{number / 1e6:.3g}MB"
+def size(number: float) -> str:
+    """Bytes as an option takes them, rounded up."""
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= each[0]), (1.0, "B"))
+    return f"{math.ceil(number / unit * 100) / 100:g}{name}"

@@ -86,7 +86,7 @@ def test_the_search_finds_blocks_that_can_go() -> None:
 
 
 def test_the_forecast_is_within_thirty_per_cent(home: Path) -> None:
-    """Of seconds: whatever else the machine does takes part, so the forecast may try again, on either side of the run."""
+    """Of seconds; whatever else the machine does takes part, so it may try again."""
     asked: dict[str, Any] = {"sequences": 8, "sequence_length": 128, "remove": 1, "analysis": False}
     ratios = []
     for _ in range(4):
