@@ -8,6 +8,8 @@ Python). Once as the model was loaded and once with the ways of `sleb.speedups` 
 the multiplications and additions of matrix products that the mathematics asks for, as `FlopCounterMode` finds them in
 a real call; causal attention counts the half that is not masked. What is computed beside them (norms, activations,
 softmax, the loss) counts nothing and takes time.
+
+Jobs run with OMP_WAIT_POLICY=PASSIVE; set it for a fair picture on a machine that others use as well.
 """
 
 from __future__ import annotations
@@ -280,7 +282,7 @@ def report(
         print(f"  {'together':<24}{parts.total / batch:>13.3f}  (median of the rounds {middle / batch:.3f})")
     first, *others = quickest
     for state in others:
-        print(f"\n{state}: {quickest[first] / quickest[state]:.2f} times as fast as {first}")
+        print(f"\n{state}: {quickest[first] / quickest[state]:.2f} times as fast as it was {first}")
 
 
 if __name__ == "__main__":

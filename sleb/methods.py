@@ -184,21 +184,23 @@ def mean_and_error(differences: np.ndarray, token_counts: np.ndarray) -> tuple[n
 
 
 def race(
-    problem: Problem, score: Score, skip_sets: Sequence[SkipSet], number: int
+    problem: Problem, score: Score, skip_sets: Sequence[SkipSet], number: int, lasted: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Scores (candidates, sequences) of the calibration set, and which of them were taken (None: all).
 
     In a race, sequences come in rounds, in an order drawn anew for each step. After a round a candidate leaves whose
-    mean difference to the leader, on the same sequences, is above zero beyond what chance allows; whoever stays sees
+    mean difference to some other, on the same sequences, is above zero beyond what chance allows; whoever stays sees
     the whole calibration set. Asked is who wins on *this* finite set, so the error shrinks as the set is used up
-    (finite-population correction, Cochran, 2.6), and the confidence is shared out evenly over all candidates and all
-    looks (Bonferroni): the best candidate is lost in at most 1 - `confidence` of the steps.
+    (finite-population correction, Cochran, 2.6), and the doubt about a candidate is shared out over its rivals and the
+    looks (Bonferroni): the best candidate is lost in at most 1 - `confidence` of the steps. The shares follow
+    `lasted`, the sequences that each candidate saw in the race before, where there was one.
     """
     everything = problem.calibration
-    if not problem.racing:
+    if not problem.racing or len(skip_sets) == 1:
         return score(skip_sets, everything), None
     count = len(everything)
     looks = looks_of(count)
+    by_rival, by_look = _shares(len(skip_sets), looks, lasted)
     order = np.random.default_rng([problem.seed, number]).permutation(count)
     scores = np.full((len(skip_sets), count), np.nan)
     alive, done = np.arange(len(skip_sets)), 0
@@ -210,7 +212,8 @@ def race(
         done = stop
         if done < count and len(alive) > 1:
             so_far = scores[np.ix_(alive, order[:done])]
-            doubt = (1.0 - problem.confidence) / (len(skip_sets) * len(looks))
+            share = by_rival[np.ix_(alive, alive)] * by_look[alive, looks.index(done), None]
+            doubt = (1.0 - problem.confidence) * share
             alive = alive[~_beaten(so_far, problem.token_counts[everything[order[:done]]], count, doubt)]
     return scores, ~np.isnan(scores)
 
@@ -224,22 +227,50 @@ def looks_of(sequences: int) -> tuple[int, ...]:
     return tuple(looks)
 
 
-def _beaten(scores: np.ndarray, token_counts: np.ndarray, population: int, doubt: float) -> np.ndarray:
-    """Who is worse than the leader beyond `doubt`, bool (candidates,); `population` sequences are there in all."""
+def _shares(candidates: int, looks: Sequence[int], lasted: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """How the doubt about each candidate is shared out: over (candidates, rivals) and over (candidates, looks).
+
+    Evenly where nothing is known. Else a candidate will likely leave when it left in the race before, and whoever
+    lasted long there will likely be the one to beat it. What a candidate's rivals get adds up to 1, and so do its
+    looks; settled before the order of the sequences is drawn, that is all Bonferroni asks. A wrong guess costs
+    evaluations only.
+    """
+    weights = np.ones(candidates) if lasted is None else lasted
+    ratio = np.ones((candidates, len(looks))) if lasted is None else np.array(looks) / lasted[:, None]
+    nearness = np.minimum(ratio, 1.0 / ratio) ** 2
+    return weights / (weights.sum() - weights[:, None]), nearness / nearness.sum(axis=1, keepdims=True)
+
+
+def _lasted(before: Step | None, blocks: Sequence[int]) -> np.ndarray | None:
+    """How many sequences each candidate saw in the race of the step before; None where there was none."""
+    seen = {each.block: each.sequences for each in before.candidates} if before else {}
+    lasted = [seen.get(block) for block in blocks]
+    return None if None in lasted else np.array(lasted, dtype=np.float64)
+
+
+def _beaten(scores: np.ndarray, token_counts: np.ndarray, population: int, doubt: np.ndarray) -> np.ndarray:
+    """Who is worse than some other beyond `doubt` (candidates, rivals), bool (candidates,).
+
+    `population` sequences are there in all. The error of all paired differences comes from one product of the
+    residuals to the leader: a thousand swaps have a million pairs.
+    """
     from scipy.special import stdtrit
 
     totals = scores.sum(axis=1)
-    finite = np.isfinite(totals)
+    finite: np.ndarray = np.isfinite(totals)
     if not finite.any():
         return np.zeros(len(scores), dtype=bool)
-    leader = int(np.argmin(totals))
-    seen = len(token_counts)
-    differences = np.where(finite[:, None], scores - scores[leader], 0.0)
-    means, errors = mean_and_error(differences, token_counts)
-    reach = float(stdtrit(seen - 1, 1.0 - doubt)) * errors * np.sqrt(1.0 - seen / population)
-    beaten: np.ndarray = ~finite | (means > reach)
-    beaten[leader] = False
-    return beaten
+    behind = np.where(finite[:, None], scores - scores[int(np.argmin(totals))], 0.0)
+    seen, tokens = len(token_counts), token_counts.sum()
+    means = behind.sum(axis=1) / tokens
+    residuals = behind - means[:, None] * token_counts
+    products = residuals @ residuals.T
+    squares = np.maximum(np.diag(products)[:, None] + np.diag(products) - 2.0 * products, 0.0)
+    errors = np.sqrt(squares * seen / (seen - 1) * (1.0 - seen / population)) / tokens  # as in `mean_and_error`
+    doubts, where = np.unique(doubt, return_inverse=True)
+    reach = stdtrit(seen - 1, 1.0 - doubts)[where].reshape(doubt.shape) * errors
+    beaten: np.ndarray = means[:, None] - means > reach
+    return ~finite | (beaten & finite).any(axis=1)
 
 
 def search(
@@ -263,12 +294,13 @@ def search(
         Method.EARLY_EXIT: _early_exit,
         Method.BEST_CHUNK: _best_chunk,
     }
-    removed = steps[-1].removal_list if steps else ()
+    last = steps[-1] if steps else None
+    removed = last.removal_list if last else ()
     if method is Method.METRIC1:
         assert influence is not None
         decisions = _metric1(problem, judge or score, removed, influence)
     else:
-        decisions = rank[method](problem, score, judge or score, removed)
+        decisions = rank[method](problem, score, judge or score, last)
     number = len(steps)
     for decision in decisions:
         if _too_far(decision.step, first, problem.until_perplexity):
@@ -292,15 +324,16 @@ def _too_far(step: Step, first: Baseline, until: float | None) -> bool:
     return now.nll_sum / now.token_count - before.nll_sum / before.token_count > math.log1p(until)
 
 
-def _greedy(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
+def _greedy(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:
     """Metric3 (paper, Algorithm 1): the lowest likelihood loss under the model as streamlined so far."""
+    removed = last.removal_list if last else ()
     while len(removed) < problem.num_remove:
         alive = [block for block in problem.candidates if block not in removed]
         skip_sets = [(*removed, block) for block in alive]
-        nats, seen = race(problem, score, skip_sets, len(removed) + 1)
+        nats, seen = race(problem, score, skip_sets, len(removed) + 1, _lasted(last, alive))
         decision = _decide(problem, judge, removed, alive, skip_sets, nats, seen=seen)
         yield decision
-        removed = decision.step.removal_list
+        last, removed = decision.step, decision.step.removal_list
 
 
 def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, number: int) -> Iterator[Decision]:
@@ -335,9 +368,10 @@ def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, numbe
         removed = decision.step.removal_list
 
 
-def _one_shot(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
+def _one_shot(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:
     """Metric2 (paper, equation 4): all blocks scored once on the whole model, the lowest removed in turn."""
     singles = score([(block,) for block in problem.candidates], problem.calibration)
+    removed = last.removal_list if last else ()
     while len(removed) < problem.num_remove:
         rows = [row for row, block in enumerate(problem.candidates) if block not in removed]
         alive = [problem.candidates[row] for row in rows]
@@ -359,8 +393,9 @@ def _metric1(
         removed = decision.step.removal_list
 
 
-def _early_exit(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
+def _early_exit(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:
     """The last blocks, from the end (paper, Figure 4, "Early Exit")."""
+    removed = last.removal_list if last else ()
     while len(removed) < problem.num_remove:
         block = problem.num_blocks - 1 - len(removed)
         skip_set = (*removed, block)
@@ -370,15 +405,16 @@ def _early_exit(problem: Problem, score: Score, judge: Score, removed: SkipSet) 
         removed = decision.step.removal_list
 
 
-def _best_chunk(problem: Problem, score: Score, judge: Score, removed: SkipSet) -> Iterator[Decision]:
+def _best_chunk(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:
     """The contiguous run of blocks with the lowest perplexity, for each length (paper, Figure 4, "Chunk Best")."""
+    removed = last.removal_list if last else ()
     while len(removed) < problem.num_remove:
         chunks = _chunks(problem.num_blocks, len(removed) + 1, set(problem.protected))
         starts = [chunk[0] for chunk in chunks]
-        nats, seen = race(problem, score, chunks, len(removed) + 1)
+        nats, seen = race(problem, score, chunks, len(removed) + 1, _lasted(last, starts))
         decision = _decide(problem, judge, removed, starts, chunks, nats, seen=seen)
         yield decision
-        removed = decision.step.removal_list
+        last, removed = decision.step, decision.step.removal_list
 
 
 def _decide(

@@ -195,7 +195,8 @@ def test_a_live_run_grows_under_the_eyes_of_whoever_watches(
 ) -> None:
     run_id = start(tab, tiny_model, long_text, Sequences="1200", Tokens_each="64")
     tab.open(f"/steps?run={run_id}")
-    tab.shows("Step 2 of 2", 120)
+    where = tab.page.locator(".stepper .where").filter(has_text="Step 2 of 2")
+    where.wait_for(timeout=120_000)  # the state of the job says so already while the step is searched for
     assert len(store.load(run_id).removal_list) == 2
 
 

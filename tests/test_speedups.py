@@ -165,6 +165,26 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(
     assert names == ()
     assert "Trying compiled blocks failed" in caplog.text
     assert not any("forward" in vars(block) for block in stack.blocks)
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        sped_up(stack, ids.numpy(), 2, 1e9, known=["compiled blocks"]) as names,
+    ):
+        np.testing.assert_array_equal(scorer.score([(1,)], np.arange(2)), before)
+    assert names == ()
+    assert "Not available here: compiled blocks" in caplog.text
+
+
+def test_known_ways_are_used_again_without_being_timed() -> None:
+    stack = a_stack(dtype=torch.bfloat16)
+    ids = token_ids(stack.model, batch=2, length=70).numpy()
+    scorer = Scorer(stack, ids, batch_size=2)
+    with PiecewiseAttention().on():
+        expected = scorer.score([(), (1,)], np.arange(2))
+    with sped_up(stack, ids, 2, 0.0, known=["attention in pieces"]) as names:
+        assert names == ("attention in pieces",)
+        np.testing.assert_array_equal(scorer.score([(), (1,)], np.arange(2)), expected)
+    with sped_up(stack, ids, 2, 1e9, known=()) as names:
+        assert names == ()
 
 
 def test_blocks_with_hooks_in_their_place_are_not_compiled(caplog: pytest.LogCaptureFixture) -> None:
