@@ -132,6 +132,9 @@ def test_what_does_not_fit_or_cannot_be_streamed_is_said(tmp_path: Path) -> None
     enough = float(str(refusal.value).rpartition("kB or more")[0].rpartition(" ")[2]) * 1e3
     assert streamed_blocks(load_model(str(folder), dtype="float32", memory_budget=int(enough)).model) is not None
     assert streamed_blocks(load_model(str(folder), dtype="float32", memory_budget=10**9).model) is None
+    for more in ({"processes": 2}, {"memory_budget": 10**9}):
+        with pytest.raises(OptionError, match="--device all keeps one whole model"):
+            sleb.search(str(folder), device="all", **more)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises((OptionError, ModelError)):
         load_model(str(tmp_path / "model.gguf"), memory_budget=10**9)
