@@ -138,17 +138,21 @@ def resume(
     *,
     device: str = "auto",
     batch_size: int | None = None,
-    processes: int = 1,
+    processes: int | None = None,
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
 ) -> Run:
-    """Go on after the last finished step; a finished run is returned as it is."""
+    """Go on after the last finished step; a finished run is returned as it is.
+
+    `processes` and `memory_budget` are those of the last try unless others are given.
+    """
     found = _found(run)
     if is_finished(found):
         return found
+    processes, memory_budget = as_before(found, processes, memory_budget)
     job = job_spec(
         found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
     )
@@ -282,6 +286,14 @@ def job_spec(
     scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return _valid(JobSpec, settings | scale | permissions)
+
+
+def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
+    """What was given, or else what the last try of the same kind had: it did not fit otherwise."""
+    last = next((job.spec for job in reversed(run.jobs) if job.spec.kind == run.spec.kind), None)
+    if last is None:
+        return processes or 1, memory_budget
+    return processes or last.processes, last.memory_budget if memory_budget is None else memory_budget
 
 
 def start(

@@ -41,6 +41,7 @@ from .options import (
     Objective,
     Prepare,
     Processes,
+    ProcessesAsBefore,
     Refine,
     Revision,
     RunDir,
@@ -249,7 +250,7 @@ def resume(
     run: RunName,
     device: Device = "auto",
     batch_size: BatchSize = None,
-    processes: Processes = 1,
+    processes: ProcessesAsBefore = None,
     memory_budget: MemoryBudget = None,
     speedups: Speedups = True,
     allow_pickle: AllowPickle = False,
@@ -260,14 +261,15 @@ def resume(
     """Go on after the last finished step; a finished run is printed."""
     found = store.load(run)
     if not api.is_finished(found):
+        number, budget = api.as_before(found, processes, _bytes(memory_budget))
         job = api.job_spec(
             found.spec.kind,
             device,
             batch_size,
             allow_pickle,
             trust_remote_code,
-            processes,
-            _bytes(memory_budget),
+            number,
+            budget,
             "auto" if speedups else "off",
         )
         if prepare:

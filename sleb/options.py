@@ -120,6 +120,9 @@ Processes = Annotated[
     int,
     typer.Option(min=1, rich_help_panel=HOW, help="Processes that share the sequences; one GPU each if there are any."),
 ]
+ProcessesAsBefore = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=HOW, help="As for search. [default: as in the last try]")
+]
 MemoryBudget = Annotated[
     str | None,
     typer.Option(

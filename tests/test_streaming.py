@@ -13,8 +13,10 @@ import pytest
 import tiny
 import torch
 from families import build, token_ids
+from typer.testing import CliRunner
 
 import sleb
+from sleb import cli, jobs, store
 from sleb.blocks import BlockStack
 from sleb.errors import ModelError, OptionError, ScoringError
 from sleb.loading import LoadedModel, load_model, weights_hash
@@ -255,3 +257,25 @@ def test_a_streamed_run_is_analysed_but_does_not_generate(tmp_path: Path, text_f
     assert "read from disk" in (run.analysis.alignment.generated_reason or "")
     assert run.jobs[-1].attempt is not None
     assert run.jobs[-1].attempt.memory_budget == budget
+
+
+def test_a_resumed_run_keeps_the_budget_of_the_last_try(tmp_path: Path, text_file: Path) -> None:
+    folder = saved(tmp_path / "model", "llama")
+    spec = sleb.api.run_spec(
+        str(folder),
+        calibration=str(text_file),
+        sequences=2,
+        sequence_length=16,
+        remove=1,
+        dtype="float32",
+        analysis=False,
+    )
+    run = store.create(spec)
+    jobs.next_job(run, sleb.api.job_spec("search", processes=2, memory_budget=300_000))
+    run = store.load(run.run_dir)
+    assert sleb.api.as_before(run, None, None) == (2, 300_000)
+    assert sleb.api.as_before(run, 1, 400_000) == (1, 400_000)
+    done = CliRunner().invoke(cli.app, ["resume", str(run.run_dir), "--processes=1", "--prepare"])
+    assert done.exit_code == 0, done.output
+    found = store.load_job(Path(done.stdout.strip())).spec
+    assert (found.processes, found.memory_budget) == (1, 300_000)
