@@ -278,10 +278,6 @@ def job_spec(
     speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
     """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
-    if device == "all" and (processes > 1 or memory_budget is not None):
-        raise OptionError(
-            "--device all keeps one whole model on all GPUs; leave --processes and --memory-budget out, or the device."
-        )
     settings = {"kind": kind, "device": _text("device", device), "batch_size": batch_size}
     scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}

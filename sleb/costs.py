@@ -39,17 +39,46 @@ class Cost:
         return Cost(self.block_evaluations + other.block_evaluations, self.head_evaluations + other.head_evaluations)
 
 
+@dataclass(frozen=True)
+class Visit:
+    """What happens at one block: streams fork where a skip set leaves, and whoever is left goes through."""
+
+    block: int
+    forks: tuple[tuple[SkipSet, SkipSet], ...]
+    """(stream, its new twin that skips this block)."""
+    ended: tuple[SkipSet, ...]
+    """Streams that nobody follows any further."""
+    through: tuple[SkipSet, ...]
+
+
+def itinerary(skip_sets: Iterable[SkipSet], num_blocks: int) -> list[Visit]:
+    """The walk up the stack for these skip sets; a stream is named by what it has skipped so far."""
+    members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
+    visits = []
+    for block in range(num_blocks):
+        forks, ended = [], []
+        for prefix in list(members):
+            leaving = {skipped for skipped in members[prefix] if block in skipped}
+            if leaving:
+                forks.append((prefix, (*prefix, block)))
+                members[prefix] -= leaving
+                members[(*prefix, block)] = leaving
+                if not members[prefix]:
+                    ended.append(prefix)
+                    del members[prefix]
+        skipping = {twin for _, twin in forks}
+        through = tuple(prefix for prefix in members if prefix not in skipping)
+        visits.append(Visit(block, tuple(forks), tuple(ended), through))
+    return visits
+
+
 def cost_of(skip_sets: Iterable[SkipSet], num_blocks: int, sequences: int = 1, *, plain: bool = False) -> Cost:
     """Evaluations the sweep needs: the nodes of the trie of skip sets. `plain`: one forward pass per skip set."""
     distinct = {tuple(sorted(skipped)) for skipped in skip_sets}
     if plain:
         blocks = sum(num_blocks - len(skipped) for skipped in distinct)
     else:
-        # A prefix is evaluated at a block if some skip set that goes on from it does not skip the block.
-        blocks = sum(
-            len({tuple(b for b in skipped if b < block) for skipped in distinct if block not in skipped})
-            for block in range(num_blocks)
-        )
+        blocks = sum(len(visit.through) for visit in itinerary(distinct, num_blocks))
     return Cost(blocks * sequences, len(distinct) * sequences)
 
 

@@ -95,8 +95,6 @@ def load_model(
     def load(**others: Any) -> Any:
         return _auto_model().from_pretrained(str(source), output_loading_info=True, **(kwargs | others))
 
-    if memory_budget is not None and device == "all":
-        raise OptionError("--device all keeps the whole model in memory; leave --memory-budget out, or name one GPU.")
     if memory_budget is None:
         model, report = _loading(name, load)
     elif gguf is not None:

@@ -350,6 +350,14 @@ class JobSpec(Record):
     replace: Annotated[bool, Field(strict=True)] = False
     """Export: an earlier export there may be replaced."""
 
+    @model_validator(mode="after")
+    def _one_way(self) -> JobSpec:
+        if self.device == "all" and (self.processes > 1 or self.memory_budget is not None):
+            raise ValueError(
+                "--device all keeps one whole model on all GPUs; leave it out, or --processes and --memory-budget"
+            )
+        return self
+
 
 class Attempt(Record):
     """How one try was made; never part of what."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from .blocks import BlockStack, Stream
-from .costs import Cost, SkipSet, cost_of
+from .costs import Cost, SkipSet, cost_of, itinerary
 from .distributed import Group
 from .errors import ScoringError
 from .memory import in_batches, is_out_of_memory
@@ -30,39 +29,6 @@ _READ_OUT_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 _UPCAST_BYTES = {"cpu": 12 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits: stays in a CPU's cache
 _NOTHING = -100  # the target that `cross_entropy` leaves out
 _MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """What happens at one block: streams fork where a skip set leaves, and whoever is left goes through."""
-
-    block: int
-    forks: tuple[tuple[SkipSet, SkipSet], ...]
-    """(stream, its new twin that skips this block)."""
-    ended: tuple[SkipSet, ...]
-    """Streams that nobody follows any further."""
-    through: tuple[SkipSet, ...]
-
-
-def itinerary(skip_sets: Sequence[SkipSet], num_blocks: int) -> list[_Visit]:
-    """The walk up the stack for these skip sets; a stream is named by what it has skipped so far."""
-    members: dict[SkipSet, set[SkipSet]] = {(): {tuple(sorted(skipped)) for skipped in skip_sets}}
-    visits = []
-    for block in range(num_blocks):
-        forks, ended = [], []
-        for prefix in list(members):
-            leaving = {skipped for skipped in members[prefix] if block in skipped}
-            if leaving:
-                forks.append((prefix, (*prefix, block)))
-                members[prefix] -= leaving
-                members[(*prefix, block)] = leaving
-                if not members[prefix]:
-                    ended.append(prefix)
-                    del members[prefix]
-        skipping = {twin for _, twin in forks}
-        through = tuple(prefix for prefix in members if prefix not in skipping)
-        visits.append(_Visit(block, tuple(forks), tuple(ended), through))
-    return visits
 
 
 class Scorer:
