@@ -96,6 +96,7 @@ class Tab:
 
     def idle(self) -> None:
         """Until the script has run and the server is connected."""
+        self.page.wait_for_timeout(100)  # what was just clicked has to reach the server before it can be done
         self.page.wait_for_selector(IDLE, state="attached", timeout=30_000)
 
     def shows(self, text: str, seconds: float = 20) -> None:

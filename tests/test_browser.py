@@ -9,6 +9,7 @@ from pathlib import Path
 import browser
 import pytest
 import tiny
+from playwright.sync_api import expect
 from stores import write_run
 
 from sleb import jobs, store
@@ -120,26 +121,27 @@ def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
 
 
 def test_the_form_remembers_what_it_does_not_show(tab: browser.Tab) -> None:
-    def confidence() -> str:
-        return str(tab.page.get_by_label("Confidence, per cent", exact=True).input_value())
+    def holds(label: str, value: str) -> None:  # what has just been drawn is empty for a moment
+        expect(tab.page.get_by_label(label, exact=True)).to_have_value(value)
 
     tab.open("/")
     tab.page.get_by_text("New run").click()
+    tab.idle()
     tab.page.get_by_text("More choices").click()
-    assert confidence() == "95"
+    holds("Confidence, per cent", "95")
     fill(tab, Sequences="9")
     choose(tab, "Calibration text", "Upload a text")
     tab.shows("Choose a text to upload.")
     choose(tab, "Calibration text", "The usual text")
     tab.page.get_by_role("button", name="Start", exact=True).wait_for()
-    assert confidence() == "95"
+    holds("Confidence, per cent", "95")
     tab.page.get_by_text("New run").click()
     tab.idle()
     tab.page.get_by_text("New run").click()
     tab.idle()
     tab.page.get_by_text("More choices").click()
-    assert confidence() == "95"
-    assert tab.page.get_by_label("Sequences", exact=True).input_value() == "9"
+    holds("Confidence, per cent", "95")
+    holds("Sequences", "9")
 
 
 def test_a_run_is_duplicated_into_the_form(tab: browser.Tab, place: Path) -> None:
@@ -165,19 +167,18 @@ def test_runs_from_elsewhere_appear_by_themselves(tab: browser.Tab, place: Path)
 def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
     tab.open("/steps?run=sample-smollm2-135m-metric3&step=3")
     where, stepper = tab.page.locator(".stepper .where"), tab.page.locator(".stepper")
-    expect = tab.page.wait_for_url
-    assert where.inner_text() == "Step 3 of 12"
+    expect(where).to_have_text("Step 3 of 12")
     stepper.evaluate("node => { node.marked = true; }")
     tab.page.keyboard.press("ArrowRight")
     assert where.inner_text() == "Step 4 of 12"  # at once, without the server
-    expect("**step=4*")
+    tab.page.wait_for_url("**step=4*")
     tab.shows("All candidates of step 4")
     tab.page.keyboard.press("End")
     assert where.inner_text() == "Step 12 of 12"
-    expect("**step=12*")
+    tab.page.wait_for_url("**step=12*")
     tab.page.keyboard.press("Home")
     assert where.inner_text() == "Before step 1 of 12"
-    expect("**step=0*")
+    tab.page.wait_for_url("**step=0*")
     tab.page.keyboard.press(" ")
     tab.page.get_by_role("button", name="Pause").wait_for()
     tab.shows("Step 2 of 12")
@@ -187,7 +188,7 @@ def test_steps_are_walked_with_the_keyboard(tab: browser.Tab) -> None:
     assert stepper.evaluate("node => node.marked")  # the same node all along
     tab.page.reload()
     tab.idle()
-    assert where.inner_text().startswith(f"Step {tab.page.url.split('step=')[1].split('&')[0]} of")
+    expect(where).to_have_text(f"Step {tab.page.url.split('step=')[1].split('&')[0]} of 12")
 
 
 def test_a_live_run_grows_under_the_eyes_of_whoever_watches(
