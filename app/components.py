@@ -130,7 +130,8 @@ def model_name(spec: RunSpec) -> str:
 
 def method_name(spec: RunSpec) -> str:
     """How blocks are chosen, or that none are."""
-    return style.method_name(spec) if spec.kind == "search" else "Analyses only"
+    others = {"analyze": "Analyses only", "evaluate": "List given"}
+    return others.get(spec.kind) or style.method_name(spec)
 
 
 def text_name(spec: RunSpec) -> str:

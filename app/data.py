@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
@@ -19,7 +19,7 @@ from sleb import alignment, api, cache, jobs, methods, peek, similarity, store, 
 from sleb import outline as outlines_of
 from sleb.errors import RunError
 from sleb.outline import Outline
-from sleb.records import ExitStatistics, JobSpec, Method, Run, Step
+from sleb.records import ExitStatistics, JobKind, JobSpec, Method, Run, Step
 from sleb.similarity import TokenSimilarity
 from sleb.tokens import Tokens
 
@@ -118,9 +118,7 @@ def permissions() -> dict[str, bool]:
     return {name: os.environ.get(variable) == "1" for name, variable in names.items()}
 
 
-def job_spec(
-    kind: Literal["search", "analyze", "export"], device: str = "auto", batch_size: int | None = None
-) -> JobSpec:
+def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None) -> JobSpec:
     """How a job is to be done, with what the server was started with. Raises `OptionError` out of range."""
     allowed = permissions()
     return api.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])

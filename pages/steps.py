@@ -20,8 +20,8 @@ LIVE_SECONDS = 2.0
 
 def main(run: Run) -> None:
     """The screen, from top to bottom."""
-    if run.spec.kind == "analyze":
-        components.empty("This run removes nothing", "It was asked for the analyses only. Start a search on **Runs**.")
+    if run.spec.kind != "search":
+        components.empty("This run removes nothing", "Nothing was searched in it. Start a search on **Runs**.")
         return
     with st.expander("How to read this", icon=":material/help:"):
         explain()

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
 from . import distributed, files, jobs, store
 from .errors import OptionError, RunBusy
 from .meter import Watcher
-from .records import CalibrationSpec, Forecast, JobSpec, JobState, Method, Proof, Run, RunSpec
+from .records import CalibrationSpec, Forecast, JobKind, JobSpec, JobState, Method, Proof, Run, RunSpec
 
 PAPER_SEQUENCES = 128
 PAPER_SEQUENCE_LENGTH = 2048
@@ -196,7 +196,7 @@ def runs() -> list[Run]:
 def run_spec(
     model: str,
     *,
-    kind: Literal["search", "analyze"] = "search",
+    kind: Literal["search", "analyze", "evaluate"] = "search",
     remove: int | None = None,
     ratio: float | None = None,
     method: str | Method = Method.METRIC3,
@@ -219,7 +219,7 @@ def run_spec(
     analysis: bool = True,
 ) -> RunSpec:
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
-    if kind not in ("search", "analyze"):
+    if kind not in get_args(RunSpec.model_fields["kind"].annotation):
         raise OptionError(f"There is no run of kind {kind!r}; search and analyze are the two.")
     model, calibration = _text("model", model), None if calibration is None else _text("calibration", calibration)
     is_demo = model == "demo"
@@ -239,11 +239,11 @@ def run_spec(
     try:
         return RunSpec(
             kind=kind,
-            model=_absolute(model),
+            model=absolute(model),
             revision=revision,
             dtype=dtype,
             calibration=CalibrationSpec(
-                source=_absolute(calibration or ("demo" if is_demo else "wikitext2")),
+                source=absolute(calibration or ("demo" if is_demo else "wikitext2")),
                 sequences=_default(sequences, DEMO_SEQUENCES if is_demo else PAPER_SEQUENCES),
                 sequence_length=_default(sequence_length, DEMO_SEQUENCE_LENGTH if is_demo else PAPER_SEQUENCE_LENGTH),
                 sampling=sampling,
@@ -264,11 +264,11 @@ def run_spec(
             analysis=analysis,
         )
     except ValidationError as error:
-        raise OptionError(_sentence(error)) from error
+        raise OptionError(sentence(error)) from error
 
 
 def job_spec(
-    kind: Literal["search", "analyze", "export"],
+    kind: JobKind,
     device: str = "auto",
     batch_size: int | None = None,
     allow_pickle: bool = False,
@@ -309,6 +309,8 @@ def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
 
 def is_finished(run: Run) -> bool:
     """Whether there is nothing left to do."""
+    if run.spec.kind == "evaluate":
+        return True
     if run.spec.kind == "search" and (run.trace is None or run.trace.finished is None):
         return False
     analysed = run.analysis is not None or run.analysis_unavailable is not None
@@ -363,7 +365,7 @@ def _valid(record: type[JobSpec], settings: dict[str, Any]) -> JobSpec:
     try:
         return record.model_validate(settings)
     except ValidationError as error:
-        raise OptionError(_sentence(error)) from error
+        raise OptionError(sentence(error)) from error
 
 
 def _text(name: str, value: object) -> str:
@@ -381,7 +383,7 @@ def _default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """Local paths are kept absolute, so that a run resumes from any directory; other names stay as they are."""
     path, _, column = name.partition(":")
     if name in ("demo", "wikitext2", "c4", "wikitext2-rows"):
@@ -395,7 +397,9 @@ def _absolute(name: str) -> str:
     return name
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError) -> str:
+    """What pydantic refused, as one sentence about an option."""
+    """What pydantic refused, as one sentence about an option."""
     first = error.errors()[0]
     named = [part for part in first["loc"] if isinstance(part, str)]
     where = "--" + named[-1].replace("_", "-") if named else "The options"

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from .errors import OptionError, StorageError
-from .records import Record
+from .record import Record
 
 log = logging.getLogger(__name__)
 

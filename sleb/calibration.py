@@ -26,7 +26,7 @@ SEPARATOR = "\n\n"
 _STREAMED_CHARACTERS = 8_000_000
 """At least so much text is drawn from a data set that is too large to be tokenised whole."""
 _BUFFER_DOCUMENTS = 10_000  # of the shuffle of a streamed data set
-_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 _CONTENT_KEYS = ("text", "content", "messages", "conversations")
 
@@ -63,14 +63,14 @@ def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any
 
     A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one.
     """
-    bos = _bos(spec.bos, tokenizer, vocab_size)
+    bos = bos_of(spec.bos, tokenizer, vocab_size)
     if spec.source == "wikitext2-rows":
         return _rows(spec, held_out, seed, tokenizer, vocab_size, bos)
     held = default_held_out(spec.sequences) if held_out is None else held_out
     wanted = spec.sequences + held
     documents, origin = _documents(spec, wanted, seed)
     texts = [_rendered(document, spec, tokenizer) for document in documents]
-    windows = _windows(SEPARATOR.join(texts), spec, tokenizer, vocab_size, bos, origin)
+    windows = cut(SEPARATOR.join(texts), spec.sequence_length, tokenizer, vocab_size, bos, origin)
     if len(windows) < wanted:
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
@@ -92,22 +92,22 @@ def _rows(
 
     Held-out windows come from the rows that follow in the same shuffle.
     """
-    data = _load_dataset(*_WIKITEXT, split="train").shuffle(seed=seed)
+    data = load_dataset(*WIKITEXT, split="train").shuffle(seed=seed)
     rows = [str(row) for row in data[:]["text"]]
     origin = f"{spec.sequences} shuffled rows of WikiText-2 raw"
-    calibration = _windows(SEPARATOR.join(rows[: spec.sequences]), spec, tokenizer, vocab_size, bos, origin)
+    calibration = cut(SEPARATOR.join(rows[: spec.sequences]), spec.sequence_length, tokenizer, vocab_size, bos, origin)
     if not len(calibration):
         raise CalibrationError(
             f"{origin} give less than one window of {spec.sequence_length} tokens. Raise --sequences (rows) or lower "
             "--sequence-length."
         )
     held = default_held_out(len(calibration)) if held_out is None else held_out
-    rest = _windows(SEPARATOR.join(rows[spec.sequences :]), spec, tokenizer, vocab_size, bos, origin)[:held]
+    rest = cut(SEPARATOR.join(rows[spec.sequences :]), spec.sequence_length, tokenizer, vocab_size, bos, origin)[:held]
     text = f"{origin}: {len(calibration)} windows of {spec.sequence_length} tokens, as in the reference's loader"
     return CalibrationSet(np.concatenate([calibration, rest]), len(calibration), bos is not None, text)
 
 
-def _bos(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
+def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
     """The id that begins every window, or None."""
     token = tokenizer.bos_token_id
     if choice == "no":
@@ -125,10 +125,8 @@ def _bos(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
     return int(token) if token is not None and len(habit) > 1 and habit[0] == token else None
 
 
-def _windows(
-    text: str, spec: CalibrationSpec, tokenizer: Any, vocab_size: int, bos: int | None, origin: str
-) -> np.ndarray:
-    """Non-overlapping windows (count, sequence_length) int64 of the text tokenised whole; the rest is dropped."""
+def cut(text: str, length: int, tokenizer: Any, vocab_size: int, bos: int | None, origin: str) -> np.ndarray:
+    """Non-overlapping windows (count, length) int64 of the text tokenised whole; the rest is dropped."""
     if not text.strip():
         raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
     text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no character
@@ -138,7 +136,7 @@ def _windows(
             f"The tokenizer gives the token id {int(ids.max())}, and the model knows {vocab_size}: they do not belong "
             "together. Save the model's own tokenizer beside it."
         )
-    size = spec.sequence_length - (bos is not None)
+    size = length - (bos is not None)
     windows = ids[: len(ids) // size * size].reshape(-1, size)
     if bos is not None:
         windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
@@ -151,16 +149,16 @@ def _documents(spec: CalibrationSpec, wanted: int, seed: int) -> tuple[list[Any]
     if source == "demo":
         return demo.documents(), "the demo text (Wikipedia sample)"
     if source == "wikitext2":
-        return list(_load_dataset(*_WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
+        return list(load_dataset(*WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
     needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
     if source == "c4":
-        data = _load_dataset(_C4[0], data_files={"train": _C4[1]}, split="train", streaming=True)
+        data = load_dataset(_C4[0], data_files={"train": _C4[1]}, split="train", streaming=True)
         return _drawn(data, "text", needed, spec, seed, "C4, train"), "C4, train (first shard)"
     path, column = _local(source)
     if path is not None:
         return _from_file(path, column, spec, needed, seed), path.name
     name, config, split, column = _hub_parts(source)
-    data = _load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
+    data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
     return _drawn(data, column, needed, spec, seed, source), source
 
 
@@ -307,7 +305,8 @@ def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
     return name, config, split, column
 
 
-def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
+def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
+    """The hub's, or the one in its cache. Raises `CalibrationError`."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -316,6 +315,6 @@ def _load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
-            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or use "
-            "--calibration with a local .txt, .jsonl or .parquet file, or demo."
+            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or name a "
+            "local .txt, .jsonl or .parquet file instead, or demo."
         ) from error

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 import socket
 import sys
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import api, distributed, files, jobs, store
+from . import api, distributed, files, jobs, judge, store
 from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
 from .meter import duration
 from .options import (
@@ -54,6 +53,7 @@ from .options import (
     Sequences,
     Speedups,
     TrustRemoteCode,
+    as_bytes,
 )
 from .outline import Outline, list_outlines
 from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
@@ -194,7 +194,7 @@ def search(
         allow_pickle,
         trust_remote_code,
         processes,
-        _bytes(memory_budget),
+        as_bytes(memory_budget),
         "auto" if speedups else "off",
     )
     if dry_run:
@@ -241,7 +241,9 @@ def analyze(
         dtype=dtype.value,
         revision=revision,
     )
-    job = api.job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code, processes, _bytes(memory_budget))
+    job = api.job_spec(
+        "analyze", device, batch_size, allow_pickle, trust_remote_code, processes, as_bytes(memory_budget)
+    )
     _start(spec, job, run_dir, as_json)
 
 
@@ -261,7 +263,7 @@ def resume(
     """Go on after the last finished step; a finished run is printed."""
     found = store.load(run)
     if not api.is_finished(found):
-        number, budget = api.as_before(found, processes, _bytes(memory_budget))
+        number, budget = api.as_before(found, processes, as_bytes(memory_budget))
         job = api.job_spec(
             found.spec.kind,
             device,
@@ -376,7 +378,7 @@ def export(
                 steps=steps,
                 replace=replace,
                 device=device,
-                memory_budget=_bytes(memory_budget),
+                memory_budget=as_bytes(memory_budget),
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,
                 watcher=screen.watcher(),
@@ -399,6 +401,9 @@ def export(
         f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
         "equal with and without cache."
     )
+
+
+judge.register(app)
 
 
 @app.command()
@@ -655,16 +660,6 @@ def _blocks(text: str | None) -> list[int] | None:
         return [int(part) for part in text.replace(" ", "").split(",") if part]
     except ValueError as error:
         raise OptionError(f"--protect takes block indices such as 0,29; found {text!r}.") from error
-
-
-def _bytes(text: str | None) -> int | None:
-    """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if not found or not float(found[1]):
-        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
 
 
 def _share(text: str | None) -> float | None:

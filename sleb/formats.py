@@ -80,8 +80,8 @@ def in_words(num_blocks: int, removal_list: Sequence[int]) -> str:
 
 def trace_of(run: Run) -> Trace:
     """The run's trace with at least one finished step, or the reason why there is none."""
-    if run.spec.kind == "analyze":
-        raise RunError(f"Run {run.run_id} is an analysis and removes no block; search {run.spec.model} first.")
+    if run.spec.kind != "search":
+        raise RunError(f"Run {run.run_id} is an {run.spec.what} and chose no block; search {run.spec.model} first.")
     if run.stack is None or run.trace is None or not run.trace.steps:
         raise RunError(
             f"Run {run.run_id} has no finished step, so there is no removal list yet; "

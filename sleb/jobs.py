@@ -146,7 +146,7 @@ def watched(run: Run) -> Run:
 
 def state_of(run: Run) -> JobState:
     """The state of the run's newest search or analysis."""
-    own = [job for job in watched(run).jobs if job.spec.kind == run.spec.kind]
+    own = [job for job in watched(run).jobs if job.spec.is_own(run.spec)]
     return own[-1].status.state if own else JobState.QUEUED
 
 

@@ -1,12 +1,15 @@
-"""The options of the command line that several commands share: their types, names and help. Does nothing."""
+"""The options of the command line that several commands share: their types, names and help."""
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .errors import OptionError
 
 
 class Sampling(StrEnum):
@@ -159,3 +162,13 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
+
+
+def as_bytes(text: str | None) -> int | None:
+    """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]):
+        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))

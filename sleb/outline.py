@@ -55,7 +55,7 @@ def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
 def outline(directory: Path) -> Outline:
     """One run folder. Raises `RunError` where it is damaged or of another version."""
     spec = store.read_spec(directory)
-    own = [job for job in store.read_jobs(directory) if job.spec.kind == spec.kind]
+    own = [job for job in store.read_jobs(directory) if job.spec.is_own(spec)]
     job = jobs.derived(own[-1]) if own else None
     baseline, last, finished, seconds = _ends(directory / "trace.jsonl")
     num_blocks = None

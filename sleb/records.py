@@ -6,12 +6,15 @@ a property named `perplexity` divides.
 
 from __future__ import annotations
 
-import math
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from .findings import Ask
+from .record import Measured as Measured
+from .record import Record as Record
 
 FORMAT_VERSION = 1
 """Version of the run folder. A folder of another version is refused, never guessed at."""
@@ -19,12 +22,6 @@ FORMAT_VERSION = 1
 
 RACE_SEQUENCES = 32
 """From so many calibration sequences on a race saves more than it may lose."""
-
-
-class Record(BaseModel):
-    """A value: frozen, and strict about unknown fields, so that a misspelt one is found when it is written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
 
 
 class Method(StrEnum):
@@ -62,7 +59,8 @@ class RunSpec(Record):
     """What was asked; immutable once written. Permissions and devices are no part of it: see `JobSpec`."""
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["search", "analyze"] = "search"
+    kind: Literal["search", "analyze", "evaluate"] = "search"
+    """`evaluate`: nothing is searched; the removal list was given."""
     model: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -88,6 +86,13 @@ class RunSpec(Record):
     """What follows Metric3's last removal: `swap` tries one block back and another out, while that lowers the score."""
     seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
     analysis: bool = True
+    given: tuple[int, ...] | None = None
+    """Blocks removed in a run that searches nothing, in the order in which they were given."""
+
+    @property
+    def what(self) -> str:
+        """One word for lists of runs: the method, or what else it is."""
+        return {"analyze": "analysis", "evaluate": "evaluation"}.get(self.kind, self.method.value)
 
     @property
     def races(self) -> bool:
@@ -119,7 +124,7 @@ class SelfCheck(Record):
     tokens: int
     max_difference: float | None
     """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token. None: nothing to compare."""
-    protected: dict[int, str] = {}
+    protected: dict[int, str] = Field(default={})
     """Blocks whose plain skip raises, with the reason."""
 
 
@@ -155,22 +160,6 @@ class StackDescription(Record):
         if not 1 <= self.num_blocks == len(self.block_parameters) <= 100_000:
             raise ValueError("there are as many numbers of parameters as blocks, and at least one")
         return self
-
-
-class Measured(Record):
-    """A sum of negative log-likelihoods in nats and the tokens it was summed over."""
-
-    nll_sum: float | None
-    """None where the predictions were not numbers."""
-    token_count: Annotated[int, Field(ge=0)]
-
-    @property
-    def perplexity(self) -> float | None:
-        """exp(nll_sum / token_count)."""
-        if self.nll_sum is None or self.token_count == 0:
-            return None
-        nats = self.nll_sum / self.token_count
-        return math.exp(nats) if nats < 700 else math.inf
 
 
 class Candidate(Record):
@@ -327,11 +316,14 @@ class Trace(Record):
         return self.baseline.head_evaluations + sum(step.head_evaluations for step in self.steps)
 
 
+JobKind = Literal["search", "analyze", "export", "evaluate", "benchmark", "quantize", "heal", "generate"]
+
+
 class JobSpec(Record):
     """What one process is to do with a run, and what it may: permissions live here, never in what is shared."""
 
     format_version: int = FORMAT_VERSION
-    kind: Literal["search", "analyze", "export"]
+    kind: JobKind
     device: str = "auto"
     batch_size: Annotated[int, Field(ge=1, strict=True)] | None = None
     """Sequences per batch; None chooses for the device."""
@@ -349,9 +341,17 @@ class JobSpec(Record):
     """Export: the folder to write."""
     replace: Annotated[bool, Field(strict=True)] = False
     """Export: an earlier export there may be replaced."""
+    ask: Ask | None = None
+    """What is asked of a job that judges removal lists."""
+
+    def is_own(self, spec: RunSpec) -> bool:
+        """Whether the job's end is the run's: of a run that searches nothing, any job's."""
+        return self.kind == spec.kind or spec.kind == "evaluate"
 
     @model_validator(mode="after")
     def _one_way(self) -> JobSpec:
+        if (self.ask.kind if self.ask else self.kind) != self.kind:
+            raise ValueError(f"a job that is to {self.kind} is asked something else")
         if self.device == "all" and (self.processes > 1 or self.memory_budget is not None):
             raise ValueError(
                 "--device all keeps one whole model on all GPUs; leave it out, or --processes and --memory-budget"
@@ -576,7 +576,7 @@ class Run(Record):
     @property
     def removal_list(self) -> tuple[int, ...]:
         """Blocks in the order of removal so far."""
-        return self.trace.removal_list if self.trace else ()
+        return self.trace.removal_list if self.trace else self.spec.given or ()
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:

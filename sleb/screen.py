@@ -258,7 +258,7 @@ def describe_end(run: Run) -> str:
 def print_run(run: Run, console: Console | None = None) -> None:
     """The whole run on stdout, or on another console."""
     console = console or _Patient()
-    kind = run.spec.method.value if run.spec.kind == "search" else "analysis"
+    kind = run.spec.what
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({jobs.state_of(run).value})"))
     refined = ", refined by swaps" if run.spec.refine == "swap" else ""
     console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}{refined}"))
@@ -289,7 +289,7 @@ def print_runs(found: Sequence[Outline]) -> None:
                 run.run_id,
                 run.state.value,
                 run.spec.model,
-                run.spec.method.value if run.spec.kind == "search" else "analysis",
+                run.spec.what,
                 str(list(run.removal_list)) if run.removal_list else "-",
                 f"{decimal(first)} → {decimal(last)}",
             )

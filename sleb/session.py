@@ -113,17 +113,7 @@ class Session:
             num_remove = methods.number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
             methods.require_possible(self.spec.method, count, num_remove, protected)
         description = StackDescription(
-            model_class=type(self.loaded.model).__name__,
-            path=self.stack.path,
-            block_class=type(self.stack.blocks[0]).__name__,
-            num_blocks=count,
-            block_parameters=tuple(self.stack.parameters_of(block) for block in range(count)),
-            total_parameters=sum(parameter.numel() for parameter in self.loaded.model.parameters()),
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            dtype=self.loaded.dtype,
-            revision=self.loaded.revision,
-            weights_hash=hashed,
+            **_of_the_model(self.stack, self.loaded, hashed),
             tokens_hash=self.text.tokens_hash,
             sequences=self.text.sequences,
             held_out=self.text.held_out,
@@ -330,6 +320,39 @@ class Session:
         )
         tokens.write(self.run.run_dir, sample)
         store.write_analysis(self.run.run_dir, found)
+
+
+def describe(stack: BlockStack, loaded: LoadedModel) -> StackDescription:
+    """A model that nothing is searched on: there is no calibration text, and every block may be asked for."""
+    ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (2, 16))
+    return StackDescription(
+        **_of_the_model(stack, loaded, weights_hash(loaded.model)),
+        tokens_hash="",
+        sequences=0,
+        held_out=0,
+        sequence_length=0,
+        bos=False,
+        text="none",
+        num_remove=0,
+        protected=(),
+        self_check=self_check(stack, list(range(len(stack))), ids),
+    )
+
+
+def _of_the_model(stack: BlockStack, loaded: LoadedModel, hashed: str) -> dict[str, Any]:
+    return dict(
+        model_class=type(loaded.model).__name__,
+        path=stack.path,
+        block_class=type(stack.blocks[0]).__name__,
+        num_blocks=len(stack),
+        block_parameters=tuple(stack.parameters_of(block) for block in range(len(stack))),
+        total_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        hidden_size=stack.config.hidden_size,
+        vocab_size=stack.config.vocab_size,
+        dtype=loaded.dtype,
+        revision=loaded.revision,
+        weights_hash=hashed,
+    )
 
 
 def _require_positions(config: Any, length: int) -> None:

@@ -478,5 +478,5 @@ def _other_version(path: Path, version: object) -> str:
 def _new_run_id(spec: RunSpec) -> str:
     """Sortable by time, telling by name, unlikely to collide."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
-    what = spec.method.value if spec.kind == "search" else "analysis"
+    what = spec.what
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{what}-{secrets.token_hex(2)}"

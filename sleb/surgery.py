@@ -74,6 +74,18 @@ def remove_blocks(model: nn.Module, removal_list: Sequence[int]) -> None:
     carry_out(model, plan_removal(model, removal_list))
 
 
+def streamlined(model: nn.Module, removal_list: Sequence[int]) -> nn.Module:
+    """A model without these blocks that shares its weights with the original, which stays as it is.
+
+    Raises `ExportError` where the family's config cannot express the removal.
+    """
+    removal = plan_removal(model, removal_list)
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    carry_out(twin, removal)
+    return twin
+
+
 @torch.no_grad()
 def carry_out(model: nn.Module, removal: Removal) -> None:
     """Do to the model what was planned for it."""

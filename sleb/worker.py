@@ -8,6 +8,7 @@ import resource
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,25 @@ from typing import Any
 import torch
 
 from . import calibration, distributed, jobs, store
+from .blocks import BlockStack
 from .errors import OptionError, RunError
 from .export import export_checkpoint, model_card, require_free
 from .formats import public_name, removal_list_after
 from .loading import LoadedModel, load_model, weights_hash
 from .meter import Meter, Watcher
-from .records import Attempt, JobSpec, Run
-from .session import Session
+from .records import Attempt, Job, JobSpec, Run
+from .session import Session, describe
+from .subject import Subject
 
 log = logging.getLogger(__name__)
+
+_JUDGES = {
+    "evaluate": "evaluating",
+    "benchmark": "timing",
+    "quantize": "quantizing",
+    "heal": "healing",
+    "generate": "generating",
+}
 
 
 def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
@@ -35,12 +46,19 @@ def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
         attempt = _AttemptFile(job_dir, job.spec)
         log.info("Job %s of run %s: %s", job.name, run.run_id, run.spec.model)
         try:
+            judge = _judge(job.spec)
             if job.spec.kind == "export":
                 _require_exportable(run, job.spec)  # refused before minutes of loading
+            elif judge is not None:
+                judge.require(job.spec.ask)
             else:
                 calibration.require_there(run.spec.calibration)
             meter.phase("Loading the model")
-            if job.spec.kind == "export":
+            if judge is not None:
+                loaded = _load(run, job.spec, job.spec.device)
+                attempt.learn(device=loaded.device)
+                judge.work(_subject(run, job, loaded, meter, watcher), job.spec.ask)
+            elif job.spec.kind == "export":
                 loaded = _load(run, job.spec, job.spec.device)
                 attempt.learn(device=loaded.device)
                 _export(run, job.spec, job_dir, loaded, meter)
@@ -73,6 +91,34 @@ def _session(run: Run, job: JobSpec, group: distributed.Group, meter: Meter, wat
     if loaded is None:
         loaded = _load(run.model_copy(update={"spec": run.spec.model_copy(update={"dtype": dtype})}), job, device)
     return Session(run, job, loaded, meter, watcher, group)
+
+
+def _judge(job: JobSpec) -> Any:
+    """The module that does what a job asks about removal lists: `require` before the model is there, `work` with it."""
+    if job.ask is None:
+        if job.kind in _JUDGES:
+            raise RunError(f"The job's spec.json does not say what to {job.kind}; it is damaged.")
+        return None
+    return import_module(f"{__package__}.{_JUDGES[job.ask.kind]}")
+
+
+def _subject(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> Subject:
+    """The model as it was searched, or, in a run that searches nothing, as it is found now."""
+    assert job.spec.ask is not None
+    stack = BlockStack(loaded.model)
+    if run.stack is None:
+        if run.spec.kind != "evaluate":
+            raise RunError(f"Run {run.run_id} has not opened its model yet. Go on with it first: sleb resume.")
+        meter.phase("Checking the sweep against plain forward passes")
+        described = describe(stack, loaded)
+        store.write_stack(run.run_dir, described)
+        run = run.model_copy(update={"stack": described})
+        watcher.described(described)
+    else:
+        _require_same_weights(run, job.spec, loaded)
+    subject = Subject(run, job.spec, job.directory, loaded, stack, meter)
+    subject.require_within(job.spec.ask.lists)
+    return subject
 
 
 def _require_exportable(run: Run, job: JobSpec) -> tuple[tuple[int, ...], Path]:

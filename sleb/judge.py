@@ -1,0 +1,389 @@
+"""The commands that judge removal lists: evaluate, benchmark, quantize, heal, generate. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import api, judging, results, store
+from .errors import BadInput, OptionError, Stopped
+from .findings import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, QuantizeSpec
+from .options import (
+    AllowPickle,
+    BatchSize,
+    Chat,
+    Device,
+    Dtype,
+    DtypeOption,
+    Json,
+    MemoryBudget,
+    Revision,
+    RunDir,
+    Seed,
+    TrustRemoteCode,
+    as_bytes,
+)
+from .records import JobSpec, Run
+from .screen import Screen
+from .tables import print_findings
+
+WHICH, WHAT = "Which list", "What is measured"
+
+
+class Scheme(StrEnum):
+    """How weights are stored."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+class How(StrEnum):
+    """How a model is healed."""
+
+    LORA = "lora"
+    BIAS = "bias"
+    LINEAR = "linear"
+
+
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="MODEL|RUN", help="A run, or a model: a Hugging Face name, a folder, a .gguf file, demo."),
+]
+RemovalListOption = Annotated[
+    str | None,
+    typer.Option(metavar="'[14, 23]'", rich_help_panel=WHICH, help="These blocks; '[]' for the unmodified model only."),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=0, rich_help_panel=WHICH, help="The run's list after so many steps. [default: the last]"),
+]
+AllSteps = Annotated[
+    bool, typer.Option("--all-steps", rich_help_panel=WHICH, help="The run's list after each number of removals.")
+]
+Perplexity = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXTS",
+        rich_help_panel=WHAT,
+        help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl as "
+        "documents, any other as one text; none for none.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        min=1, rich_help_panel=WHAT, help="At most so many windows of a text and examples of a task: an estimate."
+    ),
+]
+Window = Annotated[int, typer.Option(min=2, rich_help_panel=WHAT, help="Tokens; published numbers have 2048.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (evaluate, benchmark, quantize, heal, generate):
+        app.command()(command)
+
+
+def evaluate(
+    subject: Subject,
+    removal_list: RemovalListOption = None,
+    steps: Steps = None,
+    all_steps: AllSteps = False,
+    perplexity: Perplexity = "wikitext2",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", rich_help_panel=WHAT, help="Of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge …"
+        ),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=WHAT, help="More tasks, in lm-eval's own YAML.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, rich_help_panel=WHAT, help="Examples in the prompt. [default: the task's own]")
+    ] = None,
+    limit: Limit = None,
+    window: Window = 2048,
+    bos: Annotated[
+        str, typer.Option(rich_help_panel=WHAT, help="BOS at the head of each window: no (published), yes, or auto.")
+    ] = "no",
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    memory_budget: MemoryBudget = None,
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """What a removal list costs: perplexity by the published protocols, accuracy by lm-eval.
+
+    The unmodified model is measured beside it. What is known already is not computed again, so that a stopped
+    evaluation goes on where it was.
+    """
+    ask = dict(
+        texts=_texts(perplexity),
+        tasks=_names(tasks),
+        task_folder=None if task_folder is None else str(task_folder.expanduser().absolute()),
+        shots=shots,
+        limit=limit,
+        window=window,
+        bos=bos,
+    )
+    if not ask["texts"] and not ask["tasks"]:
+        raise OptionError("Nothing to evaluate: name a text with --perplexity, or tasks with --tasks.")
+    job = _job(device, batch_size, memory_budget, allow_pickle, trust_remote_code)
+    _go(EvaluateSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+
+
+def benchmark(
+    subject: Subject,
+    removal_list: RemovalListOption = None,
+    steps: Steps = None,
+    all_steps: AllSteps = False,
+    prompt: Annotated[
+        str, typer.Option(metavar="1x2048", rich_help_panel=WHAT, help="Sequences x tokens of a prompt; none for none.")
+    ] = "1x2048",
+    generation: Annotated[
+        str, typer.Option(metavar="64x128", rich_help_panel=WHAT, help="Sequences x tokens generated; none for none.")
+    ] = "64x128",
+    prompt_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 50,
+    generation_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 10,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """What a removal list buys: seconds of prompt processing and of generation, memory, parameters.
+
+    The baseline and the list take turns on the same input, with the blocks really gone.
+    """
+    ask = dict(
+        prompt=_shape("prompt", prompt),
+        generation=_shape("generation", generation),
+        prompt_repetitions=prompt_repetitions,
+        generation_repetitions=generation_repetitions,
+    )
+    if ask["prompt"] is None and ask["generation"] is None:
+        raise OptionError("Nothing to measure: give --prompt or --generation a shape such as 1x2048.")
+    job = _job(device, None, None, allow_pickle, trust_remote_code)
+    _go(BenchmarkSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+
+
+def quantize(
+    subject: Subject,
+    removal_list: RemovalListOption = None,
+    steps: Steps = None,
+    scheme: Annotated[
+        list[Scheme], typer.Option(rich_help_panel=WHAT, help="Weight-only, by torchao; may be given twice.")
+    ] = [Scheme.INT8],  # noqa: B006
+    group_size: Annotated[
+        int, typer.Option(min=16, rich_help_panel=WHAT, help="Weights that share an int4 scale.")
+    ] = 128,
+    perplexity: Perplexity = "wikitext2",
+    limit: Limit = None,
+    window: Window = 2048,
+    out: Annotated[Path | None, typer.Option(help="A folder for the streamlined model, quantised.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Quantise weights to int8 or int4: perplexity before and after, unmodified and without the list."""
+    ask = dict(
+        schemes=tuple(each.value for each in dict.fromkeys(scheme)),
+        group_size=group_size,
+        texts=_texts(perplexity),
+        limit=limit,
+        window=window,
+        out=_folder(out),
+        replace=replace,
+    )
+    job = _job(device, batch_size, None, allow_pickle, trust_remote_code)
+    _go(QuantizeSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, as_json)
+
+
+def heal(
+    subject: Subject,
+    removal_list: RemovalListOption = None,
+    steps: Steps = None,
+    how: Annotated[
+        How, typer.Option(rich_help_panel=WHAT, help="lora trains; bias and linear mend each cut without training.")
+    ] = How.LORA,
+    source: Annotated[
+        str, typer.Option(metavar="SPEC", rich_help_panel=WHAT, help="Text to heal on, as --calibration of search.")
+    ] = "wikitext2",
+    chat: Chat = False,
+    sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of that text.")] = 1024,
+    sequence_length: Annotated[int, typer.Option(min=8, rich_help_panel=WHAT, help="Tokens each.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT)] = 1,
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of the adapters.")] = 8,
+    learning_rate: Annotated[float, typer.Option(rich_help_panel=WHAT)] = 1e-4,
+    batch_sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Per update.")] = 8,
+    seed: Seed = 0,
+    perplexity: Perplexity = "wikitext2",
+    limit: Limit = None,
+    window: Window = 2048,
+    out: Annotated[Path | None, typer.Option(help="A folder for the healed model, or its adapter.")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, not merged.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune the smaller model a little (LoRA), or mend its cuts: perplexity before and after.
+
+    A stopped training goes on from its last checkpoint when the same command is given again.
+    """
+    ask = dict(
+        how=how.value,
+        source=api.absolute(source),
+        chat=chat,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        epochs=epochs,
+        rank=rank,
+        learning_rate=learning_rate,
+        batch_sequences=batch_sequences,
+        seed=seed,
+        texts=_texts(perplexity),
+        limit=limit,
+        window=window,
+        out=_folder(out),
+        adapter=adapter,
+        replace=replace,
+    )
+    job = _job(device, None, None, allow_pickle, trust_remote_code)
+    _go(HealSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, as_json)
+
+
+def generate(
+    subject: Subject,
+    prompt: Annotated[str, typer.Option(help="What both models go on from.")],
+    removal_list: RemovalListOption = None,
+    steps: Steps = None,
+    all_steps: AllSteps = False,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="How many.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="As a user's turn in the model's chat template.")] = False,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Device = "auto",
+    revision: Revision = None,
+    run_dir: RunDir = None,
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """The unmodified model and the smaller one side by side on a prompt, and which predictions flipped."""
+    ask = dict(prompt=prompt, tokens=tokens, chat=chat)
+    job = _job(device, None, None, allow_pickle, trust_remote_code)
+    _go(GenerateSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+
+
+def _go(
+    record: type[Any],
+    settings: dict[str, Any],
+    subject: str,
+    removal_list: str | None,
+    steps: int | None,
+    all_steps: bool,
+    of_model: tuple[Dtype, str | None, Path | None],
+    job_for: Callable[[Any], JobSpec],
+    as_json: bool,
+) -> None:
+    """Find or make the run, execute the job here, print what answers it."""
+    judging.ask_of(record, **settings)  # refused before a run is made
+    blocks = _blocks(removal_list)
+    dtype, revision, run_dir = of_model
+    run = judging.subject_run(subject, blocks, dtype=dtype.value, revision=revision, run_dir=run_dir)
+    is_new = not run.jobs and run.spec.kind == "evaluate"
+    try:
+        lists = judging.lists_of(run, blocks, steps, all_steps)
+        job = job_for(judging.ask_of(record, lists=lists, **settings))
+        done = _execute(run, job, as_json)
+    except BadInput:
+        if is_new and not results.findings(run.run_dir):
+            store.delete(run.run_dir)  # it never began: there is nothing to keep
+        raise
+    found = judging.answers(done)
+    if as_json:
+        rows = [each.model_dump(mode="json") for each in found]
+        typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
+    else:
+        print_findings(found)
+
+
+def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
+    with Screen(as_json) as screen:
+        screen.begin(run)
+        try:
+            return api.execute(run, job, screen.watcher())
+        except (KeyboardInterrupt, Stopped) as stopped:
+            raise Stopped("Stopped; what was found is kept, and the same command goes on from there.") from stopped
+
+
+def _job(
+    device: str, batch_size: int | None, memory_budget: str | None, allow_pickle: bool, trust_remote_code: bool
+) -> Callable[[Any], JobSpec]:
+    how = dict(
+        device=device,
+        batch_size=batch_size,
+        memory_budget=as_bytes(memory_budget),
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
+    return lambda ask: judging.job_of(ask, **how)
+
+
+def _blocks(text: str | None) -> list[int] | None:
+    """`[14, 23]` or `14,23`."""
+    if text is None:
+        return None
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    try:
+        return [int(part) for part in inner.split(",") if part.strip()]
+    except ValueError as error:
+        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {text!r}.") from error
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return () if text.strip() in ("", "none") else tuple(judging.text_name(name) for name in _names(text))
+
+
+def _shape(option: str, text: str) -> tuple[int, int] | None:
+    """`1x2048` -> (1, 2048)."""
+    if text.strip() == "none":
+        return None
+    first, _, second = text.lower().partition("x")
+    try:
+        found = int(first), int(second)
+    except ValueError:
+        found = 0, 0
+    if min(found) < 1:
+        raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {text!r}.")
+    return found
+
+
+def _folder(out: Path | None) -> str | None:
+    return None if out is None else str(out.expanduser().absolute())
