@@ -43,7 +43,7 @@ def act(what: str, run: Run) -> None:
         if what == "stop":
             jobs.stop(run)
         elif what == "resume":
-            jobs.start(jobs.next_job(run, data.job_spec(run.spec.kind, *_how(run))))
+            jobs.start(jobs.next_job(run, _as_before(run)))
         elif what == "duplicate":
             runform.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
@@ -56,10 +56,10 @@ def act(what: str, run: Run) -> None:
         st.session_state["outside"] = True
 
 
-def _how(run: Run) -> tuple[str, int | None]:
-    """Device and batch of the last try."""
+def _as_before(run: Run) -> JobSpec:
+    """The last try once more, with what this server allows."""
     own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
-    return (own[-1].device, own[-1].batch_size) if own else ("auto", None)
+    return (own[-1] if own else data.job_spec(run.spec.kind)).model_copy(update=data.permissions())
 
 
 def head() -> None:
@@ -222,6 +222,9 @@ def found(run: Run) -> None:
         fourth.metric("Search", components.duration(seconds), help="Time spent on finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
+    attempts = [job.attempt for job in run.jobs if job.spec.kind == run.spec.kind and job.attempt is not None]
+    if attempts:
+        st.caption(f"Searched {plain(attempts[-1].described)}.")
 
 
 def _from_to(before: float | None, after: float | None) -> str:

@@ -198,7 +198,7 @@ def search(
         "auto" if speedups else "off",
     )
     if dry_run:
-        _print_forecast(spec, api.forecast(spec, job), as_json)
+        _print_forecast(spec, job, api.forecast(spec, job), as_json)
     elif prepare:
         _prepare(store.create(spec, run_dir), job, as_json)
     else:
@@ -262,6 +262,8 @@ def resume(
 ) -> None:
     """Go on after the last finished step; a finished run is printed."""
     found = store.load(run)
+    if prepare and api.is_finished(found):
+        raise RunError(f"Run {found.run_id} is finished; there is nothing to prepare.")
     if not api.is_finished(found):
         number, budget = api.as_before(found, processes, as_bytes(memory_budget))
         job = api.job_spec(
@@ -457,8 +459,13 @@ def cache(
 def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
 ) -> None:
-    """Execute a job that is waiting in a run folder (what the dashboard and clusters start)."""
+    """Execute a job that is waiting in a run folder (what the dashboard and clusters start).
+
+    Under torchrun give the job folder that --prepare printed: all processes must mean the same job.
+    """
     directory = files.expanded(directory).absolute()
+    if not directory.is_dir():
+        raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
     rank = distributed.rank_here()
     if rank.size > 1 and directory.parent.name != "jobs":
         raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
@@ -467,7 +474,10 @@ def work(
         return
     job_dir = _job_dir(directory)
     try:
-        api.work(job_dir)
+        with_others = f" with {rank.size} processes" if rank.size > 1 else ""
+        typer.echo(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}", err=True)
+        done = api.work(job_dir)
+        typer.echo(f"Finished {done.run_id}.", err=True)
     except RunBusy:  # two asked at the same moment, and the other one has it
         store.withdraw_job(store.load_job(job_dir))
         raise
@@ -518,7 +528,7 @@ def _require_free(address: str, port: int) -> None:
             raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
 
 
-def _print_forecast(spec: RunSpec, found: Forecast, as_json: bool) -> None:
+def _print_forecast(spec: RunSpec, job: JobSpec, found: Forecast, as_json: bool) -> None:
     if as_json:
         typer.echo(found.model_dump_json())
         return
@@ -536,7 +546,9 @@ def _print_forecast(spec: RunSpec, found: Forecast, as_json: bool) -> None:
             ("loading and checking", f"about {duration(found.loading_seconds)}"),
             ("search", f"about {duration(found.search_seconds)}"),
             ("analyses", f"about {duration(found.analysis_seconds)}" if found.analysis_seconds else "none"),
-            ("memory", f"about {found.peak_memory / 1e9:.1f} GB"),
+            ("memory", f"about {found.peak_memory / 1e9:.1f} GB" + (" in each process" if job.processes > 1 else "")),
+            *([("processes", str(job.processes))] if job.processes > 1 else []),
+            *([("memory budget", f"{job.memory_budget / 1e6:,.0f} MB")] if job.memory_budget is not None else []),
         ],
     )
 
@@ -612,7 +624,8 @@ def _execute(run: Run, job: JobSpec, as_json: bool) -> Run:
             now = store.load(run.run_dir)
             count = len(now.trace.steps) if now.trace else 0
             how = f"Go on with: sleb resume {store.reference(run)}"
-            raise Stopped(f"Stopped after {count} finished steps. {how}") from stopped
+            steps = "1 finished step" if count == 1 else f"{count} finished steps"
+            raise Stopped(f"Stopped after {steps}. {how}") from stopped
         except BadInput:
             raise
         except SlebError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from .records import Baseline, Progress, StackDescription, Step
+from .records import Attempt, Baseline, Progress, StackDescription, Step
 
 
 class Watcher:
@@ -16,6 +16,9 @@ class Watcher:
 
     def described(self, stack: StackDescription) -> None:
         """The model is open, the text is cut, the self-check is done."""
+
+    def attempt(self, attempt: Attempt) -> None:
+        """The model is loaded: where, by how many processes, streamed or not."""
 
     def baseline(self, baseline: Baseline) -> None:
         """The unmodified model has been scored."""

@@ -168,7 +168,7 @@ def as_bytes(text: str | None) -> int | None:
     """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", text, re.IGNORECASE)
     if not found or not float(found[1]):
         raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2].lower() or " "))
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()))

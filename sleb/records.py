@@ -338,7 +338,11 @@ class JobSpec(Record):
     steps: Annotated[int, Field(ge=0, strict=True)] | None = None
     """Export: the removal list after this many steps; None is all of them."""
     out: str | None = None
-    """Export: the folder to write."""
+    """Export: the folder to write, or the file."""
+    format: Literal["hf", "gguf"] = "hf"
+    """Export: a Hugging Face folder, or a GGUF file with the blocks of another one cut out."""
+    gguf: str | None = None
+    """Export: the GGUF file of the run's model to cut; None is the model itself, where it is one."""
     replace: Annotated[bool, Field(strict=True)] = False
     """Export: an earlier export there may be replaced."""
     ask: Ask | None = None
@@ -352,6 +356,8 @@ class JobSpec(Record):
     def _one_way(self) -> JobSpec:
         if (self.ask.kind if self.ask else self.kind) != self.kind:
             raise ValueError(f"a job that is to {self.kind} is asked something else")
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(f"--device {self.device} names one device; with several processes use auto or cpu")
         if self.device == "all" and (self.processes > 1 or self.memory_budget is not None):
             raise ValueError(
                 "--device all keeps one whole model on all GPUs; leave it out, or --processes and --memory-budget"
@@ -368,9 +374,24 @@ class Attempt(Record):
     host: str
     processes: int = 1
     memory_budget: int | None = None
+    streamed: bool = False
+    """Whether blocks were read from disk whenever they were needed."""
     peak_memory: int | None = None
     """Bytes."""
     versions: dict[str, str]
+
+    @property
+    def described(self) -> str:
+        """In words, for one line."""
+        words = [f"on {self.device}"]
+        words += [f"{self.processes} processes"] if self.processes > 1 else []
+        if self.device == "cpu":
+            words += [f"{self.threads} thread{'s' if self.threads > 1 else ''}" + (" each" * (self.processes > 1))]
+        if self.memory_budget is not None:
+            each = " each" if self.processes > 1 else ""
+            how = "blocks streamed from disk" if self.streamed else "all weights in memory"
+            words += [f"{how}, within {self.memory_budget / 1e6:,.0f} MB{each}"]
+        return ", ".join(words)
 
 
 class JobState(StrEnum):
@@ -543,6 +564,8 @@ class Proof(Record):
     kept_blocks: tuple[int, ...]
     parameters_before: Annotated[int, Field(gt=0)]
     parameters_after: int
+    bytes_before: int | None = None
+    """Of the GGUF file the blocks were cut out of; None for a folder, which may be of another type than its origin."""
     bytes_after: int
     """Of the weight files."""
     dtype: str

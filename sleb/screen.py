@@ -16,7 +16,7 @@ from rich.table import Table
 from . import jobs, store
 from .meter import Watcher, duration
 from .outline import Outline
-from .records import Baseline, Candidate, Job, Run, StackDescription, Step
+from .records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from .records import Progress as Done
 
 _TIED_SHOWN = 6
@@ -81,6 +81,9 @@ class Screen:
 
             def described(self, stack: StackDescription) -> None:
                 screen.print(describe(stack))
+
+            def attempt(self, attempt: Attempt) -> None:
+                screen.note(_labelled("how", shown(attempt.described)))
 
             def baseline(self, baseline: Baseline) -> None:
                 screen.print(describe_baseline(baseline))
@@ -250,9 +253,15 @@ def describe_end(run: Run) -> str:
     lines = [
         f"[bold]Removal list: {list(run.removal_list)}[/]",
         _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone; {shown(finished)}"),
-        _labelled("next", f"sleb show {name}\nsleb export {name} --format hf --out FOLDER"),
+        _labelled("next", f"sleb evaluate {name}\nsleb export {name} --format hf --out FOLDER{_budget(run)}"),
     ]
     return "\n" + "\n".join(lines)
+
+
+def _budget(run: Run) -> str:
+    """What did not fit into memory in the search does not when it is written either."""
+    budgets = [job.spec.memory_budget for job in run.jobs if job.spec.kind == "search"]
+    return f" --memory-budget {math.ceil(budgets[-1] / 1e6)}MB" if budgets and budgets[-1] is not None else ""
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
@@ -266,6 +275,9 @@ def print_run(run: Run, console: Console | None = None) -> None:
     for job in last.values():
         if job.status.message:
             console.print(_labelled("", f"{job.name} {job.status.state.value}: {shown(job.status.message)}"))
+    attempt = last[run.spec.kind].attempt if run.spec.kind in last else None
+    if attempt is not None:
+        console.print(_labelled("how", shown(attempt.described)))
     if run.stack:
         console.print(describe(run.stack))
     if run.trace:

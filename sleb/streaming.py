@@ -122,9 +122,11 @@ class StreamedBlocks:
         spare = int(self.budget * (1 - _WORKSPACE)) - fixed
         if spare <= 0:
             least = fixed / (1 - _WORKSPACE) * 1.1
+            dtype = str(self._weights[0][0].place.dtype).removeprefix("torch.")
             raise OptionError(
-                f"A memory budget of {size(self.budget)} is too small for this model: {size(self.resident_bytes)} stay "
-                f"in memory, and three blocks of {size(largest)} each. Use --memory-budget {size(least)} or more."
+                f"A memory budget of {size(self.budget)} is too small for this model in {dtype}: "
+                f"{size(self.resident_bytes)} stay in memory, and three blocks of {size(largest)} each. "
+                f"Use --memory-budget {size(least)} or more."
             )
         return spare
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 
@@ -9,6 +10,9 @@ from .findings import Finding, Generation, Healing, Quantization, RemovalList, T
 from .meter import duration
 from .results import of_kind
 from .screen import decimal, shown, table
+
+_FLIPS_SHOWN = 12
+_CONTEXT = 6  # tokens before one that flipped
 
 
 def print_findings(found: Sequence[Finding]) -> None:
@@ -19,8 +23,7 @@ def print_findings(found: Sequence[Finding]) -> None:
     _timings(of_kind(ordered, Timing))
     _quantizations(of_kind(ordered, Quantization))
     _healings(of_kind(ordered, Healing))
-    for each in of_kind(ordered, Generation):
-        _generation(each)
+    _generations(of_kind(ordered, Generation))
 
 
 def _perplexities(found: Sequence[TextPerplexity]) -> None:
@@ -37,9 +40,8 @@ def _perplexities(found: Sequence[TextPerplexity]) -> None:
                 nats += f" ± {each.rise_standard_error:.4f}"
             rows.append((name_of(each.removal_list), decimal(each.measured.perplexity), share, nats))
         estimate = "" if text.is_whole else " (an estimate)"
-        table(
-            f"\nPerplexity on {text.description}, {own[0].dtype}{estimate}", ("removed", "perplexity", "", "nats"), rows
-        )
+        title = f"Perplexity on {text.description}, {own[0].dtype}{estimate}"
+        _titled(title, ("removed", "perplexity", "rise", "nats per token"), rows)
 
 
 def _accuracies(found: Sequence[TaskAccuracy]) -> None:
@@ -56,30 +58,60 @@ def _accuracies(found: Sequence[TaskAccuracy]) -> None:
 
 
 def _timings(found: Sequence[Timing]) -> None:
-    for shape in ("prompt", "generation"):
-        own = [each for each in found if each.shape == shape]
-        rows = []
-        for each in own:
-            low, high = each.spread
-            rows.append(
-                (
-                    name_of(each.removal_list),
-                    f"{statistics.median(each.baseline_times):.4g} s",
-                    f"{statistics.median(each.times):.4g} s",
-                    f"{each.speedup:.2f}x ({low:.2f} to {high:.2f})",
-                    f"{each.proportional:.2f}x",
-                    f"{each.parameters / 1e6:,.0f} M",
-                    f"{each.cache_bytes / 1e6:,.1f} MB",
-                    "-" if each.peak_memory is None else f"{each.peak_memory / 1e9:.2f} GB",
-                )
+    alike: dict[tuple[object, ...], list[Timing]] = {}
+    for each in sorted(found, key=lambda each: each.shape != "prompt"):
+        key = (each.shape, each.sequences, each.tokens, each.prompt_tokens, each.device, each.threads, each.dtype)
+        alike.setdefault(key, []).append(each)
+    for own in alike.values():
+        _timings_of_shape(own)
+
+
+def _timings_of_shape(own: Sequence[Timing]) -> None:
+    first = own[0]
+    has_peak = any(each.peak_memory is not None for each in own)
+    rows = []
+    for each in own:
+        seconds = statistics.median(each.baseline_times), statistics.median(each.times)
+        tokens = each.sequences * each.tokens
+        low, high = each.spread
+        row = [
+            name_of(each.removal_list),
+            _beside(each, *(f"{value:.4g}" for value in seconds)),
+            _beside(each, *(f"{tokens / value:,.0f}" for value in seconds)),
+            f"{each.speedup:.2f}x ({low:.2f} to {high:.2f})" if each.removal_list else "",
+            f"{each.proportional:.2f}x" if each.removal_list else "",
+            _beside(each, f"{each.baseline_parameters / 1e6:,.0f}", f"{each.parameters / 1e6:,.0f} M"),
+            _beside(each, f"{each.baseline_cache_bytes / 1e6:,.1f}", f"{each.cache_bytes / 1e6:,.1f} MB"),
+        ]
+        if has_peak:
+            peaks = [
+                "-" if peak is None else f"{peak / 1e9:.2f}" for peak in (each.baseline_peak_memory, each.peak_memory)
+            ]
+            row.append(_beside(each, peaks[0], f"{peaks[1]} GB"))
+        rows.append(tuple(row))
+    what = "Reading a prompt" if first.shape == "prompt" else "Generating"
+    after = f" after prompts of {first.prompt_tokens}" if first.prompt_tokens else ""
+    threads = "" if first.threads is None else f" ({first.threads} thread{'s' if first.threads > 1 else ''})"
+    counts = sorted({len(each.times) for each in own})
+    repetitions = " or ".join(map(str, counts)) + (" repetitions" if counts != [1] else " repetition")
+    _titled(
+        f"{what}: {first.sequences} x {first.tokens} tokens{after} on {first.device}{threads}, {first.dtype}, "
+        f"median of {repetitions}",
+        ("removed", "seconds", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
+        + (("peak memory",) if has_peak else ()),
+        rows,
+    )
+    for each in own:
+        if not each.gone:
+            print(
+                f"Without {name_of(each.removal_list)}: skipped, not gone, because the family's config cannot say "
+                "that they are; memory is the unmodified model's."
             )
-        if own:
-            what = "Reading a prompt" if shape == "prompt" else "Generating"
-            _titled(
-                f"{what}: {own[0].sequences} x {own[0].tokens} tokens on {own[0].device}, {own[0].dtype}",
-                ("removed", "baseline", "without", "speedup", "by blocks", "parameters", "KV cache", "peak memory"),
-                rows,
-            )
+
+
+def _beside(found: Timing, before: str, after: str) -> str:
+    """Unmodified and without the list; the unmodified model alone where there is no list."""
+    return f"{before} → {after}" if found.removal_list else after
 
 
 def _quantizations(found: Sequence[Quantization]) -> None:
@@ -127,10 +159,65 @@ def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]
     table("", columns, rows)
 
 
+def _generations(found: Sequence[Generation]) -> None:
+    """What the unmodified model says stands once above what the lists say to the same prompt."""
+    for ask in dict.fromkeys(each.ask for each in found):
+        own = [each for each in found if each.ask == ask]
+        first = own[0]
+        print(
+            f"\nThe unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
+            f"{shown_text(first.baseline_text)}"
+        )
+        for each in own:
+            if each.removal_list:
+                _generation(each)
+
+
 def _generation(found: Generation) -> None:
-    print(f"\nThe unmodified model ({found.baseline_seconds:.1f} s):\n{shown_text(found.baseline_text)}")
-    print(f"\nWithout {name_of(found.removal_list)} ({found.list_seconds:.1f} s):\n{shown_text(found.text)}")
-    print(f"\n{len(found.flips)} of {found.compared} predictions on the unmodified model's text are other tokens.")
+    without = ", ".join(map(str, found.removal_list))
+    print(
+        f"\nWithout {without} ({_spoken(len(found.tokens), found.list_seconds)}, {_parting(found)}):\n"
+        f"{shown_text(found.text)}"
+    )
+    share = f" ({len(found.flips) / found.compared:.0%})" if found.compared else ""
+    title = (
+        f"{len(found.flips)} of {found.compared} predictions{share} on the unmodified model's text, prompt included, "
+        "are other tokens without these blocks"
+    )
+    text = [*found.prompt_tokens, *found.baseline_tokens]
+    rows = [
+        (
+            str(each.position),
+            _quoted("".join(text[max(0, each.position - _CONTEXT) : each.position])),
+            f"{_quoted(each.before)} {each.before_probability:.0%}",
+            f"{_quoted(each.after)} {each.after_probability:.0%}",
+        )
+        for each in found.flips[:_FLIPS_SHOWN]
+    ]
+    if not rows:
+        print(f"\n{title}.")
+        return
+    _titled(title, ("at", "after", "unmodified", "without"), rows)
+    if len(found.flips) > len(rows):
+        print(f"and {len(found.flips) - len(rows)} more; --json has all of them")
+
+
+def _parting(found: Generation) -> str:
+    """How long both say the same."""
+    pairs = zip(found.baseline_tokens, found.tokens, strict=False)
+    same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    if same is None:
+        return "the same text" if found.tokens == found.baseline_tokens else "the same as far as it goes"
+    return f"another text from token {same + 1} on"
+
+
+def _spoken(tokens: int, seconds: float) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'} in {seconds:.1f} s"
+
+
+def _quoted(text: str) -> str:
+    """A piece of text in a cell, its spaces and line ends to be seen."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def name_of(removal_list: RemovalList) -> str:

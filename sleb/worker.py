@@ -24,6 +24,7 @@ from .loading import LoadedModel, load_model, weights_hash
 from .meter import Meter, Watcher
 from .records import Attempt, Job, JobSpec, Run
 from .session import Session, describe
+from .streaming import streamed_blocks
 from .subject import Subject
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,16 @@ def execute(job_dir: Path, reporter: jobs.Reporter, watcher: Watcher) -> None:
             meter.phase("Loading the model")
             if judge is not None:
                 loaded = _load(run, job.spec, job.spec.device)
-                attempt.learn(device=loaded.device)
+                attempt.loaded(loaded, watcher)
                 judge.work(_subject(run, job, loaded, meter, watcher), job.spec.ask)
             elif job.spec.kind == "export":
                 loaded = _load(run, job.spec, job.spec.device)
-                attempt.learn(device=loaded.device)
+                attempt.loaded(loaded, watcher)
                 _export(run, job.spec, job_dir, loaded, meter)
             else:
                 with distributed.joined(job_dir, job.spec.processes, job.spec.device) as group:
                     session = _session(run, job.spec, group, meter, watcher)
-                    attempt.learn(device=session.loaded.device, processes=group.size)
+                    attempt.loaded(session.loaded, watcher, processes=group.size)
                     session.go()
                 attempt.learn(batch_size=session.batch_size)
             log.info("Done.")
@@ -189,6 +190,13 @@ class _AttemptFile:
             versions=versions(),
         )
         self.learn()
+
+    def loaded(self, loaded: LoadedModel, watcher: Watcher, **changes: Any) -> None:
+        """The model is there: said in the log and on the screen."""
+        streamed = streamed_blocks(loaded.model) is not None
+        self.learn(device=loaded.device, threads=torch.get_num_threads(), streamed=streamed, **changes)
+        log.info("Loaded in %s, %s", loaded.dtype, self.attempt.described)
+        watcher.attempt(self.attempt)
 
     def learn(self, **changes: Any) -> None:
         """Something about this try became known."""

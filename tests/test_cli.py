@@ -114,9 +114,18 @@ def test_protection_and_rises_are_parsed(arguments: list[object]) -> None:
     assert "+10%" in run(*arguments, "--until-perplexity", "much", code=2)[1]
 
 
+def test_a_finished_run_has_nothing_to_prepare(arguments: list[object]) -> None:
+    name = json.loads(run(*arguments, "--remove", 1, "--json")[0])["run_id"]
+    out, err = run("resume", name, "--prepare", code=2)
+    assert out == ""
+    assert "nothing to prepare" in err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["search", "demo", "--memory-budget", "20"], "a size such as 24GB"),
+        (["search", "demo", "--device", "cuda:1", "--processes", "2"], "names one device"),
         (["search", "./nothing"], "no model folder"),
         (["search", "demo", "--method", "metric9"], "metric9"),
         (["search", "demo", "--remove", "0"], "--remove"),
@@ -130,7 +139,7 @@ def test_protection_and_rises_are_parsed(arguments: list[object]) -> None:
         (["stop", "nothing"], "no run"),
         (["delete", "nothing"], "no run"),
         (["import", "/nothing"], "no run"),
-        (["work", "/nothing"], "no run"),
+        (["work", "/nothing"], "no folder /nothing"),
         (["export", "nothing"], "no run"),
         (["export", "nothing", "--format", "onnx"], "onnx"),
         (["cache", "--clear", "everything"], "everything"),

@@ -11,10 +11,11 @@ import pytest
 from dashboard import ROOT, open_page, words
 from stores import write_many, write_run
 
+import sleb
 from app import components, data, runform
 from sleb import jobs, store
 from sleb.errors import CalibrationError, RunError
-from sleb.records import JobState, Method
+from sleb.records import Job, JobState, Method
 
 
 @pytest.fixture
@@ -69,6 +70,19 @@ def test_a_failed_run_shows_its_sentence_and_its_log(runs: Path) -> None:
     assert [each.value for each in app.error] == [sentence.replace(":", "\\:")]
     assert any(sentence in each.value for each in app.code)
     assert "Resume" in labels(app)
+
+
+def test_resume_goes_on_as_the_last_try_did(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(runs / "stopped", 12, 4, done=2, state=JobState.STOPPED)
+    spec = sleb.api.job_spec("search", "cpu", 3, processes=2, memory_budget=10**9, speedups="off")
+    last = store.create_job(run.run_dir, spec)
+    store.write_status(last.directory, store.load(run.run_dir).jobs[0].status)
+    started: list[Job] = []
+    monkeypatch.setattr(jobs, "start", started.append)  # what it would execute is all that is asked
+    app = open_page("runs", run="stopped")
+    press(app, "Resume")
+    assert not app.exception
+    assert [job.spec for job in started] == [spec]
 
 
 def test_an_unreadable_run_is_named_and_hides_no_other(runs: Path) -> None:

@@ -1,0 +1,210 @@
+"""`sleb evaluate`: which lists, what is kept, that nothing is computed twice, and bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from stores import write_run
+from typer.testing import CliRunner
+
+import sleb
+from sleb import cli, judging, results, store
+from sleb.errors import OptionError, RunError, SlebError
+from sleb.findings import EvaluateSpec, TextPerplexity
+from sleb.records import JobState
+from sleb.scoring import Scorer
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "held.txt"
+    path.write_text(tiny.text(2500, seed=5))
+    return path
+
+
+@pytest.fixture
+def run(tiny_model: Path, text_file: Path) -> sleb.Run:
+    return sleb.search(
+        str(tiny_model),
+        calibration=str(text_file),
+        sequences=3,
+        sequence_length=32,
+        remove=3,
+        dtype="float32",
+        analysis=False,
+    )
+
+
+def command(*words: object, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(cli.app, [str(word) for word in words])
+    error = result.exception
+    if isinstance(error, SlebError):
+        return result.stdout, f"{result.stderr}sleb: {error}" if error.exit_code == code else pytest.fail(str(error))
+    assert result.exit_code == code, (result.output, error)
+    return result.stdout, result.stderr
+
+
+def evaluated(*words: object) -> dict[str, Any]:
+    return json.loads(command("evaluate", *words, "--window", 50, "--json")[0])
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many lists each sweep scored."""
+    seen: list[int] = []
+    before = Scorer.score
+
+    def score(self: Scorer, skip_sets: Any, sequences: np.ndarray) -> np.ndarray:
+        seen.append(len(skip_sets) * len(sequences))
+        return before(self, skip_sets, sequences)
+
+    monkeypatch.setattr(Scorer, "score", score)
+    return seen
+
+
+def test_the_whole_curve_is_one_command_and_kept_in_the_run(run: sleb.Run, text: Path, scored: list[int]) -> None:
+    found = evaluated(run.run_id, "--all-steps", "--perplexity", text)["findings"]
+    assert [len(each["removal_list"]) for each in found] == [0, 1, 2, 3]
+    assert [tuple(each["removal_list"]) for each in found[1:]] == [
+        tuple(sorted(step.removal_list)) for step in run.trace.steps
+    ]
+    assert found[0]["rise"] is None
+    for each in found[1:]:
+        nats = each["measured"]["nll_sum"] - found[0]["measured"]["nll_sum"]
+        assert each["rise"] == pytest.approx(nats / each["measured"]["token_count"])
+        assert each["rise_standard_error"] > 0
+    windows = found[0]["text"]["windows"]
+    assert sum(scored) == 4 * windows
+    scored.clear()
+    last = evaluated(run.run_id, "--perplexity", text)["findings"]  # the last list, known from the curve
+    assert last == [found[0], found[3]]
+    assert scored == []
+    evaluated(run.run_id, "--perplexity", text, "--removal-list", "[1]")
+    assert sum(scored) in (0, windows)  # the new list only; none where a step has removed just block 1
+    known = results.of_kind(sleb.findings_of(run), TextPerplexity)
+    assert {each.removal_list for each in known} >= {tuple(each["removal_list"]) for each in found}
+
+
+def test_a_model_and_a_list_from_anywhere_have_a_run_that_is_found_again(
+    tiny_model: Path, text: Path, scored: list[int]
+) -> None:
+    first = evaluated(tiny_model, "--removal-list", "[4, 2]", "--perplexity", text, "--dtype", "float32")
+    assert [each["removal_list"] for each in first["findings"]] == [[], [2, 4]]
+    scored.clear()
+    again = evaluated(tiny_model, "--removal-list", "4,2", "--perplexity", text, "--dtype", "float32")
+    assert again == first
+    assert scored == []
+    assert [each.run_id for each in sleb.runs()] == [first["run_id"]]
+    kept = sleb.load(first["run_id"])
+    assert kept.removal_list == (4, 2)
+    assert kept.kept_blocks == (0, 1, 3, 5)
+    by_run = evaluated(first["run_id"], "--perplexity", text)
+    assert by_run["findings"] == first["findings"]
+    other = evaluated(tiny_model, "--removal-list", "[]", "--perplexity", text, "--dtype", "float32")
+    assert [each["removal_list"] for each in other["findings"]] == [[]]
+    assert other["run_id"] != first["run_id"]
+    assert "evaluation" in command("runs")[0]
+    assert "evaluation of" in command("show", first["run_id"])[0]
+
+
+def test_the_table_names_text_estimate_and_error(run: sleb.Run, text: Path) -> None:
+    out, _ = command("evaluate", run.run_id, "--steps", 2, "--perplexity", text, "--window", 50, "--limit", 4)
+    lines = out.splitlines()
+    head = next(line for line in lines if "held.txt" in line)
+    assert "4 of" in head
+    assert head.endswith("(an estimate)")
+    removed = ", ".join(map(str, sorted(run.trace.steps[1].removal_list)))
+    row = next(line for line in lines if line.startswith(f"2: {removed}"))
+    assert "±" in row
+    assert any(line.startswith("none") for line in lines)
+
+
+def test_a_killed_evaluation_goes_on(run: sleb.Run, tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text(tiny.text(400_000, seed=9))
+    words = [sys.executable, "-m", "sleb", "evaluate", run.run_id, "--all-steps", f"--perplexity={long}", "--window=50"]
+    process = subprocess.Popen([*words, "--batch-size=2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = run.run_dir / results.FOLDER
+    limit = time.monotonic() + 120
+    while not list(folder.glob("windows-*.npz")):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with np.load(next(iter(folder.glob("windows-*.npz")))) as table:
+        before = table["nats"]
+    assert 0 < np.isfinite(before).sum() < before.size
+    assert sleb.load(run.run_dir).jobs[-1].status.state is JobState.INTERRUPTED
+    evaluated(run.run_id, "--all-steps", "--perplexity", long)
+    with np.load(next(iter(folder.glob("windows-*.npz")))) as table:
+        after = table["nats"]
+    assert np.isfinite(after).all()
+    there = np.isfinite(before)
+    assert np.array_equal(after[there], before[there])
+
+
+def test_a_job_from_elsewhere_is_worked_off(run: sleb.Run, text: Path) -> None:
+    """What the dashboard does: the question is in the job's folder, a process answers it."""
+    lists = judging.lists_of(run, all_steps=True)
+    ask = judging.ask_of(EvaluateSpec, lists=lists, texts=(str(text),), window=50)
+    job = store.create_job(run.run_dir, judging.job_of(ask))
+    done = sleb.api.work(job.directory)
+    assert len(judging.answers(done)) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--removal-list", "[1, 1]"], "names block 1 twice"),
+        (["--removal-list", "[99]"], "blocks 0 to 5"),
+        (["--removal-list", "[0,1,2,3,4,5]"], "at least one must stay"),
+        (["--removal-list", "[-1]"], "from 0 on"),
+        (["--removal-list", "[a]"], "block indices such as"),
+        (["--removal-list", "[1]", "--steps", "1"], "Give one of"),
+        (["--steps", "4"], "has 3 finished"),
+        (["--perplexity", "none"], "Nothing to evaluate"),
+        (["--perplexity", "/nowhere.txt"], "no text '/nowhere.txt'"),
+        (["--perplexity", "wikitext3"], "no text"),
+        (["--bos", "maybe"], "--bos"),
+        (["--device", "cuda"], "0 CUDA devices"),
+    ],
+)
+def test_bad_input_is_a_sentence(words: list[str], sentence: str, run: sleb.Run, text: Path) -> None:
+    rest = [] if "--perplexity" in words else ["--perplexity", str(text)]
+    out, err = command("evaluate", run.run_id, *words, *rest, "--window", 50, code=2)
+    assert out == ""
+    assert sentence in " ".join(err.split())
+    assert sleb.load(run.run_dir).removal_list == run.removal_list
+
+
+def test_bad_subjects_are_a_sentence_and_leave_nothing(tiny_model: Path, text: Path, home: Path) -> None:
+    assert "There is no run 'nothing'" in command("evaluate", "nothing", code=2)[1]
+    assert "no model folder" in command("evaluate", "./nothing", "--removal-list", "[1]", code=2)[1]
+    gone = ["evaluate", tiny_model, "--removal-list", "[99]", "--perplexity", text, "--window", 50]
+    assert "blocks 0 to 5" in command(*gone, code=2)[1]
+    assert sleb.runs() == []
+    write_run(home / "runs" / "begun", 12, 3, done=0, state=JobState.STOPPED)
+    assert "no finished step" in command("evaluate", "begun", "--perplexity", text, code=2)[1]
+    with pytest.raises(RunError, match="searched nothing"):
+        judging.lists_of(judging.subject_run(str(tiny_model), [2]), steps=1)
+    with pytest.raises(OptionError, match="None"):
+        judging.subject_run(str(tiny_model), [None])  # type: ignore[list-item]
+
+
+def test_a_damaged_finding_or_table_is_made_anew(run: sleb.Run, text: Path) -> None:
+    first = evaluated(run.run_id, "--perplexity", text)["findings"]
+    for path in (run.run_dir / results.FOLDER).iterdir():
+        path.write_bytes(b"{")
+    assert sleb.findings_of(run) == []
+    again = evaluated(run.run_id, "--perplexity", text)["findings"]
+    assert [each["measured"] for each in again] == [each["measured"] for each in first]
