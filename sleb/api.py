@@ -145,13 +145,14 @@ def resume(
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
 ) -> Run:
-    """Go on after the last finished step; a finished run is returned as it is.
+    """Go on after the last finished step, or with a stopped evaluation; a finished run is returned as it is.
 
     `processes` and `memory_budget` are those of the last try unless others are given.
     """
     found = _found(run)
     if is_finished(found):
-        return found
+        unanswered = jobs.unanswered(found)
+        return found if unanswered is None else execute(found, unanswered, watcher)
     processes, memory_budget = as_before(found, processes, memory_budget)
     job = job_spec(
         found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
@@ -163,6 +164,8 @@ def export_model(
     run: str | PathLike[str] | Run,
     out: str | PathLike[str],
     *,
+    format: Literal["hf", "gguf"] = "hf",
+    gguf: str | PathLike[str] | None = None,
     steps: int | None = None,
     replace: bool = False,
     device: str = "cpu",
@@ -173,12 +176,19 @@ def export_model(
 ) -> Proof:
     """Write the smaller model to the folder `out` and prove it: reloaded in a fresh process, equal, smaller.
 
+    With `format="gguf"` to the file `out`: the blocks are cut out of the GGUF file that the run searched (or of `gguf`,
+    a file of the same model), and everything else of it is copied as it is, quantised weights included.
+
     Raises `ExportError` where the architecture cannot express the removal, or the proof fails.
     """
     found = _found(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
     folder = str(files.expanded(Path(out)).absolute())
-    job = _valid(JobSpec, job.model_dump() | {"steps": steps, "replace": replace, "out": folder})
+    if gguf is not None and format != "gguf":
+        raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
+    source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
+    what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
+    job = _valid(JobSpec, job.model_dump() | what)
     done = execute(found, job, watcher)
     return store.read_proof(done)
 

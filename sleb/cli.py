@@ -260,10 +260,18 @@ def resume(
     prepare: Prepare = False,
     as_json: Json = False,
 ) -> None:
-    """Go on after the last finished step; a finished run is printed."""
+    """Go on after the last finished step, or with a stopped evaluation; a finished run is printed."""
     found = store.load(run)
-    if prepare and api.is_finished(found):
-        raise RunError(f"Run {found.run_id} is finished; there is nothing to prepare.")
+    if api.is_finished(found):
+        unanswered = jobs.unanswered(found)
+        if prepare and unanswered is None:
+            raise RunError(f"Run {found.run_id} is finished; there is nothing to prepare.")
+        if prepare and unanswered is not None:
+            _prepare(found, unanswered, as_json)
+            return
+        if unanswered is not None:
+            judge.carry_out(found, unanswered, as_json)
+            return
     if not api.is_finished(found):
         number, budget = api.as_before(found, processes, as_bytes(memory_budget))
         job = api.job_spec(
@@ -339,10 +347,14 @@ def export(
     run: RunName,
     format: Annotated[
         Format,
-        typer.Option("--format", "-f", help="hf writes the smaller model and proves it; the others, the list."),
+        typer.Option("--format", "-f", help="hf and gguf write the smaller model and prove it; the others, the list."),
     ] = Format.JSON,
     steps: Annotated[int | None, typer.Option(min=0, help="The list after so many steps. [default: all]")] = None,
     out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A GGUF file of the model, for gguf. [default: the model, if it is one]"),
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="What an earlier export left at --out may go.")] = False,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
@@ -353,13 +365,16 @@ def export(
     """Take the removal list away, or the smaller model itself.
 
     **hf**: safetensors with the blocks really gone, reloaded in a fresh process and compared with the
-    original before the folder appears. **mergekit**: a passthrough merge. **llama-quantize**: for a
-    GGUF file. **sleb**: the reference's own option.
+    original before the folder appears. **gguf**: the same for a GGUF file; the weights that stay are copied
+    as they are. **mergekit**: a passthrough merge. **llama-quantize**: for llama.cpp's own tool. **sleb**:
+    the reference's own option.
     """
     from .formats import removal_list_after, render
 
     found = store.load(run)
-    if format is not Format.HF:
+    if gguf is not None and format is not Format.GGUF:
+        raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
+    if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
         if out is not None:
             files.save_text(out, text, replace=replace)
@@ -371,12 +386,15 @@ def export(
             typer.echo(text, nl=False)
         return
     if out is None:
-        raise OptionError("--format hf writes a folder: name it with --out.")
+        what = "a folder" if format is Format.HF else "a file"
+        raise OptionError(f"--format {format.value} writes {what}: name it with --out.")
     with Screen(as_json) as screen:
         try:
             proof = api.export_model(
                 found,
                 out,
+                format="gguf" if format is Format.GGUF else "hf",
+                gguf=gguf,
                 steps=steps,
                 replace=replace,
                 device=device,
@@ -396,6 +414,11 @@ def export(
         [
             ("blocks", str(proof.blocks_before), str(proof.blocks_after)),
             ("parameters", f"{proof.parameters_before:,}", f"{proof.parameters_after:,}"),
+            *(
+                [("megabytes", f"{proof.bytes_before / 1e6:,.1f}", f"{proof.bytes_after / 1e6:,.1f}")]
+                if proof.bytes_before is not None
+                else []
+            ),
         ],
     )
     typer.echo(

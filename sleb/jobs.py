@@ -150,6 +150,13 @@ def state_of(run: Run) -> JobState:
     return own[-1].status.state if own else JobState.QUEUED
 
 
+def unanswered(run: Run) -> JobSpec | None:
+    """What the newest job was to judge, if it did not come to its end: asked again, it goes on where it was."""
+    last = watched(run).jobs[-1] if run.jobs else None
+    over = (JobState.STOPPED, JobState.INTERRUPTED, JobState.FAILED)
+    return last.spec if last is not None and last.spec.ask is not None and last.status.state in over else None
+
+
 def active(run: Run) -> Job | None:
     """The job that a process executes, waits with, or is about to take up, if any."""
     return next((job for job in watched(run).jobs if is_active(job)), None)

@@ -153,6 +153,9 @@ def benchmark(
     generation: Annotated[
         str, typer.Option(metavar="64x128", rich_help_panel=WHAT, help="Sequences x tokens generated; none for none.")
     ] = "64x128",
+    generation_prompt: Annotated[
+        int, typer.Option(min=1, rich_help_panel=WHAT, help="Tokens that generation begins from, each.")
+    ] = 64,
     prompt_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 50,
     generation_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 10,
     dtype: DtypeOption = Dtype.AUTO,
@@ -170,6 +173,7 @@ def benchmark(
     ask = dict(
         prompt=_shape("prompt", prompt),
         generation=_shape("generation", generation),
+        generation_prompt=generation_prompt,
         prompt_repetitions=prompt_repetitions,
         generation_repetitions=generation_repetitions,
     )
@@ -316,12 +320,16 @@ def _go(
     is_new = not run.jobs and run.spec.kind == "evaluate"
     try:
         lists = judging.lists_of(run, blocks, steps, all_steps)
-        job = job_for(judging.ask_of(record, lists=lists, **settings))
-        done = _execute(run, job, as_json)
+        carry_out(run, job_for(judging.ask_of(record, lists=lists, **settings)), as_json)
     except BadInput:
         if is_new and not results.findings(run.run_dir):
             store.delete(run.run_dir)  # it never began: there is nothing to keep
         raise
+
+
+def carry_out(run: Run, job: JobSpec, as_json: bool) -> None:
+    """Execute a job that judges lists here, and print what answers it."""
+    done = _execute(run, job, as_json)
     found = judging.answers(done)
     if as_json:
         rows = [each.model_dump(mode="json") for each in found]

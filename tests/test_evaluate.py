@@ -145,7 +145,9 @@ def test_a_killed_evaluation_goes_on(run: sleb.Run, tmp_path: Path) -> None:
         before = table["nats"]
     assert 0 < np.isfinite(before).sum() < before.size
     assert sleb.load(run.run_dir).jobs[-1].status.state is JobState.INTERRUPTED
-    evaluated(run.run_id, "--all-steps", "--perplexity", long)
+    answered = json.loads(command("resume", run.run_id, "--json")[0])["findings"]
+    assert [len(each["removal_list"]) for each in answered] == [0, 1, 2, 3]
+    assert "removal list" in json.dumps(json.loads(command("resume", run.run_id, "--json")[0])).replace("_", " ")
     with np.load(next(iter(folder.glob("windows-*.npz")))) as table:
         after = table["nats"]
     assert np.isfinite(after).all()
