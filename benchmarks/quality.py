@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sleb import calibration, methods
+from sleb import perplexity as published
 from sleb.blocks import BlockStack
 from sleb.errors import SlebError
 from sleb.loading import load_model
@@ -85,14 +85,11 @@ def measure(asked: argparse.Namespace) -> None:
     stack = BlockStack(loaded.model)
     spec = CalibrationSpec(source=asked.calibration, sequences=asked.sequences, sequence_length=asked.sequence_length)
     text = calibration.build(spec, 0, asked.seed, loaded.tokenizer, stack.config.vocab_size)
-    windows, whole = published_windows(asked.text, loaded.tokenizer, asked.limit)
-    if not len(windows):
-        sys.exit(f"{asked.text} gives no window of {WINDOW} tokens; it is not WikiText-2's wiki.test.raw.")
-    some = f"{len(windows)} of its {whole}" if len(windows) < whole else f"all {whole}"
+    test = published.windows(str(asked.text), loaded.tokenizer, stack.config.vocab_size, limit=asked.limit)
+    windows = test.ids
     print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}")
     print(f"calibration: {text.text}; {text.sequences} sequences of {asked.sequence_length} tokens, seed {asked.seed}")
-    print(f"test: {asked.text.name} by the published protocol, {some} windows of {WINDOW} tokens", end="")
-    print(", evenly spread" if len(windows) < whole else "", flush=True)
+    print(f"test: {test.text.description}", flush=True)
 
     counts = [methods.number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
     found = search(asked, stack, text.ids, counts)
@@ -178,17 +175,6 @@ def taken(
 def of(name: str, step: Step, seconds: float, remark: str = "") -> Found:
     """The list that a step leaves."""
     return Found(name, step.removal_list, step.perplexity or float("nan"), seconds, remark)
-
-
-def published_windows(path: Path, tokenizer: Any, limit: int | None) -> tuple[np.ndarray, int]:
-    """Windows of the published protocol, int64 (windows, 2048), and how many there are without `limit`."""
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    rows = (line + "\n" if line.strip() else "" for line in lines)  # as the data set has them
-    ids = np.asarray(tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
-    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    if limit is None or limit >= len(windows):
-        return windows, len(windows)
-    return windows[np.linspace(0, len(windows) - 1, limit).round().astype(int)], len(windows)
 
 
 def perplexity(nats: np.ndarray) -> float:
