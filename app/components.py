@@ -160,8 +160,12 @@ def facts(run: Run) -> None:
         stack = run.stack
         about = (
             f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
-            f"{stack.dtype} · {stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
+            f"{stack.dtype} · "
+        ) + (
+            f"{stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
             f"{stack.held_out} × held out"
+            if stack.sequences
+            else f"a list that was given: {list(run.removal_list)}"
         )
         words.append(plain(about))
     if words:

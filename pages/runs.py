@@ -59,7 +59,9 @@ def act(what: str, run: Run) -> None:
 def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
     own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
-    return (own[-1] if own else data.job_spec(run.spec.kind)).model_copy(update=data.permissions())
+    unanswered = jobs.unanswered(run) if api.is_finished(run) else None
+    last = unanswered or (own[-1] if own else data.job_spec(run.spec.kind))
+    return last.model_copy(update=data.permissions())
 
 
 def head() -> None:
@@ -145,12 +147,12 @@ def _row(each: Outline) -> dict[str, object]:
         "Model": components.model_name(each.spec),
         "Method": components.method_name(each.spec),
         "Blocks": each.num_blocks,
-        "Removed": len(each.removal_list) if each.baseline else None,
+        "Removed": len(each.removal_list) if each.baseline or each.spec.given is not None else None,
         "Before": each.baseline.perplexity if each.baseline else None,
         "After": each.last.perplexity if each.last else None,
         "Removal list": ", ".join(map(str, each.removal_list)) or None,
         "Held-out": components.rise(each.baseline, each.last) if each.baseline and each.last else None,
-        "Calibration": components.text_name(each.spec),
+        "Calibration": components.text_name(each.spec) if each.spec.given is None else None,
         "Seconds": each.seconds,
         "Run": each.run_id,
     }
@@ -239,8 +241,8 @@ def actions(run: Run, job: Job | None, sample: bool) -> None:
 
     if job is not None:
         button("Stop", "stop", "Finished steps are kept.", on_click=act, args=("stop", run))
-    elif not sample and not api.is_finished(run):
-        button("Resume", "play_arrow", "Goes on after the last finished step.", on_click=act, args=("resume", run))
+    elif not sample and (not api.is_finished(run) or jobs.unanswered(run) is not None):
+        button("Resume", "play_arrow", "Goes on after what was finished.", on_click=act, args=("resume", run))
     help = "Opens the form with the same choices, to be changed."
     button("Duplicate", "content_copy", help, on_click=act, args=("duplicate", run))
     help = "Asks once more. A run that is going on is stopped first."
