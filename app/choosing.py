@@ -38,7 +38,10 @@ def analysis_of(run: Run) -> tuple[Analysis, StackDescription]:
 
 
 def _missing(run: Run) -> tuple[str, str]:
-    state = run.jobs[-1].status.state if run.jobs else None
+    if run.spec.kind == "evaluate":
+        return "Not analysed", "This run judges a list that was given. Start a search, or the analyses, on **Runs**."
+    own = [job for job in run.jobs if job.spec.is_own(run.spec)]
+    state = own[-1].status.state if own else None
     if run.analysis_unavailable is not None:
         return "This model cannot be analysed", components.plain(run.analysis_unavailable)
     if state in (JobState.QUEUED, JobState.RUNNING):
@@ -47,7 +50,7 @@ def _missing(run: Run) -> tuple[str, str]:
             "The analyses follow the last step of the search; the **Runs** page says how far it is.",
         )
     if state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
-        why = components.plain(run.jobs[-1].status.message)
+        why = components.plain(own[-1].status.message)
         about = f"The run ended before its analyses{': ' + why if why else '.'}"
         return "Not analysed", f"{about}\n\nResume it on the **Runs** page: what is done already is kept."
     if state is None:
