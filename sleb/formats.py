@@ -19,8 +19,8 @@ from typing import Any
 from .errors import OptionError, RunError
 from .records import Run, Step, Trace
 
-HF = "hf"
-"""The format that writes a model instead of a text; `export.py` does."""
+MODELS = ("hf", "gguf")
+"""The formats that write a model instead of a text; `export.py` and `gguf_export.py` do."""
 
 
 def removal_list_after(run: Run, steps: int | None = None) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
     `model_name` stands in for the name the run was started with, where the other tool needs another one.
     """
     if format not in _RENDERERS:
-        raise OptionError(f"There is no format {format!r}; choose one of {', '.join((*FORMATS, HF))}.")
+        raise OptionError(f"There is no format {format!r}; choose one of {', '.join((*FORMATS, *MODELS))}.")
     taken = _steps(run, steps)
     return _RENDERERS[format](run, taken, model_name or public_name(run.spec.model))
 

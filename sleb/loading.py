@@ -252,6 +252,7 @@ def _loading(name: str, load: Any) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    quieten_torchao()
     try:
         return load()
     except (*_FAILURES, SafetensorError, StrictDataclassError) as error:
@@ -326,6 +327,12 @@ def _require_gguf(path: Path) -> None:
         raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
     if short:
         raise ModelError(f"{path} holds no tensors; fetch it again.")
+
+
+def quieten_torchao() -> None:
+    """transformers imports torchao where it is installed, which warns of kernels for other machines and of itself."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _auto_model() -> Any:

@@ -68,6 +68,7 @@ class Format(StrEnum):
     MERGEKIT = "mergekit"
     LLAMA_QUANTIZE = "llama-quantize"
     HF = "hf"
+    GGUF = "gguf"
 
 
 TEXT, CHOICE, HOW = "Which text", "Which blocks", "How"

@@ -54,6 +54,9 @@ def prove(
         where = device if device == "cpu" else torch.device(device).index or 0
         most = {where: memory_budget // 2} | ({} if device == "cpu" else {"cpu": 0})
         options |= {"device_map": "auto", "max_memory": most, "offload_folder": scratch.name}
+    gguf = facts.get("gguf_file")
+    if gguf:
+        options |= {"gguf_file": gguf, "dtype": getattr(torch, facts["dtype"])}
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
     model, loading = loaded[0].eval(), loaded[1]
     if memory_budget is None:
@@ -113,7 +116,7 @@ def prove(
         "kept_blocks": facts["kept_blocks"],
         "parameters_before": facts["parameters_before"],
         "parameters_after": parameters,
-        "bytes_after": sum(file.stat().st_size for file in folder.glob("model*.safetensors")),
+        "bytes_after": sum(file.stat().st_size for file in folder.glob(gguf or "model*.safetensors")),
         "dtype": dtype,
         "tokens": ids.shape[0] * positions,
         "max_logit_difference": sys.float_info.max if math.isnan(difference) else difference,  # JSON has no NaN

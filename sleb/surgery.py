@@ -66,6 +66,20 @@ def plan_removal(model: nn.Module, removal_list: Sequence[int]) -> Removal:
     )
 
 
+def require_same_blocks(model: nn.Module, config: Any, removal: Removal) -> None:
+    """Require that a smaller model of this config keeps every block that stays as it is in `model`.
+
+    For a config that something else made, such as a GGUF file's settings. Raises `ExportError` with the difference.
+    """
+    whole: Any = model
+    for name in ("_attn_implementation", "_experts_implementation"):  # chosen while loading, never saved
+        if getattr(whole.config, name, None) is not None:
+            setattr(config, name, getattr(whole.config, name))
+    packed = _compare(model, _skeleton(model, config), removal.path, removal.kept)
+    if packed != removal.packed:
+        raise ExportError(f"{min(packed.keys() ^ removal.packed.keys())} would have another shape")
+
+
 def remove_blocks(model: nn.Module, removal_list: Sequence[int]) -> None:
     """Take the blocks out of the model for good: list, layer indices, config, and tensors packed per block.
 

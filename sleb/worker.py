@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import calibration, distributed, jobs, store
+from . import calibration, distributed, gguf_export, jobs, store
 from .blocks import BlockStack
 from .errors import OptionError, RunError
 from .export import export_checkpoint, model_card, require_free
@@ -126,8 +126,14 @@ def _require_exportable(run: Run, job: JobSpec) -> tuple[tuple[int, ...], Path]:
     if job.out is None:
         raise OptionError("An export needs a folder to write: --out PATH.")
     out = Path(job.out)
-    require_free(out, job.replace)
-    return removal_list_after(run, job.steps), out
+    removal_list = removal_list_after(run, job.steps)
+    if job.format == "gguf":
+        source = gguf_export.source_of(run, job)
+        gguf_export.require_free(out, job.replace, source)
+        gguf_export.plan_cut(source, removal_list)
+    else:
+        require_free(out, job.replace)
+    return removal_list, out
 
 
 def _require_same_weights(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
@@ -146,7 +152,11 @@ def _require_same_weights(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
 
 def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: Meter) -> None:
     removal_list, out = _require_exportable(run, job)
-    _require_same_weights(run, job, loaded)
+    if job.gguf is None:
+        _require_same_weights(run, job, loaded)
+    if job.format == "gguf":
+        _export_gguf(run, job, job_dir, loaded, removal_list, meter)
+        return
     proof = export_checkpoint(
         loaded.model,
         loaded.tokenizer,
@@ -161,12 +171,37 @@ def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: M
     store.write_result(job_dir, {"out": job.out, "proof": proof.model_dump(mode="json")})
 
 
+def _export_gguf(
+    run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, removal_list: tuple[int, ...], meter: Meter
+) -> None:
+    source = gguf_export.source_of(run, job)
+    if job.gguf is not None:
+        gguf_export.require_same_model(run, source, loaded.model)
+    assert job.out is not None
+    proof = gguf_export.export_gguf(
+        loaded.model,
+        loaded.tokenizer,
+        source,
+        removal_list,
+        Path(job.out),
+        run.run_id,
+        allow_existing=job.replace,
+        progress=meter.phase,
+        trust_remote_code=job.trust_remote_code,
+    )
+    store.write_result(job_dir, {"out": job.out, "proof": proof.model_dump(mode="json")})
+
+
 def _load(run: Run, job: JobSpec, device: str) -> LoadedModel:
     """An export writes what the checkpoint holds; a resumed run keeps the type it began with."""
     dtype = run.stack.dtype if run.stack else run.spec.dtype
+    name = run.spec.model
+    revision = run.stack.revision if run.stack and run.stack.revision else run.spec.revision
+    if job.kind == "export" and job.format == "gguf":
+        name, revision = str(gguf_export.source_of(run, job)), None
     return load_model(
-        run.spec.model,
-        revision=run.stack.revision if run.stack and run.stack.revision else run.spec.revision,
+        name,
+        revision=revision,
         dtype="checkpoint" if job.kind == "export" else dtype,
         device=device,
         allow_pickle=job.allow_pickle,

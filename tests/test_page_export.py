@@ -104,7 +104,7 @@ def test_without_a_list_it_says_what_to_do(runs: Path) -> None:
     write_run(runs / "none", 12, 3, done=0, state=JobState.FAILED, message="It broke.")
     store.create(RunSpec(model="just/created"), runs / "new")
     store.create(RunSpec(model="an/analysis", kind="analyze"), runs / "analysis")
-    for run_id, sentence in [("none", "sleb resume"), ("new", "sleb resume"), ("analysis", "removes no block")]:
+    for run_id, sentence in [("none", "sleb resume"), ("new", "sleb resume"), ("analysis", "chose no block")]:
         app = open_page("export", run=run_id)
         assert not app.exception
         assert sentence in words(app).replace("\\", "")

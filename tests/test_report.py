@@ -188,7 +188,7 @@ def test_without_scores_or_analyses_it_says_less(runs: Path) -> None:
 
 def test_no_list_no_report(runs: Path) -> None:
     store.create(RunSpec(model="an/analysis", kind="analyze"), runs / "analysis")
-    with pytest.raises(RunError, match="removes no block"):
+    with pytest.raises(RunError, match="chose no block"):
         report.of(store.load("analysis"))
 
 
