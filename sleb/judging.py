@@ -80,18 +80,20 @@ def benchmark(
     watcher: Watcher | None = None,
     prompt: tuple[int, int] | None = (1, 2048),
     generation: tuple[int, int] | None = (64, 128),
+    generation_prompt: int = 64,
     prompt_repetitions: int = 50,
     generation_repetitions: int = 10,
     **how: Any,
 ) -> list[Finding]:
     """Seconds of prompt processing and token generation, baseline and lists in turn (paper, Appendix B.5).
 
-    `prompt` is (sequences, tokens), `generation` (sequences, generated tokens); None leaves one out. The rest as for
-    `evaluate`.
+    `prompt` is (sequences, tokens), `generation` (sequences, generated tokens) after prompts of `generation_prompt`
+    tokens; None leaves one out. The rest as for `evaluate`.
     """
     ask = dict(
         prompt=prompt,
         generation=generation,
+        generation_prompt=generation_prompt,
         prompt_repetitions=prompt_repetitions,
         generation_repetitions=generation_repetitions,
     )
@@ -141,7 +143,8 @@ def heal(
 ) -> list[Finding]:
     """Perplexity before and after low-rank adapters were trained on the streamlined model (paper, Table 13).
 
-    `settings` are those of `HealSpec` (source, rank, epochs, ...) and the `how` of `evaluate`.
+    `settings` are those of `HealSpec` (source, rank, epochs, ...; how="linear" mends without training), and device,
+    dtype and the like as for `evaluate`. `out` is a folder for the healed model, or with `adapter=True` its adapter.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:

@@ -45,16 +45,50 @@ def _perplexities(found: Sequence[TextPerplexity]) -> None:
 
 
 def _accuracies(found: Sequence[TaskAccuracy]) -> None:
-    if not found:
-        return
-    rows = []
-    for each in found:
-        for name, value in each.metrics.items():
-            error = each.standard_errors.get(name)
-            spread = "" if error is None else f" ± {error:.4f}"
-            of = f"{each.examples:,}" + (" (an estimate)" if each.limit is not None else "")
-            rows.append((name_of(each.removal_list), each.task, name, f"{value:.4f}{spread}", of))
-    _titled("Accuracy (lm-eval)", ("removed", "task", "metric", "value", "examples"), rows)
+    """A row a list under its task and metric; groups come after all tasks."""
+    tables: dict[str, dict[str, list[TaskAccuracy]]] = {}
+    for each in sorted(found, key=lambda each: bool(each.subtasks)):
+        shots = {0: "no examples", None: "differing numbers of examples"}.get(each.shots, f"{each.shots} examples")
+        how = f"{each.dtype}, {shots} in the prompt"
+        alike = each.model_copy(update={"removal_list": ()}).question
+        tables.setdefault(how, {}).setdefault(alike, []).append(each)
+    for how, tasks in tables.items():
+        rows = []
+        for own in tasks.values():
+            for metric in own[0].metrics:
+                rows += [_accuracy(metric, each) for each in own if metric in each.metrics]
+        columns = ("task", "metric", "removed", "value", "change", "examples")
+        _titled(f"Accuracy by lm-eval, {how}", columns, _without_repeats(rows, 2))
+
+
+def _accuracy(metric: str, found: TaskAccuracy) -> tuple[str, ...]:
+    change, error = found.changes.get(metric), found.change_standard_errors.get(metric)
+    return (
+        found.task if not found.subtasks else f"{found.task} ({len(found.subtasks)} tasks)",
+        metric,
+        name_of(found.removal_list),
+        _with_error(found.metrics[metric], found.standard_errors.get(metric)),
+        "" if change is None else _with_error(change, error, "+"),
+        f"{found.examples:,}" if found.limit is None else f"the first {found.examples:,}",
+    )
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    """A share with four decimals; of large numbers, such as a perplexity, two are enough."""
+    form = ".4f" if abs(value) < 100 else ",.2f"
+    return f"{value:{sign}{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def _without_repeats(rows: Sequence[tuple[str, ...]], columns: int) -> list[tuple[str, ...]]:
+    """What the row above says in the first columns is not said again."""
+    shown, before = [], ("",) * columns
+    for row in rows:
+        same = 0
+        while same < columns and row[same] == before[same]:
+            same += 1
+        shown.append(("",) * same + row[same:])
+        before = row[:columns]
+    return shown
 
 
 def _timings(found: Sequence[Timing]) -> None:
@@ -76,7 +110,7 @@ def _timings_of_shape(own: Sequence[Timing]) -> None:
         low, high = each.spread
         row = [
             name_of(each.removal_list),
-            _beside(each, *(f"{value:.4g}" for value in seconds)),
+            _beside(each, *_as_times(*seconds)),
             _beside(each, *(f"{tokens / value:,.0f}" for value in seconds)),
             f"{each.speedup:.2f}x ({low:.2f} to {high:.2f})" if each.removal_list else "",
             f"{each.proportional:.2f}x" if each.removal_list else "",
@@ -97,7 +131,7 @@ def _timings_of_shape(own: Sequence[Timing]) -> None:
     _titled(
         f"{what}: {first.sequences} x {first.tokens} tokens{after} on {first.device}{threads}, {first.dtype}, "
         f"median of {repetitions}",
-        ("removed", "seconds", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
+        ("removed", "time", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
         + (("peak memory",) if has_peak else ()),
         rows,
     )
@@ -109,25 +143,41 @@ def _timings_of_shape(own: Sequence[Timing]) -> None:
             )
 
 
+def _as_times(before: float, after: float) -> tuple[str, str]:
+    """Seconds, or milliseconds where the first are less than one."""
+    if before < 1:
+        return f"{1000 * before:.1f}", f"{1000 * after:.1f} ms"
+    return f"{before:.3f}", f"{after:.3f} s"
+
+
 def _beside(found: Timing, before: str, after: str) -> str:
     """Unmodified and without the list; the unmodified model alone where there is no list."""
     return f"{before} → {after}" if found.removal_list else after
 
 
 def _quantizations(found: Sequence[Quantization]) -> None:
-    rows = [
-        (
-            name_of(each.removal_list),
-            each.scheme,
-            each.text.name,
-            decimal(each.before.perplexity),
-            decimal(each.measured.perplexity),
-            f"{each.weight_bytes_before / 1e6:,.0f} → {each.weight_bytes / 1e6:,.0f} MB",
+    rows = []
+    for each in found:
+        change = "" if each.change is None else f"{each.change:+.4f}"
+        if change and each.change_standard_error is not None:
+            change += f" ± {each.change_standard_error:.4f}"
+        groups = " or ".join(map(str, each.group_sizes))
+        rows.append(
+            (
+                name_of(each.removal_list),
+                f"{each.scheme}, groups of {groups}" if groups else each.scheme,
+                each.text.name,
+                decimal(each.before.perplexity),
+                decimal(each.measured.perplexity),
+                change,
+                f"{each.weight_bytes_before / 1e6:,.1f} → {each.weight_bytes / 1e6:,.1f} MB",
+            )
         )
-        for each in found
-    ]
     if rows:
-        _titled("Weight-only quantisation", ("removed", "scheme", "text", "before", "after", "weights"), rows)
+        columns = ("removed", "scheme", "text", "before", "after", "nats", "all weights, packed")
+        _titled("Weight-only quantisation: linear weights of the blocks, rounded to nearest", columns, rows)
+    for out in dict.fromkeys(each.out for each in found if each.out is not None):
+        print(f"\nIn a folder, proven when it was written: {shown_text(out)}")
 
 
 def _healings(found: Sequence[Healing]) -> None:
@@ -151,6 +201,12 @@ def _healings(found: Sequence[Healing]) -> None:
     if rows:
         columns = ("removed", "how", "text", "baseline", "before", "after", "nats", "took")
         _titled("Healing", columns, rows)
+    last = found[-1] if found else None
+    if last is not None and last.held_out_before is not None and last.held_out_after is not None:
+        before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
+        print(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
+    for out in dict.fromkeys(each.out for each in found if each.out is not None):
+        print(f"Written: {out}")
 
 
 def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
