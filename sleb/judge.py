@@ -192,12 +192,17 @@ def quantize(
         list[Scheme], typer.Option(rich_help_panel=WHAT, help="Weight-only, by torchao; may be given twice.")
     ] = [Scheme.INT8],  # noqa: B006
     group_size: Annotated[
-        int, typer.Option(min=16, rich_help_panel=WHAT, help="Weights that share an int4 scale.")
+        int,
+        typer.Option(
+            min=16, rich_help_panel=WHAT, help="Weights that share an int4 scale; halved until it divides a row."
+        ),
     ] = 128,
     perplexity: Perplexity = "wikitext2",
     limit: Limit = None,
     window: Window = 2048,
-    out: Annotated[Path | None, typer.Option(help="A folder for the streamlined model, quantised.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the model without the blocks, in the last scheme; proven.")
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",

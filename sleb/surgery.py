@@ -125,7 +125,7 @@ def _skeleton(model: Any, config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             return type(model)._from_config(copy.deepcopy(config), dtype=model.dtype)
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, StopIteration, ZeroDivisionError) as error:
         said = " ".join(str(error).split())
         raise ExportError(f"no model can be built from the config that is left ({said[:300]})") from error
 
