@@ -14,10 +14,14 @@ from app import evidence
 from app.charts import compare, style
 from app.charts import steps as step_charts
 from app.html_page import facts, page, plot, section, table
+from sleb import results
+from sleb.findings import Finding, Generation, sorted_list
 from sleb.formats import display_name, in_words, kept_ranges, trace_of
 from sleb.methods import Comparison
 from sleb.records import Alignment, Measured, Proof, Run, Similarity, StackDescription, Step, Trace
+from sleb.results import of_kind
 from sleb.store import Export, read_exports
+from sleb.tables import name_of, tables_of
 
 PAPER = "https://arxiv.org/abs/2402.09025"
 
@@ -25,11 +29,16 @@ PAPER = "https://arxiv.org/abs/2402.09025"
 def of(run: Run, steps: int | None = None) -> str:
     """The report of a run folder, with the removal list after so many steps (all). Raises `RunError` without one."""
     trace = trace_of(run)
-    return render(run, [evidence.of(run, step) for step in trace.steps], read_exports(run), steps)
+    comparisons = [evidence.of(run, step) for step in trace.steps]
+    return render(run, comparisons, read_exports(run), steps, results.findings(run.run_dir))
 
 
 def render(
-    run: Run, comparisons: Sequence[Comparison | None], exports: Sequence[Export] = (), steps: int | None = None
+    run: Run,
+    comparisons: Sequence[Comparison | None],
+    exports: Sequence[Export] = (),
+    steps: int | None = None,
+    found: Sequence[Finding] = (),
 ) -> str:
     """One self-contained HTML file. `comparisons` is one (or None) for each step; raises `RunError` without a list."""
     trace, stack = trace_of(run), run.stack
@@ -43,6 +52,7 @@ def render(
         _baseline(trace),
         _all_steps(run, trace, comparisons, count),
         _analyses(run),
+        _findings(found, step),
         _exports(exports),
         _how(run, stack),
     ]
@@ -267,6 +277,35 @@ def _analyses(run: Run) -> str:
         plot(_alignment(run.analysis.alignment), "Share of tokens whose prediction after a block is the final one"),
         "<p>Share of tokens whose most likely next token after a block is already the model's final one (paper, "
         f"Figure 5). An ideal early exit would still need {first:.0%} of the blocks.</p></div></div>",
+    )
+
+
+def _findings(found: Sequence[Finding], step: Step) -> str:
+    """What was measured of any of the run's lists; the rows of the one that the report is about are marked."""
+    own = name_of(sorted_list(step.removal_list))
+    parts: list[str] = []
+    for each in tables_of(found):
+        names = [name for row in each.rows for name in row[: len(each.columns)]]
+        marked = None
+        if own in names:
+            marked = next(place for place, row in enumerate(each.rows) if own in row)
+        parts += [f"<h3>{escape(each.title)}</h3>", table(each.columns, each.rows, marked=marked)]
+        parts += [f"<p>{escape(note)}</p>" for note in each.notes]
+    said = [each for each in of_kind(found, Generation) if each.removal_list == sorted_list(step.removal_list)]
+    for answer in said:
+        parts += [
+            f"<h3>To the prompt “{escape(answer.ask.prompt)}”</h3>",
+            table(("Model", "Says"), [("unmodified", answer.baseline_text), ("without these blocks", answer.text)]),
+            f"<p>{len(answer.flips)} of {answer.compared} predictions on the unmodified model's text, prompt included, "
+            "are other tokens without these blocks.</p>",
+        ]
+    if not parts:
+        return ""
+    return section(
+        "What it costs and what it buys",
+        "<p>Measured on text and tasks that took no part in the search, unless they say so; ± is one standard error, "
+        "of differences in pairs. Perplexities compare only on the same text and tokenizer.</p>",
+        *parts,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import SlebError
+from .errors import ModelError, SlebError
 from .records import ExitStatistics, Passage, PassageToken
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ TOP = 5
 
 _READ_OUT_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
 _PROBABILITY_BYTES = 16 << 20  # of one chunk of float32 logits
-_GENERATION_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
 class GenerationUnavailable(SlebError):
@@ -156,45 +155,14 @@ def generate(
     after each token. Raises `GenerationUnavailable` where the architecture cannot generate.
     """
     import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-    from transformers import GenerationConfig, StoppingCriteriaList
 
-    def stop_nothing(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        tick()
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    from .decoding import continued, ends_of
 
-    name = type(stack.model).__name__
-    own = getattr(stack.model, "generation_config", None)
-    if own is None or not callable(getattr(stack.model, "generate", None)):
-        raise GenerationUnavailable(f"{name} cannot generate text (it has no `generate`).")
-    ends = own.eos_token_id
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    pad = next((token for token in (own.pad_token_id, *ends) if token is not None), 0)
-    plain = GenerationConfig(  # the model's own settings may sample or penalise repetition
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
-    )
     try:
-        with torch.inference_mode():
-            ids = stack.model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                generation_config=plain,
-                stopping_criteria=StoppingCriteriaList([stop_nothing]),
-            )
-    except _GENERATION_FAILURES as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
-            raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise GenerationUnavailable(f"{name} cannot generate text ({type(error).__name__}: {reason}).") from error
+        ids, _ = continued(stack.model, prompts, new_tokens, stop=True, tick=tick)
+    except ModelError as error:
+        raise GenerationUnavailable(str(error)) from error
+    ends = ends_of(stack.model)
     generated = torch.zeros_like(ids, dtype=torch.bool)
     generated[:, prompts.shape[1] :] = True
     if ends:

@@ -6,10 +6,12 @@ Whatever comes from outside (names, folders, descriptions of texts) is escaped f
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from .findings import Finding, Healing, RemovalList, sorted_list
 from .formats import in_words, trace_of, yaml_string
 from .records import Proof, Run, Step
+from .tables import tables_of
 
 PAPER = "https://arxiv.org/abs/2402.09025"
 
@@ -17,11 +19,14 @@ PAPER = "https://arxiv.org/abs/2402.09025"
 DEMO_ORIGIN = " (from its 4-bit GGUF file, Q4\\_1, dequantised)"
 
 
-def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None = None) -> str:
+def model_card(
+    run: Run, removal_list: Sequence[int], *, base_model: str | None = None, found: Sequence[Finding] = ()
+) -> str:
     """Front matter and provenance of the run's model without these blocks; no licence, which the base model
     has.
 
-    `base_model` is the model's name on the hub, where the run was started with another name.
+    `base_model` is the model's name on the hub, where the run was started with another name. Of the findings `found`
+    those of this list and of the baseline are told.
     """
     trace = trace_of(run)
     stack = run.stack
@@ -81,10 +86,28 @@ def model_card(run: Run, removal_list: Sequence[int], *, base_model: str | None 
         "```",
         "",
     ]
+    lines += _evaluation(found, sorted_list(removal_list))
     versions = _versions(run)
     if versions:
         lines += ["## Versions", "", *(f"- {escaped(what)} {escaped(which)}" for what, which in versions), ""]
     return "\n".join(lines)
+
+
+def _evaluation(found: Sequence[Finding], removal_list: RemovalList) -> list[str]:
+    """What was measured of this list, beside the unmodified model."""
+    own = [each for each in found if each.removal_list in ((), removal_list) and not isinstance(each, Healing)]
+    if not any(each.removal_list for each in own):
+        return []
+    lines = ["## Evaluation", ""]
+    for table in tables_of(own):
+        lines += [f"{escaped(table.title)}:", "", _cells(table.columns), _cells("---" for _ in table.columns)]
+        lines += [_cells(map(escaped, row)) for row in table.rows]
+        lines.append("")
+    return lines
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def with_proof(card: str, proof: Proof) -> str:

@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import api, distributed, files, jobs, judge, store
+from . import api, distributed, files, jobs, judge, results, store
+from .answers import print_findings
 from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
 from .meter import duration
 from .options import (
@@ -295,7 +296,7 @@ def resume(
 
 @app.command()
 def show(run: RunName, as_json: Json = False) -> None:
-    """Print a run: baseline, steps with their evidence, removal list."""
+    """Print a run: baseline, steps with their evidence, removal list, and what was measured of its lists."""
     _print(api.load(run), as_json)
 
 
@@ -664,10 +665,13 @@ def _prepare(run: Run, spec: JobSpec, as_json: bool) -> None:
 
 
 def _print(run: Run, as_json: bool) -> None:
+    found = results.findings(run.run_dir)
     if as_json:
-        typer.echo(json.dumps(summary(run)))
+        rows = [each.model_dump(mode="json") for each in found]
+        typer.echo(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)
+        print_findings(found)
 
 
 def _job_dir(directory: Path) -> Path:

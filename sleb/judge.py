@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from . import api, judging, results, store
+from .answers import print_findings
 from .errors import BadInput, OptionError, Stopped
 from .findings import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, QuantizeSpec
 from .options import (
@@ -30,7 +31,6 @@ from .options import (
 )
 from .records import JobSpec, Run
 from .screen import Screen
-from .tables import print_findings
 
 WHICH, WHAT = "Which list", "What is measured"
 

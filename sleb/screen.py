@@ -18,6 +18,7 @@ from .meter import Watcher, duration
 from .outline import Outline
 from .records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from .records import Progress as Done
+from .tables import decimal
 
 _TIED_SHOWN = 6
 
@@ -132,13 +133,6 @@ class Screen:
             share=f"{progress.fraction:.0%}" if known else "",
             left="" if progress.eta_seconds is None else f"{duration(progress.eta_seconds)} left",
         )
-
-
-def decimal(value: float | None) -> str:
-    """A perplexity for the screen."""
-    if value is None:
-        return "-"
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 def describe(stack: StackDescription) -> str:

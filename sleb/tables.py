@@ -1,32 +1,53 @@
-"""Findings on a terminal: one table a kind. Knows records; computes nothing."""
+"""Findings as tables: for the terminal, the report and the model card alike. Knows records; draws nothing."""
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from .findings import Finding, Generation, Healing, Quantization, RemovalList, TaskAccuracy, TextPerplexity, Timing
+from .findings import Finding, Healing, Quantization, RemovalList, TaskAccuracy, TextPerplexity, Timing
 from .meter import duration
 from .results import of_kind
-from .screen import decimal, shown, table
-
-_FLIPS_SHOWN = 12
-_CONTEXT = 6  # tokens before one that flipped
 
 
-def print_findings(found: Sequence[Finding]) -> None:
-    """All of them, the baseline before the shorter lists before the longer ones."""
-    ordered = sorted(found, key=lambda each: (len(each.removal_list), each.removal_list))
-    _perplexities(of_kind(ordered, TextPerplexity))
-    _accuracies(of_kind(ordered, TaskAccuracy))
-    _timings(of_kind(ordered, Timing))
-    _quantizations(of_kind(ordered, Quantization))
-    _healings(of_kind(ordered, Healing))
-    _generations(of_kind(ordered, Generation))
+@dataclass(frozen=True)
+class Table:
+    """A title, columns, rows of text, and what must be said below them."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    """What was written."""
 
 
-def _perplexities(found: Sequence[TextPerplexity]) -> None:
+def tables_of(found: Iterable[Finding]) -> list[Table]:
+    """One or more for each kind but generation, the baseline first, shorter lists before longer ones."""
+    ordered = in_order(found)
+    return [
+        *_perplexities(of_kind(ordered, TextPerplexity)),
+        *_accuracies(of_kind(ordered, TaskAccuracy)),
+        *_timings(of_kind(ordered, Timing)),
+        *_quantizations(of_kind(ordered, Quantization)),
+        *_healings(of_kind(ordered, Healing)),
+    ]
+
+
+def in_order(found: Iterable[Finding]) -> list[Finding]:
+    """The baseline before the shorter lists before the longer ones."""
+    return sorted(found, key=lambda each: (len(each.removal_list), each.removal_list))
+
+
+def decimal(value: float | None) -> str:
+    """A perplexity for people."""
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def _perplexities(found: Sequence[TextPerplexity]) -> Iterator[Table]:
     for text in dict.fromkeys(each.text for each in found):
         own = [each for each in found if each.text == text]
         first = next((each.measured.perplexity for each in own if not each.removal_list), None)
@@ -41,10 +62,10 @@ def _perplexities(found: Sequence[TextPerplexity]) -> None:
             rows.append((name_of(each.removal_list), decimal(each.measured.perplexity), share, nats))
         estimate = "" if text.is_whole else " (an estimate)"
         title = f"Perplexity on {text.description}, {own[0].dtype}{estimate}"
-        _titled(title, ("removed", "perplexity", "rise", "nats per token"), rows)
+        yield Table(title, ("removed", "perplexity", "rise", "nats per token"), tuple(rows))
 
 
-def _accuracies(found: Sequence[TaskAccuracy]) -> None:
+def _accuracies(found: Sequence[TaskAccuracy]) -> Iterator[Table]:
     """A row a list under its task and metric; groups come after all tasks."""
     tables: dict[str, dict[str, list[TaskAccuracy]]] = {}
     for each in sorted(found, key=lambda each: bool(each.subtasks)):
@@ -58,7 +79,7 @@ def _accuracies(found: Sequence[TaskAccuracy]) -> None:
             for metric in own[0].metrics:
                 rows += [_accuracy(metric, each) for each in own if metric in each.metrics]
         columns = ("task", "metric", "removed", "value", "change", "examples")
-        _titled(f"Accuracy by lm-eval, {how}", columns, _without_repeats(rows, 2))
+        yield Table(f"Accuracy by lm-eval, {how}", columns, tuple(_without_repeats(rows, 2)))
 
 
 def _accuracy(metric: str, found: TaskAccuracy) -> tuple[str, ...]:
@@ -91,16 +112,16 @@ def _without_repeats(rows: Sequence[tuple[str, ...]], columns: int) -> list[tupl
     return shown
 
 
-def _timings(found: Sequence[Timing]) -> None:
+def _timings(found: Sequence[Timing]) -> Iterator[Table]:
     alike: dict[tuple[object, ...], list[Timing]] = {}
     for each in sorted(found, key=lambda each: each.shape != "prompt"):
         key = (each.shape, each.sequences, each.tokens, each.prompt_tokens, each.device, each.threads, each.dtype)
         alike.setdefault(key, []).append(each)
     for own in alike.values():
-        _timings_of_shape(own)
+        yield _timings_of_shape(own)
 
 
-def _timings_of_shape(own: Sequence[Timing]) -> None:
+def _timings_of_shape(own: Sequence[Timing]) -> Table:
     first = own[0]
     has_peak = any(each.peak_memory is not None for each in own)
     rows = []
@@ -128,19 +149,19 @@ def _timings_of_shape(own: Sequence[Timing]) -> None:
     threads = "" if first.threads is None else f" ({first.threads} thread{'s' if first.threads > 1 else ''})"
     counts = sorted({len(each.times) for each in own})
     repetitions = " or ".join(map(str, counts)) + (" repetitions" if counts != [1] else " repetition")
-    _titled(
+    columns = ("removed", "time", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
+    return Table(
         f"{what}: {first.sequences} x {first.tokens} tokens{after} on {first.device}{threads}, {first.dtype}, "
         f"median of {repetitions}",
-        ("removed", "time", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
-        + (("peak memory",) if has_peak else ()),
-        rows,
+        columns + (("peak memory",) if has_peak else ()),
+        tuple(rows),
+        tuple(
+            f"Without {name_of(each.removal_list)}: skipped, not gone, because the family's config cannot say "
+            "that they are; memory is the unmodified model's."
+            for each in own
+            if not each.gone
+        ),
     )
-    for each in own:
-        if not each.gone:
-            print(
-                f"Without {name_of(each.removal_list)}: skipped, not gone, because the family's config cannot say "
-                "that they are; memory is the unmodified model's."
-            )
 
 
 def _as_times(before: float, after: float) -> tuple[str, str]:
@@ -155,7 +176,7 @@ def _beside(found: Timing, before: str, after: str) -> str:
     return f"{before} → {after}" if found.removal_list else after
 
 
-def _quantizations(found: Sequence[Quantization]) -> None:
+def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
     rows = []
     for each in found:
         change = "" if each.change is None else f"{each.change:+.4f}"
@@ -175,12 +196,15 @@ def _quantizations(found: Sequence[Quantization]) -> None:
         )
     if rows:
         columns = ("removed", "scheme", "text", "before", "after", "nats", "all weights, packed")
-        _titled("Weight-only quantisation: linear weights of the blocks, rounded to nearest", columns, rows)
-    for out in dict.fromkeys(each.out for each in found if each.out is not None):
-        print(f"\nIn a folder, proven when it was written: {shown_text(out)}")
+        title = "Weight-only quantisation: linear weights of the blocks, rounded to nearest"
+        yield Table(title, columns, tuple(rows), folders=_folders(each.out for each in found))
 
 
-def _healings(found: Sequence[Healing]) -> None:
+def _folders(outs: Iterable[str | None]) -> tuple[str, ...]:
+    return tuple(out for out in dict.fromkeys(outs) if out is not None)
+
+
+def _healings(found: Sequence[Healing]) -> Iterator[Table]:
     rows = []
     for each in found:
         change = "" if each.change is None else f"{each.change:+.4f}"
@@ -198,89 +222,16 @@ def _healings(found: Sequence[Healing]) -> None:
                 duration(each.seconds),
             )
         )
-    if rows:
-        columns = ("removed", "how", "text", "baseline", "before", "after", "nats", "took")
-        _titled("Healing", columns, rows)
-    last = found[-1] if found else None
-    if last is not None and last.held_out_before is not None and last.held_out_after is not None:
-        before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
-        print(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
-    for out in dict.fromkeys(each.out for each in found if each.out is not None):
-        print(f"Written: {out}")
-
-
-def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A title above the table may be longer than the table is wide."""
-    print(f"\n{title}")
-    table("", columns, rows)
-
-
-def _generations(found: Sequence[Generation]) -> None:
-    """What the unmodified model says stands once above what the lists say to the same prompt."""
-    for ask in dict.fromkeys(each.ask for each in found):
-        own = [each for each in found if each.ask == ask]
-        first = own[0]
-        print(
-            f"\nThe unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
-            f"{shown_text(first.baseline_text)}"
-        )
-        for each in own:
-            if each.removal_list:
-                _generation(each)
-
-
-def _generation(found: Generation) -> None:
-    without = ", ".join(map(str, found.removal_list))
-    print(
-        f"\nWithout {without} ({_spoken(len(found.tokens), found.list_seconds)}, {_parting(found)}):\n"
-        f"{shown_text(found.text)}"
-    )
-    share = f" ({len(found.flips) / found.compared:.0%})" if found.compared else ""
-    title = (
-        f"{len(found.flips)} of {found.compared} predictions{share} on the unmodified model's text, prompt included, "
-        "are other tokens without these blocks"
-    )
-    text = [*found.prompt_tokens, *found.baseline_tokens]
-    rows = [
-        (
-            str(each.position),
-            _quoted("".join(text[max(0, each.position - _CONTEXT) : each.position])),
-            f"{_quoted(each.before)} {each.before_probability:.0%}",
-            f"{_quoted(each.after)} {each.after_probability:.0%}",
-        )
-        for each in found.flips[:_FLIPS_SHOWN]
-    ]
     if not rows:
-        print(f"\n{title}.")
         return
-    _titled(title, ("at", "after", "unmodified", "without"), rows)
-    if len(found.flips) > len(rows):
-        print(f"and {len(found.flips) - len(rows)} more; --json has all of them")
-
-
-def _parting(found: Generation) -> str:
-    """How long both say the same."""
-    pairs = zip(found.baseline_tokens, found.tokens, strict=False)
-    same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
-    if same is None:
-        return "the same text" if found.tokens == found.baseline_tokens else "the same as far as it goes"
-    return f"another text from token {same + 1} on"
-
-
-def _spoken(tokens: int, seconds: float) -> str:
-    return f"{tokens} token{'' if tokens == 1 else 's'} in {seconds:.1f} s"
-
-
-def _quoted(text: str) -> str:
-    """A piece of text in a cell, its spaces and line ends to be seen."""
-    return json.dumps(text, ensure_ascii=False)
+    last, notes = found[-1], []
+    if last.held_out_before is not None and last.held_out_after is not None:
+        before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
+        notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
+    columns = ("removed", "how", "text", "baseline", "before", "after", "nats", "took")
+    yield Table("Healing", columns, tuple(rows), tuple(notes), _folders(each.out for each in found))
 
 
 def name_of(removal_list: RemovalList) -> str:
     """A list in a cell: how many blocks, and which."""
     return f"{len(removal_list)}: {', '.join(map(str, removal_list))}" if removal_list else "none"
-
-
-def shown_text(text: str) -> str:
-    """What a model says, without control characters."""
-    return shown(text).replace("\\[", "[")

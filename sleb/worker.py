@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import calibration, distributed, gguf_export, jobs, store
+from . import calibration, distributed, gguf_export, jobs, results, store
 from .blocks import BlockStack
 from .errors import OptionError, RunError
 from .export import export_checkpoint, model_card, require_free
@@ -162,7 +162,12 @@ def _export(run: Run, job: JobSpec, job_dir: Path, loaded: LoadedModel, meter: M
         loaded.tokenizer,
         removal_list,
         out,
-        model_card(run, removal_list, base_model=public_name(run.spec.model)),
+        model_card(
+            run,
+            removal_list,
+            base_model=public_name(run.spec.model),
+            found=results.findings(run.run_dir),
+        ),
         allow_existing=job.replace,
         progress=meter.phase,
         trust_remote_code=job.trust_remote_code,
