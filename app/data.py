@@ -15,9 +15,10 @@ import numpy as np
 import streamlit as st
 
 from app import evidence as evidence_of_step
-from sleb import alignment, api, cache, jobs, methods, peek, similarity, store, tokens
+from sleb import alignment, api, cache, files, jobs, methods, peek, results, similarity, store, tokens
 from sleb import outline as outlines_of
 from sleb.errors import RunError
+from sleb.findings import Finding
 from sleb.outline import Outline
 from sleb.records import ExitStatistics, JobKind, JobSpec, Method, Run, Step
 from sleb.similarity import TokenSimilarity
@@ -84,6 +85,29 @@ def load(run_id: str) -> Run:
     """A run, whole, with the state of its jobs as it is now. Raises `RunError`."""
     directory = folder_of(run_id)
     return jobs.watched(_run(str(directory), outlines_of.signature(directory)))
+
+
+def findings_of(run: Run) -> tuple[Finding, ...]:
+    """Everything that was found about the run's lists, oldest first."""
+    return _findings(str(run.run_dir), outlines_of.findings_signature(run.run_dir))
+
+
+def rivals_of(run: Run) -> list[Outline]:
+    """Searches of the same weights whose blocks were chosen on another text, newest first."""
+    if run.stack is None:
+        return []
+    found = []
+    for each in outlines():
+        if (
+            isinstance(each, Outline)
+            and each.run_id != run.run_id
+            and each.last
+            and each.num_blocks == run.stack.num_blocks
+        ):
+            weights, text = _hashes(str(each.run_dir), _file_time(each.run_dir / "stack.json"))
+            if weights == run.stack.weights_hash and text != run.stack.tokens_hash:
+                found.append(each)
+    return found
 
 
 def tokens_of(run: Run) -> Tokens | None:
@@ -166,6 +190,21 @@ def _outline(directory: str, signature: object) -> Outline:
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _run(directory: str, signature: object) -> Run:
     return store.load(directory)
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _findings(directory: str, signature: object) -> tuple[Finding, ...]:
+    return tuple(results.findings(Path(directory)))
+
+
+@st.cache_resource(max_entries=2000, show_spinner=False)
+def _hashes(directory: str, changed: int) -> tuple[str, str]:
+    """Of the weights and of the calibration text; empty where they cannot be read."""
+    try:
+        stack = files.read_json(Path(directory) / "stack.json")
+        return str(stack["weights_hash"]), str(stack["tokens_hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "", ""
 
 
 @st.cache_data(max_entries=64, ttl=60, show_spinner=False)

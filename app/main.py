@@ -31,6 +31,7 @@ st.navigation(
         _page("alignment", "Prediction alignment", ":material/flag:"),
         _page("steps", "Removal steps", ":material/layers_clear:"),
         _page("compare", "Compare", ":material/compare_arrows:"),
+        _page("evaluate", "Evaluate", ":material/balance:"),
         _page("export", "Export", ":material/output:"),
     ],
     position="top",

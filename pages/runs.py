@@ -21,6 +21,7 @@ _PAGES = {
     "similarity": ("Similarity", ":material/grid_on:"),
     "alignment": ("Prediction alignment", ":material/flag:"),
     "steps": ("Removal steps", ":material/layers_clear:"),
+    "evaluate": ("Evaluate", ":material/balance:"),
     "export": ("Export", ":material/output:"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from . import jobs, store
+from . import jobs, results, store
 from .errors import RunError
 from .files import parse_json, read_json
 from .records import Baseline, Job, JobState, RunSpec, Step
@@ -37,8 +37,8 @@ class Outline:
 
     @property
     def removal_list(self) -> tuple[int, ...]:
-        """Blocks in the order of removal so far."""
-        return self.last.removal_list if self.last else ()
+        """Blocks in the order of removal so far, or those that were given."""
+        return self.last.removal_list if self.last else self.spec.given or ()
 
 
 def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
@@ -109,15 +109,25 @@ def _seconds(line: bytes) -> float:
     return 0.0
 
 
-def signature(directory: Path) -> tuple[tuple[str, int, int], ...]:
-    """Changes whenever a file that `store.load` reads does: name, time and size of each."""
+Signature = tuple[tuple[str, int, int], ...]
+"""Name, time and size of files."""
+
+
+def signature(directory: Path) -> Signature:
+    """Changes whenever a file that `store.load` reads does, or a finding comes."""
     found: list[tuple[str, int, int]] = []
     for folder in (directory, directory / "analysis"):
         found += _files(folder)
+    found += findings_signature(directory)
     with suppress(OSError):
         for job in sorted(os.scandir(directory / "jobs"), key=lambda each: each.name):
             found += [(f"{job.name}/{name}", changed, size) for name, changed, size in _files(Path(job.path))]
     return tuple(found)
+
+
+def findings_signature(directory: Path) -> Signature:
+    """Changes whenever something was found about a list of the run."""
+    return tuple(each for each in _files(directory / results.FOLDER) if each[0].endswith(".json"))
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:

@@ -229,7 +229,7 @@ def test_hundreds_of_runs_are_listed(runs: Path) -> None:
     assert len(data.outlines()) == 125  # and five samples
 
 
-@pytest.mark.parametrize("page", ["runs", "similarity", "alignment", "steps", "compare", "export"])
+@pytest.mark.parametrize("page", ["runs", "similarity", "alignment", "steps", "compare", "evaluate", "export"])
 def test_opening_a_page_never_imports_torch(page: str, home: Path) -> None:
     code = (
         f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom dashboard import open_page\n"

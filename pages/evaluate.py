@@ -1,0 +1,208 @@
+"""Evaluate: what each list costs and buys, which one passes the gates, and the jobs that measure more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from app import components, curves, data, evaluating, gates, othertext, sidebyside, working
+from app.charts import evaluate, style
+from app.components import plain
+from app.curves import Curves
+from sleb import jobs
+from sleb.findings import Finding, Generation, Healing, Quantization
+from sleb.outline import findings_signature
+from sleb.records import Run
+from sleb.results import of_kind
+
+MISSING = {
+    "cost": "No text measured yet: <b>Evaluate</b> below",
+    "accuracy": "No accuracy yet: choose tasks below, then <b>Evaluate</b>",
+    "speed": "Not timed yet: <b>Time it</b> below",
+    "size": "How many bytes this dtype takes is not known",
+}
+TABS = ("Measure", "Side by side", "Another calibration set", "Quantise", "Heal")
+
+
+def main() -> None:
+    """The screen, from top to bottom."""
+    run = components.run_page("Evaluate", "What does each list cost, what does it buy, and which one can you take?")
+    if run.stack is None and run.spec.kind != "evaluate":
+        components.empty(
+            "Not opened yet", "This run has not loaded its model. Start or resume it on the **Runs** page."
+        )
+        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+        return
+    findings = data.findings_of(run)
+    st.session_state["drawn-findings"] = (run.run_id, len(findings_signature(run.run_dir)))
+    found = curves.curves(run, findings)
+    busy = jobs.active(run) is not None
+    if len(found.lists) == 1 and not findings:
+        working.bar(run)
+        _nothing_yet(run)
+        return
+    if busy:
+        st.caption(":material/progress_activity: A process works on this run; how far it is stands below the panels.")
+    if run.stack is None:
+        components.empty(
+            "Nothing measured yet", "**Evaluate** below opens the model, and measures it with and without the list."
+        )
+        _tabs(run, found, findings, None, busy)
+        return
+    left, right = st.columns([2.5, 1], gap="large")
+    with right:
+        st.subheader("Which list can I take?", anchor=False)
+        on, limits = evaluating.gates(found)
+        judgement = gates.judge(on, found.lists)
+        evaluating.proposal(run, found, on, judgement)
+    with left:
+        _panels(found, judgement, limits, gated=bool(on))
+    _tabs(run, found, findings, judgement.proposal, busy)
+
+
+def _nothing_yet(run: Run) -> None:
+    if run.spec.kind == "analyze":
+        text = (
+            "This run analysed the model and removed no block. Search it on the **Runs** page: then its lists are here."
+        )
+    elif jobs.active(run) is not None:
+        text = "The first list appears after the first step of the search."
+    else:
+        text = "The search has finished no step. Resume it on the **Runs** page."
+    components.empty("No list to evaluate yet", text)
+    st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+
+
+def _panels(found: Curves, judgement: gates.Judgement, limits: Sequence[evaluate.Limit], *, gated: bool) -> None:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.subheader("What it costs and what it buys", anchor=False)
+        unit = st.segmented_control(
+            "Perplexity as", ["perplexity", "times"], default="perplexity", required=True, key="as",
+            bind="query-params", label_visibility="collapsed",
+            format_func=lambda each: {"perplexity": "Perplexity", "times": "× baseline"}[each],
+            help="Perplexity, or how many times the unmodified model's perplexity on the same text.",
+        )  # fmt: skip
+    components.chart(
+        evaluate.panels(
+            found, admissible=judgement.admissible if gated else (), proposal=judgement.proposal, limits=limits,
+            missing=MISSING, over_baseline=unit == "times",
+        ),
+        key="cost-and-gain",
+        alt="Perplexity, accuracy, speedup and size against the number of blocks removed, one panel above the other; "
+        + (f"{gates.span([each for each in judgement.admissible if each])} removed pass the gates" if gated else ""),
+        table=lambda: curves.table(found),
+    )  # fmt: skip
+    st.caption(" ".join(_notes(found, gated)))
+
+
+def _notes(found: Curves, gated: bool) -> list[str]:
+    """What the marks of the panels mean: only of those that are there."""
+    kinds = {each.kind for each in found.cost}
+    notes = ["Shaded: passes every gate; dashed frame: proposed."] if gated else []
+    notes.append("Bars: one standard error; for speed, quartiles.")
+    if {"held-out", "calibration"} & kinds:
+        notes.append("Dotted: the search's own text. The blocks were chosen on the calibration set: too good.")
+    gone = evaluate.beyond(found.cost)
+    if gone:
+        notes.append(f"Leaving the chart at its upper edge: {plain(', '.join(gone))}.")
+    if any(each.is_estimate for each in (*found.cost, *found.accuracy)):
+        notes.append("≈ and open marks: estimates from a part of the text or of the questions.")
+    if not found.speed:
+        notes.append("Dashed: the speed that the number of blocks predicts.")
+    else:
+        about = "; ".join(f"{each.name}: {each.about}" for each in found.speed)
+        notes.append(f"Speed of {plain(about)}; dashed: were time proportional to blocks.")
+    if found.elsewhere:
+        notes.append(f"{found.elsewhere} findings are about other lists, which are not on this run's way.")
+    return notes
+
+
+def _tabs(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
+    """Everything below the first screen; only the open tab is drawn."""
+    working.bar(run)
+    tabs = dict(zip(TABS, st.tabs(TABS, key="show", bind="query-params"), strict=True))
+    if tabs["Measure"].open:
+        with tabs["Measure"]:
+            evaluating.measure(run, found, busy)
+    if tabs["Another calibration set"].open:
+        with tabs["Another calibration set"]:
+            othertext.draw(run, findings, busy)
+    for name, draw in {"Side by side": _side_by_side, "Quantise": _quantized, "Heal": _healed}.items():
+        if tabs[name].open:
+            with tabs[name]:
+                draw(run, found, findings, proposed, busy)
+
+
+def _side_by_side(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
+    all_said = of_kind(findings, Generation)
+    left, right = st.columns([1, 1], gap="large")
+    with left:
+        blocks = evaluating.which(run, found, all_said, "list-said", proposed)
+        said = [each for each in reversed(all_said) if each.removal_list == blocks]
+        chosen = said[0] if said else None
+        if len(said) > 1:
+            chosen = st.selectbox(
+                "Earlier prompts", said, key="earlier", format_func=_prompt_in_short,
+                help="What was asked about this list before, newest first.",
+            )  # fmt: skip
+    with right:
+        evaluating.generate(run, blocks, busy)
+    if chosen is None:
+        others = sorted({len(each.removal_list) for each in all_said})
+        more = f" There are answers about {gates.span(others)} removed." if others else ""
+        components.empty("Nothing said yet", f"**Generate** lets both models go on from your prompt.{more}")
+    else:
+        sidebyside.draw(chosen)
+
+
+def _prompt_in_short(found: Generation) -> str:
+    text = " ".join(found.ask.prompt.split())
+    return (text if len(text) <= 70 else text[:69] + "…") + f" ({found.ask.tokens} tokens)"
+
+
+def _quantized(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
+    own = of_kind(findings, Quantization)
+    left, right = st.columns([1, 1.6], gap="large")
+    with left:
+        evaluating.quantize(run, evaluating.which(run, found, own, "list-quantized", proposed), busy)
+    with right:
+        if not own:
+            components.empty(
+                "Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list."
+            )
+            return
+        _table(evaluate.quantization_table(own), ("Before", "Quantised"), "Perplexity before and after quantisation")
+
+
+def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
+    own = of_kind(findings, Healing)
+    left, right = st.columns([1, 1.6], gap="large")
+    with left:
+        evaluating.heal(run, evaluating.which(run, found, own, "list-healed", proposed), busy)
+    with right:
+        if not own:
+            components.empty(
+                "Nothing healed yet", "**Heal** trains a little, or mends the cuts, and measures before and after."
+            )
+            return
+        columns = {
+            "Loss": st.column_config.LineChartColumn(
+                "Loss", width="small", color=style.BLUE, help="While it was trained."
+            )
+        }
+        numbers = ("Unmodified", "Before", "Healed")
+        _table(evaluate.healing_table(own), numbers, "Perplexity before and after healing", columns)
+
+
+def _table(table: Any, numbers: tuple[str, ...], alt: str, columns: dict[str, Any] | None = None) -> None:
+    st.dataframe(
+        table.style.format(components.number, subset=list(numbers), na_rep="–"), hide_index=True, placeholder="–",
+        column_config=columns, alt=alt,
+    )  # fmt: skip
+    if table["Text"].str.endswith("≈").any():
+        st.caption("≈: estimates from some of the windows.")
+
+
+main()
