@@ -295,9 +295,10 @@ def quantize(run: Run, blocks: RemovalList, busy: bool) -> None:
 def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     """How, on what and for how long."""
     how = st.segmented_control(
-        "How", ["lora", "linear"], required=True, default="lora", key="heal-how", persist_state="session",
-        format_func=lambda each: {"lora": "LoRA", "linear": "Linear map"}[each],
-        help="LoRA trains low-rank adapters. Linear map mends each cut by least squares: nothing is trained.",
+        "How", ["lora", "linear", "both"], required=True, default="lora", key="heal-how", persist_state="session",
+        format_func=lambda each: {"lora": "LoRA", "linear": "Least squares", "both": "Both"}[each],
+        help="LoRA trains low-rank adapters. Least squares fits the last linear layer before each cut anew: nothing is "
+        "trained. Both does one after the other.",
     )  # fmt: skip
     source = st.text_input(
         "Text to heal on", run.spec.calibration.source, key=f"heal-source-{run.run_id}",
@@ -307,7 +308,7 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     sequences = first.number_input("Sequences", 1, 1_000_000, 32, key="heal-sequences", persist_state="session")
     length = second.number_input("Tokens each", 8, 100_000, 128, key="heal-length", persist_state="session")
     rank = third.number_input(
-        "Rank", 1, 1024, 8, key="heal-rank", disabled=how != "lora", persist_state="session", help="Of the adapters."
+        "Rank", 1, 1024, 8, key="heal-rank", disabled=how == "linear", persist_state="session", help="Of the adapters."
     )
     left, right = st.columns([2, 1])
     with left:

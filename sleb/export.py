@@ -346,8 +346,9 @@ def move(folder: Path, out: Path, allow_existing: bool) -> None:
     os.umask(mask)
     try:
         folder.chmod(0o777 & ~mask)  # a temporary folder is its owner's alone, and so are some libraries' files
-        for file in folder.iterdir():
-            file.chmod(0o666 & ~mask)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
         if out.exists():
             shutil.rmtree(out)
         folder.rename(out)

@@ -90,11 +90,12 @@ class QuantizeSpec(_Lists):
 
 
 class HealSpec(_Lists):
-    """A short fine-tuning of low-rank adapters on the last of `lists`, or its cuts mended without training."""
+    """A short fine-tuning of low-rank adapters on the last of `lists`, its cuts mended without training, or both."""
 
     kind: Literal["heal"] = "heal"
-    how: Literal["lora", "linear"] = "lora"
-    """`linear`: the last linear layer before each cut is fitted anew, by least squares; nothing is trained."""
+    how: Literal["lora", "linear", "both"] = "lora"
+    """`linear`: the last linear layer before each cut is fitted anew, by least squares; nothing is trained. `both`:
+    that first, and then adapters are trained on what it gives."""
     source: str = "wikitext2"
     """Text to heal on, as for a search's calibration; conversations with `chat`."""
     chat: bool = False

@@ -47,6 +47,7 @@ class How(StrEnum):
 
     LORA = "lora"
     LINEAR = "linear"
+    BOTH = "both"
 
 
 Subject = Annotated[
@@ -232,7 +233,7 @@ def heal(
     removal_list: RemovalListOption = None,
     steps: Steps = None,
     how: Annotated[
-        How, typer.Option(rich_help_panel=WHAT, help="lora trains; linear fits a layer before each cut anew.")
+        How, typer.Option(rich_help_panel=WHAT, help="lora trains; linear fits a layer before each cut anew; both.")
     ] = How.LORA,
     source: Annotated[
         str, typer.Option(metavar="SPEC", rich_help_panel=WHAT, help="Text to heal on, as --calibration of search.")
@@ -251,7 +252,9 @@ def heal(
     limit: Limit = None,
     window: Window = 2048,
     out: Annotated[Path | None, typer.Option(help="A folder for the healed model, or its adapter.")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone, not merged.")] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the adapter alone, and the streamlined folder it needs.")
+    ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: Device = "auto",

@@ -143,8 +143,9 @@ def heal(
 ) -> list[Finding]:
     """Perplexity before and after low-rank adapters were trained on the streamlined model (paper, Table 13).
 
-    `settings` are those of `HealSpec` (source, rank, epochs, ...; how="linear" mends without training), and device,
-    dtype and the like as for `evaluate`. `out` is a folder for the healed model, or with `adapter=True` its adapter.
+    `settings` are those of `HealSpec` (source, rank, epochs, ...; how="linear" mends without training, "both" before
+    it), and device, dtype and the like as for `evaluate`. `out` is a folder for the healed model, or for its adapter
+    with `adapter=True`.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:

@@ -447,7 +447,7 @@ def quantization_table(found: Sequence[Quantization]) -> pd.DataFrame:
 
 def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
     """One row a healing and text: perplexity of the unmodified model, without the list, and healed."""
-    names = {"lora": "LoRA", "linear": "linear map"}
+    names = {"lora": "LoRA", "linear": "least squares", "both": "least squares, LoRA"}
     return pd.DataFrame(
         [
             {
