@@ -9,11 +9,11 @@ STAMP := $(VENV)/.setup-done
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# More arguments for run, test and bench, as in: make test ARGS="-k sweep"
+# More arguments for run, test, bench and comparison, as in: make test ARGS="-k sweep"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format bench sample screenshots hooks clean
+.PHONY: help setup run test lint format bench comparison sample screenshots hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -39,8 +39,11 @@ format: setup ## mend what ruff can mend
 bench: setup ## measure the sweep against the plain loop
 	@$(VENV)/bin/python benchmarks/search.py $(ARGS)
 
+comparison: setup ## SparseGPT, Wanda and AWQ beside removal lists (ARGS="--text wiki.test.raw --calibration ...")
+	@$(VENV)/bin/python benchmarks/comparison.py $(ARGS)
+
 sample: setup ## record the dashboard's sample runs anew (a quarter of an hour)
-	@$(VENV)/bin/python docs/sample.py
+	@$(VENV)/bin/python docs/sample.py $(ARGS)
 
 screenshots: setup ## draw the README's pictures of the dashboard anew
 	@$(VENV)/bin/python docs/screenshots.py

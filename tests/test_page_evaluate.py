@@ -391,7 +391,7 @@ def test_quantisation_and_healing_are_tables(full: Run) -> None:
     assert table["Weights"][1] == "269 MB → 163 MB"
     app = show(app, "Heal")
     (table,) = [each.value for each in app.dataframe]
-    assert list(table["How"]) == ["LoRA, rank 8", "linear map"]
+    assert list(table["How"]) == ["LoRA, rank 8", "least squares"]
     assert table["Change, nats"][0] == "−0.1193 ± 0.0041"
     assert list(table["Healed"]) == pytest.approx([14.2, 15.4])
 

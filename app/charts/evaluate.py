@@ -453,7 +453,7 @@ def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
             {
                 "Removed": len(each.removal_list),
                 "How": names.get(each.ask.how, each.ask.how)
-                + (f", rank {each.ask.rank}" if each.ask.how == "lora" else ""),
+                + (f", rank {each.ask.rank}" if each.ask.how != "linear" else ""),
                 "Text": each.text.name + ("" if each.text.is_whole else " ≈"),
                 "Unmodified": each.baseline.perplexity,
                 "Before": each.before.perplexity,
