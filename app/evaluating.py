@@ -15,7 +15,7 @@ from app.curves import Curves, Line
 from app.gates import Gate, Judgement, span
 from sleb import api, judging
 from sleb.findings import (
-    PUBLISHED,
+    NAMED_TEXTS,
     BenchmarkSpec,
     EvaluateSpec,
     Finding,
@@ -342,7 +342,7 @@ def which(run: Run, found: Curves, findings: Sequence[Finding], key: str, propos
 
 def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
     """Texts by name; files that were measured before are offered again."""
-    known = {name: name for name in PUBLISHED} | known_files(run)
+    known = {name: name for name in NAMED_TEXTS} | known_files(run)
     last = [
         each
         for job in run.jobs
@@ -396,7 +396,7 @@ def _protocol() -> dict[str, Any]:
 def known_files(*runs: Run) -> dict[str, str]:
     """Files that were asked for before, by name: findings do not say where a text lies."""
     asked = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
-    return {short(each): each for each in asked if each not in PUBLISHED}
+    return {short(each): each for each in asked if each not in NAMED_TEXTS}
 
 
 def named(texts: Sequence[str], known: dict[str, str]) -> tuple[str, ...]:

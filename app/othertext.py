@@ -12,7 +12,7 @@ from app.components import plain
 from app.curves import lists_of
 from sleb import jobs
 from sleb.errors import RunError
-from sleb.findings import PUBLISHED, EvaluateSpec, Finding, TextPerplexity
+from sleb.findings import NAMED_TEXTS, EvaluateSpec, Finding, TextPerplexity
 from sleb.records import Run
 from sleb.results import of_kind
 
@@ -90,12 +90,12 @@ def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> No
     busy = busy or jobs.active(other) is not None
     known = evaluating.known_files(run, other)
     texts = evaluate.texts_of(sides)
-    asked = [each.name for each in texts if each.name in known or each.name in PUBLISHED]
+    asked = [each.name for each in texts if each.name in known or each.name in NAMED_TEXTS]
     with st.container(border=True):
         left, middle, right = st.columns([3, 1.2, 1.2], vertical_alignment="bottom")
         with left:
             chosen = st.multiselect(
-                "Measure both lists on", [*PUBLISHED, *known], list(dict.fromkeys(asked)) or ["wikitext2"],
+                "Measure both lists on", [*NAMED_TEXTS, *known], list(dict.fromkeys(asked)) or ["wikitext2"],
                 key=f"other-texts-{run.run_id}-{other.run_id}", accept_new_options=True,
                 help="Names, or paths of files on the server.",
             )  # fmt: skip

@@ -231,7 +231,7 @@ def run_spec(
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
         raise OptionError(f"There is no run of kind {kind!r}; search and analyze are the two.")
-    model, calibration = _text("model", model), None if calibration is None else _text("calibration", calibration)
+    model, calibration = text("model", model), None if calibration is None else text("calibration", calibration)
     is_demo = model == "demo"
     if remove is None and ratio is None and until_perplexity is None:
         ratio = DEMO_RATIO if is_demo else PAPER_RATIO
@@ -288,7 +288,7 @@ def job_spec(
     speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
     """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
-    settings = {"kind": kind, "device": _text("device", device), "batch_size": batch_size}
+    settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
     scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return _valid(JobSpec, settings | scale | permissions)
@@ -378,7 +378,7 @@ def _valid(record: type[JobSpec], settings: dict[str, Any]) -> JobSpec:
         raise OptionError(sentence(error)) from error
 
 
-def _text(name: str, value: object) -> str:
+def text(name: str, value: object) -> str:
     """A name as text that can be written down. Raises `OptionError` for anything else."""
     if isinstance(value, PathLike):
         value = fspath(value)

@@ -316,5 +316,5 @@ def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CalibrationError(
             f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or name a "
-            "local .txt, .jsonl or .parquet file instead, or demo."
+            "local .txt or .jsonl file instead, or demo."
         ) from error

@@ -350,7 +350,7 @@ def export(
         Format,
         typer.Option("--format", "-f", help="hf and gguf write the smaller model and prove it; the others, the list."),
     ] = Format.JSON,
-    steps: Annotated[int | None, typer.Option(min=0, help="The list after so many steps. [default: all]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="The list after so many steps. [default: all]")] = None,
     out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
     gguf: Annotated[
         Path | None,
@@ -628,12 +628,13 @@ class _ToScreen(logging.Handler):
 
 
 def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> None:
+    had_folder = run_dir is not None and run_dir.expanduser().is_dir()
     run = store.create(spec, run_dir)
     try:
         done = _execute(run, job, as_json)
     except BadInput:
         if store.load(run.run_dir).trace is None:  # it never began: there is nothing to keep
-            jobs.delete(run.run_dir)
+            jobs.delete(run.run_dir, keep_folder=had_folder)
         raise
     if as_json:
         _print(done, as_json)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,10 @@ from typing import Any
 from .errors import OptionError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ARRAYS = (
+    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What reading an `.npz` file that is missing or damaged raises."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 

@@ -13,14 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .record import Measured, Record
+from .record import MOST, Measured, Record
 
 RemovalList = tuple[int, ...]
 """Original, 0-based block indices in ascending order: the order of removal is nothing to a model."""
 
 
-PUBLISHED = ("wikitext2", "c4")
-"""Texts with a protocol of their own, by name, whatever files of that name lie around."""
+NAMED_TEXTS = ("wikitext2", "c4", "demo")
+"""Texts by name, whatever files of that name lie around: two with a published protocol, and the one that is there."""
 
 
 class _Lists(Record):
@@ -31,7 +31,7 @@ class _Lists(Record):
     @model_validator(mode="after")
     def _ordered(self) -> _Lists:
         for each in self.lists:
-            if list(each) != sorted(set(each)) or (each and each[0] < 0):
+            if list(each) != sorted(set(each)) or (each and not 0 <= each[0] <= each[-1] < MOST):
                 raise ValueError(f"a removal list holds each block once, in ascending order; found {list(each)}")
         return self
 
@@ -46,17 +46,17 @@ class EvaluateSpec(_Lists):
     """Of lm-eval, by name."""
     task_folder: str | None = None
     """With more tasks, in lm-eval's own YAML."""
-    shots: Annotated[int, Field(ge=0, strict=True)] | None = None
+    shots: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
     """Examples in a task's prompt; None is the task's own number."""
-    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
     """At most so many windows of a text, evenly spread, and the first so many examples of a task: an estimate."""
-    window: Annotated[int, Field(ge=2, strict=True)] = 2048
+    window: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
     """Tokens; the published protocols have 2048."""
     bos: Literal["auto", "yes", "no"] = "no"
     """BOS at the head of every window; the published protocols have none."""
 
 
-Shape = tuple[Annotated[int, Field(ge=1, strict=True)], Annotated[int, Field(ge=1, strict=True)]]
+Shape = tuple[Annotated[int, Field(ge=1, le=MOST, strict=True)], Annotated[int, Field(ge=1, le=MOST, strict=True)]]
 """Sequences, and tokens each."""
 
 
@@ -68,10 +68,10 @@ class BenchmarkSpec(_Lists):
     """Sequences and tokens each of prompt processing; None leaves it out."""
     generation: Shape | None = (64, 128)
     """Sequences and generated tokens each; None leaves it out."""
-    generation_prompt: Annotated[int, Field(ge=1, strict=True)] = 64
+    generation_prompt: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 64
     """Tokens that generation begins from, each; 64 in the reference (latency_utils.py)."""
-    prompt_repetitions: Annotated[int, Field(ge=1, strict=True)] = 50
-    generation_repetitions: Annotated[int, Field(ge=1, strict=True)] = 10
+    prompt_repetitions: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 50
+    generation_repetitions: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 10
 
 
 class QuantizeSpec(_Lists):
@@ -79,11 +79,11 @@ class QuantizeSpec(_Lists):
 
     kind: Literal["quantize"] = "quantize"
     schemes: tuple[Literal["int8", "int4"], ...] = ("int8",)
-    group_size: Annotated[int, Field(ge=16, strict=True)] = 128
+    group_size: Annotated[int, Field(ge=16, le=MOST, strict=True)] = 128
     """Of int4: weights that share a scale."""
     texts: tuple[str, ...] = ("wikitext2",)
-    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
-    window: Annotated[int, Field(ge=2, strict=True)] = 2048
+    limit: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
+    window: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
     out: str | None = None
     """Folder for the last list in the last scheme."""
     replace: bool = False
@@ -99,17 +99,17 @@ class HealSpec(_Lists):
     source: str = "wikitext2"
     """Text to heal on, as for a search's calibration; conversations with `chat`."""
     chat: bool = False
-    sequences: Annotated[int, Field(ge=1, strict=True)] = 1024
+    sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 1024
     """128 for `linear`, unless it is given."""
-    sequence_length: Annotated[int, Field(ge=8, strict=True)] = 512
-    epochs: Annotated[int, Field(ge=1, strict=True)] = 1
-    rank: Annotated[int, Field(ge=1, strict=True)] = 8
+    sequence_length: Annotated[int, Field(ge=8, le=MOST, strict=True)] = 512
+    epochs: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 1
+    rank: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    batch_sequences: Annotated[int, Field(ge=1, strict=True)] = 8
-    seed: Annotated[int, Field(ge=0, strict=True)] = 0
+    batch_sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 8
+    seed: Annotated[int, Field(ge=0, le=MOST, strict=True)] = 0
     texts: tuple[str, ...] = ("wikitext2",)
-    limit: Annotated[int, Field(ge=1, strict=True)] | None = None
-    window: Annotated[int, Field(ge=2, strict=True)] = 2048
+    limit: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
+    window: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
     out: str | None = None
     """Folder to write; None keeps only what was measured."""
     adapter: bool = False
@@ -273,6 +273,13 @@ class Timing(Finding):
     def speedup(self) -> float:
         """Median of the ratios."""
         return statistics.median(self.ratios)
+
+    @model_validator(mode="after")
+    def _in_pairs(self) -> Timing:
+        times = (*self.baseline_times, *self.times)
+        if not times or len(self.baseline_times) != len(self.times) or min(times) <= 0:
+            raise ValueError("times come in pairs, and are above zero")
+        return self
 
     @property
     def spread(self) -> tuple[float, float]:

@@ -151,10 +151,17 @@ def state_of(run: Run) -> JobState:
 
 
 def unanswered(run: Run) -> JobSpec | None:
-    """What the newest job was to judge, if it did not come to its end: asked again, it goes on where it was."""
-    last = watched(run).jobs[-1] if run.jobs else None
-    over = (JobState.STOPPED, JobState.INTERRUPTED, JobState.FAILED)
-    return last.spec if last is not None and last.spec.ask is not None and last.status.state in over else None
+    """What a job was to judge that did not come to its end, the newest first: asked again, it goes on where it was.
+
+    Of those that failed only the very last: what it failed of may be the question itself.
+    """
+    own = [job for job in watched(run).jobs if job.spec.ask is not None]
+    answered = [job.spec.ask for job in own if job.status.state is JobState.FINISHED]
+    for job in reversed(own):
+        broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED)
+        if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
+            return job.spec
+    return None
 
 
 def active(run: Run) -> Job | None:
@@ -219,8 +226,11 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
         lock.release()
 
 
-def delete(directory: Path) -> None:
-    """Remove a run folder for good, readable or not. Raises `RunBusy` while a process executes it."""
+def delete(directory: Path, *, keep_folder: bool = False) -> None:
+    """Remove a run folder for good, readable or not; an empty folder stays if it is to be kept.
+
+    Raises `RunBusy` while a process executes it.
+    """
     lock = lock_of(directory)
     with files.writing(directory):
         try:
@@ -229,6 +239,8 @@ def delete(directory: Path) -> None:
             raise RunBusy(_busy(directory)) from error
     try:
         store.delete(directory)
+        if keep_folder:
+            directory.mkdir()
     finally:
         lock.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from . import api, judging, results, store
+from . import api, jobs, judging, results, store
 from .answers import print_findings
-from .errors import BadInput, OptionError, Stopped
+from .errors import BadInput, OptionError, RunBusy, Stopped
 from .findings import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, QuantizeSpec
 from .options import (
     AllowPickle,
@@ -132,7 +133,7 @@ def evaluate(
     ask = dict(
         texts=_texts(perplexity),
         tasks=_names(tasks),
-        task_folder=None if task_folder is None else str(task_folder.expanduser().absolute()),
+        task_folder=judging.folder_name(task_folder),
         shots=shots,
         limit=limit,
         window=window,
@@ -221,7 +222,7 @@ def quantize(
         texts=_texts(perplexity),
         limit=limit,
         window=window,
-        out=_folder(out),
+        out=judging.folder_name(out),
         replace=replace,
     )
     job = _job(device, batch_size, None, allow_pickle, trust_remote_code)
@@ -282,7 +283,7 @@ def heal(
         texts=_texts(perplexity),
         limit=limit,
         window=window,
-        out=_folder(out),
+        out=judging.folder_name(out),
         adapter=adapter,
         replace=replace,
     )
@@ -327,14 +328,18 @@ def _go(
     judging.ask_of(record, **settings)  # refused before a run is made
     blocks = _blocks(removal_list)
     dtype, revision, run_dir = of_model
+    before = set(store.run_dirs())
+    had_folder = run_dir is not None and run_dir.expanduser().is_dir()
     run = judging.subject_run(subject, blocks, dtype=dtype.value, revision=revision, run_dir=run_dir)
-    is_new = not run.jobs and run.spec.kind == "evaluate"
+    is_new = not run.jobs and run.spec.kind == "evaluate" and run.run_dir not in before
     try:
         lists = judging.lists_of(run, blocks, steps, all_steps)
         carry_out(run, job_for(judging.ask_of(record, lists=lists, **settings)), as_json)
+    except RunBusy:  # somebody else found it at the same moment, and has it
+        raise
     except BadInput:
         if is_new and not results.findings(run.run_dir):
-            store.delete(run.run_dir)  # it never began: there is nothing to keep
+            jobs.delete(run.run_dir, keep_folder=had_folder)  # it never began: there is nothing to keep
         raise
 
 
@@ -375,11 +380,13 @@ def _blocks(text: str | None) -> list[int] | None:
     """`[14, 23]` or `14,23`."""
     if text is None:
         return None
-    inner = text.strip().removeprefix("[").removesuffix("]")
-    try:
-        return [int(part) for part in inner.split(",") if part.strip()]
-    except ValueError as error:
-        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {text!r}.") from error
+    found = re.fullmatch(r"\s*(?:\[([^\[\]]*)\]|([^\[\]]*))\s*", text)
+    parts = [part.strip() for part in (found[1] or found[2] or "").split(",")] if found else ["?"]
+    if parts == [""]:
+        return []
+    if not all(re.fullmatch(r"-?\d{1,15}", part) for part in parts):
+        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {text!r}.")
+    return [int(part) for part in parts]
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -387,6 +394,8 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _texts(text: str) -> tuple[str, ...]:
+    if "none" in _names(text) and len(_names(text)) > 1:
+        raise OptionError("--perplexity none stands alone: it means no text at all.")
     return () if text.strip() in ("", "none") else tuple(judging.text_name(name) for name in _names(text))
 
 
@@ -402,7 +411,3 @@ def _shape(option: str, text: str) -> tuple[int, int] | None:
     if min(found) < 1:
         raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {text!r}.")
     return found
-
-
-def _folder(out: Path | None) -> str | None:
-    return None if out is None else str(out.expanduser().absolute())

@@ -17,7 +17,7 @@ from . import api, files, results, store
 from .errors import OptionError, RunError
 from .files import read_json
 from .findings import (
-    PUBLISHED,
+    NAMED_TEXTS,
     Ask,
     BenchmarkSpec,
     EvaluateSpec,
@@ -65,7 +65,7 @@ def evaluate(
 
     Returns what answers the question, whether it was known already or found now. Raises `SlebError`.
     """
-    folder = None if task_folder is None else str(files.expanded(Path(task_folder)).absolute())
+    folder = folder_name(task_folder)
     settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
     ask = dict(settings, texts=tuple(text_name(name) for name in perplexity))
     return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
@@ -125,7 +125,7 @@ def quantize(
         limit=limit,
         window=window,
         group_size=group_size,
-        out=_folder(out),
+        out=folder_name(out),
         replace=replace,
     )
     return _judged(QuantizeSpec, ask, subject, removal_list, steps, False, watcher, how)
@@ -150,7 +150,7 @@ def heal(
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:
         own["source"] = api.absolute(own["source"])
-    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=_folder(out))
+    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=folder_name(out))
     return _judged(HealSpec, ask, subject, removal_list, steps, False, watcher, settings)
 
 
@@ -184,18 +184,26 @@ def subject_run(
     revision: str | None = None,
     run_dir: str | PathLike[str] | None = None,
 ) -> Run:
-    """The run that keeps what is found: the one named, or one for this model and list, made where there is none."""
-    if isinstance(subject, Run):
-        return store.load(subject.run_dir)
+    """The run that keeps what is found: the one named, or one for this model and list, made where there is none.
+
+    Raises `OptionError` where a run is named with what only a model can be given, `RunError` for a damaged one.
+    """
     try:
-        return store.load(store.locate(subject))
+        found = store.locate(subject.run_dir if isinstance(subject, Run) else subject)
     except RunError as error:
+        if isinstance(subject, Run):
+            raise
         if removal_list is None:
             raise RunError(
                 f"There is no run {str(subject)!r}. For a model, say which blocks: --removal-list '[14, 23]', "
                 "or '[]' for the unmodified one."
             ) from error
-    given = _list(removal_list)
+    else:
+        for option, value in (("--dtype", dtype != "auto"), ("--revision", revision), ("--run-dir", run_dir)):
+            if value:
+                raise OptionError(f"{option} is for a model; run {found.name} has its own. Leave it out.")
+        return store.load(found)
+    given = sorted_list(_list(removal_list))  # the order of removal is nothing to a model
     spec = api.run_spec(str(subject), kind="evaluate", dtype=dtype, revision=revision)  # type: ignore[arg-type]
     try:
         spec = RunSpec.model_validate(spec.model_dump() | {"given": given, "held_out": 0, "analysis": False})
@@ -203,9 +211,9 @@ def subject_run(
         raise OptionError(api.sentence(error)) from error
     if run_dir is None:
         same = (each for each in store.list_runs() if isinstance(each, Run) and each.spec == spec)
-        found = next(same, None)
-        if found is not None:
-            return found
+        known = next(same, None)
+        if known is not None:
+            return known
     return store.create(spec, None if run_dir is None else Path(run_dir))
 
 
@@ -292,8 +300,10 @@ def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
 
 def text_name(name: str) -> str:
     """Files are kept absolute, so that a job finds them from any directory."""
-    return name if name in PUBLISHED else str(files.expanded(Path(name)).absolute())
+    name = api.text("A text", name)
+    return name if name in NAMED_TEXTS else str(files.expanded(Path(name)).absolute())
 
 
-def _folder(out: str | PathLike[str] | None) -> str | None:
-    return None if out is None else str(files.expanded(Path(out)).absolute())
+def folder_name(out: str | PathLike[str] | None) -> str | None:
+    """A folder to write or to read from, absolute."""
+    return None if out is None else str(files.expanded(Path(api.text("A folder", out))).absolute())

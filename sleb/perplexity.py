@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from . import methods
-from .calibration import WIKITEXT, bos_of, cut, load_dataset
+from . import demo, methods
+from .calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset
 from .errors import CalibrationError, OptionError
 from .files import expanded
-from .findings import PUBLISHED, EvaluatedText, RemovalList
+from .findings import NAMED_TEXTS, EvaluatedText, RemovalList
 from .record import Measured
 from .scoring import Scorer
 
@@ -48,8 +48,14 @@ class Windows:
 def require_there(names: Sequence[str]) -> None:
     """Files that are missing are said before a model is loaded. Raises `CalibrationError`."""
     for name in names:
-        if name not in PUBLISHED and not expanded(Path(name)).is_file():
-            raise CalibrationError(f"There is no text {name!r}: give {', '.join(PUBLISHED)}, or a file.")
+        if name in NAMED_TEXTS:
+            continue
+        try:
+            there = expanded(Path(name)).is_file()
+        except (OSError, ValueError):  # names no file system takes
+            there = False
+        if not there:
+            raise CalibrationError(f"There is no text {name[:200]!r}: give {', '.join(NAMED_TEXTS)}, or a file.")
 
 
 def windows(
@@ -67,6 +73,7 @@ def windows(
     Raises `CalibrationError` where the text cannot be read or gives no window.
     """
     text, origin, most = _text(name)
+    origin = " ".join(origin.split())  # a file's name may have line ends in it
     head = bos_of(bos, tokenizer, vocab_size)
     found = cut(text, window, tokenizer, vocab_size, head, origin)[:most]
     if not len(found):
@@ -80,7 +87,7 @@ def windows(
     return Windows(
         found,
         EvaluatedText(
-            name=name if name in PUBLISHED else Path(name).name,
+            name=name if name in NAMED_TEXTS else Path(name).name,
             description=f"{origin}: {some}" + (", BOS at the head of each" if head is not None else ""),
             tokens_hash=xxhash.xxh3_128_hexdigest(found.tobytes()),
             windows=len(found),
@@ -141,6 +148,8 @@ def _text(name: str) -> tuple[str, str, int | None]:
         data = load_dataset(_C4[0], data_files={"validation": _C4[1]}, split="validation", streaming=True)
         documents = [str(row["text"]) for row in data.take(_C4_DOCUMENTS)]
         return " ".join(documents), "C4, validation (first shard)", _C4_WINDOWS
+    if name == "demo":
+        return SEPARATOR.join(demo.documents()), "the demo text (Wikipedia sample)", None
     path = expanded(Path(name))
     try:
         text = path.read_text(encoding="utf-8-sig")

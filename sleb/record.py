@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+MOST = 10**15
+"""No number that is asked for is larger: far above all use, and well within what files and libraries hold."""
+
 
 class Record(BaseModel):
     """A value: frozen, and strict about unknown fields, so that a misspelt one is found when it is written."""

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .findings import Ask
+from .record import MOST
 from .record import Measured as Measured
 from .record import Record as Record
 
@@ -43,8 +44,8 @@ class CalibrationSpec(Record):
     """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
 
     source: str = "wikitext2"
-    sequences: Annotated[int, Field(ge=1, strict=True)] = 128
-    sequence_length: Annotated[int, Field(ge=2, strict=True)] = 2048
+    sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 128
+    sequence_length: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
     sampling: Literal["random", "first"] = "random"
     bos: Literal["auto", "yes", "no"] = "auto"
     chat: bool = False
@@ -65,10 +66,10 @@ class RunSpec(Record):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     calibration: CalibrationSpec = CalibrationSpec()
-    held_out: Annotated[int, Field(ge=0, strict=True)] | None = None
+    held_out: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
     """Held-out sequences; None is a quarter of the calibration set."""
     method: Method = Method.METRIC3
-    num_remove: Annotated[int, Field(ge=1, strict=True)] | None = None
+    num_remove: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the blocks to remove, rounded up. With neither, every block that may go is a candidate to the end."""
     protected: tuple[int, ...] | None = None
@@ -325,17 +326,17 @@ class JobSpec(Record):
     format_version: int = FORMAT_VERSION
     kind: JobKind
     device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1, strict=True)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
     """Sequences per batch; None chooses for the device."""
     speedups: Literal["auto", "off"] = "auto"
     """Whether faster ways through the blocks are tried, where the work ahead is worth it."""
     processes: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
     """On this host, each with a share of the sequences; one GPU each where there are any."""
-    memory_budget: Annotated[int, Field(ge=1, strict=True)] | None = None
+    memory_budget: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
     """Bytes for weights and hidden states, of the GPU or else of the host; blocks are streamed where that is little."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
-    steps: Annotated[int, Field(ge=0, strict=True)] | None = None
+    steps: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
     """Export: the removal list after this many steps; None is all of them."""
     out: str | None = None
     """Export: the folder to write, or the file."""

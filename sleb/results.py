@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -49,6 +47,7 @@ class Table:
     """Nats of removal lists on every window of one text, as far as they were scored: rows of NaN until then."""
 
     def __init__(self, run_dir: Path, text: EvaluatedText, dtype: str) -> None:
+        self._windows = text.windows
         self._path = run_dir / FOLDER / f"windows-{text.tokens_hash[:20]}-{text.window}-{dtype}.npz"
 
     def read(self) -> dict[RemovalList, np.ndarray]:
@@ -56,10 +55,12 @@ class Table:
         try:
             with np.load(self._path) as arrays:
                 lists, nats = json.loads(str(arrays["lists"])), arrays["nats"]
-            return {tuple(each): row for each, row in zip(lists, nats, strict=True)}
+            if nats.ndim != 2 or nats.dtype != np.float64 or nats.shape[1] != self._windows:
+                raise ValueError("it is no table of nats")
+            return {tuple(map(int, each)): row for each, row in zip(lists, nats, strict=True)}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except NO_ARRAYS as error:
             log.warning("%s cannot be read, and is made anew: %s", self._path, error)
             return {}
 

@@ -151,7 +151,8 @@ def describe(stack: StackDescription) -> str:
         trust = f"the sweep differs from plain forward passes by at most {check.max_difference:.1g} nats per token"
     else:
         trust = f"the sweep equals plain forward passes, for all {check.candidates} candidates"
-    lines = [_labelled("model", model), _labelled("text", text), _labelled("check", trust)]
+    lines = [_labelled("model", model), *([_labelled("text", text)] if stack.sequences else [])]
+    lines.append(_labelled("check", trust))
     for block, reason in check.protected.items():
         lines.append(_labelled("", f"[yellow]block {block} is protected: {shown(reason)}[/]"))
     return "\n".join(lines)

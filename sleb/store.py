@@ -17,8 +17,6 @@ import shlex
 import shutil
 import tempfile
 import time
-import zipfile
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,9 +83,22 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "
                 f"sleb resume {shlex.quote(str(directory))}"
             )
+        was_there = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
-    return load(str(directory))
+    try:
+        replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
+        return load(str(directory))
+    except BaseException:
+        discard(directory, keep_folder=was_there)
+        raise
+
+
+def discard(directory: Path, *, keep_folder: bool) -> None:
+    """Take back a run that never began; a folder that somebody had made for it stays."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if keep_folder:
+        with suppress(OSError):
+            directory.mkdir()
 
 
 def locate(run: str | os.PathLike[str]) -> Path:
@@ -205,7 +216,7 @@ def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except NO_ARRAYS as error:
         raise RunError(f"{path} cannot be read; it is missing or damaged.") from error
 
 
@@ -281,9 +292,13 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
                 break
             except FileExistsError:
                 continue
-    replace_file(target / "spec.json", spec.model_dump_json(indent=1))
-    replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
-    return load_job(target)
+    try:
+        replace_file(target / "spec.json", spec.model_dump_json(indent=1))
+        replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
+        return load_job(target)
+    except BaseException:  # a full disk, for one: half a job is none
+        shutil.rmtree(target, ignore_errors=True)
+        raise
 
 
 def read_spec(directory: Path) -> RunSpec:

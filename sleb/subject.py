@@ -14,6 +14,7 @@ from torch import nn
 
 from . import perplexity, results, store
 from .blocks import BlockStack
+from .decoding import positions_of
 from .errors import ExportError, OptionError, RunError
 from .findings import Finding, RemovalList, TextPerplexity
 from .loading import LoadedModel
@@ -85,6 +86,12 @@ class Subject:
 
     def windows(self, name: str, *, window: int, bos: Any = "no", limit: int | None = None) -> perplexity.Windows:
         """A text, cut for this model."""
+        limited = positions_of(self.model.config)
+        if limited is not None and window > limited:
+            raise OptionError(
+                f"Windows of {window} tokens are longer than the {limited} positions of the model. "
+                f"Use --window {limited} or less."
+            )
         self.meter.phase(f"Reading {name}")
         return perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit

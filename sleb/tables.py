@@ -48,7 +48,8 @@ def decimal(value: float | None) -> str:
 
 
 def _perplexities(found: Sequence[TextPerplexity]) -> Iterator[Table]:
-    for text in dict.fromkeys(each.text for each in found):
+    texts = list(dict.fromkeys(each.text for each in found))
+    for text in texts:
         own = [each for each in found if each.text == text]
         first = next((each.measured.perplexity for each in own if not each.removal_list), None)
         rows = []
@@ -61,6 +62,8 @@ def _perplexities(found: Sequence[TextPerplexity]) -> Iterator[Table]:
                 nats += f" ± {each.rise_standard_error:.4f}"
             rows.append((name_of(each.removal_list), decimal(each.measured.perplexity), share, nats))
         estimate = "" if text.is_whole else " (an estimate)"
+        if sum(other.description == text.description for other in texts) > 1:  # two files of one name
+            estimate += f" [{text.tokens_hash[:6]}]"
         title = f"Perplexity on {text.description}, {own[0].dtype}{estimate}"
         yield Table(title, ("removed", "perplexity", "rise", "nats per token"), tuple(rows))
 

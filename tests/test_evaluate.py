@@ -17,7 +17,7 @@ from stores import write_run
 from typer.testing import CliRunner
 
 import sleb
-from sleb import cli, judging, results, store
+from sleb import cli, jobs, judging, results, store
 from sleb.errors import OptionError, RunError, SlebError
 from sleb.findings import EvaluateSpec, TextPerplexity
 from sleb.records import JobState
@@ -105,7 +105,7 @@ def test_a_model_and_a_list_from_anywhere_have_a_run_that_is_found_again(
     assert scored == []
     assert [each.run_id for each in sleb.runs()] == [first["run_id"]]
     kept = sleb.load(first["run_id"])
-    assert kept.removal_list == (4, 2)
+    assert kept.removal_list == (2, 4)
     assert kept.kept_blocks == (0, 1, 3, 5)
     by_run = evaluated(first["run_id"], "--perplexity", text)
     assert by_run["findings"] == first["findings"]
@@ -178,6 +178,13 @@ def test_a_job_from_elsewhere_is_worked_off(run: sleb.Run, text: Path) -> None:
         (["--perplexity", "/nowhere.txt"], "no text '/nowhere.txt'"),
         (["--perplexity", "wikitext3"], "no text"),
         (["--bos", "maybe"], "--bos"),
+        (["--perplexity", "demo,none"], "stands alone"),
+        (["--perplexity", "x" * 300], "no text"),
+        (["--perplexity", "bad\udcffname"], "no UTF-8"),
+        (["--limit", "99999999999999999999999"], "--limit"),
+        (["--removal-list", "[99999999999999999999999]"], "block indices such as"),
+        (["--removal-list", "[1"], "block indices such as"),
+        (["--removal-list", "1_0"], "block indices such as"),
         (["--device", "cuda"], "0 CUDA devices"),
     ],
 )
@@ -201,6 +208,67 @@ def test_bad_subjects_are_a_sentence_and_leave_nothing(tiny_model: Path, text: P
         judging.lists_of(judging.subject_run(str(tiny_model), [2]), steps=1)
     with pytest.raises(OptionError, match="None"):
         judging.subject_run(str(tiny_model), [None])  # type: ignore[list-item]
+
+
+def test_what_a_model_only_takes_is_refused_for_a_run(run: sleb.Run, text: Path, tmp_path: Path) -> None:
+    for option in (["--dtype", "bfloat16"], ["--run-dir", tmp_path / "new"], ["--revision", "main"]):
+        assert (
+            f"{option[0]} is for a model" in command("evaluate", run.run_id, "--perplexity", text, *option, code=2)[1]
+        )
+
+
+def test_the_order_of_a_list_is_nothing(tiny_model: Path, text: Path) -> None:
+    found = [evaluated(tiny_model, "--removal-list", each, "--perplexity", text) for each in ("[5, 2]", "[2, 5]")]
+    assert found[0] == found[1]
+
+
+def test_who_comes_second_takes_nothing_away(tiny_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ask the same at once: the one that finds the other's run busy leaves it alone."""
+    before = sleb.api.execute
+
+    def busy(made: sleb.Run, *rest: Any) -> sleb.Run:
+        with jobs.lock_of(made.run_dir):
+            return before(made, *rest)
+
+    monkeypatch.setattr(sleb.api, "execute", busy)
+    command("evaluate", tiny_model, "--removal-list", "[2]", "--perplexity", text, "--window", 50, code=2)
+    assert len(sleb.runs()) == 1
+
+
+def test_a_folder_that_was_there_stays(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    words = ["evaluate", tiny_model, "--removal-list", "[77]", "--perplexity", text, "--run-dir", folder]
+    assert "blocks 0 to 5" in command(*words, "--window", 50, code=2)[1]
+    assert list(folder.iterdir()) == []
+
+
+def test_a_damaged_run_is_called_damaged(run: sleb.Run, text: Path) -> None:
+    (run.run_dir / "spec.json").write_text("{")
+    words = ["evaluate", run.run_id, "--perplexity", text]
+    assert "damaged" in command(*words, code=2)[1]
+    assert "damaged" in command(*words, "--removal-list", "[3]", code=2)[1]
+
+
+def test_windows_longer_than_the_positions_are_refused(tmp_path: Path, text: Path) -> None:
+    folder = tiny.save(tmp_path / "gpt2", "gpt2")
+    err = command("evaluate", folder, "--removal-list", "[2]", "--perplexity", text, "--window", 2048, code=2)[1]
+    assert "positions of the model" in err
+
+
+def test_tables_and_times_that_nobody_wrote_are_left_out(run: sleb.Run, text: Path) -> None:
+    first = evaluated(run.run_id, "--perplexity", text)["findings"]
+    folder = run.run_dir / results.FOLDER
+    table = next(iter(folder.glob("windows-*.npz")))
+    for nats in (np.zeros((2, 3)), np.array([["a"], ["b"]])):
+        np.savez(table, lists=np.array("[[], [1]]"), nats=nats)
+        assert evaluated(run.run_id, "--perplexity", text)["findings"] == first
+    facts = dict(removal_list=(1,), dtype="float32", device="cpu", seconds=1.0, finished=1.0, host="h", threads=1)
+    facts |= dict(shape="prompt", sequences=1, tokens=8, baseline_cache_bytes=1, cache_bytes=1, proportional=1.2)
+    facts |= dict(baseline_parameters=2, parameters=1, kind="timing")
+    for times in ((), (0.0,), (1.0, 2.0)):
+        (folder / "timing-x.json").write_text(json.dumps(facts | dict(baseline_times=(1.0,), times=times)))
+        assert len(sleb.findings_of(run)) == 2
 
 
 def test_a_damaged_finding_or_table_is_made_anew(run: sleb.Run, text: Path) -> None:
