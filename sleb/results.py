@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from .files import read_json, replace_file
+from .files import NO_ARRAYS, read_json, replace_file
 from .findings import AnyFinding, EvaluatedText, Finding, RemovalList
 
 log = logging.getLogger(__name__)

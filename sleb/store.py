@@ -26,7 +26,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from .errors import RunError
-from .files import expanded, parse_json, read_json, replace_file, writing
+from .files import NO_ARRAYS, expanded, parse_json, read_json, replace_file, writing
 from .records import (
     FORMAT_VERSION,
     Analysis,

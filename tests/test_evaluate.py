@@ -262,7 +262,8 @@ def test_tables_and_times_that_nobody_wrote_are_left_out(run: sleb.Run, text: Pa
     table = next(iter(folder.glob("windows-*.npz")))
     for nats in (np.zeros((2, 3)), np.array([["a"], ["b"]])):
         np.savez(table, lists=np.array("[[], [1]]"), nats=nats)
-        assert evaluated(run.run_id, "--perplexity", text)["findings"] == first
+        again = evaluated(run.run_id, "--perplexity", text)["findings"]
+        assert [each["measured"] for each in again] == [each["measured"] for each in first]
     facts = dict(removal_list=(1,), dtype="float32", device="cpu", seconds=1.0, finished=1.0, host="h", threads=1)
     facts |= dict(shape="prompt", sequences=1, tokens=8, baseline_cache_bytes=1, cache_bytes=1, proportional=1.2)
     facts |= dict(baseline_parameters=2, parameters=1, kind="timing")
