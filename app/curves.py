@@ -148,7 +148,7 @@ def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
         lambda each: (each.text.name, each.text.window, each.text.bos, each.text.of_windows, each.dtype),
         lambda each: (each.text.windows, each.text.tokens_hash),
     )
-    groups.sort(key=lambda group: (not group[0].text.is_whole, -len(group)))
+    groups.sort(key=lambda group: (not (of := group[0].text).is_whole, -of.windows * of.window, -len(group)))
     lines = []
     for group in groups:
         text = group[0].text
@@ -268,7 +268,8 @@ def _speeds(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tup
             for each in group
             if each.removal_list
         ]
-        where = f"{first.device}, {first.threads} threads" if first.threads else first.device
+        threads = f"{first.threads} thread{'s' if first.threads and first.threads > 1 else ''}"
+        where = f"{first.device}, {threads}" if first.threads else first.device
         after = f" after {first.prompt_tokens}" if first.prompt_tokens else ""
         about = f"{first.sequences} × {first.tokens} tokens{after} on {where}, {first.dtype}"
         lines.append(Line(first.shape, first.shape, about, _ordered([Point(0, 1.0), *points])))

@@ -325,6 +325,12 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
         _go(run, HealSpec, (blocks,), ask)
 
 
+def _how_much(limit: int) -> str:
+    if not limit:
+        return "all of it"
+    return f"{limit} {'windows or questions' if limit > 1 else 'window or question'} ≈"
+
+
 def which(run: Run, found: Curves, findings: Sequence[Finding], key: str, proposed: int | None) -> RemovalList:
     """One of the run's lists: at first the newest that `findings` tell of, or the proposed one."""
     numbers = [each for each in found.lists if each] or [0]
@@ -362,7 +368,7 @@ def limit_control(place: Any, key: str, first: int | None = 4) -> int | None:
     choices = sorted({*LIMITS, *([first] if first else [])})
     chosen = place.selectbox(
         "How much of each", [*choices, 0], ([*choices, 0]).index(first or 0), key=key, persist_state="session",
-        format_func=lambda each: f"{each} windows or questions ≈" if each else "all of it",
+        format_func=_how_much,
         help="Windows of a text, evenly spread, and questions of a task: fewer are an estimate, and marked as such. "
         "Take all of it for numbers to report.",
     )  # fmt: skip

@@ -105,6 +105,11 @@ def _doubts(gates: Sequence[Gate], numbers: Collection[int], proposal: int) -> t
         if gate.is_close(proposal)
     ]
     found += [
+        f"How sure {gate.name} is, nobody knows: it was measured on a single piece of text. Measure more first."
+        for gate in gates
+        if gate.unit == "rise" and gate.readings[proposal].low is None
+    ]
+    found += [
         f"{_upper(gate.name)} is predicted from the number of blocks, not timed."
         for gate in gates
         if gate.readings[proposal].predicted

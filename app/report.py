@@ -319,7 +319,8 @@ def _exports(exports: Sequence[Export]) -> str:
             f"{each.proof.blocks_before} → {each.proof.blocks_after}",
             f"{each.proof.parameters_before:,} → {each.proof.parameters_after:,} "
             f"(−{1 - each.proof.parameters_after / each.proof.parameters_before:.1%})",
-            f"{each.proof.bytes_after / 1e6:,.0f} MB, {each.proof.dtype}",
+            f"{each.proof.bytes_after / 1e6:,.0f} MB, "
+            + ("copied from the GGUF file" if each.job.spec.format == "gguf" else each.proof.dtype),
             f"{each.proof.max_logit_difference:.3g} ({each.proof.tolerance:.3g} allowed)",
         )
         for each in exports

@@ -115,7 +115,9 @@ def _notes(found: Curves, gated: bool) -> list[str]:
         about = "; ".join(f"{each.name}: {each.about}" for each in found.speed)
         notes.append(f"Speed of {plain(about)}; dashed: were time proportional to blocks.")
     if found.elsewhere:
-        notes.append(f"{found.elsewhere} findings are about other lists, which are not on this run's way.")
+        notes.append(
+            f"Findings about other lists, which are not on this run's way: {found.elsewhere} (sleb show tells them)."
+        )
     return notes
 
 

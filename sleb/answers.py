@@ -35,7 +35,8 @@ def _generations(found: Sequence[Generation]) -> None:
         own = [each for each in found if each.ask == ask]
         first = own[0]
         print(
-            f"\nThe unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
+            f"\nTo the prompt {_quoted(ask.prompt)}\n\n"
+            f"The unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
             f"{shown_text(first.baseline_text)}"
         )
         for each in own:

@@ -596,12 +596,12 @@ def _common(
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
     handler = _ToScreen()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every retry; we tell the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not end a search
@@ -628,7 +628,7 @@ class _ToScreen(logging.Handler):
 
 
 def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> None:
-    had_folder = run_dir is not None and run_dir.expanduser().is_dir()
+    had_folder = run_dir is not None and files.expanded(run_dir).is_dir()
     run = store.create(spec, run_dir)
     try:
         done = _execute(run, job, as_json)

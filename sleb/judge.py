@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import api, jobs, judging, results, store
+from . import api, files, jobs, judging, results, store
 from .answers import print_findings
-from .errors import BadInput, OptionError, RunBusy, Stopped
+from .errors import BadInput, OptionError, RunBusy, RunError, Stopped
 from .findings import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, QuantizeSpec
 from .options import (
     AllowPickle,
@@ -67,12 +68,13 @@ AllSteps = Annotated[
     bool, typer.Option("--all-steps", rich_help_panel=WHICH, help="The run's list after each number of removals.")
 ]
 Perplexity = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="TEXTS",
         rich_help_panel=WHAT,
         help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl as "
-        "documents, any other as one text; none for none.",
+        "documents, any other as one text; demo, the text that is there; none for none. [default: wikitext2; demo for "
+        "the demo model]",
     ),
 ]
 Limit = Annotated[
@@ -95,7 +97,7 @@ def evaluate(
     removal_list: RemovalListOption = None,
     steps: Steps = None,
     all_steps: AllSteps = False,
-    perplexity: Perplexity = "wikitext2",
+    perplexity: Perplexity = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -139,7 +141,7 @@ def evaluate(
         window=window,
         bos=bos,
     )
-    if not ask["texts"] and not ask["tasks"]:
+    if ask["texts"] == () and not ask["tasks"]:
         raise OptionError("Nothing to evaluate: name a text with --perplexity, or tasks with --tasks.")
     job = _job(device, batch_size, memory_budget, allow_pickle, trust_remote_code)
     _go(EvaluateSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
@@ -199,7 +201,7 @@ def quantize(
             min=16, rich_help_panel=WHAT, help="Weights that share an int4 scale; halved until it divides a row."
         ),
     ] = 128,
-    perplexity: Perplexity = "wikitext2",
+    perplexity: Perplexity = None,
     limit: Limit = None,
     window: Window = 2048,
     out: Annotated[
@@ -237,8 +239,13 @@ def heal(
         How, typer.Option(rich_help_panel=WHAT, help="lora trains; linear fits a layer before each cut anew; both.")
     ] = How.LORA,
     source: Annotated[
-        str, typer.Option(metavar="SPEC", rich_help_panel=WHAT, help="Text to heal on, as --calibration of search.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            rich_help_panel=WHAT,
+            help="Text to heal on, as --calibration of search. [default: wikitext2; demo for the demo model]",
+        ),
+    ] = None,
     chat: Chat = False,
     sequences: Annotated[
         int | None, typer.Option(min=1, rich_help_panel=WHAT, help="Of that text. [default: 1024; linear 128]")
@@ -249,7 +256,7 @@ def heal(
     learning_rate: Annotated[float, typer.Option(rich_help_panel=WHAT, help="Of lora, at its highest.")] = 1e-4,
     batch_sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora, per update.")] = 8,
     seed: Seed = 0,
-    perplexity: Perplexity = "wikitext2",
+    perplexity: Perplexity = None,
     limit: Limit = None,
     window: Window = 2048,
     out: Annotated[Path | None, typer.Option(help="A folder for the healed model, or its adapter.")] = None,
@@ -271,7 +278,7 @@ def heal(
     """
     ask = dict(
         how=how.value,
-        source=api.absolute(source),
+        source=None if source is None else api.absolute(source),
         chat=chat,
         sequences=sequences,
         sequence_length=sequence_length,
@@ -325,11 +332,15 @@ def _go(
     as_json: bool,
 ) -> None:
     """Find or make the run, execute the job here, print what answers it."""
+    if settings.get("texts", ()) is None:
+        settings["texts"] = (_usual_text(subject),)
+    if settings.get("source", "") is None:
+        settings["source"] = _usual_text(subject)
     judging.ask_of(record, **settings)  # refused before a run is made
     blocks = _blocks(removal_list)
     dtype, revision, run_dir = of_model
     before = set(store.run_dirs())
-    had_folder = run_dir is not None and run_dir.expanduser().is_dir()
+    had_folder = run_dir is not None and files.expanded(run_dir).is_dir()
     run = judging.subject_run(subject, blocks, dtype=dtype.value, revision=revision, run_dir=run_dir)
     is_new = not run.jobs and run.spec.kind == "evaluate" and run.run_dir not in before
     try:
@@ -341,6 +352,13 @@ def _go(
         if is_new and not results.findings(run.run_dir):
             jobs.delete(run.run_dir, keep_folder=had_folder)  # it never began: there is nothing to keep
         raise
+
+
+def _usual_text(subject: str) -> str:
+    """The demo model comes with a text; the others' is fetched from the hub."""
+    with suppress(RunError):
+        subject = store.load(subject).spec.model
+    return "demo" if subject == "demo" else "wikitext2"
 
 
 def carry_out(run: Run, job: JobSpec, as_json: bool) -> None:
@@ -393,7 +411,10 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
-def _texts(text: str) -> tuple[str, ...]:
+def _texts(text: str | None) -> tuple[str, ...] | None:
+    """None is the default, which depends on the model."""
+    if text is None:
+        return None
     if "none" in _names(text) and len(_names(text)) > 1:
         raise OptionError("--perplexity none stands alone: it means no text at all.")
     return () if text.strip() in ("", "none") else tuple(judging.text_name(name) for name in _names(text))

@@ -71,6 +71,7 @@ def load_model(
     Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
     that is not there, or a budget that is too small.
     """
+    quieten_torchao()
     where = resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     source: str | Path = name

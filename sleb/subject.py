@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,9 +93,14 @@ class Subject:
                 f"Use --window {limited} or less."
             )
         self.meter.phase(f"Reading {name}")
-        return perplexity.windows(
+        found = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
+        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and name != "wikitext2":
+            # Both `wikitext2`s have splits of their own.
+            said = f"{found.text.description}; the blocks were chosen on a part of it"
+            found = replace(found, text=found.text.model_copy(update={"description": said}))
+        return found
 
     def scorer(self, windows: perplexity.Windows, stack: BlockStack | None = None) -> Scorer:
         """Scores lists on a text; on another model with the same blocks where `stack` is given."""

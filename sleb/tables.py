@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .findings import Finding, Healing, Quantization, RemovalList, TaskAccuracy, TextPerplexity, Timing
+from .findings import EvaluatedText, Finding, Healing, Quantization, RemovalList, TaskAccuracy, TextPerplexity, Timing
 from .meter import duration
 from .results import of_kind
 
@@ -152,7 +152,7 @@ def _timings_of_shape(own: Sequence[Timing]) -> Table:
     threads = "" if first.threads is None else f" ({first.threads} thread{'s' if first.threads > 1 else ''})"
     counts = sorted({len(each.times) for each in own})
     repetitions = " or ".join(map(str, counts)) + (" repetitions" if counts != [1] else " repetition")
-    columns = ("removed", "time", "tokens/s", "speedup (quartiles)", "by blocks", "parameters", "KV cache")
+    columns = ("removed", "time", "tokens/s", "speedup, by pairs (quartiles)", "by blocks", "parameters", "KV cache")
     return Table(
         f"{what}: {first.sequences} x {first.tokens} tokens{after} on {first.device}{threads}, {first.dtype}, "
         f"median of {repetitions}",
@@ -190,7 +190,7 @@ def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
             (
                 name_of(each.removal_list),
                 f"{each.scheme}, groups of {groups}" if groups else each.scheme,
-                each.text.name,
+                _of_text(each.text),
                 decimal(each.before.perplexity),
                 decimal(each.measured.perplexity),
                 change,
@@ -198,7 +198,7 @@ def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
             )
         )
     if rows:
-        columns = ("removed", "scheme", "text", "before", "after", "nats", "all weights, packed")
+        columns = ("removed", "scheme", "text", "before", "after", "nats over before", "all weights, packed")
         title = "Weight-only quantisation: linear weights of the blocks, rounded to nearest"
         yield Table(title, columns, tuple(rows), folders=_folders(each.out for each in found))
 
@@ -217,7 +217,7 @@ def _healings(found: Sequence[Healing]) -> Iterator[Table]:
             (
                 name_of(each.removal_list),
                 each.ask.how,
-                each.text.name,
+                _of_text(each.text),
                 decimal(each.baseline.perplexity),
                 decimal(each.before.perplexity),
                 decimal(each.after.perplexity),
@@ -231,8 +231,13 @@ def _healings(found: Sequence[Healing]) -> Iterator[Table]:
     if last.held_out_before is not None and last.held_out_after is not None:
         before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
         notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
-    columns = ("removed", "how", "text", "baseline", "before", "after", "nats", "took")
+    columns = ("removed", "how", "text", "baseline", "before", "after", "nats over before", "took")
     yield Table("Healing", columns, tuple(rows), tuple(notes), _folders(each.out for each in found))
+
+
+def _of_text(text: EvaluatedText) -> str:
+    """Which text, and how much of it."""
+    return f"{text.name}, {text.windows} x {text.window}" + ("" if text.is_whole else " (an estimate)")
 
 
 def name_of(removal_list: RemovalList) -> str:
