@@ -1,4 +1,4 @@
-"""Takes the README's three pictures of the dashboard, from the recorded sample: `make screenshots`."""
+"""Takes the README's four pictures of the dashboard, from the recorded sample: `make screenshots`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SHOTS = {
     "steps": ("/steps?step=5", 980),
     "similarity": ("/similarity?cell=13-18", 980),
     "alignment": ("/alignment", 980),
+    "evaluate": ("/evaluate?worse=100", 1000),
 }
 
 

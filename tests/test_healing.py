@@ -402,7 +402,9 @@ def test_mended_cuts_are_measured_and_do_not_depend_on_settings_of_a_training(
     assert found.trained_parameters == 2 * 32 * 64  # two cuts
     assert found.trained_tokens == 48 * 32
     assert found.change == pytest.approx((found.after.nll_sum - found.before.nll_sum) / found.after.token_count)
-    again = of_kind(sleb.heal(tmp_path / "run", **ask(text_file, how="linear", sequences=48, rank=2)), Healing)
+    again = of_kind(
+        sleb.heal(tmp_path / "run", **ask(text_file, how="linear", sequences=48, rank=2, dtype="auto")), Healing
+    )
     assert again == [found]  # a rank is nothing to a remedy without training
 
 
