@@ -13,8 +13,8 @@ import streamlit as st
 
 from app import data
 from app.charts import style
-from sleb import meter
-from sleb.errors import RunError
+from sleb import jobs, meter
+from sleb.errors import RunError, SlebError
 from sleb.formats import display_name
 from sleb.outline import Outline
 from sleb.records import Baseline, Job, JobState, Run, RunSpec, Step
@@ -183,6 +183,25 @@ def progress(job: Job) -> None:
     if now.eta_seconds is not None:
         text += f" · {duration(now.eta_seconds)} left"
     st.progress(min(max(now.fraction, 0.0), 1.0), plain(text))
+
+
+def stop_job(run: Run) -> None:
+    """Stop what is executing the run and draw the page anew, or say why that could not be done."""
+    try:
+        with st.spinner("Stopping"):
+            jobs.stop(run)
+    except SlebError as error:
+        st.error(plain(error))
+    else:
+        st.rerun()
+
+
+def log_of(run: Run, job: Job) -> None:
+    """The log of one job, folded, if it wrote any."""
+    log = data.log_of(run.model_copy(update={"jobs": (job,)}))
+    if log:
+        with st.expander("Log", icon=":material/notes:"):
+            st.code(log, language=None, wrap_lines=True, height=240)
 
 
 def empty(headline: str, text: str, *, icon: str = ":material/inbox:") -> None:

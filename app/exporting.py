@@ -163,13 +163,7 @@ def _watch(run: Run) -> None:
         if st.button(
             "Stop", icon=":material/stop:", help="Nothing is left behind: what is written appears at the end only."
         ):
-            try:
-                with st.spinner("Stopping"):
-                    jobs.stop(run)
-            except SlebError as error:
-                st.error(plain(error))
-            else:
-                st.rerun()
+            components.stop_job(run)
 
 
 def _how_it_ended(run: Run, job: Job) -> None:
@@ -184,10 +178,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
         st.warning("The last export never began: its process did not start.", icon=":material/stop:")
     else:
         st.warning(f"The last export was {components.state_word(state).lower()}: {message}", icon=":material/stop:")
-    log = data.log_of(run.model_copy(update={"jobs": (job,)}))
-    if log:
-        with st.expander("Log"):
-            st.code(log, language=None, wrap_lines=True, height=240)
+    components.log_of(run, job)
 
 
 def _proof_card(export: store.Export) -> None:

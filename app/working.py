@@ -80,7 +80,7 @@ def _watch(run: Run) -> None:
                 st.caption(components.duration(max(0.0, time.time() - job.status.started)))
         with right:
             if st.button("Stop", icon=":material/stop:", help="What was found so far is kept.", width="stretch"):
-                _stop(run)
+                components.stop_job(run)
         components.progress(job)
 
 
@@ -90,16 +90,6 @@ def _of_what(job: Job) -> str:
         return ""
     count = len(ask.lists)
     return f": {count} list{'s' if count > 1 else ''} beside the unmodified model" if count else ""
-
-
-def _stop(run: Run) -> None:
-    try:
-        with st.spinner("Stopping"):
-            jobs.stop(run)
-    except SlebError as error:
-        st.error(plain(error))
-    else:
-        st.rerun()
 
 
 def _how_it_ended(run: Run, job: Job) -> None:
@@ -116,10 +106,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
         word = components.state_word(state).lower()
         why = "" if job.status.message == "Stopped on request." else f": {message}"
         st.warning(f"{what} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
-    log = data.log_of(run.model_copy(update={"jobs": (job,)}))
-    if log:
-        with st.expander("Log", icon=":material/notes:"):
-            st.code(log, language=None, wrap_lines=True, height=240)
+    components.log_of(run, job)
 
 
 def _for_the_page(sentence: str) -> str:

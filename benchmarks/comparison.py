@@ -285,7 +285,7 @@ def show(rows: Sequence[Row], token_counts: np.ndarray) -> None:
     print("\n| method | perplexity | nats per token | prompt | speedup (quartiles) | made in | what is left |")
     print("|:---|---:|---:|---:|---:|---:|:---|")
     for row in rows:
-        value = perplexity.measured(row.nats, token_counts).perplexity
+        value = methods.measured(row.nats, token_counts).perplexity
         mean, error = perplexity.rise(row.nats, rows[0].nats, token_counts)
         apart = "" if row is rows[0] or mean is None else f"{mean:+.3f} ± {error or 0:.3f}"
         low, middle, high = statistics.quantiles(row.ratios, n=4, method="inclusive")

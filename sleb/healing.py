@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from . import adapters, calibration, perplexity, remedies, results
+from . import adapters, calibration, methods, perplexity, remedies, results
 from .blocks import BlockStack
 from .errors import OptionError
 from .export import require_free
@@ -149,9 +149,9 @@ class _Healing:
                 **self.subject.facts(self.removal_list, seconds),
                 ask=self.asked,
                 text=windows.text,
-                baseline=perplexity.measured(nats[()], windows.token_counts),
-                before=perplexity.measured(nats[self.removal_list], windows.token_counts),
-                after=perplexity.measured(after, windows.token_counts),
+                baseline=methods.measured(nats[()], windows.token_counts),
+                before=methods.measured(nats[self.removal_list], windows.token_counts),
+                after=methods.measured(after, windows.token_counts),
                 change=change,
                 change_standard_error=error,
                 healed_on=self.text.tokens_hash,

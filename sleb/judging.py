@@ -28,7 +28,7 @@ from .findings import (
     RemovalList,
     sorted_list,
 )
-from .formats import trace_of
+from .formats import removal_list_after, trace_of
 from .meter import Watcher
 from .records import JobSpec, Run, RunSpec
 
@@ -233,16 +233,9 @@ def lists_of(
         return (sorted_list(run.spec.given or ()),) if run.spec.given else ()
     if steps == 0:
         return ()
-    trace = trace_of(run)
     if all_steps:
-        return tuple(dict.fromkeys(sorted_list(step.removal_list) for step in trace.by_length))
-    if steps is not None and steps > len(trace.steps):
-        raise OptionError(
-            f"{steps} steps were asked for and run {run.run_id} has {len(trace.steps)} finished; give 0 to "
-            f"{len(trace.steps)}."
-        )
-    chosen = trace.steps[len(trace.steps) - 1 if steps is None else steps - 1]
-    return (sorted_list(chosen.removal_list),)
+        return tuple(dict.fromkeys(sorted_list(step.removal_list) for step in trace_of(run).by_length))
+    return (sorted_list(removal_list_after(run, steps)),)
 
 
 def job_of(ask: Ask, **how: Any) -> JobSpec:

@@ -22,7 +22,6 @@ from .calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset
 from .errors import CalibrationError, OptionError
 from .files import expanded
 from .findings import NAMED_TEXTS, EvaluatedText, RemovalList
-from .record import Measured
 from .scoring import Scorer
 
 log = logging.getLogger(__name__)
@@ -124,12 +123,6 @@ def score(
             nats[each][part] = np.where(np.isfinite(row), row, np.inf)  # no number: scored, and worse than any
         save(nats)
     return nats
-
-
-def measured(nats: np.ndarray, token_counts: np.ndarray) -> Measured:
-    """The sum over windows; None where a prediction was no number."""
-    total = float(nats.sum())
-    return Measured(nll_sum=total if np.isfinite(total) else None, token_count=int(token_counts.sum()))
 
 
 def rise(nats: np.ndarray, baseline: np.ndarray, token_counts: np.ndarray) -> tuple[float | None, float | None]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import packing, perplexity, results
+from . import methods, packing, perplexity, results
 from .blocks import BlockStack, find_stack
 from .errors import ModelError, OptionError
 from .export import require_free
@@ -136,8 +136,8 @@ class _Scheme:
             group_size=self.group_size,
             group_sizes=tuple(sorted(set(self._copy().group_sizes.values()))),
             text=windows.text,
-            before=perplexity.measured(before, tokens),
-            measured=perplexity.measured(after, tokens),
+            before=methods.measured(before, tokens),
+            measured=methods.measured(after, tokens),
             change=change,
             change_standard_error=error,
             weight_bytes_before=bytes_before,

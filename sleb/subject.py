@@ -12,14 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from . import perplexity, results, store
+from . import methods, perplexity, results, store
 from .blocks import BlockStack
 from .decoding import positions_of
-from .errors import ExportError, OptionError, RunError
+from .errors import ExportError, OptionError
 from .findings import Finding, RemovalList, TextPerplexity
 from .loading import LoadedModel
 from .meter import Meter
-from .record import Measured
 from .records import JobSpec, Run
 from .scoring import Scorer
 from .surgery import streamlined
@@ -96,8 +95,8 @@ class Subject:
         found = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
-        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and name != "wikitext2":
-            # Both `wikitext2`s have splits of their own.
+        has_splits = name in ("wikitext2", "c4")  # a search reads the training text, an evaluation the other one
+        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and not has_splits:
             said = f"{found.text.description}; the blocks were chosen on a part of it"
             found = replace(found, text=found.text.model_copy(update={"description": said}))
         return found
@@ -132,7 +131,7 @@ class Subject:
             finding = TextPerplexity(
                 **self.facts(each, seconds),
                 text=windows.text,
-                measured=perplexity.measured(nats[each], windows.token_counts),
+                measured=methods.measured(nats[each], windows.token_counts),
                 rise=mean,
                 rise_standard_error=error,
             )
@@ -141,10 +140,6 @@ class Subject:
             else:
                 self.answer(finding)
         return nats
-
-    def measured(self, windows: perplexity.Windows, removal_list: RemovalList) -> Measured:
-        """Perplexity of one list on a text, as `perplexities`."""
-        return perplexity.measured(self.perplexities(windows, (removal_list,))[removal_list], windows.token_counts)
 
     def facts(self, removal_list: RemovalList, seconds: float) -> dict[str, Any]:
         """What every finding says."""
@@ -176,9 +171,3 @@ class Subject:
     def num_removed(self, removal_list: RemovalList) -> str:
         """For a line of progress."""
         return f"{len(removal_list)} of {len(self.stack)} blocks removed" if removal_list else "the unmodified model"
-
-
-def require_stack(run: Run) -> None:
-    """Raises `RunError` for a run whose model nobody has opened yet."""
-    if run.stack is None:
-        raise RunError(f"Run {run.run_id} has not opened its model yet; resume it first.")

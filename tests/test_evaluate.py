@@ -279,3 +279,10 @@ def test_a_damaged_finding_or_table_is_made_anew(run: sleb.Run, text: Path) -> N
     assert sleb.findings_of(run) == []
     again = evaluated(run.run_id, "--perplexity", text)["findings"]
     assert [each["measured"] for each in again] == [each["measured"] for each in first]
+
+
+@pytest.mark.parametrize(("source", "said"), [("own", True), ("other", False)])
+def test_the_searchs_own_text_is_called_so(run: sleb.Run, text: Path, source: str, said: bool) -> None:
+    name = run.spec.calibration.source if source == "own" else str(text)
+    found = evaluated(run.run_id, "--perplexity", name)["findings"]
+    assert ("chosen on a part of it" in found[0]["text"]["description"]) is said

@@ -12,7 +12,7 @@ import tiny
 import torch
 from conftest import DATA
 
-from sleb import perplexity
+from sleb import methods, perplexity
 from sleb.blocks import BlockStack
 from sleb.errors import CalibrationError, OptionError
 from sleb.loading import load_model
@@ -101,7 +101,7 @@ def test_the_sum_is_that_of_a_plain_forward_pass(tiny_model: Path, tmp_path: Pat
     for each in lists:
         plain = plain_nats(str(tiny_model), found.ids, each)
         assert nats[each] == pytest.approx(plain, rel=1e-6)
-        total = perplexity.measured(nats[each], found.token_counts)
+        total = methods.measured(nats[each], found.token_counts)
         assert total.perplexity == pytest.approx(np.exp(plain.sum() / (len(plain) * 49)), rel=1e-6)
 
 
