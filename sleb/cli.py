@@ -59,7 +59,7 @@ from .options import (
 from .outline import Outline, list_outlines
 from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, print_run, print_runs, table
-from .summary import summary
+from .summary import finding, summary
 
 _NO_DASHBOARD = "The dashboard is not installed: run sleb from a checkout of the project (make setup)."
 
@@ -668,7 +668,7 @@ def _prepare(run: Run, spec: JobSpec, as_json: bool) -> None:
 def _print(run: Run, as_json: bool) -> None:
     found = results.findings(run.run_dir)
     if as_json:
-        rows = [each.model_dump(mode="json") for each in found]
+        rows = [finding(each) for each in found]
         typer.echo(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)

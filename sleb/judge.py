@@ -33,6 +33,7 @@ from .options import (
 )
 from .records import JobSpec, Run
 from .screen import Screen
+from .summary import finding
 
 WHICH, WHAT = "Which list", "What is measured"
 
@@ -366,7 +367,7 @@ def carry_out(run: Run, job: JobSpec, as_json: bool) -> None:
     done = _execute(run, job, as_json)
     found = judging.answers(done)
     if as_json:
-        rows = [each.model_dump(mode="json") for each in found]
+        rows = [finding(each) for each in found]
         typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
     else:
         print_findings(found)

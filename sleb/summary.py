@@ -1,10 +1,12 @@
-"""A run as one object for other programs: what `--json` prints. Knows records only."""
+"""A run and findings as objects for other programs: what `--json` prints. Knows records only."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+from .findings import Finding
+from .record import Measured
 from .records import Candidate, Run, Step
 
 
@@ -38,6 +40,16 @@ def summary(run: Run) -> dict[str, Any]:
         "protected": list(stack.protected) if stack else None,
         "warnings": list(first.warnings) if first else [],
     }
+
+
+def finding(found: Finding) -> dict[str, Any]:
+    """A finding as it is kept, with `perplexity` beside each sum and its count."""
+    kept: dict[str, Any] = found.model_dump(mode="json")
+    for name in type(found).model_fields:
+        value = getattr(found, name)
+        if isinstance(value, Measured):
+            kept[name]["perplexity"] = _finite(value.perplexity)
+    return kept
 
 
 def _step(step: Step) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import judged
 import numpy as np
 import pytest
 import tiny
@@ -78,6 +80,8 @@ def test_the_whole_curve_is_one_command_and_kept_in_the_run(run: sleb.Run, text:
         tuple(sorted(step.removal_list)) for step in run.trace.steps
     ]
     assert found[0]["rise"] is None
+    first = found[0]["measured"]
+    assert first["perplexity"] == pytest.approx(math.exp(first["nll_sum"] / first["token_count"]))
     for each in found[1:]:
         nats = each["measured"]["nll_sum"] - found[0]["measured"]["nll_sum"]
         assert each["rise"] == pytest.approx(nats / each["measured"]["token_count"])
@@ -92,6 +96,22 @@ def test_the_whole_curve_is_one_command_and_kept_in_the_run(run: sleb.Run, text:
     assert sum(scored) in (0, windows)  # the new list only; none where a step has removed just block 1
     known = results.of_kind(sleb.findings_of(run), TextPerplexity)
     assert {each.removal_list for each in known} >= {tuple(each["removal_list"]) for each in found}
+
+
+def test_json_has_the_perplexity_beside_each_sum_and_the_files_have_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 12, 5, analysis=False)
+    judged.keep(run, judged.everything(run))
+    found = json.loads(command("show", run.run_dir, "--json")[0])["findings"]
+    sums = [each for finding in found for each in finding.values() if isinstance(each, dict) and "nll_sum" in each]
+    assert {each["kind"] for each in found} >= {"perplexity", "quantization", "healing"}
+    assert len(sums) > 20
+    for each in sums:
+        assert each["perplexity"] == pytest.approx(math.exp(each["nll_sum"] / each["token_count"]))
+    kept = results.findings(run.run_dir)
+    assert [set(each) for each in found] == [set(each.model_dump()) for each in kept]  # and nothing else was added
+    for each in kept:
+        file = json.loads((run.run_dir / results.FOLDER / f"{each.question}.json").read_text())
+        assert file == each.model_dump(mode="json")
 
 
 def test_a_model_and_a_list_from_anywhere_have_a_run_that_is_found_again(
