@@ -17,6 +17,7 @@ import streamlit as st
 from app import evidence as evidence_of_step
 from sleb import alignment, api, cache, files, jobs, methods, peek, results, similarity, store, tokens
 from sleb import outline as outlines_of
+from sleb.dashboard_files import SAMPLES
 from sleb.errors import RunError
 from sleb.findings import Finding
 from sleb.outline import Outline
@@ -24,9 +25,6 @@ from sleb.records import ExitStatistics, JobKind, JobSpec, Method, Run, Step
 from sleb.similarity import TokenSimilarity
 from sleb.tokens import Tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = ROOT / "assets" / "sample"
-"""Recorded runs of a real model, made by the program itself; read-only."""
 SAMPLE = "sample-smollm2-135m-metric3"
 """The one that is shown first."""
 
@@ -69,7 +67,7 @@ def _rank_of_sample(directory: Path) -> tuple[int, str]:
 
 def is_sample(run: Run | Outline) -> bool:
     """Whether it is a recorded sample: to be looked at, not to be changed."""
-    return run.run_dir.parent == SAMPLES
+    return run.run_dir.parent == SAMPLES  # as `folder_of` finds it: hundreds of rows ask
 
 
 def folder_of(run_id: str) -> Path:

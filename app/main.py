@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:  # `streamlit run` puts only this file's folder there
-    sys.path.insert(0, str(ROOT))
+if sys.path[0] != str(ROOT):  # `streamlit run` puts this file's folder there; other folders may have an app.py
+    sys.path[:] = [str(ROOT), *(each for each in sys.path if each != str(ROOT))]
 
 import streamlit as st
 

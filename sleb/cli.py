@@ -11,13 +11,12 @@ import socket
 import sys
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import api, distributed, files, jobs, judge, results, store
+from . import api, dashboard_files, distributed, files, jobs, judge, results, store
 from .answers import print_findings
 from .errors import BadInput, OptionError, RunBusy, RunError, SlebError, Stopped
 from .meter import duration
@@ -61,7 +60,7 @@ from .records import Forecast, JobSpec, JobState, Method, Run, RunSpec
 from .screen import Screen, print_run, print_runs, table
 from .summary import finding, summary
 
-_NO_DASHBOARD = "The dashboard is not installed: run sleb from a checkout of the project (make setup)."
+_NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
 
 app = typer.Typer(
     name="sleb",
@@ -444,10 +443,9 @@ def report(
 
     found = api.load(run)
     removal_list_after(found, steps)  # refused before anything is drawn
-    try:
-        render = import_module("app.report").of  # the dashboard draws it; it stands above this package
-    except ModuleNotFoundError as error:
-        raise OptionError(_NO_DASHBOARD) from error
+    _require_dashboard()
+    dashboard_files.put_first()
+    render = import_module("app.report").of  # the dashboard draws it; it stands above this package
     files.save_text(out, render(found, steps), replace=replace)
     typer.echo(f"Wrote {out}.", err=True)
 
@@ -522,13 +520,18 @@ def dashboard(
     More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code: only the two
     options here can, for all runs started from it.
     """
-    if find_spec("app.main") is None:
-        raise OptionError(_NO_DASHBOARD)
+    _require_dashboard()
     _require_free(address, port)
     allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
     os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
     settings = [f"--server.port={port}", f"--server.address={address}"]
-    os.execv(sys.executable, [sys.executable, "-m", "app", *settings, *context.args])
+    os.execv(sys.executable, dashboard_files.command([*settings, *context.args]))
+
+
+def _require_dashboard() -> None:
+    """Whether it is there, which it is wherever the package was installed whole."""
+    if not dashboard_files.MAIN.is_file():
+        raise OptionError(_NO_DASHBOARD)
 
 
 def _require_free(address: str, port: int) -> None:
@@ -545,9 +548,9 @@ def _require_free(address: str, port: int) -> None:
             probe.bind(place)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
+                how = ' (make run ARGS="--port 8502")' if (dashboard_files.ROOT / "Makefile").is_file() else ""
                 raise OptionError(
-                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port "
-                    '(make run ARGS="--port 8502").'
+                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{how}."
                 ) from error
             raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
 

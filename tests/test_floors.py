@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0, "record": 0, "findings": 0, "records": 0, "files": 0, "published": 0,
+    "dashboard_files": 0,
     "results": 0, "tables": 1, "store": 1, "turns": 1, "jobs": 1, "outline": 1, "peek": 1, "command": 1, "methods": 1,
     "costs": 1, "formats": 1, "summary": 1, "memory": 1, "meter": 1, "cache": 1, "card": 1,
     "distributed": 2, "streaming": 2, "offloading": 2,

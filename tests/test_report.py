@@ -136,7 +136,7 @@ def test_it_says_what_was_asked_and_what_was_found() -> None:
     assert run.analysis is not None
     assert heatmap["data"][0]["z"][3][4] == pytest.approx(run.analysis.similarity.mean[3][4], abs=1e-4)
     assert alignment["data"][0]["y"][-1] == 100
-    assert str(data.ROOT) not in text  # where a folder lies is nobody else's business
+    assert str(ROOT) not in text  # where a folder lies is nobody else's business
     assert len(text) < 6e6
 
 
