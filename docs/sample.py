@@ -32,8 +32,10 @@ def main() -> None:
         print(f"Recording {each.value}", flush=True)
         record(each)
     target = folder(Method.METRIC3)
-    judge(target, asked.text)
-    tidy(target)
+    copy = partial_of(target)  # a sample in its place is only read
+    shutil.copytree(target, copy)
+    judge(copy, asked.text)
+    put(copy, target)
 
 
 def folder(method: Method) -> Path:
@@ -44,10 +46,21 @@ def folder(method: Method) -> Path:
 def record(method: Method) -> None:
     """One run; what was there is replaced once the new one is whole."""
     target = folder(method)
-    partial = target.with_name(f".{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(target)
     whole = method is Method.METRIC3  # the analyses are the same for all
     sleb.search("demo", ratio=RATIO, method=method, analysis=whole, run_dir=partial)
+    put(partial, target)
+
+
+def partial_of(target: Path) -> Path:
+    """Where one is being made; what an earlier try left there is gone."""
+    partial = target.with_name(f".{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def put(partial: Path, target: Path) -> None:
+    """In its place, tidied."""
     tidy(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)

@@ -150,6 +150,7 @@ def resume(
     `processes` and `memory_budget` are those of the last try unless others are given.
     """
     found = _found(run)
+    store.refuse_sample(found.run_dir)
     if is_finished(found):
         unanswered = jobs.unanswered(found)
         return found if unanswered is None else execute(found, unanswered, watcher)

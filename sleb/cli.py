@@ -262,6 +262,7 @@ def resume(
 ) -> None:
     """Go on after the last finished step, or with a stopped evaluation; a finished run is printed."""
     found = store.load(run)
+    store.refuse_sample(found.run_dir)
     if api.is_finished(found):
         unanswered = jobs.unanswered(found)
         if prepare and unanswered is None:
@@ -328,6 +329,7 @@ def delete(
 ) -> None:
     """Delete a run folder for good."""
     directory = store.locate(run)
+    store.refuse_sample(directory)
     if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
         raise typer.Exit(1)
     jobs.delete(directory)
@@ -336,9 +338,11 @@ def delete(
 
 @app.command("import")
 def bring_in(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere, or a recorded sample's name.")
+    ],
 ) -> None:
-    """Copy a run folder into the runs folder, so that it has an id and is listed."""
+    """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
     typer.echo(jobs.bring_in(folder).run_id)
 
 

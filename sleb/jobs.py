@@ -229,8 +229,9 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 def delete(directory: Path, *, keep_folder: bool = False) -> None:
     """Remove a run folder for good, readable or not; an empty folder stays if it is to be kept.
 
-    Raises `RunBusy` while a process executes it.
+    Raises `RunBusy` while a process executes it, and `RunError` for a recorded sample.
     """
+    store.refuse_sample(directory)
     lock = lock_of(directory)
     with files.writing(directory):
         try:
@@ -246,13 +247,17 @@ def delete(directory: Path, *, keep_folder: bool = False) -> None:
 
 
 def bring_in(folder: Path) -> Run:
-    """Copy a run folder from elsewhere into the runs folder. Raises `RunBusy` while a process executes it."""
-    require_idle(store.load(files.expanded(folder).absolute()))
+    """Copy a run folder from elsewhere, or a recorded sample, into the runs folder.
+
+    Raises `RunBusy` while a process executes it.
+    """
+    require_idle(store.load(store.elsewhere(folder)))
     return store.bring_in(folder)
 
 
 def next_job(run: Run, spec: JobSpec) -> Job:
-    """A new job folder, once nobody executes the run."""
+    """A new job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
+    store.refuse_sample(run.run_dir)
     require_idle(run)
     return store.create_job(run.run_dir, spec)
 

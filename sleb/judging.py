@@ -202,6 +202,7 @@ def subject_run(
         for option, value in (("--dtype", dtype != "auto"), ("--revision", revision), ("--run-dir", run_dir)):
             if value:
                 raise OptionError(f"{option} is for a model; run {found.name} has its own. Leave it out.")
+        store.refuse_sample(found)
         return store.load(found)
     given = sorted_list(_list(removal_list))  # the order of removal is nothing to a model
     spec = api.run_spec(str(subject), kind="evaluate", dtype=dtype, revision=revision)  # type: ignore[arg-type]

@@ -77,7 +77,9 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A Hugging Face name, a local folder, a .gguf file, or **demo**."),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run id (see sleb runs) or a run folder.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run id (see sleb runs), a run folder, or a sample's name.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(

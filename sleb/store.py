@@ -25,6 +25,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
+from .dashboard_files import SAMPLES
 from .errors import RunError
 from .files import NO_ARRAYS, expanded, parse_json, read_json, replace_file, writing
 from .records import (
@@ -63,7 +64,7 @@ def home() -> Path:
 
 def reference(run: Run) -> str:
     """What to type to name the run: its id, or the folder it was given."""
-    own = run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id)
+    own = is_sample(run.run_dir) or (run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id))
     return shlex.quote(run.run_id if own else str(run.run_dir))
 
 
@@ -102,7 +103,10 @@ def discard(directory: Path, *, keep_folder: bool) -> None:
 
 
 def locate(run: str | os.PathLike[str]) -> Path:
-    """The folder of a run given by its id or by a folder. Raises `RunError` where there is none."""
+    """The folder of a run given by its id, by a folder, or by the name of a recorded sample.
+
+    Raises `RunError` where there is none.
+    """
     text = os.fspath(run)
     if _RUN_ID.fullmatch(text) and (runs_folder() / text / "spec.json").is_file():
         return runs_folder() / text
@@ -110,9 +114,32 @@ def locate(run: str | os.PathLike[str]) -> Path:
         folder = Path(text).expanduser().absolute()
         if text and (folder / "spec.json").is_file():
             return folder
+    if (sample := _sample(text)) is not None:
+        return sample
     known = [each.name for each in run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
     raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
+
+
+def _sample(name: str) -> Path | None:
+    """The recorded sample of that name. Its copy in the runs folder has the same one, and is found before it."""
+    return SAMPLES / name if _RUN_ID.fullmatch(name) and (SAMPLES / name / "spec.json").is_file() else None
+
+
+def is_sample(directory: Path) -> bool:
+    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    real = directory.resolve()
+    return real.parent == SAMPLES and _RUN_ID.fullmatch(real.name) is not None
+
+
+def refuse_sample(directory: Path) -> None:
+    """Raises `RunError` for a recorded sample, before anything would be written into its folder."""
+    if is_sample(directory):
+        name = directory.resolve().name
+        raise RunError(
+            f"{name} is a recorded sample, which is only read. Copy it among your runs, and give the same command "
+            f"again: sleb import {name}"
+        )
 
 
 def load(run: str | os.PathLike[str]) -> Run:
@@ -165,8 +192,11 @@ def delete(directory: Path) -> None:
 
 
 def bring_in(folder: Path) -> Run:
-    """Copy a run folder from elsewhere into the runs folder. Raises `RunError` where it cannot be read."""
-    run = load(expanded(folder).absolute())
+    """Copy a run folder from elsewhere, or a recorded sample, into the runs folder.
+
+    Raises `RunError` where it cannot be read.
+    """
+    run = load(elsewhere(folder))
     target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
     if target.exists():
         raise RunError(f"A run {target.name} is already there. Rename {folder}, or delete the other first.")
@@ -181,6 +211,15 @@ def bring_in(folder: Path) -> Run:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(target)
+
+
+def elsewhere(folder: Path) -> Path:
+    """A run folder from elsewhere, absolute; or the recorded sample of that name, where there is no such folder."""
+    found = expanded(folder).absolute()
+    with suppress(OSError, ValueError):  # names no file system takes
+        if found.exists():
+            return found
+    return _sample(str(folder)) or found
 
 
 def write_stack(directory: Path, stack: StackDescription) -> None:
