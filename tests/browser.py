@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +44,26 @@ def find() -> str | None:
 
 
 @contextlib.contextmanager
-def server(home: Path, *arguments: str) -> Iterator[str]:
-    """A dashboard over a home of its own; yields its address."""
+def server(
+    home: Path,
+    *arguments: str,
+    command: Sequence[str] = (sys.executable, "-m", "app"),
+    folder: Path = ROOT,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """A dashboard over a home of its own, by default this checkout's; yields its address.
+
+    `command` is what starts it in `folder`: it takes Streamlit's options.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     log = home / "dashboard.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app", f"--server.port={port}", *arguments],
-            cwd=ROOT,
-            env=os.environ | {"SLEB_HOME": str(home)},
+            [*command, f"--server.port={port}", *arguments],
+            cwd=folder,
+            env={**os.environ, "SLEB_HOME": str(home), **(environment or {})},
             stdout=output,
             stderr=output,
         )

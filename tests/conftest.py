@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests are shared out (`-n 2 --dist loadgroup`): files stay whole, and there is one browser at a time."""
     for item in items:
         name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("browser" if name.startswith("test_browser") else name))
+        in_browser = name.startswith(("test_browser", "test_package"))
+        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else name))
 
 
 @pytest.fixture(autouse=True)
