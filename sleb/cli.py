@@ -78,7 +78,6 @@ app = typer.Typer(
 )
 
 
-@app.command()
 def search(
     model: Model,
     calibration: Calibration = None,
@@ -205,7 +204,6 @@ def search(
         _start(spec, job, run_dir, as_json)
 
 
-@app.command()
 def analyze(
     model: Model,
     calibration: Calibration = None,
@@ -247,7 +245,6 @@ def analyze(
     _start(spec, job, run_dir, as_json)
 
 
-@app.command()
 def resume(
     run: RunName,
     device: Device = "auto",
@@ -294,13 +291,11 @@ def resume(
     _print(found, as_json)
 
 
-@app.command()
 def show(run: RunName, as_json: Json = False) -> None:
     """Print a run: baseline, steps with their evidence, removal list, and what was measured of its lists."""
     _print(api.load(run), as_json)
 
 
-@app.command()
 def runs(as_json: Json = False) -> None:
     """List all runs, newest first."""
     found: list[Any] = list(store.list_runs() if as_json else list_outlines())
@@ -314,7 +309,6 @@ def runs(as_json: Json = False) -> None:
             typer.echo(f"sleb: {error}", err=True)
 
 
-@app.command()
 def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
     found = store.load(run)
@@ -322,7 +316,6 @@ def stop(run: RunName) -> None:
     typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {store.reference(found)}", err=True)
 
 
-@app.command()
 def delete(
     run: RunName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -336,7 +329,6 @@ def delete(
     typer.echo(f"Deleted {directory}.", err=True)
 
 
-@app.command("import")
 def bring_in(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere, or a recorded sample's name.")
@@ -346,7 +338,6 @@ def bring_in(
     typer.echo(jobs.bring_in(folder).run_id)
 
 
-@app.command()
 def export(
     run: RunName,
     format: Annotated[
@@ -432,10 +423,6 @@ def export(
     )
 
 
-judge.register(app)
-
-
-@app.command()
 def report(
     run: RunName,
     out: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
@@ -454,7 +441,6 @@ def report(
     typer.echo(f"Wrote {out}.", err=True)
 
 
-@app.command()
 def cache(
     clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
     as_json: Json = False,
@@ -481,7 +467,6 @@ def cache(
     )
 
 
-@app.command()
 def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
 ) -> None:
@@ -509,7 +494,6 @@ def work(
         raise
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def dashboard(
     context: typer.Context,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
@@ -584,6 +568,20 @@ def _print_forecast(spec: RunSpec, job: JobSpec, found: Forecast, as_json: bool)
     )
 
 
+def _register() -> None:
+    """The commands, in the order in which --help lists them."""
+    passing = {"allow_extra_args": True, "ignore_unknown_options": True}
+    for command in (search, analyze, resume, show, runs, stop, delete):
+        app.command()(command)
+    app.command("import")(bring_in)
+    app.command()(export)
+    for judging in (judge.evaluate, judge.benchmark, judge.quantize, judge.heal, judge.generate):
+        app.command()(judging)
+    for command in (report, cache, work):
+        app.command()(command)
+    app.command(context_settings=passing)(dashboard)
+
+
 def _say_version(wanted: bool) -> None:
     if wanted:
         from . import __version__
@@ -599,6 +597,9 @@ def _common(
     ] = False,
 ) -> None:
     """What comes before any command."""
+
+
+_register()
 
 
 def main() -> None:

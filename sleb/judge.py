@@ -87,12 +87,6 @@ Limit = Annotated[
 Window = Annotated[int, typer.Option(min=2, rich_help_panel=WHAT, help="Tokens; published numbers have 2048.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands."""
-    for command in (evaluate, benchmark, quantize, heal, generate):
-        app.command()(command)
-
-
 def evaluate(
     subject: Subject,
     removal_list: RemovalListOption = None,
