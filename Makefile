@@ -24,7 +24,7 @@ run: setup ## open the dashboard on localhost (ARGS="--port 8502")
 	@$(VENV)/bin/sleb dashboard $(ARGS)
 
 test: setup ## run the tests, without a network (ARGS="-m 'not demo'" leaves out the real model)
-	@$(VENV)/bin/python tests/browser.py
+	@$(VENV)/bin/python -m tests.support.browser
 	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style, format and types
@@ -43,10 +43,10 @@ comparison: setup ## SparseGPT, Wanda and AWQ beside removal lists (ARGS="--text
 	@$(VENV)/bin/python benchmarks/comparison.py $(ARGS)
 
 sample: setup ## record the dashboard's sample runs anew (a quarter of an hour)
-	@$(VENV)/bin/python docs/sample.py $(ARGS)
+	@$(VENV)/bin/python scripts/sample.py $(ARGS)
 
 screenshots: setup ## draw the README's pictures of the dashboard anew
-	@$(VENV)/bin/python docs/screenshots.py
+	@$(VENV)/bin/python scripts/screenshots.py
 
 hooks: setup ## check every commit (pre-commit)
 	@$(VENV)/bin/pre-commit install

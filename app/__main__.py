@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sleb import dashboard_files
+from sleb.runtime import dashboard_files
 
 if __name__ == "__main__":
     os.execv(sys.executable, dashboard_files.command(sys.argv[1:]))

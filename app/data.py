@@ -14,16 +14,19 @@ from typing import NamedTuple
 import numpy as np
 import streamlit as st
 
-from app import evidence as evidence_of_step
-from sleb import alignment, api, cache, files, jobs, methods, peek, results, similarity, store, tokens
-from sleb import outline as outlines_of
-from sleb.dashboard_files import SAMPLES
+from sleb import specs
+from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
+from sleb.analysis.similarity import TokenSimilarity
+from sleb.analysis.token_sample import Tokens
 from sleb.errors import RunError
-from sleb.findings import Finding
-from sleb.outline import Outline
-from sleb.records import ExitStatistics, JobKind, JobSpec, Method, Run, Step
-from sleb.similarity import TokenSimilarity
-from sleb.tokens import Tokens
+from sleb.methods import step_evidence as evidence_of_step
+from sleb.methods.statistics import Comparison
+from sleb.model import block_count
+from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Run, Step
+from sleb.runtime import files, findings_folder, job_processes, run_folder
+from sleb.runtime import run_index as outlines_of
+from sleb.runtime.dashboard_files import SAMPLES
+from sleb.runtime.run_index import Outline
 
 SAMPLE = "sample-smollm2-135m-metric3"
 """The one that is shown first."""
@@ -43,12 +46,12 @@ class TokenChoice(NamedTuple):
 def outlines() -> list[Outline | RunError]:
     """All runs, newest first, then the recorded samples; an unreadable one is its error."""
     found: list[Outline | RunError] = []
-    for folder in (store.runs_folder(), SAMPLES):
-        directories = store.run_dirs(folder)
+    for folder in (run_folder.runs_folder(), SAMPLES):
+        directories = run_folder.run_dirs(folder)
         if folder == SAMPLES:
             directories.sort(key=_rank_of_sample)  # their times are those of the checkout
         for directory in directories:
-            if folder == SAMPLES and (store.runs_folder() / directory.name / "spec.json").is_file():
+            if folder == SAMPLES and (run_folder.runs_folder() / directory.name / "spec.json").is_file():
                 continue  # a copy was brought in, to be exported: it is the one that pages show
             try:
                 each = _outline(str(directory), outlines_of.signature(directory))
@@ -73,16 +76,18 @@ def is_sample(run: Run | Outline) -> bool:
 def folder_of(run_id: str) -> Path:
     """The folder of a run, by an id from anywhere. Raises `RunError` for what is no run of the store."""
     if _RUN_ID.fullmatch(run_id):
-        for folder in (store.runs_folder(), SAMPLES):
+        for folder in (run_folder.runs_folder(), SAMPLES):
             if (folder / run_id / "spec.json").is_file():
                 return folder / run_id
-    raise RunError(f"There is no run {run_id[:120]!r} in {store.runs_folder()}: it may have been deleted or moved.")
+    raise RunError(
+        f"There is no run {run_id[:120]!r} in {run_folder.runs_folder()}: it may have been deleted or moved."
+    )
 
 
 def load(run_id: str) -> Run:
     """A run, whole, with the state of its jobs as it is now. Raises `RunError`."""
     directory = folder_of(run_id)
-    return jobs.watched(_run(str(directory), outlines_of.signature(directory)))
+    return job_processes.watched(_run(str(directory), outlines_of.signature(directory)))
 
 
 def findings_of(run: Run) -> tuple[Finding, ...]:
@@ -112,7 +117,7 @@ def tokens_of(run: Run) -> Tokens | None:
     """Similarity and predictions token by token: all sampled ones from the cache, or those the run took along."""
     if run.analysis is None or run.stack is None:
         return None
-    return _tokens(str(run.run_dir), str(store.home()), run.analysis.description.cache_key, run.stack.num_blocks)
+    return _tokens(str(run.run_dir), str(run_folder.home()), run.analysis.description.cache_key, run.stack.num_blocks)
 
 
 def similarity_over(run: Run, choice: TokenChoice) -> TokenSimilarity | None:
@@ -128,7 +133,7 @@ def exits_over(run: Run, choice: TokenChoice) -> ExitStatistics | None:
     return None if found is None else _exits(_key(run), choice, found)
 
 
-def evidence(run: Run, step: Step) -> methods.Comparison | None:
+def evidence(run: Run, step: Step) -> Comparison | None:
     """How each candidate of a step compares with the chosen one, with intervals; None without its scores."""
     changed = _file_time(run.run_dir / "scores" / f"step-{step.number:04d}.npz")
     return _evidence(str(run.run_dir), step.number, changed, run)
@@ -143,7 +148,7 @@ def permissions() -> dict[str, bool]:
 def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None) -> JobSpec:
     """How a job is to be done, with what the server was started with. Raises `OptionError` out of range."""
     allowed = permissions()
-    return api.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])
+    return specs.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])
 
 
 def num_blocks_of(model: str) -> int | None:
@@ -187,12 +192,12 @@ def _outline(directory: str, signature: object) -> Outline:
 
 @st.cache_resource(max_entries=32, show_spinner=False)
 def _run(directory: str, signature: object) -> Run:
-    return store.load(directory)
+    return run_folder.load(directory)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
 def _findings(directory: str, signature: object) -> tuple[Finding, ...]:
-    return tuple(results.findings(Path(directory)))
+    return tuple(findings_folder.findings(Path(directory)))
 
 
 @st.cache_resource(max_entries=2000, show_spinner=False)
@@ -207,15 +212,15 @@ def _hashes(directory: str, changed: int) -> tuple[str, str]:
 
 @st.cache_data(max_entries=64, ttl=60, show_spinner=False)
 def _peeked(model: str) -> int | None:
-    return peek.num_blocks(model)
+    return block_count.num_blocks(model)
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _tokens(directory: str, home: str, cache_key: str, num_blocks: int) -> Tokens | None:
-    found = cache.read(Path(home), cache_key, verify=False)
+    found = block_output_cache.read(Path(home), cache_key, verify=False)
     if found is not None and found.cosine.shape[1] == num_blocks + 1:
-        return tokens.of(found)
-    return tokens.read(Path(directory), num_blocks)
+        return token_sample.of(found)
+    return token_sample.read(Path(directory), num_blocks)
 
 
 @st.cache_resource(max_entries=64, show_spinner=False)
@@ -229,11 +234,13 @@ def _exits(key: object, choice: TokenChoice, _tokens: Tokens) -> ExitStatistics 
     chosen = _chosen(_tokens, choice)
     if not len(chosen):
         return None
-    return alignment.exit_statistics(np.asarray(_tokens.predictions[:, chosen]), f"{len(chosen):,} chosen tokens")
+    return prediction_alignment.exit_statistics(
+        np.asarray(_tokens.predictions[:, chosen]), f"{len(chosen):,} chosen tokens"
+    )
 
 
 @st.cache_resource(max_entries=128, show_spinner=False)
-def _evidence(directory: str, number: int, changed: int, _run: Run) -> methods.Comparison | None:
+def _evidence(directory: str, number: int, changed: int, _run: Run) -> Comparison | None:
     step = _run.trace.steps[number - 1] if _run.trace else None
     return None if step is None else evidence_of_step.of(_run, step)
 

@@ -35,14 +35,17 @@ import torch
 from torch import nn
 
 import sleb
-from sleb import calibration, methods, perplexity
-from sleb.blocks import BlockStack
-from sleb.decoding import continued
 from sleb.errors import SlebError
-from sleb.loading import LoadedModel, forget_quantisation, load_model
+from sleb.evaluation import perplexity
+from sleb.export.removal import streamlined
+from sleb.methods.problem import number_to_remove
+from sleb.methods.statistics import measured
+from sleb.model.block_stack import BlockStack
+from sleb.model.generation import continued
+from sleb.model.loading import LoadedModel, forget_quantisation, load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring import Scorer
-from sleb.surgery import streamlined
+from sleb.scoring import calibration
+from sleb.scoring.sweep import Scorer
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-comparison"
@@ -173,7 +176,7 @@ def compare(asked: argparse.Namespace, work: Path, python: Path) -> None:
 def searched(asked: argparse.Namespace, work: Path, loaded: LoadedModel) -> tuple[list[tuple[int, ...]], float]:
     """Greedy lists for each ratio, in the order of the stack, and the seconds of the longest search: one serves all."""
     stack = BlockStack(loaded.model)
-    counts = [methods.number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
+    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
     settings = [asked.model, asked.calibration, asked.sequences, asked.sequence_length, asked.seed, max(counts)]
     folder = work / f"search-{fingerprint([*settings, loaded.dtype])}"
     if folder.is_dir():
@@ -285,7 +288,7 @@ def show(rows: Sequence[Row], token_counts: np.ndarray) -> None:
     print("\n| method | perplexity | nats per token | prompt | speedup (quartiles) | made in | what is left |")
     print("|:---|---:|---:|---:|---:|---:|:---|")
     for row in rows:
-        value = methods.measured(row.nats, token_counts).perplexity
+        value = measured(row.nats, token_counts).perplexity
         mean, error = perplexity.rise(row.nats, rows[0].nats, token_counts)
         apart = "" if row is rows[0] or mean is None else f"{mean:+.3f} ± {error or 0:.3f}"
         low, middle, high = statistics.quantiles(row.ratios, n=4, method="inclusive")

@@ -20,10 +20,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-import browser
-import stores
+from tests.support import browser, stores
 
 PAGES = {
     "runs": '[data-testid="stDataFrame"]',
@@ -139,10 +138,10 @@ def memory(address: str, visits: int) -> None:
 
 def listing() -> None:
     """Cold, in this process: outlines against loading every run whole."""
-    from sleb import outline, store
+    from sleb.runtime import run_folder, run_index
 
-    short = timed(outline.list_outlines)
-    whole = timed(store.list_runs)
+    short = timed(run_index.list_outlines)
+    whole = timed(run_folder.list_runs)
     show("list 500 runs, cold", short, 1.0)
     print(f"{'  the same by loading each whole':<48} {whole:7.2f} s   ratio {whole / short:.1f}")
 

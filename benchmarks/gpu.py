@@ -7,8 +7,8 @@
     python benchmarks/gpu.py --shape tiny --device cpu    # the same path where there is no GPU
 
 Weights are random: times do not depend on their values, but who wins does, and so does how soon a race ends. Therefore
-a race's work is taken from the forecast (`sleb.costs`), and its seconds from a step over as many sequences as a round
-has.
+a race's work is taken from the forecast (`sleb.methods.cost_forecast`), and its seconds from a step over as many
+sequences as a round has.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sleb.blocks import BlockStack
-from sleb.costs import cost_of_search
-from sleb.methods import Problem, looks_of, number_to_remove, search
-from sleb.offloading import load_within
+from sleb.methods.cost_forecast import cost_of_search
+from sleb.methods.problem import Problem, number_to_remove
+from sleb.methods.race import looks_of
+from sleb.methods.strategies import search
+from sleb.model.block_stack import BlockStack
+from sleb.model.streamed_loading import load_within
+from sleb.model.streaming import streamed_blocks
 from sleb.records import Baseline, Measured, Method
-from sleb.scoring import Scorer
-from sleb.streaming import streamed_blocks
+from sleb.scoring.sweep import Scorer
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -21,14 +21,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sleb import calibration, methods
-from sleb import perplexity as published
-from sleb.blocks import BlockStack
+from sleb.analysis.similarity import block_influence
 from sleb.errors import SlebError
-from sleb.loading import load_model
+from sleb.evaluation import perplexity as published
+from sleb.methods import strategies
+from sleb.methods.problem import Problem, number_to_remove
+from sleb.methods.statistics import mean_and_error, measured
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import load_model
 from sleb.records import RACE_SEQUENCES, Baseline, CalibrationSpec, Method, Step
-from sleb.scoring import Scorer
-from sleb.similarity import block_influence
+from sleb.scoring import calibration
+from sleb.scoring.sweep import Scorer
 
 WINDOW = 2048
 METHODS = (Method.METRIC1, Method.METRIC2, Method.BEST_CHUNK, Method.METRIC3)
@@ -91,7 +94,7 @@ def measure(asked: argparse.Namespace) -> None:
     print(f"calibration: {text.text}; {text.sequences} sequences of {asked.sequence_length} tokens, seed {asked.seed}")
     print(f"test: {test.text.description}", flush=True)
 
-    counts = [methods.number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
+    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
     found = search(asked, stack, text.ids, counts)
     lists = list(dict.fromkeys(tuple(sorted(each.removal_list)) for column in found.values() for each in column))
     began = time.perf_counter()
@@ -108,7 +111,7 @@ def measure(asked: argparse.Namespace) -> None:
         greedy = next(rows[tuple(sorted(each.removal_list))] for each in column if each.name == "greedy")
         for each in column:
             own = rows[tuple(sorted(each.removal_list))]
-            mean, error = methods.mean_and_error(own - greedy, tokens)
+            mean, error = mean_and_error(own - greedy, tokens)
             apart = "" if each.name == "greedy" else f"{mean:+.4f} ± {error:.4f}"
             print(
                 f"{each.name:<12}{each.perplexity:>12.2f}{perplexity(own):>9.2f}  {apart:<31}{each.seconds:>8.0f}  "
@@ -125,7 +128,7 @@ def search(
     found: dict[int, list[Found]] = {count: [] for count in counts}
     greedy: tuple[Step, ...] = ()
     for method in [each for each in METHODS if NAMES[each] not in asked.without]:
-        problem = methods.Problem(
+        problem = Problem(
             num_blocks=len(stack),
             num_remove=max(counts),
             protected=(0, len(stack) - 1) if method.protects_ends else (),
@@ -158,17 +161,17 @@ def search(
 
 
 def taken(
-    method: Method, problem: methods.Problem, stack: BlockStack, scorer: Scorer, steps: tuple[Step, ...]
+    method: Method, problem: Problem, stack: BlockStack, scorer: Scorer, steps: tuple[Step, ...]
 ) -> tuple[tuple[Step, ...], float]:
     """The steps after these, and the seconds they took."""
 
     def influence() -> np.ndarray:
         return block_influence(stack, scorer.ids.numpy(), scorer.batch_size)
 
-    nothing = methods.measured(np.zeros(0), np.zeros(0, dtype=np.int64))
+    nothing = measured(np.zeros(0), np.zeros(0, dtype=np.int64))
     first = Baseline(calibration=nothing, held_out=nothing, block_evaluations=0, head_evaluations=0, seconds=0)
     began = time.perf_counter()
-    decisions = methods.search(method, problem, scorer.score, first, steps, influence)
+    decisions = strategies.search(method, problem, scorer.score, first, steps, influence)
     return tuple(decision.step for decision in decisions), time.perf_counter() - began
 
 

@@ -1,6 +1,6 @@
 """How much a race saves, and whether it chooses the same: replayed on a full search's recorded scores.
 
-python benchmarks/race.py             # replays tests/race_table.npz: the demo model, 128 sequences of 128 tokens
+python benchmarks/race.py             # replays tests/data/race_table.npz: the demo model, 128 sequences of 128 tokens
 python benchmarks/race.py --record    # makes that table anew first: a full search, about a quarter of an hour
 
 Prints block evaluations of the plain loop, of the sweep over everything and of the race, side by side: a race whose
@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sleb.costs import Cost, cost_of
-from sleb.methods import Problem, compare, race
+from sleb.methods.problem import Problem
+from sleb.methods.race import race
+from sleb.methods.statistics import compare
+from sleb.scoring.sweep_plan import Cost, cost_of
 
-TABLE = Path(__file__).resolve().parent.parent / "tests" / "race_table.npz"
+TABLE = Path(__file__).resolve().parent.parent / "tests" / "data" / "race_table.npz"
 NUM_BLOCKS, LENGTH, SEQUENCES = 30, 128, 128
 HEAD_WEIGHT = 8.0  # a read-out of the demo model in block evaluations
 
@@ -61,7 +63,7 @@ def main() -> None:
 def record() -> None:
     """A full search on the demo model; its scores as the table."""
     import sleb
-    from sleb import store
+    from sleb.runtime import trace_file
 
     with tempfile.TemporaryDirectory() as folder:
         run = sleb.search(
@@ -76,7 +78,7 @@ def record() -> None:
         assert run.trace is not None
         arrays: dict[str, np.ndarray] = {"removal_list": np.array(run.removal_list)}
         for step in run.trace.steps:
-            found = store.read_scores(run.run_dir, f"step-{step.number:04d}")
+            found = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
             arrays[f"blocks_{step.number}"] = found["blocks"].astype(np.int16)
             arrays[f"nats_{step.number}"] = found["nats"].astype(np.float32)
     np.savez_compressed(TABLE, **arrays)  # type: ignore[arg-type]

@@ -4,7 +4,8 @@
                                   [--candidates 28] [--rounds 3] [--compile]
 
 One greedy step's sweep on one batch, several times: blocks, head and cross-entropy, the rest (embeddings, masks,
-Python). Once as the model was loaded and once with the ways of `sleb.speedups` that gain here, in turn. A rate counts
+Python). Once as the model was loaded and once with the ways of `sleb.scoring.speedups` that gain here, in turn. A rate
+counts
 the multiplications and additions of matrix products that the mathematics asks for, as `FlopCounterMode` finds them in
 a real call; causal attention counts the half that is not masked. What is computed beside them (norms, activations,
 softmax, the loss) counts nothing and takes time.
@@ -30,12 +31,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sleb import calibration, speedups
-from sleb.blocks import BlockStack
-from sleb.costs import cost_of
-from sleb.loading import load_model
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring import Scorer
+from sleb.scoring import calibration
+from sleb.scoring.packed_linear import pack, product
+from sleb.scoring.speedups import Compile, choose
+from sleb.scoring.sweep import Scorer
+from sleb.scoring.sweep_plan import cost_of
 
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 SECONDS = 0.2  # for so long a product is repeated, at least three times
@@ -67,8 +70,8 @@ def main() -> None:
     candidates = [(everybody[place * len(everybody) // count],) for place in range(count)]
 
     flops = Flops.of(scorer)
-    compiling: speedups.Compile = "yes" if asked.compile else "no"
-    ways = speedups.choose(stack, ids, batch_size, float("inf"), compile=compiling)
+    compiling: Compile = "yes" if asked.compile else "no"
+    ways = choose(stack, ids, batch_size, float("inf"), compile=compiling)
     states: dict[str, list[Any]] = {"as loaded": []}
     if ways:
         states["with " + ", ".join(way.name for way in ways)] = ways
@@ -222,10 +225,10 @@ def best_rates(stack: BlockStack, tokens: int) -> Iterator[tuple[str, float]]:
         yield name, work / _best(partial(nn.functional.linear, left, weight), device)
         if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
             try:
-                packed = speedups.pack(weight, rows)
+                packed = pack(weight, rows)
             except (RuntimeError, AttributeError):
                 continue
-            yield f"{name}, packed", work / _best(partial(speedups.product, left, packed), device)
+            yield f"{name}, packed", work / _best(partial(product, left, packed), device)
 
 
 def _best(call: Callable[[], Any], device: torch.device) -> float:

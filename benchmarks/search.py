@@ -18,12 +18,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from sleb import calibration
-from sleb.blocks import BlockStack
-from sleb.costs import cost_of
-from sleb.loading import load_model
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring import Scorer
+from sleb.scoring import calibration
+from sleb.scoring.sweep import Scorer
+from sleb.scoring.sweep_plan import cost_of
 
 
 def main() -> None:

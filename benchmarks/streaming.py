@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sleb.blocks import BlockStack
-from sleb.offloading import load_within
-from sleb.scoring import Scorer
-from sleb.streaming import streamed_blocks
+from sleb.model.block_stack import BlockStack
+from sleb.model.streamed_loading import load_within
+from sleb.model.streaming import streamed_blocks
+from sleb.scoring.sweep import Scorer
 
 CHUNK = 16 << 20
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from app import choosing, components, data
-from app.charts import alignment
-from app.tokenview import token_view
-from sleb.alignment import half_decided
+from app import data
+from app.components.token_view import token_view
+from app.page import run_page
+from app.panels.token_choice import EVERYTHING, analysis_of, calibration_tokens, nothing_chosen, origin
+from app.widgets import chart, empty
+from app.wording import plain
+from sleb.analysis.prediction_alignment import half_decided
 from sleb.records import Analysis, ExitStatistics, Run
+from sleb.report.figures import alignment
 
 CALIBRATION, GENERATED = "calibration", "generated"
 NAMES = {CALIBRATION: "Calibration text", GENERATED: "Generated text"}
@@ -17,13 +21,13 @@ NAMES = {CALIBRATION: "Calibration text", GENERATED: "Generated text"}
 
 def main() -> None:
     """The screen, from top to bottom."""
-    run = components.run_page(
+    run = run_page(
         "Prediction alignment", "After which block is the next token decided, and could the model stop there?"
     )
-    analysis, stack = choosing.analysis_of(run)
+    analysis, stack = analysis_of(run)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         which, exits, about = _tokens(run, analysis)
-    st.caption(f"On {components.plain(about)}.{_why_not_generated(analysis)}")
+    st.caption(f"On {plain(about)}.{_why_not_generated(analysis)}")
     _headline(exits)
     left, right = st.columns(2, gap="large")
     with left:
@@ -53,18 +57,18 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
         )
     if which == GENERATED and found.generated is not None:
         return which, found.generated, found.generated.source
-    chosen = choosing.calibration_tokens(run, analysis, disabled=data.tokens_of(run) is None)
-    if chosen.available is None or chosen.tokens == choosing.EVERYTHING:
+    chosen = calibration_tokens(run, analysis, disabled=data.tokens_of(run) is None)
+    if chosen.available is None or chosen.tokens == EVERYTHING:
         return which, found.calibration, found.calibration.source
     exits = data.exits_over(run, chosen.tokens)
     if exits is None:
-        choosing.nothing_chosen()
-    return which, exits, f"{exits.source} {choosing.origin(analysis, chosen)}"
+        nothing_chosen()
+    return which, exits, f"{exits.source} {origin(analysis, chosen)}"
 
 
 def _why_not_generated(analysis: Analysis) -> str:
     why = analysis.alignment.generated_reason
-    return f" No text of the model's own: {components.plain(why)}" if why else ""
+    return f" No text of the model's own: {plain(why)}" if why else ""
 
 
 def _headline(exits: ExitStatistics) -> None:
@@ -113,7 +117,7 @@ def _agreement(run: Run, analysis: Analysis, which: str, exits: ExitStatistics) 
     other = None
     if found.generated is not None:
         other = (found.calibration, NAMES[CALIBRATION]) if which == GENERATED else (found.generated, NAMES[GENERATED])
-    components.chart(
+    chart(
         alignment.agreement(exits, NAMES[which], run.removal_list, other),
         key="alignment-agreement",
         alt="Share of tokens whose prediction after each block is the model's final one; removed blocks are hatched",
@@ -134,7 +138,7 @@ def _distribution(exits: ExitStatistics) -> None:
             label_visibility="collapsed",
             help="Tokens that leave after each block, or all that have left by then.",
         )
-    components.chart(
+    chart(
         alignment.distribution(exits, cumulative=count == "up-to"),
         key="alignment-exits",
         alt="Share of tokens by ideal exit block: the first that agrees, and the one from which the prediction stays",
@@ -147,7 +151,7 @@ def _skipping(run: Run, exits: ExitStatistics, num_blocks: int) -> None:
     left, right = st.columns(2, gap="large")
     table = alignment.skipping_table(exits)
     with left:
-        components.chart(
+        chart(
             alignment.skipping(exits, len(run.removal_list) / num_blocks),
             key="alignment-skipped",
             alt="Share of blocks an ideal early exit skips, by batch size, beside what the run's removal list skips",
@@ -200,7 +204,7 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
         "it. Click one, or walk with the arrow keys."
     )
     if not analysis.passage.tokens:
-        components.empty("No passage", "This run recorded no text for the token view.")
+        empty("No passage", "This run recorded no text for the token view.")
         return
     token_view(run, analysis.passage, num_blocks, at)
 

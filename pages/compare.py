@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import comparing, components, data
-from app.charts import compare
-from sleb.outline import Outline
-from sleb.published import shared_by_chance
+from app import data
+from app.components.copy_link import copy_link
+from app.page import title
+from app.panels.run_choice import choose_published, choose_runs
+from app.widgets import chart, csv, empty
+from app.wording import number, plain
+from sleb.formats.published_lists import shared_by_chance
 from sleb.records import Run
+from sleb.report.figures import compare
+from sleb.runtime.run_index import Outline
 
 READABLE = 30
 
@@ -17,14 +22,12 @@ def main() -> None:
     """The screen, from top to bottom."""
     left, right = st.columns([10, 1.3], vertical_alignment="bottom")
     with left:
-        components.title(
-            "Compare", "Do methods, texts and models agree on which blocks can go, and what does each cost?"
-        )
+        title("Compare", "Do methods, texts and models agree on which blocks can go, and what does each cost?")
     with right:
-        components.copy_link()
+        copy_link()
     outlines = [each for each in data.outlines() if isinstance(each, Outline)]
     if not any(each.spec.kind == "search" for each in outlines):
-        components.empty(
+        empty(
             "Nothing to compare yet",
             "A search finds a removal list; start one on the **Runs** page. Analyses alone remove no block.",
         )
@@ -32,16 +35,16 @@ def main() -> None:
         return
     left, right = st.columns([5, 2])
     with left:
-        runs = comparing.choose_runs(outlines)
+        runs = choose_runs(outlines)
     with right:
-        lists = comparing.choose_published(runs)
+        lists = choose_published(runs)
     opened = [run for run in runs if run.stack is not None]
     rows = compare.listed(opened, lists)
     for run in runs:
         if run.stack is None:
-            st.caption(f"{components.plain(run.run_id)} has not opened its model yet: it appears once it has.")
+            st.caption(f"{plain(run.run_id)} has not opened its model yet: it appears once it has.")
     if not rows:
-        components.empty("Choose runs to compare", "Pick at least one run above, or a published list.")
+        empty("Choose runs to compare", "Pick at least one run above, or a published list.")
         return
     _places(rows)
     if opened:
@@ -69,7 +72,7 @@ def _places(rows: list[compare.Listed]) -> None:
         help="By original, 0-based index, or by depth in per cent of the stack, which lines up models with different "
         "numbers of blocks (paper, Figure 8).",
     )
-    components.chart(
+    chart(
         compare.strips(rows, relative=scale == "depth"),
         key="removed-blocks",
         alt="One row for each list: its stack of blocks, removed ones filled and hatched, numbered in order of removal",
@@ -100,10 +103,10 @@ def _costs(runs: list[Run], rows: list[compare.Listed]) -> None:
         )  # fmt: skip
     points = compare.curve_table(runs, rows)
     if points.empty:
-        components.empty("No perplexity yet", "None of these runs has measured its unmodified model so far.")
+        empty("No perplexity yet", "None of these runs has measured its unmodified model so far.")
         return
     texts = [run.stack.tokens_hash for run in runs if run.stack]
-    components.chart(
+    chart(
         compare.perplexity(
             points, rows[: len(runs)], held_out=text == "held-out", log=axis == "log", over_baseline=unit == "times",
             relative=len({row.num_blocks for row in rows[: len(runs)]}) > 1, texts=texts,
@@ -143,7 +146,7 @@ def _agreement(rows: list[compare.Listed]) -> None:
     st.subheader("How far they agree", anchor=False)
     rows = [each for each in rows if each.prefixes]
     if len(rows) < 2:
-        components.empty("One list has nothing to agree with", "Choose another run, or a published list.")
+        empty("One list has nothing to agree with", "Choose another run, or a published list.")
         return
     longest = min(len(each.prefixes) for each in rows)
     removals = longest
@@ -159,7 +162,7 @@ def _agreement(rows: list[compare.Listed]) -> None:
             bind="query-params",
             help="Lists are compared at the same length, up to the shortest: the blocks each had removed by then.",
         )
-    components.chart(
+    chart(
         compare.agreement(rows, removals),
         key="agreement",
         alt="Matrix of lists against lists: how many removed blocks each pair shares",
@@ -180,7 +183,7 @@ def _table(runs: list[Run], rows: list[compare.Listed]) -> None:
     st.subheader("Side by side", anchor=False)
     table = compare.summary_table(runs, rows)
     numbers = [name for name in table if name.endswith((" before", " after"))]
-    shown = table.style.format(components.number, subset=numbers, na_rep="–")
+    shown = table.style.format(number, subset=numbers, na_rep="–")
     st.dataframe(
         shown,
         hide_index=True,
@@ -201,7 +204,7 @@ def _table(runs: list[Run], rows: list[compare.Listed]) -> None:
     )
     st.download_button(
         "Table (CSV)",
-        lambda: components.csv(table),
+        lambda: csv(table),
         "comparison.csv",
         "text/csv",
         icon=":material/download:",

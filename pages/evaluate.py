@@ -7,15 +7,19 @@ from typing import Any
 
 import streamlit as st
 
-from app import components, curves, data, evaluating, gates, othertext, sidebyside, working
-from app.charts import evaluate, style
-from app.components import plain
-from app.curves import Curves
-from sleb import jobs
-from sleb.findings import Finding, Generation, Healing, Quantization
-from sleb.outline import findings_signature
-from sleb.records import Run
-from sleb.results import of_kind
+from app import data
+from app.components import side_by_side
+from app.page import run_page
+from app.panels import evaluation_forms, gate_controls, job_panel, other_calibration
+from app.widgets import chart, empty
+from app.wording import number, plain
+from sleb.records import Finding, Generation, Healing, Quantization, Run
+from sleb.report.figures import evaluate, style
+from sleb.report.summaries import gates, list_curves
+from sleb.report.summaries.list_curves import Curves
+from sleb.runtime import job_processes
+from sleb.runtime.findings_folder import of_kind
+from sleb.runtime.run_index import findings_signature
 
 MISSING = {
     "cost": "No text measured yet: <b>Evaluate</b> below",
@@ -28,35 +32,31 @@ TABS = ("Measure", "Side by side", "Another calibration set", "Quantise", "Heal"
 
 def main() -> None:
     """The screen, from top to bottom."""
-    run = components.run_page("Evaluate", "What does each list cost, what does it buy, and which one can you take?")
+    run = run_page("Evaluate", "What does each list cost, what does it buy, and which one can you take?")
     if run.stack is None and run.spec.kind != "evaluate":
-        components.empty(
-            "Not opened yet", "This run has not loaded its model. Start or resume it on the **Runs** page."
-        )
+        empty("Not opened yet", "This run has not loaded its model. Start or resume it on the **Runs** page.")
         st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
         return
     findings = data.findings_of(run)
     st.session_state["drawn-findings"] = (run.run_id, len(findings_signature(run.run_dir)))
-    found = curves.curves(run, findings)
-    busy = jobs.active(run) is not None
+    found = list_curves.curves(run, findings)
+    busy = job_processes.active(run) is not None
     if len(found.lists) == 1 and not findings:
-        working.bar(run)
+        job_panel.bar(run)
         _nothing_yet(run)
         return
     if busy:
         st.caption(":material/progress_activity: A process works on this run; how far it is stands below the panels.")
     if run.stack is None:
-        components.empty(
-            "Nothing measured yet", "**Evaluate** below opens the model, and measures it with and without the list."
-        )
+        empty("Nothing measured yet", "**Evaluate** below opens the model, and measures it with and without the list.")
         _tabs(run, found, findings, None, busy)
         return
     left, right = st.columns([2.5, 1], gap="large")
     with right:
         st.subheader("Which list can I take?", anchor=False)
-        on, limits = evaluating.gates(found)
+        on, limits = gate_controls.gates(found)
         judgement = gates.judge(on, found.lists)
-        evaluating.proposal(run, found, on, judgement)
+        gate_controls.proposal(run, found, on, judgement)
     with left:
         _panels(found, judgement, limits, gated=bool(on))
     _tabs(run, found, findings, judgement.proposal, busy)
@@ -67,11 +67,11 @@ def _nothing_yet(run: Run) -> None:
         text = (
             "This run analysed the model and removed no block. Search it on the **Runs** page: then its lists are here."
         )
-    elif jobs.active(run) is not None:
+    elif job_processes.active(run) is not None:
         text = "The first list appears after the first step of the search."
     else:
         text = "The search has finished no step. Resume it on the **Runs** page."
-    components.empty("No list to evaluate yet", text)
+    empty("No list to evaluate yet", text)
     st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
 
 
@@ -84,7 +84,7 @@ def _panels(found: Curves, judgement: gates.Judgement, limits: Sequence[evaluate
             format_func=lambda each: {"perplexity": "Perplexity", "times": "× baseline"}[each],
             help="Perplexity, or how many times the unmodified model's perplexity on the same text.",
         )  # fmt: skip
-    components.chart(
+    chart(
         evaluate.panels(
             found, admissible=judgement.admissible if gated else (), proposal=judgement.proposal, limits=limits,
             missing=MISSING, over_baseline=unit == "times",
@@ -92,7 +92,7 @@ def _panels(found: Curves, judgement: gates.Judgement, limits: Sequence[evaluate
         key="cost-and-gain",
         alt="Perplexity, accuracy, speedup and size against the number of blocks removed, one panel above the other; "
         + (f"{gates.span([each for each in judgement.admissible if each])} removed pass the gates" if gated else ""),
-        table=lambda: curves.table(found),
+        table=lambda: list_curves.table(found),
     )  # fmt: skip
     st.caption(" ".join(_notes(found, gated)))
 
@@ -123,14 +123,14 @@ def _notes(found: Curves, gated: bool) -> list[str]:
 
 def _tabs(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
     """Everything below the first screen; only the open tab is drawn."""
-    working.bar(run)
+    job_panel.bar(run)
     tabs = dict(zip(TABS, st.tabs(TABS, key="show", bind="query-params"), strict=True))
     if tabs["Measure"].open:
         with tabs["Measure"]:
-            evaluating.measure(run, found, busy)
+            evaluation_forms.measure(run, found, busy)
     if tabs["Another calibration set"].open:
         with tabs["Another calibration set"]:
-            othertext.draw(run, findings, busy)
+            other_calibration.draw(run, findings, busy)
     for name, draw in {"Side by side": _side_by_side, "Quantise": _quantized, "Heal": _healed}.items():
         if tabs[name].open:
             with tabs[name]:
@@ -141,7 +141,7 @@ def _side_by_side(run: Run, found: Curves, findings: Sequence[Finding], proposed
     all_said = of_kind(findings, Generation)
     left, right = st.columns([1, 1], gap="large")
     with left:
-        blocks = evaluating.which(run, found, all_said, "list-said", proposed)
+        blocks = evaluation_forms.which(run, found, all_said, "list-said", proposed)
         said = [each for each in reversed(all_said) if each.removal_list == blocks]
         chosen = said[0] if said else None
         if len(said) > 1:
@@ -150,13 +150,13 @@ def _side_by_side(run: Run, found: Curves, findings: Sequence[Finding], proposed
                 help="What was asked about this list before, newest first.",
             )  # fmt: skip
     with right:
-        evaluating.generate(run, blocks, busy)
+        evaluation_forms.generate(run, blocks, busy)
     if chosen is None:
         others = sorted({len(each.removal_list) for each in all_said})
         more = f" There are answers about {gates.span(others)} removed." if others else ""
-        components.empty("Nothing said yet", f"**Generate** lets both models go on from your prompt.{more}")
+        empty("Nothing said yet", f"**Generate** lets both models go on from your prompt.{more}")
     else:
-        sidebyside.draw(chosen)
+        side_by_side.draw(chosen)
 
 
 def _prompt_in_short(found: Generation) -> str:
@@ -168,12 +168,10 @@ def _quantized(run: Run, found: Curves, findings: Sequence[Finding], proposed: i
     own = of_kind(findings, Quantization)
     left, right = st.columns([1, 1.6], gap="large")
     with left:
-        evaluating.quantize(run, evaluating.which(run, found, own, "list-quantized", proposed), busy)
+        evaluation_forms.quantize(run, evaluation_forms.which(run, found, own, "list-quantized", proposed), busy)
     with right:
         if not own:
-            components.empty(
-                "Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list."
-            )
+            empty("Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list.")
             return
         _table(evaluate.quantization_table(own), ("Before", "Quantised"), "Perplexity before and after quantisation")
 
@@ -182,12 +180,10 @@ def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int 
     own = of_kind(findings, Healing)
     left, right = st.columns([1, 1.6], gap="large")
     with left:
-        evaluating.heal(run, evaluating.which(run, found, own, "list-healed", proposed), busy)
+        evaluation_forms.heal(run, evaluation_forms.which(run, found, own, "list-healed", proposed), busy)
     with right:
         if not own:
-            components.empty(
-                "Nothing healed yet", "**Heal** trains a little, or mends the cuts, and measures before and after."
-            )
+            empty("Nothing healed yet", "**Heal** trains a little, or mends the cuts, and measures before and after.")
             return
         columns = {
             "Loss": st.column_config.LineChartColumn(
@@ -200,7 +196,7 @@ def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int 
 
 def _table(table: Any, numbers: tuple[str, ...], alt: str, columns: dict[str, Any] | None = None) -> None:
     st.dataframe(
-        table.style.format(components.number, subset=list(numbers), na_rep="–"), hide_index=True, placeholder="–",
+        table.style.format(number, subset=list(numbers), na_rep="–"), hide_index=True, placeholder="–",
         column_config=columns, alt=alt,
     )  # fmt: skip
     if table["Text"].str.endswith("≈").any():

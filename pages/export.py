@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import components, exporting, report
-from app.charts import compare
-from app.components import plain
+from app.page import run_page
+from app.panels import export_panel
+from app.widgets import chart, empty
+from app.wording import number, plain, rise
 from sleb.errors import SlebError
-from sleb.formats import in_words, render, trace_of
+from sleb.formats.list_formats import in_words, render
 from sleb.records import Run
+from sleb.report import build
+from sleb.report.figures import compare
 
 # Name, end of the file's name, kind, how it is coloured, who takes it and what to beware of.
 FORMATS = {
@@ -51,11 +54,11 @@ FORMATS = {
 
 def main() -> None:
     """The screen, from top to bottom."""
-    run = components.run_page("Export", "Take the removal list, or the smaller model itself, to where you use it.")
+    run = run_page("Export", "Take the removal list, or the smaller model itself, to where you use it.")
     try:
-        trace_of(run)
+        run.require_trace()
     except SlebError as error:
-        components.empty("No removal list yet", f"{plain(error)} The **Runs** page does both.")
+        empty("No removal list yet", f"{plain(error)} The **Runs** page does both.")
         st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
         return
     steps = _which_list(run)
@@ -64,7 +67,7 @@ def main() -> None:
         _for_other_tools(run, steps)
         _report(run, steps)
     with right:
-        exporting.checkpoint(run, steps)
+        export_panel.checkpoint(run, steps)
 
 
 def _which_list(run: Run) -> int:
@@ -90,8 +93,8 @@ def _which_list(run: Run) -> int:
         st.metric("Parameters", f"−{gone / stack.total_parameters:.1%}", help="Of all, embeddings and head included.")
         st.metric(
             "Held-out perplexity",
-            f"{components.number(first.held_out.perplexity)} → {components.number(step.held_out.perplexity)}",
-            components.rise(first, step),
+            f"{number(first.held_out.perplexity)} → {number(step.held_out.perplexity)}",
+            rise(first, step),
             delta_color="off",
             delta_arrow="off",
             help="Before and after, on sequences that took no part in any choice; below, the rise with its standard "
@@ -99,12 +102,12 @@ def _which_list(run: Run) -> int:
         )
         st.metric(
             "Calibration perplexity",
-            f"{components.number(first.perplexity)} → {components.number(step.perplexity)}",
+            f"{number(first.perplexity)} → {number(step.perplexity)}",
             help="Before and after, on the text by which the blocks were chosen: too good to be true elsewhere.",
         )
     nested = tuple(each.removal_list for each in done[:steps])
     row = compare.Listed("", "", stack.num_blocks, nested, compare.PALETTE[0])
-    components.chart(
+    chart(
         compare.strips([row]),
         key="removal-list",
         alt=f"The stack of {stack.num_blocks} blocks, removed ones filled and numbered in the order of removal",
@@ -124,7 +127,7 @@ def _for_other_tools(run: Run, steps: int) -> None:
     text = render(run, chosen, steps)
     st.markdown(note)
     st.code(text, language=language, wrap_lines=True, height=260 if text.count("\n") > 9 else "content")
-    name = f"{exporting.name_of(run, steps)}{ending}"
+    name = f"{export_panel.name_of(run, steps)}{ending}"
     st.download_button("Download", text, name, kind, icon=":material/download:", on_click="ignore", key="list-file")
 
 
@@ -135,7 +138,7 @@ def _report(run: Run, steps: int) -> None:
         "included. It opens in any browser without a network, and prints."
     )
     st.download_button(
-        "Download the report", lambda: report.of(run, steps), f"{run.run_id}-report.html", "text/html",
+        "Download the report", lambda: build.of(run, steps), f"{run.run_id}-report.html", "text/html",
         icon=":material/description:", on_click="ignore", key="report-file",
     )  # fmt: skip
 

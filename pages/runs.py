@@ -8,12 +8,27 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from app import components, data, runform
-from app.components import plain
-from sleb import api, jobs, store
+from app import data, page
+from app.components.copy_link import copy_link
+from app.page import choose
+from app.panels import run_form
+from app.widgets import badge, empty, progress
+from app.wording import (
+    duration,
+    method_name,
+    model_name,
+    number,
+    plain,
+    rise,
+    share_of_parameters,
+    state_word,
+    text_name,
+)
+from sleb import execution, specs
 from sleb.errors import RunError, SlebError
-from sleb.outline import Outline
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
+from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 1.5
 """Always the same: runs come from elsewhere too, and a click while the whole page is drawn anew would be lost."""
@@ -29,12 +44,12 @@ _PAGES = {
 def start(spec: RunSpec, job: JobSpec) -> None:
     """A new run, executed by a process of its own."""
     try:
-        run = store.create(spec)
-        jobs.start(store.create_job(run.run_dir, job))
+        run = run_folder.create(spec)
+        job_processes.start(job_folder.create_job(run.run_dir, job))
     except SlebError as error:
         st.session_state["said"] = str(error)
         return
-    components.choose(run.run_id)
+    choose(run.run_id)
     st.session_state["form"] = False
 
 
@@ -42,14 +57,14 @@ def act(what: str, run: Run) -> None:
     """A button of the panel: what it does to the run, or the sentence that says why not."""
     try:
         if what == "stop":
-            jobs.stop(run)
+            job_processes.stop(run)
         elif what == "resume":
-            jobs.start(jobs.next_job(run, _as_before(run)))
+            job_processes.start(job_processes.next_job(run, _as_before(run)))
         elif what == "duplicate":
-            runform.fill(run.spec, run.jobs[0].spec if run.jobs else None)
+            run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
         elif what == "delete":
-            jobs.delete(run.run_dir)
+            job_processes.delete(run.run_dir)
             st.session_state.pop("chosen_run", None)
             st.query_params.pop("run", None)
     except SlebError as error:
@@ -60,7 +75,7 @@ def act(what: str, run: Run) -> None:
 def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
     own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
-    unanswered = jobs.unanswered(run) if api.is_finished(run) else None
+    unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
     last = unanswered or (own[-1] if own else data.job_spec(run.spec.kind))
     return last.model_copy(update=data.permissions())
 
@@ -69,9 +84,9 @@ def head() -> None:
     """Title, and the two ways to start."""
     left, right = st.columns([5, 4], vertical_alignment="bottom")
     with left:
-        components.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
+        page.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
     with right, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
-        spec, job = api.run_spec("demo"), data.job_spec("search")
+        spec, job = specs.run_spec("demo"), data.job_spec("search")
         st.button(
             "Run the demo",
             icon=":material/play_arrow:",
@@ -82,18 +97,18 @@ def head() -> None:
             "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
         )
         st.toggle("New run", persist_state="session", key="form", help="Your own model, text and number of blocks.")
-        components.copy_link()
+        copy_link()
 
 
 def form() -> None:
     """The form, with its forecast beside the start button."""
     with st.container(border=True):
-        asked = runform.draw()
+        asked = run_form.draw()
         if asked is None:
             return
         left, right = st.columns([3, 1], vertical_alignment="bottom")
         with left:
-            runform.forecast(asked)
+            run_form.forecast(asked)
         right.button(
             "Start",
             icon=":material/play_arrow:",
@@ -103,7 +118,7 @@ def form() -> None:
             args=(asked.spec, asked.job),
             help="Goes on when this page is closed, and when the dashboard is stopped.",
         )
-        runform.equivalent(asked)
+        run_form.equivalent(asked)
 
 
 def table(rows: list[Outline]) -> None:
@@ -112,7 +127,7 @@ def table(rows: list[Outline]) -> None:
     def chosen() -> None:
         picked = st.session_state["runs-table"]["selection"]["rows"]
         if picked:
-            components.choose(rows[picked[0]].run_id)
+            choose(rows[picked[0]].run_id)
 
     shown = pd.DataFrame([_row(each) for each in rows])
     current = [i for i, each in enumerate(rows) if each.run_id == st.session_state.get("chosen_run")]
@@ -143,17 +158,17 @@ def table(rows: list[Outline]) -> None:
 
 def _row(each: Outline) -> dict[str, object]:
     return {
-        "State": "Sample" if data.is_sample(each) else components.state_word(each.state),
+        "State": "Sample" if data.is_sample(each) else state_word(each.state),
         "Started": None if data.is_sample(each) else pd.Timestamp(each.created, unit="s"),
-        "Model": components.model_name(each.spec),
-        "Method": components.method_name(each.spec),
+        "Model": model_name(each.spec),
+        "Method": method_name(each.spec),
         "Blocks": each.num_blocks,
         "Removed": len(each.removal_list) if each.baseline or each.spec.given is not None else None,
         "Before": each.baseline.perplexity if each.baseline else None,
         "After": each.last.perplexity if each.last else None,
         "Removal list": ", ".join(map(str, each.removal_list)) or None,
-        "Held-out": components.rise(each.baseline, each.last) if each.baseline and each.last else None,
-        "Calibration": components.text_name(each.spec) if each.spec.given is None else None,
+        "Held-out": rise(each.baseline, each.last) if each.baseline and each.last else None,
+        "Calibration": text_name(each.spec) if each.spec.given is None else None,
         "Seconds": each.seconds,
         "Run": each.run_id,
     }
@@ -161,16 +176,16 @@ def _row(each: Outline) -> dict[str, object]:
 
 def panel(run: Run) -> None:
     """The chosen run: how it goes or went, what it found, what can be done with it."""
-    state, job, sample = jobs.state_of(run), jobs.active(run), data.is_sample(run)
+    state, job, sample = job_processes.state_of(run), job_processes.active(run), data.is_sample(run)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.markdown(f"**{plain(components.model_name(run.spec))}**, {plain(components.method_name(run.spec))}")
-            st.badge("Recorded sample", icon=":material/science:") if sample else components.badge(state)
+            st.markdown(f"**{plain(model_name(run.spec))}**, {plain(method_name(run.spec))}")
+            st.badge("Recorded sample", icon=":material/science:") if sample else badge(state)
             st.caption(plain(run.run_id))
             st.space("stretch")
             actions(run, job, sample)
         if job is not None:
-            components.progress(job)
+            progress(job)
         elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
             trouble(run, state)
         found(run)
@@ -201,7 +216,7 @@ def found(run: Run) -> None:
     first.metric(
         "Blocks removed",
         f"{len(run.removal_list)} of {blocks}",
-        delta=f"−{components.share_of_parameters(run):.1%} parameters" if last else None,
+        delta=f"−{share_of_parameters(run):.1%} parameters" if last else None,
         delta_color="off",
         delta_arrow="off",
         help="Steps that are finished, and how much smaller the model is without those blocks.",
@@ -212,17 +227,17 @@ def found(run: Run) -> None:
     third.metric(
         "Held-out perplexity",
         _from_to(trace.baseline.held_out.perplexity, last.held_out.perplexity if last else None),
-        delta=components.rise(trace.baseline, last) if last else None,
+        delta=rise(trace.baseline, last) if last else None,
         delta_color="off",
         delta_arrow="off",
         help="Text that took no part in any choice: what the removal really costs.",
     )
-    job = jobs.active(run)
+    job = job_processes.active(run)
     if job is not None and job.status.started is not None:
-        fourth.metric("Running for", components.duration(time.time() - job.status.started), help="This process.")
+        fourth.metric("Running for", duration(time.time() - job.status.started), help="This process.")
     else:
         seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
-        fourth.metric("Search", components.duration(seconds), help="Time spent on finished steps.")
+        fourth.metric("Search", duration(seconds), help="Time spent on finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
     attempts = [job.attempt for job in run.jobs if job.spec.kind == run.spec.kind and job.attempt is not None]
@@ -231,7 +246,7 @@ def found(run: Run) -> None:
 
 
 def _from_to(before: float | None, after: float | None) -> str:
-    return components.number(before) + (f" → {components.number(after)}" if after is not None else "")
+    return number(before) + (f" → {number(after)}" if after is not None else "")
 
 
 def actions(run: Run, job: Job | None, sample: bool) -> None:
@@ -242,7 +257,7 @@ def actions(run: Run, job: Job | None, sample: bool) -> None:
 
     if job is not None:
         button("Stop", "stop", "Finished steps are kept.", on_click=act, args=("stop", run))
-    elif not sample and (not api.is_finished(run) or jobs.unanswered(run) is not None):
+    elif not sample and (not execution.is_finished(run) or job_processes.unanswered(run) is not None):
         button("Resume", "play_arrow", "Goes on after what was finished.", on_click=act, args=("resume", run))
     help = "Opens the form with the same choices, to be changed."
     button("Duplicate", "content_copy", help, on_click=act, args=("duplicate", run))
@@ -280,14 +295,14 @@ def main() -> None:
     for error in found:
         if isinstance(error, RunError):
             st.warning(plain(error), icon=":material/broken_image:")
-    run_id = components.asked(rows) if rows else None
+    run_id = page.asked(rows) if rows else None
     if run_id is None:
-        components.empty("No runs yet", "**Run the demo** needs no download and no GPU.")
+        empty("No runs yet", "**Run the demo** needs no download and no GPU.")
         return
     try:
         panel(data.load(run_id))
     except RunError as error:
-        components.empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
     table(rows)
 
 

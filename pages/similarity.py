@@ -7,11 +7,16 @@ from typing import TypeVar
 
 import streamlit as st
 
-from app import choosing, components, data
-from app.charts import similarity
-from app.charts.similarity import Colours, Measure, Pick
+from app import data
+from app.page import run_page
+from app.panels.token_choice import EVERYTHING, Chosen, analysis_of, calibration_tokens, nothing_chosen, origin
+from app.widgets import chart
+from sleb.analysis.similarity import TokenSimilarity, recorded
 from sleb.records import Analysis, Run, StackDescription
-from sleb.similarity import TokenSimilarity, recorded
+from sleb.report.figures import similarity
+from sleb.report.figures.similarity import Colours
+from sleb.report.summaries import block_pair
+from sleb.report.summaries.block_pair import Measure, Pick
 
 Choice = TypeVar("Choice", bound=str)
 MAP, CHUNKS, PANEL = "similarity-map", "chunks", "pair-details"
@@ -48,8 +53,8 @@ lie blocks *a* + 1 to *b*, both included; as a half-open range, as in Python and
 
 def main() -> None:
     """The screen, from top to bottom."""
-    run = components.run_page("Similarity", "Which blocks hardly change what flows through them?")
-    analysis, stack = choosing.analysis_of(run)
+    run = run_page("Similarity", "Which blocks hardly change what flows through them?")
+    analysis, stack = analysis_of(run)
     with st.container(horizontal=True, gap="medium"):
         tokens = _switch(
             "Tokens",
@@ -74,7 +79,7 @@ def main() -> None:
             "the smallest differences show. 0 to 1: the same for all runs and choices.",
         )
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        chosen = choosing.calibration_tokens(run, analysis, disabled=tokens == "random")
+        chosen = calibration_tokens(run, analysis, disabled=tokens == "random")
     found, about = _numbers(run, analysis, tokens, chosen)
     st.caption(f"{about} Measured on the whole model: no block is removed here.")
     st.html(PANEL_STYLE)
@@ -93,7 +98,7 @@ def _switch(label: str, key: str, words: dict[Choice, str], explained: str) -> C
     return found
 
 
-def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen) -> tuple[TokenSimilarity, str]:
+def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: Chosen) -> tuple[TokenSimilarity, str]:
     """The matrices over the chosen tokens, and what they are over, in a sentence."""
     about = analysis.description
     if tokens == "random":
@@ -101,7 +106,7 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen)
         return recorded(
             analysis, "random"
         ), f"Over 1 token, fed alone: entry {token} of the vocabulary, drawn at random."
-    if chosen.tokens == choosing.EVERYTHING:
+    if chosen.tokens == EVERYTHING:
         text = f"Mean over all {about.token_count:,} tokens analysed, of {about.sequences} calibration sequences."
         return recorded(analysis, "all"), text
     if chosen.available is None:
@@ -112,15 +117,15 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: choosing.Chosen)
         )
     over = data.similarity_over(run, chosen.tokens)
     if over is None:
-        choosing.nothing_chosen()
+        nothing_chosen()
         st.stop()
-    return over, f"Mean over {over.token_count:,} {choosing.origin(analysis, chosen)}."
+    return over, f"Mean over {over.token_count:,} {origin(analysis, chosen)}."
 
 
 @st.fragment
 def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure: Measure, colours: Colours) -> None:
     """All that follows a click; nothing else is run again for it."""
-    pick = similarity.parse(st.query_params.get("cell"), stack.num_blocks)
+    pick = block_pair.parse(st.query_params.get("cell"), stack.num_blocks)
     with st.container(horizontal=True, gap="large"):
         with st.container(width=640):
             _map(run, found, measure, colours, pick)
@@ -135,7 +140,7 @@ def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure
 
 def _map(run: Run, found: TokenSimilarity, measure: Measure, colours: Colours, pick: Pick | None) -> None:
     removed = run.removal_list
-    components.chart(
+    chart(
         similarity.heatmap(found, measure, removed=removed, pick=pick, colours=colours),
         key=MAP,
         alt=f"{MEASURES[measure]} between the outputs of every two blocks, the embedding first; removed blocks have "
@@ -154,14 +159,14 @@ def _picked(key: str, cell: Callable[[int, int], Pick]) -> None:
     """What was clicked goes into the address, from which the page is drawn; a second click changes nothing."""
     points = st.session_state[key]["selection"]["points"]
     if points:
-        st.query_params["cell"] = similarity.address(cell(round(points[0]["y"]), round(points[0]["x"])))
+        st.query_params["cell"] = block_pair.address(cell(round(points[0]["y"]), round(points[0]["x"])))
 
 
 def _listed() -> None:
     """Both blocks were chosen from the lists, by those who use no mouse."""
     row, column = st.session_state["cell-row"], st.session_state["cell-column"]
     if row is not None and column is not None:
-        st.query_params["cell"] = similarity.address((row, column))
+        st.query_params["cell"] = block_pair.address((row, column))
 
 
 def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pick | None) -> None:
@@ -173,15 +178,15 @@ def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pi
             "block's input and output; the farther from it, the more blocks lie between. Or choose from the lists:"
         )
     else:
-        st.markdown(f"#### {similarity.pair_title(pick)}")
+        st.markdown(f"#### {block_pair.pair_title(pick)}")
         st.session_state["cell-row"], st.session_state["cell-column"] = pick
     with st.container(horizontal=True):
         for side in ("row", "column"):
             st.selectbox(
                 f"Output of ({side})",
-                range(similarity.EMBEDDING, stack.num_blocks),
+                range(block_pair.EMBEDDING, stack.num_blocks),
                 index=None,
-                format_func=lambda block: similarity.name(block).capitalize(),
+                format_func=lambda block: block_pair.name(block).capitalize(),
                 placeholder="Choose",
                 key=f"cell-{side}",
                 on_change=_listed,
@@ -190,18 +195,18 @@ def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pi
             )
     if pick is None:
         return
-    facts = similarity.pair(found, pick, run.removal_list)
+    facts = block_pair.pair(found, pick, run.removal_list)
     with st.container(horizontal=True, gap="large"):
-        st.metric("Cosine similarity", similarity.number(facts.cosine), width="content")
-        st.metric("Angular distance", similarity.number(facts.angular), width="content")
+        st.metric("Cosine similarity", block_pair.number(facts.cosine), width="content")
+        st.metric("Angular distance", block_pair.number(facts.angular), width="content")
         st.metric("Blocks between", len(facts.between), width="content")
-    st.markdown(similarity.between_words(facts, run.spec.kind == "search"))
-    st.markdown(similarity.details_table(run, found, pick))
+    st.markdown(block_pair.between_words(facts, run.spec.kind == "search"))
+    st.markdown(block_pair.details_table(run, found, pick))
 
 
 def _neighbours(run: Run, found: TokenSimilarity) -> None:
     st.subheader("Neighbours: Metric1", anchor=False)
-    components.chart(
+    chart(
         similarity.neighbours(found, removed=run.removal_list),
         key="metric1",
         alt="Metric1 of every block, removed blocks as crosses, the least five labelled",
@@ -216,7 +221,7 @@ def _neighbours(run: Run, found: TokenSimilarity) -> None:
 
 def _chunks(found: TokenSimilarity, colours: Colours, pick: Pick | None) -> None:
     st.subheader("Contiguous chunks", anchor=False)
-    components.chart(
+    chart(
         similarity.chunks(found, pick=pick, colours=colours),
         key=CHUNKS,
         alt="Angular distance between input and output of every contiguous chunk, by first block and length; the best "

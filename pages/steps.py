@@ -6,14 +6,18 @@ from typing import Any
 
 import streamlit as st
 
-from app import components, data, stepper
-from app.charts import steps as charts
-from app.charts import style
-from app.components import plain
-from sleb import jobs
-from sleb.methods import Comparison
-from sleb.outline import Outline
+from app import data
+from app.components import stepper
+from app.page import run_page
+from app.widgets import chart, csv, empty, progress
+from app.wording import plain
+from sleb.methods.statistics import Comparison
 from sleb.records import JobState, Method, Run
+from sleb.report.figures import steps as charts
+from sleb.report.figures import style
+from sleb.report.summaries import step_comparison
+from sleb.runtime import job_processes
+from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 2.0
 
@@ -21,11 +25,11 @@ LIVE_SECONDS = 2.0
 def main(run: Run) -> None:
     """The screen, from top to bottom."""
     if run.spec.kind != "search":
-        components.empty("This run removes nothing", "Nothing was searched in it. Start a search on **Runs**.")
+        empty("This run removes nothing", "Nothing was searched in it. Start a search on **Runs**.")
         return
     with st.expander("How to read this", icon=":material/help:"):
         explain()
-    live = jobs.active(run) is not None
+    live = job_processes.active(run) is not None
     st.fragment(steps, run_every=LIVE_SECONDS if live else None)(run.run_id)
     curves(run)
 
@@ -33,9 +37,9 @@ def main(run: Run) -> None:
 def steps(run_id: str) -> None:
     """Stepper and evidence; drawn anew while the search is going on."""
     run = data.load(run_id)
-    job = jobs.active(run)
+    job = job_processes.active(run)
     if job is not None:
-        components.progress(job)
+        progress(job)
     elif st.session_state.get("steps-live") == run_id:
         st.session_state.pop("steps-live")
         st.rerun()
@@ -74,7 +78,7 @@ def wanted(count: int) -> int:
 
 def ended(run: Run) -> None:
     """Say that a search came to no good end: what it finished is shown all the same."""
-    state = jobs.state_of(run)
+    state = job_processes.state_of(run)
     own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
     unfinished = run.trace is not None and run.trace.finished is None
     if unfinished and state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
@@ -85,22 +89,22 @@ def ended(run: Run) -> None:
 
 def waiting(run: Run) -> None:
     """What to do where there is no step yet."""
-    state = jobs.state_of(run)
+    state = job_processes.state_of(run)
     if state in (JobState.RUNNING, JobState.QUEUED):
-        components.empty("No step is finished yet", "The first one appears here as soon as it is.")
+        empty("No step is finished yet", "The first one appears here as soon as it is.")
         return
     own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
     why = plain(own[-1].status.message) if own and own[-1].status.message else ""
-    components.empty("No step is finished", f"{why} Resume the run on **Runs**.".strip())
+    empty("No step is finished", f"{why} Resume the run on **Runs**.".strip())
     st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
 
 
 def evidence(run: Run, number: int) -> None:
     """Every candidate of the step as a table."""
     assert run.trace is not None
-    shown = charts.bars(run, number, data.evidence(run, run.trace.steps[number - 1]))
+    shown = step_comparison.bars(run, number, data.evidence(run, run.trace.steps[number - 1]))
     table = charts.evidence_table(shown)
-    unit = charts.unit_of(run)
+    unit = step_comparison.unit_of(run)
     confidence = f"{run.spec.confidence:.0%}"
     with st.expander(f"All candidates of step {number}", icon=":material/table_rows:"):
         st.dataframe(
@@ -134,7 +138,7 @@ def evidence(run: Run, number: int) -> None:
         )
         st.download_button(
             "Download (CSV)",
-            lambda: components.csv(table),
+            lambda: csv(table),
             f"{run.run_id}-step-{number}.csv",
             "text/csv",
             icon=":material/download:",
@@ -172,7 +176,7 @@ def curves(run: Run) -> None:
             label_visibility="collapsed", help="Of perplexity.",
         )  # fmt: skip
     figure = charts.methods(comparable, held_out=text == "held-out", logarithmic=linear == "log")
-    components.chart(figure, key="methods", alt="Perplexity by method", table=lambda: charts.methods_table(comparable))
+    chart(figure, key="methods", alt="Perplexity by method", table=lambda: charts.methods_table(comparable))
     missing = [
         style.METHOD_NAMES[each.value] for each in Method if all(run.spec.method is not each for run in comparable)
     ]
@@ -223,4 +227,4 @@ def explain() -> None:
     )
 
 
-main(components.run_page("Removal steps", "Watch blocks being removed one at a time, and how sure each choice is."))
+main(run_page("Removal steps", "Watch blocks being removed one at a time, and how sure each choice is."))

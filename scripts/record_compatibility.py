@@ -41,18 +41,17 @@ from collections.abc import Callable
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path.insert(0, str(REPOSITORY))
 
-import gguf_files
-import tiny
 import torch
 import yaml
 
 import sleb
-from sleb import cli
+from sleb.cli.main import main as command_line
 from sleb.errors import SlebError, Stopped
-from sleb.meter import Watcher
 from sleb.records import Baseline, Progress, Step
+from sleb.runtime.progress import Watcher
+from tests.support import gguf_files, tiny
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__
 HOST = "recorded"
@@ -235,7 +234,7 @@ def command(*words: object) -> str:
     sys.argv = ["sleb", *map(str, words)]
     try:
         with contextlib.redirect_stdout(printed):
-            cli.main()
+            command_line()
     except SystemExit as ended:
         if ended.code:
             raise

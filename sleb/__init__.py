@@ -7,10 +7,22 @@
 Importing this module imports no torch; the functions do when they need a model.
 """
 
-from .api import analyze, export_model, load, resume, runs, search
-from .errors import SlebError
-from .judging import benchmark, evaluate, findings_of, generate, heal, quantize
-from .records import Run, RunSpec, Step, Trace
+from sleb.api import (
+    analyze,
+    benchmark,
+    evaluate,
+    export_model,
+    findings_of,
+    generate,
+    heal,
+    load,
+    quantize,
+    resume,
+    runs,
+    search,
+)
+from sleb.errors import SlebError
+from sleb.records import Run, RunSpec, Step, Trace
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m sleb` is `sleb`."""
 
-from .cli import main
+from sleb.cli.main import main
 
 if __name__ == "__main__":
     main()

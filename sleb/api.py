@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from os import PathLike, fspath
+from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import ValidationError
-
-from . import distributed, files, jobs, store
-from .errors import OptionError, RunBusy
-from .meter import Watcher
-from .records import CalibrationSpec, Forecast, JobKind, JobSpec, JobState, Method, Proof, Run, RunSpec
-
-PAPER_SEQUENCES = 128
-PAPER_SEQUENCE_LENGTH = 2048
-PAPER_RATIO = 0.2
-DEMO_SEQUENCES = 16
-DEMO_SEQUENCE_LENGTH = 256
-DEMO_RATIO = 0.1
+from sleb import specs
+from sleb.errors import OptionError
+from sleb.evaluation.request import RunOrModel, answers, ask_of, folder_name, job_of, lists_of, subject_run, text_name
+from sleb.execution import as_before, execute, is_finished, start
+from sleb.export import exports
+from sleb.records import (
+    BenchmarkSpec,
+    EvaluateSpec,
+    Finding,
+    GenerateSpec,
+    HealSpec,
+    JobSpec,
+    Method,
+    Proof,
+    QuantizeSpec,
+    Run,
+)
+from sleb.runtime import files, findings_folder, job_processes, run_folder
+from sleb.runtime.progress import Watcher
+from sleb.specs import job_spec, run_spec, validated
 
 
 def search(
@@ -150,9 +154,9 @@ def resume(
     `processes` and `memory_budget` are those of the last try unless others are given.
     """
     found = _found(run)
-    store.refuse_sample(found.run_dir)
+    run_folder.refuse_sample(found.run_dir)
     if is_finished(found):
-        unanswered = jobs.unanswered(found)
+        unanswered = job_processes.unanswered(found)
         return found if unanswered is None else execute(found, unanswered, watcher)
     processes, memory_budget = as_before(found, processes, memory_budget)
     job = job_spec(
@@ -189,232 +193,179 @@ def export_model(
         raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
     source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
     what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
-    job = _valid(JobSpec, job.model_dump() | what)
+    job = validated(JobSpec, job.model_dump() | what)
     done = execute(found, job, watcher)
-    return store.read_proof(done)
+    return exports.read_proof(done)
 
 
 def load(run: str | PathLike[str]) -> Run:
     """A run by its id or folder, with the state of its jobs. Raises `RunError`."""
-    return jobs.watched(store.load(run))
+    return job_processes.watched(run_folder.load(run))
 
 
 def runs() -> list[Run]:
     """All readable runs under `SLEB_HOME`, newest first."""
-    return [jobs.watched(run) for run in store.list_runs() if isinstance(run, Run)]
-
-
-def run_spec(
-    model: str,
-    *,
-    kind: Literal["search", "analyze", "evaluate"] = "search",
-    remove: int | None = None,
-    ratio: float | None = None,
-    method: str | Method = Method.METRIC3,
-    calibration: str | None = None,
-    sequences: int | None = None,
-    sequence_length: int | None = None,
-    held_out: int | None = None,
-    sampling: Literal["random", "first"] = "random",
-    seed: int = 0,
-    protect: Sequence[int] | None = None,
-    until_perplexity: float | None = None,
-    confidence: float = 0.95,
-    objective: Literal["nll", "kl"] = "nll",
-    search: Literal["auto", "full", "race"] = "auto",
-    refine: Literal["none", "swap"] = "none",
-    bos: Literal["auto", "yes", "no"] = "auto",
-    chat: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    revision: str | None = None,
-    analysis: bool = True,
-) -> RunSpec:
-    """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
-    if kind not in get_args(RunSpec.model_fields["kind"].annotation):
-        raise OptionError(f"There is no run of kind {kind!r}; search and analyze are the two.")
-    model, calibration = text("model", model), None if calibration is None else text("calibration", calibration)
-    is_demo = model == "demo"
-    if remove is None and ratio is None and until_perplexity is None:
-        ratio = DEMO_RATIO if is_demo else PAPER_RATIO
-    if not model.strip():
-        raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
-    given: object = protect
-    if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
-        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {given!r}.")
-    protect = None if protect is None else tuple(protect)
-    if protect is not None and len(set(protect)) != len(protect):
-        raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
-    names = [each.value for each in Method]
-    if str(method) not in names:
-        raise OptionError(f"There is no method {str(method)!r}; use one of {', '.join(names)}.")
-    try:
-        return RunSpec(
-            kind=kind,
-            model=absolute(model),
-            revision=revision,
-            dtype=dtype,
-            calibration=CalibrationSpec(
-                source=absolute(calibration or ("demo" if is_demo else "wikitext2")),
-                sequences=_default(sequences, DEMO_SEQUENCES if is_demo else PAPER_SEQUENCES),
-                sequence_length=_default(sequence_length, DEMO_SEQUENCE_LENGTH if is_demo else PAPER_SEQUENCE_LENGTH),
-                sampling=sampling,
-                bos=bos,
-                chat=chat,
-            ),
-            held_out=held_out,
-            method=Method(method),
-            num_remove=remove,
-            ratio=ratio,
-            protected=protect,
-            until_perplexity=until_perplexity,
-            confidence=confidence,
-            objective=objective,
-            search=search,
-            refine=refine,
-            seed=seed,
-            analysis=analysis,
-        )
-    except ValidationError as error:
-        raise OptionError(sentence(error)) from error
-
-
-def job_spec(
-    kind: JobKind,
-    device: str = "auto",
-    batch_size: int | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-    processes: int = 1,
-    memory_budget: int | None = None,
-    speedups: Literal["auto", "off"] = "auto",
-) -> JobSpec:
-    """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
-    settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
-    scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
-    permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    return _valid(JobSpec, settings | scale | permissions)
-
-
-def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
-    """What was given, or else what the last try of the same kind had: it did not fit otherwise."""
-    last = next((job.spec for job in reversed(run.jobs) if job.spec.kind == run.spec.kind), None)
-    if last is None:
-        return processes or 1, memory_budget
-    return processes or last.processes, last.memory_budget if memory_budget is None else memory_budget
-
-
-def start(
-    spec: RunSpec, job: JobSpec, run_dir: str | PathLike[str] | None = None, watcher: Watcher | None = None
-) -> Run:
-    """Create a run and execute its first job here."""
-    return execute(store.create(spec, Path(run_dir) if run_dir is not None else None), job, watcher)
-
-
-def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
-    """What a run will take: loads the model and times a few blocks. Writes nothing."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from .probe import probe
-
-    return probe(spec, job or job_spec(spec.kind))
-
-
-def is_finished(run: Run) -> bool:
-    """Whether there is nothing left to do."""
-    if run.spec.kind == "evaluate":
-        return True
-    if run.spec.kind == "search" and (run.trace is None or run.trace.finished is None):
-        return False
-    analysed = run.analysis is not None or run.analysis_unavailable is not None
-    return analysed or (run.spec.kind == "search" and not run.spec.analysis)
-
-
-def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:
-    """Execute a new job of a run in this process. Raises `RunBusy` while another process does."""
-    job = jobs.next_job(run, spec)
-    try:
-        return jobs.watched(work(job.directory, watcher))
-    except RunBusy:
-        store.withdraw_job(job)
-        raise
-
-
-def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
-    """Execute a job that is waiting, in this process, once the device is free. Imports torch.
-
-    Raises a `SlebError` with one sentence, after writing it down.
-    """
-    # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    watcher = watcher or Watcher()
-    rank = distributed.rank_here()
-    if rank.rank > 0:
-        _assist(job_dir)
-        return store.load(job_dir.parent.parent)
-    with jobs.executing(job_dir, watcher.progress, rank.local_size if rank.size > 1 else None) as reporter:
-        from .worker import execute as execute_job  # torch: not before it is this job's turn
-
-        execute_job(job_dir, reporter, watcher)
-    return store.load(job_dir.parent.parent)
-
-
-def _assist(job_dir: Path) -> None:
-    """One of several processes, but not the first: it begins when that one has its turn."""
-    distributed.die_with_the_first()
-    while (job := store.load_job(job_dir)).status.state is JobState.QUEUED:
-        time.sleep(0.2)
-    if job.status.state is JobState.RUNNING:
-        from .worker import assist
-
-        assist(job_dir)
+    return [job_processes.watched(run) for run in run_folder.list_runs() if isinstance(run, Run)]
 
 
 def _found(run: str | PathLike[str] | Run) -> Run:
-    return store.load(run.run_dir if isinstance(run, Run) else run)
+    return run_folder.load(run.run_dir if isinstance(run, Run) else run)
 
 
-def _valid(record: type[JobSpec], settings: dict[str, Any]) -> JobSpec:
-    try:
-        return record.model_validate(settings)
-    except ValidationError as error:
-        raise OptionError(sentence(error)) from error
+def evaluate(
+    subject: RunOrModel,
+    *,
+    removal_list: Sequence[int] | None = None,
+    steps: int | None = None,
+    all_steps: bool = False,
+    perplexity: Sequence[str] = ("wikitext2",),
+    tasks: Sequence[str] = (),
+    task_folder: str | PathLike[str] | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    window: int = 2048,
+    bos: str = "no",
+    watcher: Watcher | None = None,
+    **how: Any,
+) -> list[Finding]:
+    """Perplexity by the published protocols, and accuracy by lm-eval, of the baseline and of removal lists.
+
+    Args:
+        subject: a run, or a model (a Hugging Face name, a folder, a `.gguf` file, `"demo"`) with a `removal_list`.
+        removal_list, steps, all_steps: these blocks; the run's list after so many steps; or after each number of
+            removals. Default: the run's last list.
+        perplexity: `wikitext2`, `c4`, or files (`.raw` as WikiText rows, `.jsonl` as documents, others as one text).
+        tasks: of lm-eval, by name; `task_folder` adds some in lm-eval's own YAML. `shots` in the prompt.
+        limit: at most so many windows of each text and examples of each task: an estimate.
+        how: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
+            `revision`, `run_dir`.
+
+    Returns what answers the question, whether it was known already or found now. Raises `SlebError`.
+    """
+    folder = folder_name(task_folder)
+    settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
+    ask = dict(settings, texts=tuple(text_name(name) for name in perplexity))
+    return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
 
 
-def text(name: str, value: object) -> str:
-    """A name as text that can be written down. Raises `OptionError` for anything else."""
-    if isinstance(value, PathLike):
-        value = fspath(value)
-    if not isinstance(value, str):
-        raise OptionError(f"{name} takes a name or a path; found {value!r}.")
-    if not value.isprintable() and not value.encode("utf-8", "ignore").decode() == value:
-        raise OptionError(f"{name} {value!r} is no UTF-8 text; rename the file.")
-    return value
+def benchmark(
+    subject: RunOrModel,
+    *,
+    removal_list: Sequence[int] | None = None,
+    steps: int | None = None,
+    all_steps: bool = False,
+    watcher: Watcher | None = None,
+    prompt: tuple[int, int] | None = (1, 2048),
+    generation: tuple[int, int] | None = (64, 128),
+    generation_prompt: int = 64,
+    prompt_repetitions: int = 50,
+    generation_repetitions: int = 10,
+    **how: Any,
+) -> list[Finding]:
+    """Seconds of prompt processing and token generation, baseline and lists in turn (paper, Appendix B.5).
+
+    `prompt` is (sequences, tokens), `generation` (sequences, generated tokens) after prompts of `generation_prompt`
+    tokens; None leaves one out. The rest as for `evaluate`.
+    """
+    ask = dict(
+        prompt=prompt,
+        generation=generation,
+        generation_prompt=generation_prompt,
+        prompt_repetitions=prompt_repetitions,
+        generation_repetitions=generation_repetitions,
+    )
+    return _judged(BenchmarkSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
 
 
-def _default(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
+def quantize(
+    subject: RunOrModel,
+    *,
+    removal_list: Sequence[int] | None = None,
+    steps: int | None = None,
+    schemes: Sequence[str] = ("int8",),
+    perplexity: Sequence[str] = ("wikitext2",),
+    limit: int | None = None,
+    window: int = 2048,
+    group_size: int = 128,
+    out: str | PathLike[str] | None = None,
+    replace: bool = False,
+    watcher: Watcher | None = None,
+    **how: Any,
+) -> list[Finding]:
+    """Perplexity before and after weight-only quantisation, of the baseline and of a list (paper, Figures 10 to 12).
+
+    `out` is a folder for the streamlined model in the last scheme. The rest as for `evaluate`.
+    """
+    ask = dict(
+        schemes=tuple(schemes),
+        texts=tuple(text_name(name) for name in perplexity),
+        limit=limit,
+        window=window,
+        group_size=group_size,
+        out=folder_name(out),
+        replace=replace,
+    )
+    return _judged(QuantizeSpec, ask, subject, removal_list, steps, False, watcher, how)
 
 
-def absolute(name: str) -> str:
-    """Local paths are kept absolute, so that a run resumes from any directory; other names stay as they are."""
-    path, _, column = name.partition(":")
-    if name in ("demo", "wikitext2", "c4", "wikitext2-rows"):
-        return name
-    with suppress(OSError, ValueError):  # what no file system takes is a name
-        local = files.expanded(Path(name))
-        if local.exists():
-            return str(local.absolute())
-        if column and files.expanded(Path(path)).is_file():
-            return f"{files.expanded(Path(path)).absolute()}:{column}"
-    return name
+def heal(
+    subject: RunOrModel,
+    *,
+    removal_list: Sequence[int] | None = None,
+    steps: int | None = None,
+    perplexity: Sequence[str] = ("wikitext2",),
+    out: str | PathLike[str] | None = None,
+    watcher: Watcher | None = None,
+    **settings: Any,
+) -> list[Finding]:
+    """Perplexity before and after low-rank adapters were trained on the streamlined model (paper, Table 13).
+
+    `settings` are those of `HealSpec` (source, rank, epochs, ...; how="linear" mends without training, "both" before
+    it), and device, dtype and the like as for `evaluate`. `out` is a folder for the healed model, or for its adapter
+    with `adapter=True`.
+    """
+    own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
+    if "source" in own:
+        own["source"] = specs.absolute(own["source"])
+    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=folder_name(out))
+    return _judged(HealSpec, ask, subject, removal_list, steps, False, watcher, settings)
 
 
-def sentence(error: ValidationError) -> str:
-    """What pydantic refused, as one sentence about an option."""
-    """What pydantic refused, as one sentence about an option."""
-    first = error.errors()[0]
-    named = [part for part in first["loc"] if isinstance(part, str)]
-    where = "--" + named[-1].replace("_", "-") if named else "The options"
-    option = {"--num-remove": "--remove", "--protected": "--protect"}.get(where, where)
-    if first["type"] == "value_error":
-        return f"{first['ctx']['error']}."
-    return f"{option}: found {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}."
+def generate(
+    subject: RunOrModel,
+    prompt: str,
+    *,
+    removal_list: Sequence[int] | None = None,
+    steps: int | None = None,
+    all_steps: bool = False,
+    tokens: int = 64,
+    chat: bool = False,
+    watcher: Watcher | None = None,
+    **how: Any,
+) -> list[Finding]:
+    """What the baseline and the lists say to a prompt, greedily, and where their predictions part."""
+    ask = dict(prompt=prompt, tokens=tokens, chat=chat)
+    return _judged(GenerateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
+
+
+def findings_of(run: str | PathLike[str] | Run) -> list[Finding]:
+    """Everything that was ever found about a run's lists, oldest first."""
+    return findings_folder.findings(run_folder.load(run.run_dir if isinstance(run, Run) else run).run_dir)
+
+
+def _judged(
+    record: type[Any],
+    settings: dict[str, Any],
+    subject: RunOrModel,
+    removal_list: Sequence[int] | None,
+    steps: int | None,
+    all_steps: bool,
+    watcher: Watcher | None,
+    how: dict[str, Any],
+) -> list[Finding]:
+    ask_of(record, **settings)  # refused before a run is made
+    own = {name: how.pop(name) for name in ("dtype", "revision", "run_dir") if name in how}
+    run = subject_run(subject, removal_list, **own)
+    lists = lists_of(run, removal_list, steps, all_steps)
+    job = job_of(ask_of(record, lists=lists, **settings), **how)
+    return answers(execute(run, job, watcher))

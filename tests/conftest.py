@@ -15,17 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(1)
+from tests.support import tiny
+from tests.support.paths import SHARED
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests are shared out (`-n 2 --dist loadgroup`): files stay whole, and there is one browser at a time."""
     for item in items:
-        name = item.path.stem
-        in_browser = name.startswith(("test_browser", "test_package"))
-        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else name))
+        in_browser = item.path.stem.endswith("_in_browser") or item.path.stem == "test_package"
+        item.add_marker(pytest.mark.xdist_group("browser" if in_browser else str(item.path)))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(scope="session")
 def real_text() -> Path:
     """WikiText-2 raw, where the data folder is there."""
-    path = DATA / "wikitext2" / "wiki.valid.raw"
+    path = SHARED / "data" / "wikitext2" / "wiki.valid.raw"
     if not path.is_file():
         pytest.skip("needs WikiText-2 raw in ../shared/data/wikitext2, which is not there")
     return path
@@ -48,16 +48,12 @@ def real_text() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with six blocks, as a folder; tests copy it before they change it."""
-    import tiny
-
     return tiny.save(tmp_path_factory.mktemp("model") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some thousand characters of made-up text."""
-    import tiny
-
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny.text())
     return path

@@ -26,11 +26,11 @@ import typer.main
 from test_cli import run as command
 
 import sleb
-from sleb import cache, gguf_export
-from sleb import proof as proof_process
+from sleb.analysis import block_output_cache
+from sleb.export import gguf_file, proof_process
 from sleb.records import Proof
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORDED = Path(__file__).resolve().parent / "data" / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"
 HOST = "recorded"
@@ -405,7 +405,7 @@ def test_block_outputs_cached_then_are_used_now(fresh: Path, monkeypatch: pytest
     assert calls.count("LlamaForCausalLM") <= 1  # the look at a model's blocks; no pass over any text
     now, before = (each.model_dump(mode="json", exclude={"description"}) for each in (found, then))
     assert_says(now, before, rel=1e-5)
-    read = cache.read(fresh / "home", key)
+    read = block_output_cache.read(fresh / "home", key)
     assert read is not None
     assert read.outputs.shape == (7, 96, 32)
     rows = json.loads(command("cache", "--json")[0])["entries"]
@@ -425,7 +425,7 @@ def test_the_smaller_gguf_file_is_written_and_proved_as_it_was(fresh: Path, monk
     def prove_here(folder: Path, *_: Any) -> Proof:
         return Proof.model_validate(proof_process.prove(folder))
 
-    monkeypatch.setattr(gguf_export, "run_proof", prove_here)
+    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
     assert_proved_as_it_was("gguf", sleb.export_model("gguf", fresh / "smaller.gguf", format="gguf"))
 
 

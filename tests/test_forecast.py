@@ -8,13 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stores import write_run
 from typer.testing import CliRunner
 
 import sleb
-from sleb import api, cli, command, costs, outline, peek, store, tokens
+from sleb import specs
+from sleb.analysis import token_sample
+from sleb.cli import search
+from sleb.cli.main import app
 from sleb.errors import OptionError, RunError
+from sleb.formats import command_line
+from sleb.methods.cost_forecast import cost_of_spec
+from sleb.model import block_count
 from sleb.records import JobState, Method, RunSpec
+from sleb.runtime import run_folder, run_index, trace_file
+from tests.support.stores import write_run
 
 
 def options(text_file: Path, **changes: object) -> dict[str, object]:
@@ -34,8 +41,8 @@ def test_evaluations_are_counted_exactly_before_a_search(
     method: Method, objective: str, tiny_model: Path, text_file: Path
 ) -> None:
     asked = options(text_file, method=method, objective=objective, remove=3, analysis=False)
-    spec = api.run_spec(str(tiny_model), **asked)  # type: ignore[arg-type]
-    cost, removing = costs.cost_of_spec(spec, 6)
+    spec = specs.run_spec(str(tiny_model), **asked)  # type: ignore[arg-type]
+    cost, removing = cost_of_spec(spec, 6)
     run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
     assert run.trace is not None
     assert removing == len(run.trace.steps) == 3
@@ -47,15 +54,15 @@ def test_evaluations_are_counted_exactly_before_a_search(
 
 def test_a_list_that_cannot_be_is_said_before_anything_is_counted() -> None:
     with pytest.raises(OptionError, match="Asked to remove 11 of 12"):
-        costs.cost_of_spec(RunSpec(model="x", num_remove=11), 12)
+        cost_of_spec(RunSpec(model="x", num_remove=11), 12)
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tiny_model: Path, text_file: Path, home: Path) -> None:
     arguments = ["search", str(tiny_model), "--calibration", str(text_file), "--sequences=4", "--sequence-length=32"]
-    done = CliRunner().invoke(cli.app, [*arguments, "--remove=2", "--dry-run", "--json"])
+    done = CliRunner().invoke(app, [*arguments, "--remove=2", "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    cost, _ = costs.cost_of_spec(RunSpec(model="x", num_remove=2, calibration={"sequences": 4}), 6)  # type: ignore[arg-type]
+    cost, _ = cost_of_spec(RunSpec(model="x", num_remove=2, calibration={"sequences": 4}), 6)  # type: ignore[arg-type]
     assert (found["num_blocks"], found["num_remove"]) == (6, 2)
     assert found["block_evaluations"] == cost.block_evaluations
     assert (
@@ -68,14 +75,14 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tiny_model: Path, 
     assert found["loading_seconds"] > 0
     assert found["analysis_seconds"] > 0
     assert not (home / "runs").exists()
-    shown = CliRunner().invoke(cli.app, [*arguments, "--remove=2", "--dry-run"])
+    shown = CliRunner().invoke(app, [*arguments, "--remove=2", "--dry-run"])
     assert "2 of 6 removed" in shown.stdout
 
 
 def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Path) -> None:
-    assert peek.num_blocks(str(tiny_model)) == 6
-    assert peek.num_blocks("demo") == 30
-    assert peek.num_blocks("meta-llama/Llama-2-7b-hf") is None
+    assert block_count.num_blocks(str(tiny_model)) == 6
+    assert block_count.num_blocks("demo") == 30
+    assert block_count.num_blocks("meta-llama/Llama-2-7b-hf") is None
     for config, expected in (
         ({"text_config": {"num_hidden_layers": 7}, "num_hidden_layers": 3}, 7),
         ({"n_layer": 4}, 4),
@@ -83,11 +90,11 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
         ([1], None),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        assert peek.num_blocks(str(tmp_path)) == expected
+        assert block_count.num_blocks(str(tmp_path)) == expected
     (tmp_path / "config.json").write_text("{")
-    assert peek.num_blocks(str(tmp_path)) is None
+    assert block_count.num_blocks(str(tmp_path)) is None
     (tmp_path / "x.gguf").write_bytes(b"GGUF nonsense")
-    assert peek.num_blocks(str(tmp_path / "x.gguf")) is None
+    assert block_count.num_blocks(str(tmp_path / "x.gguf")) is None
 
 
 @pytest.mark.parametrize(
@@ -104,12 +111,12 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
     ],
 )
 def test_a_spec_as_a_command_line_asks_for_the_same(asked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = api.run_spec(**asked)  # type: ignore[arg-type]
-    job = api.job_spec(spec.kind, "cpu", 3)
+    spec = specs.run_spec(**asked)  # type: ignore[arg-type]
+    job = specs.job_spec(spec.kind, "cpu", 3)
     heard: list[object] = []
-    monkeypatch.setattr(cli, "_start", lambda *given: heard.extend(given))
-    line = command.command_line(spec, job)
-    done = CliRunner().invoke(cli.app, shlex.split(line)[1:])
+    monkeypatch.setattr(search, "_start", lambda *given: heard.extend(given))
+    line = command_line.command_line(spec, job)
+    done = CliRunner().invoke(app, shlex.split(line)[1:])
     assert done.exit_code == 0, done.output
     held_out = {"held_out": 0} if spec.kind == "analyze" else {}
     assert heard[:2] == [spec.model_copy(update=held_out), job]
@@ -117,35 +124,35 @@ def test_a_spec_as_a_command_line_asks_for_the_same(asked: dict[str, object], mo
 
 def test_an_outline_says_what_the_whole_run_does(tmp_path: Path) -> None:
     run = write_run(tmp_path / "whole", 12, 4)
-    found = outline.outline(run.run_dir)
+    found = run_index.outline(run.run_dir)
     assert run.trace is not None
     assert found.last == run.trace.steps[-1]
     assert found.baseline == run.trace.baseline
     assert (found.num_blocks, found.finished, found.state) == (12, True, JobState.FINISHED)
     assert found.seconds == pytest.approx(2.0 + 4 * 1.5)
-    stopped = outline.outline(write_run(tmp_path / "part", 12, 4, done=2, state=JobState.STOPPED).run_dir)
+    stopped = run_index.outline(write_run(tmp_path / "part", 12, 4, done=2, state=JobState.STOPPED).run_dir)
     assert (len(stopped.removal_list), stopped.finished) == (2, False)
 
 
 def test_outlines_are_newest_first_and_name_what_cannot_be_read(home: Path) -> None:
-    new = store.create(RunSpec(model="demo"))
-    broken = store.create(RunSpec(model="demo"))
+    new = run_folder.create(RunSpec(model="demo"))
+    broken = run_folder.create(RunSpec(model="demo"))
     (broken.run_dir / "spec.json").write_text("{")
-    found = outline.list_outlines()
-    assert {type(each) for each in found} == {RunError, outline.Outline}
-    assert [each.run_id for each in found if isinstance(each, outline.Outline)] == [new.run_id]
+    found = run_index.list_outlines()
+    assert {type(each) for each in found} == {RunError, run_index.Outline}
+    assert [each.run_id for each in found if isinstance(each, run_index.Outline)] == [new.run_id]
 
 
 def test_a_signature_changes_with_every_file_that_is_read(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 12, 2)
-    before = outline.signature(run.run_dir)
-    assert before == outline.signature(run.run_dir)
+    before = run_index.signature(run.run_dir)
+    assert before == run_index.signature(run.run_dir)
     with open(run.run_dir / "trace.jsonl", "a") as file:
         file.write(" ")
-    after = outline.signature(run.run_dir)
+    after = run_index.signature(run.run_dir)
     assert after != before
     (run.run_dir / "jobs" / "1-search" / "status.json").write_text("{}")
-    assert outline.signature(run.run_dir) != after
+    assert run_index.signature(run.run_dir) != after
 
 
 def test_tokens_travel_with_a_run_to_five_decimals(tmp_path: Path) -> None:
@@ -153,36 +160,36 @@ def test_tokens_travel_with_a_run_to_five_decimals(tmp_path: Path) -> None:
     cosine = draw.uniform(-1, 1, (300, 7, 7)).astype(np.float32)
     cosine = (cosine + cosine.swapaxes(1, 2)) / 2
     cosine[:, np.arange(7), np.arange(7)] = 1
-    whole = tokens.Tokens(
+    whole = token_sample.Tokens(
         cosine,
         draw.integers(0, 9, (6, 300)).astype(np.int32),
         np.repeat(np.arange(3, dtype=np.int32), 100),
         np.tile(np.arange(100, dtype=np.int32), 3),
     )
-    assert len(tokens.sample(whole)) == 300
-    few = tokens.sample(whole, size=100 * (7 * 6 + 4 * 7))
+    assert len(token_sample.sample(whole)) == 300
+    few = token_sample.sample(whole, size=100 * (7 * 6 + 4 * 7))
     assert len(few) == 100
     np.testing.assert_allclose(few.position.mean(), 49.5, atol=9)  # a fair sample: no position is favoured
     for index in (0, 57, 99):
         where = (whole.sequence == few.sequence[index]) & (whole.position == few.position[index])
         np.testing.assert_array_equal(few.cosine[index], whole.cosine[where][0])
-    tokens.write(tmp_path, few)
-    again = tokens.read(tmp_path, 6)
+    token_sample.write(tmp_path, few)
+    again = token_sample.read(tmp_path, 6)
     assert again is not None
     np.testing.assert_allclose(again.cosine, few.cosine, atol=2e-5)
     np.testing.assert_array_equal(again.predictions, few.predictions)
-    assert tokens.read(tmp_path, 7) is None
-    (tmp_path / "analysis" / tokens.FILE).write_bytes(b"PK damaged")
-    assert tokens.read(tmp_path, 6) is None
+    assert token_sample.read(tmp_path, 7) is None
+    (tmp_path / "analysis" / token_sample.FILE).write_bytes(b"PK damaged")
+    assert token_sample.read(tmp_path, 6) is None
 
 
 def test_the_held_out_rise_has_a_standard_error(tiny_model: Path, text_file: Path) -> None:
     asked = options(text_file, remove=2, analysis=False, held_out=3)
     run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
-    before = store.read_scores(run.run_dir, "baseline")["nats"][4:]
+    before = trace_file.read_scores(run.run_dir, "baseline")["nats"][4:]
     assert run.trace is not None
     for step in run.trace.steps:
-        now = store.read_scores(run.run_dir, f"step-{step.number:04d}")["held_out"]
+        now = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")["held_out"]
         assert now.sum() == pytest.approx(step.held_out.nll_sum)
         per_token = (now - before) / 31
         assert step.held_out_standard_error == pytest.approx(per_token.std(ddof=1) / np.sqrt(3))
@@ -193,7 +200,7 @@ def test_the_held_out_rise_has_a_standard_error(tiny_model: Path, text_file: Pat
 
 def test_a_run_keeps_tokens_of_its_own(tiny_model: Path, text_file: Path) -> None:
     run = sleb.search(str(tiny_model), **options(text_file, remove=1))  # type: ignore[arg-type]
-    kept = tokens.read(run.run_dir, 6)
+    kept = token_sample.read(run.run_dir, 6)
     assert kept is not None
     assert run.analysis is not None
     mean = np.asarray(kept.cosine, dtype=np.float64).mean(axis=0)

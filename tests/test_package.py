@@ -9,13 +9,13 @@ import venv
 import zipfile
 from pathlib import Path
 
-import browser
 import pytest
 from playwright.sync_api import expect
 
 import sleb
+from tests.support import browser
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "--no-input"]
 SAMPLE = "sample-smollm2-135m-metric3"
 SETTINGS = """
@@ -120,7 +120,7 @@ def test_the_wheel_of_the_source_archive_is_the_same(wheel: Path, tmp_path: Path
 def test_the_command_is_the_installed_one_and_its_other_names_stay_inside(bin_folder: Path, tmp_path: Path) -> None:
     assert said(tmp_path, bin_folder / "sleb", "--version") == f"sleb {sleb.__version__}"
     code = (
-        "import sleb, sys, importlib.util as util\nfrom sleb import dashboard_files\n"
+        "import sleb, sys, importlib.util as util\nfrom sleb.runtime import dashboard_files\n"
         "print(sleb.__file__, dashboard_files.ROOT, util.find_spec('app'), util.find_spec('pages'))"
     )
     package, root, *others = said(tmp_path, bin_folder / "python", "-c", code).split()
@@ -137,7 +137,8 @@ def test_samples_are_shown_and_reported_from_anywhere(bin_folder: Path, folder: 
 
 def test_the_settings_are_in_force_from_anywhere(bin_folder: Path, folder: Path) -> None:
     code = (
-        "import sys\nfrom sleb import dashboard_files\nsys.argv = ['streamlit', 'run', str(dashboard_files.MAIN)]\n"
+        "import sys\nfrom sleb.runtime import dashboard_files\n"
+        "sys.argv = ['streamlit', 'run', str(dashboard_files.MAIN)]\n"
         "import streamlit\nfrom streamlit import config\nfrom streamlit.web import bootstrap\n"
         "config._main_script_path = str(dashboard_files.MAIN)\nbootstrap.load_config_options({})\n"
         "options = ('server.maxUploadSize', 'server.headless', 'server.address', 'theme.light.primaryColor')\n"
@@ -146,7 +147,7 @@ def test_the_settings_are_in_force_from_anywhere(bin_folder: Path, folder: Path)
     assert said(folder, bin_folder / "python", "-P", "-c", code).split() == ["8", "True", "localhost", "#0b6aa8"]
 
 
-@pytest.mark.skipif(browser.find() is None, reason="no browser found: python tests/browser.py gets one")
+@browser.NEEDED
 def test_all_pages_are_drawn_with_their_components_and_colours(
     bin_folder: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -164,8 +165,8 @@ def test_all_pages_are_drawn_with_their_components_and_colours(
                 tab.page.locator(".js-plotly-plot .main-svg").first.wait_for()
         tab.open(f"/alignment?run={SAMPLE}")
         tab.page.locator(".token").nth(20).click()
-        tab.page.locator(".about", has_text="position 20").wait_for()  # by tokenview.js
-        expect(tab.page.locator(".token").first).to_have_css("cursor", "pointer")  # by tokenview.css
+        tab.page.locator(".about", has_text="position 20").wait_for()  # by token_view.js
+        expect(tab.page.locator(".token").first).to_have_css("cursor", "pointer")  # by token_view.css
         tab.open(f"/steps?run={SAMPLE}&step=3")
         expect(tab.page.locator(".stepper .where")).to_have_text("Step 3 of 12")
         expect(tab.page.locator(".stepper .where")).to_have_css("font-weight", "600")

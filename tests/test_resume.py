@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 
 import sleb
-from sleb import jobs, store
+from sleb import execution, specs
 from sleb.records import JobSpec, JobState
+from sleb.runtime import job_folder, job_processes, run_folder
+from tests.support import tiny
 
 KILLS = 20
 
@@ -27,9 +28,9 @@ def execute(job_dir: Path, home: str) -> None:
 
     os.environ["SLEB_HOME"] = home
     torch.set_num_threads(1)
-    from sleb import api
+    from sleb import execution
 
-    api.work(job_dir)
+    execution.work(job_dir)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
     model = tiny.save(tmp_path / "model", num_blocks=14)
     text = tmp_path / "text.txt"
     text.write_text(tiny.text(20_000))
-    spec = sleb.api.run_spec(
+    spec = specs.run_spec(
         str(model),
         calibration=str(text),
         sequences=12,
@@ -55,9 +56,9 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
         dtype="float32",
         analysis=False,
     )
-    undisturbed = sleb.api.start(spec, JobSpec(kind="search"), tmp_path / "undisturbed")
+    undisturbed = execution.start(spec, JobSpec(kind="search"), tmp_path / "undisturbed")
     began = time.perf_counter()
-    first = store.create(spec, tmp_path / "timed")
+    first = run_folder.create(spec, tmp_path / "timed")
     _start(forking, first, home).join()
     duration = time.perf_counter() - began
     draw = random.Random(20)
@@ -65,7 +66,7 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
     interrupted_steps: set[int] = set()
     while kills < KILLS:
         runs += 1
-        run = store.create(spec, tmp_path / f"run-{runs}")
+        run = run_folder.create(spec, tmp_path / f"run-{runs}")
         while True:
             process = _start(forking, run, home)
             process.join(draw.uniform(0.0, 0.8 * duration))
@@ -79,7 +80,7 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
             interrupted_steps.add(len(now.trace.steps) if now.trace else -1)
             if api_finished(now):
                 break
-            assert jobs.state_of(now) in (JobState.INTERRUPTED, JobState.QUEUED)
+            assert job_processes.state_of(now) in (JobState.INTERRUPTED, JobState.QUEUED)
             if kills >= KILLS or draw.random() < 0.4:
                 sleb.resume(run.run_dir)
                 break
@@ -91,14 +92,14 @@ def test_a_worker_killed_at_random_moments_loses_no_finished_step(
 
 
 def _start(forking, run: sleb.Run, home: Path):
-    job = store.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
     process = forking.Process(target=execute, args=(job.directory, str(home)))
     process.start()
     return process
 
 
 def api_finished(run: sleb.Run) -> bool:
-    return sleb.api.is_finished(run)
+    return execution.is_finished(run)
 
 
 def _evidence(run: sleb.Run) -> list[dict]:

@@ -1,1 +1,0 @@
-"""Records -> Plotly figures: pure functions, one file a page. Knows no Streamlit and reads no file."""

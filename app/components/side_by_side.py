@@ -1,0 +1,81 @@
+"""Two continuations side by side, and which predictions flipped: a component that draws tokens as data.
+
+Python sends tokens once; sidebyside.js draws, and answers pointer and keys without asking the server. Every text goes
+as data and is set as text there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from sleb.records import Generation
+from sleb.runtime.progress import duration
+
+_HERE = Path(__file__).resolve().parent
+_VIEW = st.components.v2.component(
+    "sleb_side_by_side",
+    html='<div class="view"></div>',
+    css=(_HERE / "side_by_side.css").read_text(encoding="utf-8"),
+    js=(_HERE / "side_by_side.js").read_text(encoding="utf-8"),
+)
+
+
+def draw(found: Generation) -> None:
+    """Both texts, and the unmodified model's own one with the places where the smaller model predicts another token."""
+    _VIEW(key="side-by-side", data=payload(found))
+
+
+def payload(found: Generation) -> dict[str, Any]:
+    """What the browser needs."""
+    before, after = differing(found.baseline_tokens, found.tokens)
+    blocks = ", ".join(map(str, found.removal_list)) or "nothing"
+    return {
+        "id": found.question,
+        "prompt": list(found.prompt_tokens),
+        "texts": [
+            {
+                "title": "The unmodified model",
+                "about": _about(found.baseline_tokens, found.baseline_seconds, found.baseline_cached),
+                "tokens": list(found.baseline_tokens),
+                "differs": before,
+            },
+            {
+                "title": f"Without {blocks}",
+                "about": _about(found.tokens, found.list_seconds, found.cached),
+                "tokens": list(found.tokens),
+                "differs": after,
+            },
+        ],
+        "flips": [
+            {
+                "place": each.position,
+                "before": each.before,
+                "after": each.after,
+                "before_share": each.before_probability,
+                "after_share": each.after_probability,
+            }
+            for each in found.flips
+        ],
+        "compared": found.compared,
+    }
+
+
+def differing(before: Sequence[str], after: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Places of the tokens that the other text does not have there, once both are laid beside each other."""
+    first: list[int] = []
+    second: list[int] = []
+    for kind, low, high, start, stop in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind != "equal":
+            first += range(low, high)
+            second += range(start, stop)
+    return first, second
+
+
+def _about(tokens: Sequence[str], seconds: float, cached: bool) -> str:
+    took = f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+    return f"{len(tokens)} tokens in {took}" + ("" if cached else ", without a KV cache")

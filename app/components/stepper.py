@@ -1,0 +1,194 @@
+"""The stepper: a component that draws a search step by step in the browser. A run -> its data, and the step shown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import streamlit as st
+
+from app.wording import rise_in_words
+from sleb.methods.statistics import Comparison
+from sleb.records import Run
+from sleb.report.figures import steps as charts
+from sleb.report.summaries import step_comparison
+
+_HERE = Path(__file__).resolve().parent
+_STEPPER = st.components.v2.component(
+    "sleb_stepper",
+    html=(_HERE / "stepper.html").read_text(encoding="utf-8"),
+    css=(_HERE / "stepper.css").read_text(encoding="utf-8"),
+    js=(_HERE / "stepper.js").read_text(encoding="utf-8"),
+)
+
+
+def draw(data: dict[str, Any], *, key: str) -> int | None:
+    """The component; the step it has been left at, once it rests."""
+    found = _STEPPER(key=key, data=data, on_step_change=lambda: None)
+    return found.step if isinstance(found.step, int) else None
+
+
+def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
+    """What the component draws: all steps with their candidates, the curve, the axes. One comparison a step."""
+    assert run.trace is not None
+    assert run.stack is not None
+    whole = [step_comparison.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
+    compared = [each.by_block for each in whole]  # one bar a block; words tell of all candidates
+    unit = step_comparison.unit_of(run)
+    axes: dict[str, list[float]] = {}
+    for name in ("rises", "differences"):
+        tops = [
+            charts.reach_of_axis(getattr(each, name), each.reaches, (each.chosen, *each.tied), 0.75)
+            for each in compared
+        ]
+        bottoms = [_lowest(getattr(each, name)) for each in compared]
+        axes[name] = [1.15 * min([0.0, *bottoms]), 1.12 * max(tops, default=1.0)]
+    return {
+        "run": run.run_id,
+        "blocks": run.stack.num_blocks,
+        "protected": list(run.stack.protected),
+        "score_name": unit,
+        "unit": {
+            "rises": f"Cost of removing it ({unit})",
+            "differences": f"Above the best candidate ({unit})",
+        },
+        "swap_unit": {
+            "rises": f"Best swap that removes it, above the list before ({unit})",
+            "differences": f"Best swap that removes it, above the best one ({unit})",
+        },
+        "axis": axes,
+        "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
+        "words": _before(run),
+        "steps": [_step(each, words(every, run.spec.confidence)) for each, every in zip(compared, whole, strict=True)],
+        "curve": _curve(run),
+    }
+
+
+def _step(shown: step_comparison.Bars, told: str) -> dict[str, Any]:
+    step = shown.step
+    chunk = "–" in shown.names[shown.chosen]  # chosen whole, whatever an earlier chunk had taken
+    return {
+        "number": step.number,
+        "swap": step.is_swap,
+        "removed": list(step.removal_list if chunk else step.removed),
+        "restored": list(step.restored) if step.is_swap else [],
+        "list": list(step.removal_list),
+        "gone": dict.fromkeys(step.removal_list, step.number) if chunk else step_comparison.gone_after_step(shown),
+        "blocks": list(shown.blocks),
+        "names": list(shown.names),
+        "scores": _short(shown.scores),
+        "rises": _short(shown.rises),
+        "differences": _short(shown.differences),
+        "reaches": _short(shown.reaches),
+        "perplexities": _short([each.perplexity for each in shown.candidates]),
+        "chosen": shown.chosen,
+        "tied": list(shown.tied),
+        "words": told,
+    }
+
+
+def words(shown: step_comparison.Bars, confidence: float) -> str:
+    """What happened in a step, and how sure it is, in one or two sentences."""
+    step = shown.step
+    if step.is_swap:
+        return _words_of_swap(shown, confidence)
+    chunk = len(step.candidates[shown.chosen].skipped) == len(step.removal_list) > 1 and bool(step.restored)
+    if chunk or "–" in shown.names[shown.chosen]:
+        text = f"Step {step.number} removed blocks {shown.names[shown.chosen]}"
+        text += f" and took {_and(step.restored)} back" if step.restored else ""
+    else:
+        text = f"Step {step.number} removed block {_and(step.removed)}"
+    if step.margin is None:
+        return f"{text}, the only candidate."
+    others = [shown.names[index] for index in shown.tied]
+    if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
+        return f"{text}: {_margin(shown, confidence)} better than the next best, but one sequence tells nobody apart."
+    if not others:
+        return f"{text}: {_margin(shown, confidence)} better than the next best, told apart."
+    if len(others) > 8:
+        return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
+    return f"{text}, tied with {_and(others)}: the next best is {_margin(shown, confidence)} behind."
+
+
+def _words_of_swap(shown: step_comparison.Bars, confidence: float) -> str:
+    step = shown.step
+    text = f"Step {step.number}, a swap: {shown.names[shown.chosen]}"
+    if step.improvement is not None:
+        objective = step.candidates[0].objective
+        error = step.improvement_standard_error
+        text += f", {step.improvement:.4f} {step_comparison.UNITS[objective]} better than before"
+        text += f" (standard error {error:.4f})" if error is not None else ""
+    if step.margin is None:
+        return f"{text}; the only swap."
+    if shown.tied:
+        return f"{text}; tied with {step_comparison.swaps_in_words(len(shown.tied))}."
+    return f"{text}; {_margin(shown, confidence)} better than the next best swap, told apart."
+
+
+def _margin(shown: step_comparison.Bars, confidence: float) -> str:
+    """How far the next best is behind, with the half width of its interval, which is what calls it tied."""
+    if len(shown.scores) < 2 or np.isnan(np.delete(shown.scores, shown.chosen)).all():
+        return f"{shown.step.margin:.4f}"
+    next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
+    reach = float(shown.reaches[next_best])
+    objective = shown.step.candidates[0].objective
+    unit = "" if objective == "metric1" else f" {step_comparison.UNITS[objective]}"
+    if not math.isfinite(reach):
+        return f"{shown.step.margin:.4f}{unit}"
+    return f"{shown.step.margin:.4f}{unit} (± {reach:.4f} at {confidence:.0%})"
+
+
+def _has_intervals(compared: Sequence[step_comparison.Bars]) -> bool:
+    return any((each.reaches[np.isfinite(each.reaches)] > 0).any() for each in compared)
+
+
+def _before(run: Run) -> str:
+    assert run.trace is not None
+    candidates = len(run.trace.steps[0].candidates) if run.trace.steps else 0
+    compare = f" Step 1 compares {candidates} candidates." if candidates > 1 else ""
+    return f"The unmodified model: all blocks are in place.{compare}"
+
+
+def _curve(run: Run) -> list[dict[str, float | str | None]]:
+    """Perplexity after 0 .. n steps, with the rise over the unmodified model in words."""
+    table = charts.curve_table(run)
+    points: list[dict[str, float | str | None]] = []
+    for row in table.to_dict("records"):
+        point: dict[str, float | str | None] = {}
+        for text in ("calibration", "held_out"):
+            now, first = row[f"{text}_perplexity"], table[f"{text}_perplexity"].iloc[0]
+            point[text] = _finite(now)
+            if math.isfinite(now) and math.isfinite(first) and first > 0:
+                spread = row["held_out_high"] / row["held_out_low"] if text == "held_out" else math.nan
+                point[f"{text}_rise"] = _rise(now / first, spread)
+        point["held_out_low"], point["held_out_high"] = _finite(row["held_out_low"]), _finite(row["held_out_high"])
+        points.append(point)
+    return points
+
+
+def _rise(ratio: float, spread: float) -> str:
+    """`spread` is the ratio of the bounds of one standard error either way."""
+    error = ratio * math.log(spread) / 2 if math.isfinite(spread) and spread > 1 else None
+    return rise_in_words(ratio, error)
+
+
+def _lowest(values: Any) -> float:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return min(finite, default=0.0)
+
+
+def _short(values: Any) -> list[float | None]:
+    """Six digits are more than a screen shows; what is not a number is null."""
+    return [_finite(value, 6) for value in values]
+
+
+def _finite(value: float | None, digits: int = 8) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
+
+
+def _and(values: Sequence[object]) -> str:
+    words = [str(value) for value in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

@@ -1,0 +1,98 @@
+"""The token view: a passage coloured by where predictions settle, and the predictions of the token that is picked.
+
+Python sends numbers and texts once; tokenview.js draws, and answers clicks and keys without asking the server. Every
+text goes as data and is set as text there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from plotly.colors import sample_colorscale
+
+from sleb.records import Passage, Run
+from sleb.report.figures import style
+
+_HERE = Path(__file__).resolve().parent
+_VIEW = st.components.v2.component(
+    "sleb_token_view",
+    html='<div class="view"></div>',
+    css=(_HERE / "token_view.css").read_text(encoding="utf-8"),
+    js=(_HERE / "token_view.js").read_text(encoding="utf-8"),
+)
+
+
+def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> None:
+    """The passage with its predictions, coloured by the `first` or the `settled` exit.
+
+    The token that is picked is kept in the URL as `token`, counted from 0.
+    """
+    key = f"tokens-{run.run_id}"
+
+    def picked() -> None:
+        token = st.session_state[key]["token"]
+        if token is not None:
+            st.query_params["token"] = str(int(token))
+
+    _VIEW(
+        key=key,
+        data=view_data(passage, num_blocks, run.removal_list)
+        | {"run": run.run_id, "exit": exit_at, "token": asked(st.query_params.get("token"), passage)},
+        on_token_change=picked,
+    )
+
+
+def asked(text: str | None, passage: Passage) -> int:
+    """The token of the URL if it is one, else one worth a look: it is decided early and changes its mind."""
+    if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < len(passage.tokens):
+        return int(text)
+    return max(range(len(passage.tokens)), key=lambda place: _worth(passage, place), default=0)
+
+
+def _worth(passage: Passage, place: int) -> tuple[bool, int, int]:
+    """How much there is to see: a word that is decided before the end, after some going back and forth."""
+    token = passage.tokens[place]
+    final = token.top[-1][0][0] if token.top and token.top[-1] else ""
+    early = token.settled_exit < len(token.top) - 1
+    return any(char.isalpha() for char in final), early * (token.settled_exit - token.first_exit), -place
+
+
+def view_data(passage: Passage, num_blocks: int, removed: tuple[int, ...]) -> dict[str, Any]:
+    """What the browser needs, each prediction's text once: a token repeats at most blocks."""
+    words: dict[str, int] = {}
+
+    def word(text: str) -> int:
+        return words.setdefault(text, len(words))
+
+    tokens = [
+        {
+            "text": each.token,
+            "first": each.first_exit,
+            "settled": each.settled_exit,
+            "top": [[[word(text), round(1000 * share)] for text, share in block] for block in each.top],
+        }
+        for each in passage.tokens
+    ]
+    return {
+        "tokens": tokens,
+        "words": list(words),
+        "blocks": num_blocks,
+        "removed": sorted(removed),
+        "colours": block_colours(num_blocks),
+    }
+
+
+def block_colours(num_blocks: int) -> list[list[str]]:
+    """Of each block, from the first to the last: a background from the scale, and black or white to read on it."""
+    depth = [block / max(num_blocks - 1, 1) for block in range(num_blocks)]
+    channels = sample_colorscale(style.SCALE, depth, colortype="tuple")
+    return [["#" + "".join(f"{round(255 * each):02x}" for each in rgb), _ink(rgb)] for rgb in channels]
+
+
+def _ink(rgb: tuple[float, float, float]) -> str:
+    """Black or white, whichever is read better on a colour (WCAG 2 contrast)."""
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in rgb]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"

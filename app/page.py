@@ -1,0 +1,107 @@
+"""What every page about a run begins with: title, run picker, facts; the run that all pages share."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import data
+from app.components.copy_link import copy_link
+from app.widgets import empty
+from app.wording import model_name, plain, run_label
+from sleb.errors import RunError
+from sleb.records import Run
+from sleb.runtime.run_index import Outline
+
+
+def title(text: str, caption: str) -> None:
+    """The page's name, and one sentence that says what it answers."""
+    st.title(text, anchor=False)
+    st.caption(caption)
+
+
+def run_page(name: str, caption: str) -> Run:
+    """Title, run picker and facts of a page about one run, which it returns.
+
+    The run comes from the URL, the session, or is the newest. Ends the page with an empty state where there is none
+    that can be read.
+    """
+    rows = [each for each in data.outlines() if isinstance(each, Outline)]
+    left, middle, right = st.columns([10, 8, 2.4], vertical_alignment="bottom")
+    with left:
+        title(name, caption)
+    if not rows:
+        empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
+        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+        st.stop()
+    run_id = asked(rows)
+    with middle:
+        labels = {each.run_id: run_label(each) for each in rows}
+        picked = st.selectbox(
+            "Run",
+            list(labels),
+            index=list(labels).index(run_id),
+            format_func=lambda each: labels[each],
+            help="Every page shows one run; the address bar names it. Start new ones on the Runs page.",
+        )
+    with right:
+        copy_link()
+    if picked != run_id:
+        choose(picked)
+        st.rerun()
+    try:
+        run = data.load(run_id)
+    except RunError as error:
+        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        st.stop()
+    facts(run)
+    return run
+
+
+def asked(rows: list[Outline]) -> str:
+    """The run of the URL or the session, if it is there; what is asked for in vain is said."""
+    ids = {each.run_id for each in rows}
+    wanted = st.query_params.get("run") or st.session_state.get("chosen_run")
+    if wanted is not None and wanted not in ids:
+        try:
+            data.folder_of(wanted)
+        except RunError as error:
+            st.warning(plain(error), icon=":material/link_off:")
+    run_id = wanted if wanted in ids else default_run_id(rows)
+    choose(run_id)
+    return run_id
+
+
+def default_run_id(rows: list[Outline]) -> str:
+    """The newest run that has something to show, else the recorded sample."""
+    own = [each for each in rows if not data.is_sample(each)]
+    with_steps = [each for each in own if each.last is not None]
+    sample = [each for each in rows if each.run_id == data.SAMPLE]
+    return (with_steps or sample or rows)[0].run_id
+
+
+def choose(run_id: str) -> None:
+    """Make it the run of all pages, and of the URL."""
+    st.session_state["chosen_run"] = run_id
+    if st.query_params.get("run") != run_id:
+        st.query_params["run"] = run_id
+
+
+def facts(run: Run) -> None:
+    """Where every number on the page comes from, in one line."""
+    words = []
+    if data.is_sample(run):
+        words.append(":material/science: **Recorded sample**, made by this program on a real model.")
+    if run.stack is not None:
+        stack = run.stack
+        about = (
+            f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
+            f"{stack.dtype} · "
+        ) + (
+            f"{stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
+            f"{stack.held_out} × held out"
+            if stack.sequences
+            else f"a list that was given: {list(run.removal_list)}"
+        )
+        words.append(plain(about))
+    if words:
+        st.caption(" ".join(words))

@@ -1,0 +1,1 @@
+"""Parts of pages: forms, choices, and jobs that are watched."""

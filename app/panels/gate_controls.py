@@ -1,0 +1,169 @@
+"""The Evaluate page's gates, and the list they propose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import streamlit as st
+
+from app.wording import plain
+from sleb.records import Run
+from sleb.report.figures.evaluate import Limit
+from sleb.report.summaries import list_curves
+from sleb.report.summaries.gates import Gate, Judgement, span
+from sleb.report.summaries.list_curves import Curves, Line
+
+
+def gates(found: Curves) -> tuple[list[Gate], list[Limit]]:
+    """The controls of all gates; those that are on, and their lines in the panels."""
+    on: list[Gate] = []
+    limits: list[Limit] = []
+    for each in (_cost, _accuracy, _speed, _size):
+        gate, limit = each(found)
+        if gate is not None:
+            on.append(gate)
+        if limit is not None:
+            limits.append(limit)
+    return on, limits
+
+
+Found = tuple[Gate | None, Limit | None]
+
+
+def _cost(found: Curves) -> Found:
+    share, line = _gate(
+        "At most … % worse", "worse", 10.0, "%g", 0.0, 1000.0, 1.0, found.texts, lambda each: f"on {each.name}",
+        on=True, there=bool(found.texts),
+        help="Rise of the perplexity over the unmodified model's, on a text that took no part in the choice.",
+    )  # fmt: skip
+    if share is None or line is None:
+        return None, None
+    first = line.at(0)
+    times = 1 + share / 100
+    limit = Limit("cost", times * first.value, f"{share:g}% worse, {line.name}", times) if first else None
+    return list_curves.cost_gate(line, share / 100), limit
+
+
+def _accuracy(found: Curves) -> Found:
+    lost, line = _gate(
+        "At most … points lost", "lost", 2.0, "%g", 0.0, 100.0, 0.5,
+        sorted(found.accuracy, key=lambda each: each.kind != "mean"), _of_task, there=bool(found.accuracy),
+        help="Of accuracy: per cent of the questions, fewer than the unmodified model answers rightly. It has to be "
+        "measured first: choose tasks under Measure.",
+    )  # fmt: skip
+    if lost is None or line is None:
+        return None, None
+    first = line.at(0)
+    limit = Limit("accuracy", first.value - lost / 100, f"{lost:g} points less, {line.name}") if first else None
+    return list_curves.accuracy_gate(line, lost / 100), limit
+
+
+def _speed(found: Curves) -> Found:
+    times, line = _gate(
+        "At least … × faster", "faster", 1.25, "%.2f", 1.0, 100.0, 0.05, found.speed, lambda each: f"at {each.name}",
+        help="Than the unmodified model. Where nothing was timed, the prediction that time is proportional to blocks.",
+    )  # fmt: skip
+    if times is None or not found.num_blocks:
+        return None, None
+    return list_curves.speed_gate(found, line, times), Limit("speed", times, f"{times:g}×")
+
+
+def _size(found: Curves) -> Found:
+    line = list_curves.whole_size(found)
+    gigabytes, _ = _gate(
+        "Fits in … GB", "fits", 24.0, "%g", 0.001, 100_000.0, 1.0, there=line is not None,
+        help="Counted: "
+        + (f"{line.about}. " if line else "nothing, for how many bytes this dtype takes is not known. ")
+        + "Working memory comes on top, and a KV cache where none was measured: time a generation to count it. "
+        "A GB is 1,000,000,000 bytes.",
+    )  # fmt: skip
+    if gigabytes is None or line is None:
+        return None, None
+    return list_curves.size_gate(found, gigabytes * 1e9), Limit("size", gigabytes * 1e9, f"{gigabytes:g} GB")
+
+
+def _gate(
+    label: str,
+    key: str,
+    value: float,
+    format: str,
+    low: float,
+    high: float,
+    step: float,
+    lines: Sequence[Line] = (),
+    name: Callable[[Line], str] = str,
+    *,
+    help: str,
+    on: bool = False,
+    there: bool = True,
+) -> tuple[float | None, Line | None]:
+    """A switch, and while it is on its limit and the line it goes by; None while it is off, or has nothing to go by."""
+    if not st.toggle(
+        label, on, key=f"{key}-gate", bind="query-params", help=help, disabled=not there, persist_state="session",
+        wrap=True,
+    ) or not there:  # fmt: skip
+        return None, None
+    left, right = st.columns([1, 1.5], gap="small")
+    limit = left.number_input(
+        f"{label}: the limit", low, high, value, step, format=format, key=key, bind="query-params",
+        label_visibility="collapsed", persist_state="session",
+    )  # fmt: skip
+    line = _choice(right, f"{label}: of what", f"{key}-on", lines, name) if lines else None
+    return (None if limit is None else float(limit)), line
+
+
+def _choice(place: Any, label: str, key: str, lines: Sequence[Line], name: Callable[[Line], str]) -> Line:
+    """Which line a gate goes by."""
+    by_name = {each.name: each for each in lines}
+    if st.session_state.get(key) not in (None, *by_name):  # of another run
+        del st.session_state[key]
+    chosen = place.selectbox(
+        label, list(by_name), key=key, bind="query-params", label_visibility="collapsed",
+        format_func=lambda each: name(by_name[each]) + (" ≈" if by_name[each].is_estimate else ""),
+        persist_state="session",
+    )  # fmt: skip
+    return by_name[chosen]
+
+
+def _of_task(line: Line) -> str:
+    return f"{line.about}" if line.kind == "mean" else f"on {line.name}"
+
+
+def proposal(run: Run, found: Curves, on: Sequence[Gate], judgement: Judgement) -> None:
+    """What the gates come to: one list to take, how sure that is, and the way to it."""
+    numbers = [each for each in found.lists if each]
+    if not on:
+        st.caption("Switch a gate on: it shades the numbers of blocks that pass, and one list is proposed.")
+        return
+    if judgement.proposal is None:
+        st.warning(plain(judgement.refusal), icon=":material/block:")
+        return
+    count = judgement.proposal
+    passing = [each for each in judgement.admissible if each]
+    with st.container(border=True):
+        st.markdown(f"#### :material/balance: Remove {count} of {found.num_blocks} blocks")
+        st.markdown("`" + ", ".join(map(str, in_order_of_removal(run, found, count))) + "`")
+        st.markdown("\n".join(f"- {plain(_upper(each))}" for each in judgement.reasons))
+        for each in judgement.doubts:
+            st.caption(f":material/help: {plain(each)}")
+        if len(numbers) > 1:
+            st.caption(f"{len(passing)} of {len(numbers)} lists pass: {span(passing)} removed.")
+        if run.trace is not None and run.trace.steps:
+            help = "Opens the Export page with this list: for other tools, or as a smaller checkpoint."
+            if st.button("Take this list", type="primary", icon=":material/output:", help=help, width="stretch"):
+                step = next(each for each in run.trace.by_length if len(each.removal_list) == count)
+                st.switch_page(
+                    "../pages/export.py", query_params={"run": run.run_id, "steps": str(step.number)}
+                )  # fmt: skip
+
+
+def in_order_of_removal(run: Run, found: Curves, count: int) -> Sequence[int]:
+    """In the order of removal, where there is one."""
+    steps = run.trace.by_length if run.trace else ()
+    ordered = [*(each.removal_list for each in steps), *([run.spec.given] if run.spec.given else [])]
+    return next((each for each in ordered if tuple(sorted(each)) == found.lists[count]), found.lists[count])
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,115 @@
+"""Jobs that judge lists, from the browser: start one, watch it, stop it, say how it ended.
+
+Everything shown is read from the run folder, so a reload loses nothing; the process belongs to no browser.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import streamlit as st
+
+from app import data
+from app.widgets import badge, log_of, progress, stop_job
+from app.wording import duration, plain, state_word
+from sleb.errors import SlebError
+from sleb.evaluation import request
+from sleb.records import Job, JobState, RemovalList, Run
+from sleb.runtime import job_folder, job_processes, run_index
+
+WORDS = {
+    "evaluate": "Measuring what lists cost",
+    "benchmark": "Timing",
+    "generate": "Generating",
+    "quantize": "Quantising",
+    "heal": "Healing",
+    "search": "Searching",
+    "analyze": "Analysing",
+    "export": "Exporting",
+}
+
+
+def start(run: Run, record: type[Any], lists: Sequence[RemovalList], *, device: str = "auto", **settings: Any) -> bool:
+    """A process that answers a question about the run's lists, or the sentence that says why not.
+
+    `record` is the question's class and `settings` its fields.
+    """
+    try:
+        ask = request.ask_of(record, lists=tuple(each for each in lists if each), **settings)
+        spec = request.job_of(ask, device=device.strip() or "auto", **data.permissions())
+        if data.is_sample(run):  # samples are never changed: what is found belongs to a copy in the store
+            run = job_processes.bring_in(run.run_dir)
+        job = job_processes.next_job(run, spec)
+        try:
+            job_processes.start(job)
+        except SlebError:
+            job_folder.withdraw_job(job)
+            raise
+    except SlebError as error:
+        st.error(plain(_for_the_page(str(error))), icon=":material/error:")
+        return False
+    return True
+
+
+def bar(run: Run) -> None:
+    """The run's process while there is one, else why the last one brought nothing."""
+    if job_processes.active(run) is not None:
+        _watch(run)
+        return
+    own = [job for job in run.jobs if job.spec.ask is not None]
+    if own:
+        _how_it_ended(run, own[-1])
+
+
+@st.fragment(run_every=1)
+def _watch(run: Run) -> None:
+    """The job as it is now, every second until it is over; the page is drawn anew with each finding."""
+    job = job_processes.active(run.model_copy(update={"jobs": job_folder.read_jobs(run.run_dir)}))
+    if job is None:
+        st.rerun()
+    drawn, now = st.session_state.get("drawn-findings"), len(run_index.findings_signature(run.run_dir))
+    if drawn is not None and drawn != (run.run_id, now):
+        st.rerun()
+    with st.container(border=True):
+        left, right = st.columns([6, 1], vertical_alignment="center")
+        with left, st.container(horizontal=True, vertical_alignment="center"):
+            badge(job.status.state)
+            st.markdown(f"**{WORDS[job.spec.kind]}**{plain(_of_what(job))}")
+            if job.status.started is not None:
+                st.caption(duration(max(0.0, time.time() - job.status.started)))
+        with right:
+            if st.button("Stop", icon=":material/stop:", help="What was found so far is kept.", width="stretch"):
+                stop_job(run)
+        progress(job)
+
+
+def _of_what(job: Job) -> str:
+    ask = job.spec.ask
+    if ask is None:
+        return ""
+    count = len(ask.lists)
+    return f": {count} list{'s' if count > 1 else ''} beside the unmodified model" if count else ""
+
+
+def _how_it_ended(run: Run, job: Job) -> None:
+    state = job.status.state
+    if state is JobState.FINISHED:
+        return
+    message = plain(_for_the_page(job.status.message or "It ended without a word."))
+    what = WORDS[job.spec.kind]
+    if state is JobState.FAILED:
+        st.error(f"{what} failed: {message}", icon=":material/error:")
+    elif state is JobState.QUEUED:
+        st.warning(f"{what} never began: its process did not start.", icon=":material/stop:")
+    else:
+        word = state_word(state).lower()
+        why = "" if job.status.message == "Stopped on request." else f": {message}"
+        st.warning(f"{what} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
+    log_of(run, job)
+
+
+def _for_the_page(sentence: str) -> str:
+    """Options are fields here."""
+    return sentence.replace("--", "")

@@ -1,0 +1,120 @@
+"""Which runs and published lists stand side by side: chosen on the page, kept in the address bar and the session."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import data, page
+from app.page import default_run_id
+from app.wording import method_name, model_name, plain
+from sleb.errors import RunError
+from sleb.formats.published_lists import PUBLISHED, PublishedList, published, published_for
+from sleb.records import Run
+from sleb.runtime.run_index import Outline
+
+MOST_RUNS, MOST_AT_FIRST = 8, 6
+
+
+def choose_runs(rows: list[Outline]) -> list[Run]:
+    """Runs of the URL, of the session, or the current one and its kin; what is asked for in vain is said."""
+    searches = [each for each in rows if each.spec.kind == "search"]
+    by_id = {each.run_id: each for each in searches}
+    asked = st.query_params.get("runs")
+    wanted = asked.split(",") if asked is not None else st.session_state.get("compare_runs")
+    if wanted is None:
+        current = page.asked(rows)
+        wanted = _kin(by_id, current if current in by_id else default_run_id(searches))
+    known = list(dict.fromkeys(each for each in wanted if each in by_id))[:MOST_RUNS]
+    for missing in [each for each in dict.fromkeys(wanted) if each and each not in by_id][:3]:
+        why = f"There is no search {plain(missing[:80])} to compare: it was deleted, or removes no block."
+        st.warning(why, icon=":material/link_off:")
+    if asked is not None and not known and any(wanted):
+        known = _kin(by_id, default_run_id(searches))
+    if st.session_state.get("compare-runs") != known:
+        st.session_state["compare-runs"] = known
+    if st.query_params.get("runs") != ",".join(known):
+        st.query_params["runs"] = ",".join(known)
+    chosen = st.multiselect(
+        "Runs",
+        list(by_id),
+        format_func=lambda each: _run_label(by_id[each]),
+        key="compare-runs",
+        on_change=_remember_runs,
+        max_selections=MOST_RUNS,
+        wrap=True,
+        placeholder="Choose runs to compare",
+        help="Every search of the store. At first the current run and others of the same model are chosen. "
+        "The address bar names them, so a copied link shows the same comparison.",
+    )
+    return _load(chosen)
+
+
+def _run_label(run: Outline) -> str:
+    """Shorter than elsewhere: several stand in one line."""
+    what = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
+    return f"{what} (sample)" if data.is_sample(run) else f"{what}, {len(run.removal_list)} removed ({run.run_id})"
+
+
+def _remember_runs() -> None:
+    st.session_state["compare_runs"] = st.session_state["compare-runs"]
+    st.query_params["runs"] = ",".join(st.session_state["compare-runs"])
+
+
+def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
+    """The run, and of each other method on the same model the one that removed most; of the same text first.
+
+    With swaps and without are two methods here.
+    """
+    chosen = by_id[run_id].spec
+    others = [each for each in by_id.values() if each.spec.model == chosen.model and each.last]
+    others.sort(key=lambda each: (each.spec.calibration != chosen.calibration, -len(each.removal_list)))
+    found = {(chosen.method, chosen.refine): run_id}
+    for each in others:
+        found.setdefault((each.spec.method, each.spec.refine), each.run_id)
+    return list(found.values())[:MOST_AT_FIRST]
+
+
+def _load(run_ids: list[str]) -> list[Run]:
+    found = []
+    for run_id in run_ids:
+        try:
+            found.append(data.load(run_id))
+        except RunError as error:
+            st.warning(plain(error), icon=":material/broken_image:")
+    return found
+
+
+def choose_published(runs: list[Run]) -> list[PublishedList]:
+    """Lists of the URL; without a choice, those for the models of the runs."""
+    fitting = {
+        each.key: None for run in runs if run.stack for each in published_for(run.spec.model, run.stack.num_blocks)
+    }
+    asked = st.query_params.get("published")
+    wanted = list(fitting) if asked is None else [each for each in asked.split(",") if published(each)]
+    if st.session_state.get("compare-published") != wanted:
+        st.session_state["compare-published"] = wanted
+    chosen = st.multiselect(
+        "Published lists",
+        [each.key for each in PUBLISHED],
+        format_func=_published_label,
+        key="compare-published",
+        on_change=_remember_published,
+        wrap=True,
+        placeholder="Add a list from the paper",
+        help="The removal lists of the SLEB paper (Table 4): 10 %, then what is added for 20 %. Those for the models "
+        "of the chosen runs are shown at once; add any other by hand.",
+    )
+    found = [each for each in map(published, chosen) if each is not None]
+    for each in found:
+        if each.remark:
+            st.caption(f"{plain(each.model)}: {plain(each.remark)}")
+    return found
+
+
+def _published_label(key: str) -> str:
+    each = published(key)
+    return f"{each.model} ({each.num_blocks} blocks)" if each else key
+
+
+def _remember_published() -> None:
+    st.query_params["published"] = ",".join(st.session_state["compare-published"])

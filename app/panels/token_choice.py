@@ -1,0 +1,129 @@
+"""What the two analysis pages share: their empty states, and the controls that choose calibration tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import streamlit as st
+
+from app import data
+from app.data import TokenChoice
+from app.page import choose
+from app.widgets import empty
+from app.wording import plain
+from sleb.records import Analysis, JobState, Run, StackDescription
+
+ALL = "All"
+EVERYTHING = TokenChoice()
+
+
+class Chosen(NamedTuple):
+    """Which calibration tokens, and what there is to choose from."""
+
+    tokens: TokenChoice
+    """`EVERYTHING` where nothing was narrowed down."""
+    available: int | None
+    """Tokens at hand one by one; None where the run has its recorded means only."""
+
+
+def analysis_of(run: Run) -> tuple[Analysis, StackDescription]:
+    """The run's analyses. Ends the page, saying why and what to do, where there are none."""
+    if run.analysis is not None and run.stack is not None:
+        return run.analysis, run.stack
+    headline, text = _missing(run)
+    empty(headline, text)
+    if run.run_id != data.SAMPLE and st.button(
+        "Open the recorded sample", icon=":material/science:", help="A finished run of a real model, with its analyses."
+    ):
+        choose(data.SAMPLE)
+        st.rerun()
+    st.stop()
+
+
+def _missing(run: Run) -> tuple[str, str]:
+    if run.spec.kind == "evaluate":
+        return "Not analysed", "This run judges a list that was given. Start a search, or the analyses, on **Runs**."
+    own = [job for job in run.jobs if job.spec.is_own(run.spec)]
+    state = own[-1].status.state if own else None
+    if run.analysis_unavailable is not None:
+        return "This model cannot be analysed", plain(run.analysis_unavailable)
+    if state in (JobState.QUEUED, JobState.RUNNING):
+        return (
+            "Not analysed yet",
+            "The analyses follow the last step of the search; the **Runs** page says how far it is.",
+        )
+    if state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
+        why = plain(own[-1].status.message)
+        about = f"The run ended before its analyses{': ' + why if why else '.'}"
+        return "Not analysed", f"{about}\n\nResume it on the **Runs** page: what is done already is kept."
+    if state is None:
+        return "Nothing here yet", "This run has not been started. Start it on the **Runs** page."
+    return (
+        "Recorded without analyses",
+        "This run was asked for its removal list only. Duplicate it on the **Runs** page with *Analyses too* "
+        "switched on, or run `sleb analyze` on the same model.",
+    )
+
+
+def calibration_tokens(run: Run, analysis: Analysis, *, disabled: bool = False) -> Chosen:
+    """Controls for a sequence, a range of positions and the first tokens; they are off where nothing can be chosen."""
+    found = data.tokens_of(run)
+    length = analysis.description.sequence_length if found is None else int(found.position.max()) + 1
+    sequences = [] if found is None else sorted({int(each) for each in found.sequence})
+    needs = "" if found is not None else " This run kept its means only, so there is nothing to choose from."
+    sequence = st.selectbox(
+        "Sequence",
+        [ALL, *(str(each) for each in sequences)],
+        key="sequence",
+        bind="query-params",
+        width=130,
+        disabled=disabled or found is None,
+        help="One sequence (window) of the calibration text, counted from 0, or all of them." + needs,
+    )
+    start, stop = st.slider(
+        "Positions in the sequence",
+        0,
+        max(1, length - 1),
+        (0, max(1, length - 1)),
+        key="positions",
+        bind="query-params",
+        width=260,
+        disabled=disabled or found is None,
+        help="Only tokens at these positions of their sequence, both ends included. Position 0 is the first token."
+        + needs,
+    )
+    without_first = st.toggle(
+        "Leave out first tokens",
+        key="skip-first",
+        bind="query-params",
+        disabled=disabled,
+        help="Many models park a huge vector on each sequence's first token (an attention sink). Later blocks hardly "
+        "turn it, so that it looks the same everywhere and hides what happens to the others.",
+    )
+    chosen = TokenChoice(
+        sequences=None if sequence in (ALL, None) else (int(sequence),),
+        start=start,
+        stop=None if stop >= length - 1 else stop + 1,
+        without_first=without_first,
+    )
+    return Chosen(chosen, None if found is None else len(found))
+
+
+def origin(analysis: Analysis, chosen: Chosen) -> str:
+    """Where chosen tokens come from, in words that end a sentence."""
+    analysed = analysis.description.token_count
+    if chosen.available is None:
+        return "recorded by the run"
+    if chosen.available >= analysed:
+        return f"of the {analysed:,} tokens analysed, kept in the cache"
+    return f"of the {chosen.available:,} tokens that travel with the run folder (drawn from the {analysed:,} analysed)"
+
+
+def nothing_chosen() -> NoReturn:
+    """Ends the page where a choice holds no token."""
+    empty(
+        "No token in this choice",
+        "None of the analysed tokens lies there. Widen the range of positions, or choose all sequences.",
+        icon=":material/filter_alt_off:",
+    )
+    st.stop()

@@ -1,0 +1,111 @@
+"""What pages are made of: badges, progress, empty states, charts with their downloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+from app import data
+from app.wording import STATES, duration, plain
+from sleb.errors import SlebError
+from sleb.records import Job, JobState, Run
+from sleb.report.figures import style
+from sleb.runtime import job_processes
+
+
+def badge(state: JobState) -> None:
+    """State of a run: a word, an icon and a colour."""
+    word, icon, colour = STATES[state]
+    st.badge(word, icon=icon, color=colour)
+
+
+def progress(job: Job) -> None:
+    """How far the job is."""
+    now = job.status.progress
+    if now is None:
+        st.progress(0.0, "Starting" if job.status.state is JobState.RUNNING else "Waiting for its process")
+        return
+    text = f"Step {now.step} of {now.steps}" if now.steps and now.step else now.phase
+    text += f": {now.message}" if now.message else ""
+    if now.eta_seconds is not None:
+        text += f" · {duration(now.eta_seconds)} left"
+    st.progress(min(max(now.fraction, 0.0), 1.0), plain(text))
+
+
+def stop_job(run: Run) -> None:
+    """Stop what is executing the run and draw the page anew, or say why that could not be done."""
+    try:
+        with st.spinner("Stopping"):
+            job_processes.stop(run)
+    except SlebError as error:
+        st.error(plain(error))
+    else:
+        st.rerun()
+
+
+def log_of(run: Run, job: Job) -> None:
+    """The log of one job, folded, if it wrote any."""
+    log = data.log_of(run.model_copy(update={"jobs": (job,)}))
+    if log:
+        with st.expander("Log", icon=":material/notes:"):
+            st.code(log, language=None, wrap_lines=True, height=240)
+
+
+def empty(headline: str, text: str, *, icon: str = ":material/inbox:") -> None:
+    """What to do where there is nothing to see. `text` is Markdown: escape what comes from outside."""
+    with st.container(border=True):
+        st.markdown(f"#### {icon} {headline}")
+        st.markdown(text)
+
+
+def chart(
+    figure: go.Figure,
+    *,
+    key: str,
+    alt: str,
+    table: Callable[[], pd.DataFrame] | None = None,
+    on_pick: Callable[[], None] | None = None,
+) -> Any:
+    """A chart, as wide as its place, with its data and itself to take away.
+
+    `key` names the files too. `table` gives the data; `on_pick` is called when a point is clicked, and finds it in
+    `st.session_state[key]["selection"]["points"]`.
+    """
+    found = st.plotly_chart(
+        figure,
+        key=key,
+        alt=alt,
+        config=style.CONFIG | {"toImageButtonOptions": {"format": "svg", "filename": key}},
+        on_select=on_pick or "ignore",
+        selection_mode="points",
+    )
+    if table is not None:
+        downloads(figure, key, table)
+    return found
+
+
+def downloads(figure: go.Figure, key: str, table: Callable[[], pd.DataFrame]) -> None:
+    """Data and figure as files, made when they are asked for."""
+    with st.popover("Download", icon=":material/download:", type="tertiary"):
+        st.download_button(
+            "Data (CSV)", lambda: csv(table()), f"{key}.csv", "text/csv", key=f"{key}-csv", on_click="ignore"
+        )
+        st.download_button(
+            "Figure (HTML, self-contained)",
+            lambda: figure.to_html(include_plotlyjs=True, config=style.CONFIG),
+            f"{key}.html",
+            "text/html",
+            key=f"{key}-html",
+            on_click="ignore",
+        )
+        st.caption("As SVG: the camera in the chart's corner.")
+
+
+def csv(table: pd.DataFrame) -> bytes:
+    """A table as a file that spreadsheets open without running what is in it."""
+    shown = table.map(lambda value: f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value)
+    return shown.to_csv(index=False).encode()

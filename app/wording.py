@@ -1,0 +1,108 @@
+"""How runs, states and numbers are written on the pages. Text from anywhere is shown as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Literal
+
+from app import data
+from sleb.formats.list_formats import display_name
+from sleb.records import Baseline, JobState, Run, RunSpec, Step
+from sleb.report.figures import style
+from sleb.runtime import progress
+from sleb.runtime.run_index import Outline
+
+Colour = Literal["gray", "blue", "green", "red", "orange"]
+STATES: dict[JobState, tuple[str, str, Colour]] = {
+    JobState.QUEUED: ("Waiting", ":material/hourglass_empty:", "gray"),
+    JobState.RUNNING: ("Running", ":material/play_arrow:", "blue"),
+    JobState.FINISHED: ("Finished", ":material/check:", "green"),
+    JobState.FAILED: ("Failed", ":material/error:", "red"),
+    JobState.STOPPED: ("Stopped", ":material/stop:", "orange"),
+    JobState.INTERRUPTED: ("Interrupted", ":material/bolt:", "orange"),
+}
+
+# What Streamlit and its Markdown turn into icons, arrows and links although it is escaped: an invisible joiner after
+# the first characters of each stops that.
+_EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
+
+
+def plain(text: object) -> str:
+    """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
+    shown = "".join(char if char.isprintable() else " " for char in str(text))
+    shown = _EAGER.sub("\\g<0>\N{WORD JOINER}", shown)
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
+
+
+def run_label(run: Outline) -> str:
+    """One line that tells runs apart."""
+    name, what = model_name(run.spec).rpartition("/")[2], method_name(run.spec)
+    if data.is_sample(run):
+        return f"Sample: {name}, {what}"
+    return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"
+
+
+def model_name(spec: RunSpec) -> str:
+    """What the run's model is called on the screen."""
+    return display_name(spec.model)
+
+
+def method_name(spec: RunSpec) -> str:
+    """How blocks are chosen, or that none are."""
+    others = {"analyze": "Analyses only", "evaluate": "List given"}
+    return others.get(spec.kind) or style.method_name(spec)
+
+
+def text_name(spec: RunSpec) -> str:
+    """The calibration text: a file by its name, and how much of it."""
+    source = re.split(r"[\\/]", spec.calibration.source)[-1] if "/" in spec.calibration.source[:1] else None
+    return f"{source or spec.calibration.source}, {spec.calibration.sequences} × {spec.calibration.sequence_length}"
+
+
+def state_word(state: JobState) -> str:
+    """State of a run in one word."""
+    return STATES[state][0]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for the screen; what is not there is a dash."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def share_of_parameters(run: Run) -> float:
+    """Of the whole model, those of the blocks that are gone."""
+    if run.stack is None:
+        return 0.0
+    gone = sum(run.stack.block_parameters[block] for block in run.removal_list)
+    return gone / run.stack.total_parameters
+
+
+def rise(before: Baseline, after: Step) -> str | None:
+    """How much worse the held-out text is predicted, with its standard error: in per cent, or how many times."""
+    first, last = before.held_out.perplexity, after.held_out.perplexity
+    if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:
+        return None
+    error = after.held_out_standard_error
+    ratio = last / first
+    return rise_in_words(ratio, ratio * error if error else None)
+
+
+def rise_in_words(ratio: float, error: float | None) -> str:
+    """A ratio of perplexities and its standard error: +33.0% ± 0.8%, or × 12.3 ± 0.4 where per cents say nothing."""
+    if ratio >= 1e5:
+        return f"× {ratio:.2e}".replace("e+0", "e").replace("e+", "e")
+    if ratio >= 10:
+        digits = 0 if ratio >= 100 else 1
+        return f"× {ratio:,.{digits}f}" + (f" ± {error:,.{digits}f}" if error else "")
+    digits = 0 if ratio > 2 else 1
+    return f"{ratio - 1:+.{digits}%}" + (f" ± {error:.{digits}%}" if error else "")
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in words."""
+    if seconds is None or not 0 <= seconds < 1e10:
+        return "–"
+    return progress.duration(seconds)

@@ -1,0 +1,1 @@
+"""Similarity of block outputs and prediction alignment, with their cache."""

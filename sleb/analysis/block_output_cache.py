@@ -1,0 +1,409 @@
+"""Block outputs on disk, keyed by what they depend on. Knows files and arrays; never sees a model or torch.
+
+An entry is a folder `<home>/cache/block-outputs/<key>/` that appears whole (written beside and renamed), is
+verified when read, and is never changed afterwards but for the time of its last use. Writers take turns (file
+lock), readers need no lock: what they have mapped stays readable after an eviction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from sleb.errors import OptionError, StorageError
+from sleb.records import Record
+
+log = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+"""Of an entry's layout; part of the key, so that entries of another version are never met."""
+
+DEFAULT_LIMIT_GB = 20.0
+LIMIT_VARIABLE = "SLEB_CACHE_LIMIT"  # gigabytes; 0 turns the cache off
+MOST_TOKENS = 4096
+FEWEST_TOKENS = 256
+LARGEST_SHARE = 4  # an entry takes at most one in so many parts of the limit
+
+_FOLDER = "block-outputs"
+_META = "meta.json"  # its modification time is the entry's last use
+_UNFINISHED = ".tmp-"
+_LOCK_SECONDS = 600.0
+_FILES: dict[str, tuple[str, ...]] = {
+    "outputs.safetensors": ("outputs",),
+    "cosine.safetensors": ("cosine",),
+    "predictions.safetensors": (
+        *("predictions", "token_ids", "sequence", "position", "random_cosine", "passage_top"),
+        *("passage_probability", "generated_predictions", "generated_ids", "generated_sequence"),
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockOutputs:
+    """What every block made of the sampled tokens: N blocks, T tokens, H hidden size, G generated tokens.
+
+    Read from disk, the arrays are memory-mapped and read-only: slicing `outputs` reads that slice alone.
+    """
+
+    model: str
+    """The name it was loaded by; for the screen, no part of the key."""
+    sequences: int
+    """Sampled sequences; the last one may be cut."""
+    sequence_length: int
+    outputs: np.ndarray  # float32 (N+1, T, H): 0 is the embedding output, i + 1 is block i, before the norm
+    cosine: np.ndarray  # float32 (T, N+1, N+1), per token
+    predictions: np.ndarray  # int32 (N, T): most likely next token after each block; last: the model's own
+    token_ids: np.ndarray  # int32 (T,)
+    sequence: np.ndarray  # int32 (T,): index in the calibration set
+    position: np.ndarray  # int32 (T,): index in the sequence
+    random_token_id: int
+    random_cosine: np.ndarray  # float32 (N+1, N+1): one random token fed alone
+    generated_predictions: np.ndarray  # int32 (N, G): after each block, where a generated token was predicted
+    generated_ids: np.ndarray  # int32 (G,)
+    generated_sequence: np.ndarray  # int32 (G,): which prompt it continues
+    generated_reason: str | None
+    """Why there are no generated tokens, if so: one sentence."""
+    passage_top: np.ndarray  # int32 (P, N, 5): the first P sampled tokens, most likely next tokens first
+    passage_probability: np.ndarray  # float32 (P, N, 5)
+
+
+class _FileCheck(Record):
+    bytes: int
+    xxh3: str
+
+
+class _Meta(Record):
+    """What no array says, and how to tell that the arrays are whole."""
+
+    cache_version: int
+    key: str
+    model: str
+    depends: dict[str, str]
+    """What the key was made of, in words."""
+    created: float
+    """Seconds since the epoch."""
+    sequences: int
+    sequence_length: int
+    random_token_id: int
+    generated_reason: str | None
+    shapes: dict[str, tuple[int, ...]]
+    files: dict[str, _FileCheck]
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing that `sleb cache` shows and clears."""
+
+    name: str
+    folder: str
+    """Under `<home>/cache/`."""
+    path: Path
+    bytes: int
+    last_used: float
+    """Seconds since the epoch."""
+    model: str | None = None
+
+    @property
+    def age(self) -> float:
+        """Seconds since the last use."""
+        return max(0.0, time.time() - self.last_used)
+
+
+class _Damaged(ValueError):
+    """An entry that is not what was written."""
+
+
+def key_of(**parts: Any) -> str:
+    """Key of an entry: 32 hexadecimal digits over everything it depends on. Arrays count by content."""
+    hasher = xxhash.xxh3_128(f"version {CACHE_VERSION}\n".encode())
+    for name, value in sorted(parts.items()):
+        if isinstance(value, np.ndarray):
+            digest = xxhash.xxh3_128_hexdigest(np.ascontiguousarray(value).data)
+            value = f"{value.dtype} {value.shape} {digest}"
+        hasher.update(json.dumps([name, value], sort_keys=True, default=str).encode() + b"\n")
+    return hasher.hexdigest()
+
+
+def limit_bytes() -> int:
+    """Size limit of all entries together, from `SLEB_CACHE_LIMIT` in gigabytes; 0 turns the cache off."""
+    text = os.environ.get(LIMIT_VARIABLE, "").strip() or str(DEFAULT_LIMIT_GB)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not 0 <= limit < 1e9:
+        raise OptionError(f"{LIMIT_VARIABLE} is {text!r}; give gigabytes, or 0 to turn the cache off.")
+    return int(limit * 1e9)
+
+
+def tokens_that_fit(num_blocks: int, hidden_size: int, *, limit: int | None = None) -> int:
+    """How many tokens to sample so that their entry stays below a quarter of the limit; at most 4,096.
+
+    Below 256 tokens an analysis means little: then 256 are sampled, and `write` declines the entry.
+    """
+    per_token = 4 * (num_blocks + 1) * (hidden_size + num_blocks + 1) + 4 * (num_blocks + 3)
+    limit = limit_bytes() if limit is None else limit
+    if limit == 0:
+        return MOST_TOKENS
+    room = limit // LARGEST_SHARE - (4 << 20)  # generated tokens, the passage and the file headers
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, room // per_token))
+
+
+def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
+    """The entry, memory-mapped, or None. A damaged or incomplete one is removed, with a warning in the log.
+
+    Marks the entry as used. Without `verify` only sizes and shapes are checked, not the content.
+    """
+    if not re.fullmatch("[0-9a-f]{32}", key):
+        return None
+    entry = _root(home) / key
+    if not entry.is_dir():
+        return None
+    found: BlockOutputs | None
+    try:
+        found = _open(entry, verify=verify)
+    except (OSError, _Damaged):
+        try:
+            with _lock(home):  # once more, with no writer at work: it may have been replaced under our eyes
+                found = _open_or_remove(entry, verify=verify)
+        except OSError as failure:
+            log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
+            return None
+    if found is not None:
+        with contextlib.suppress(OSError):  # a read-only cache is still a cache
+            os.utime(entry / _META)
+    return found
+
+
+def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) -> bool:
+    """Keep an entry, evicting the least recently used ones to make room; whether it was kept.
+
+    A full disk, a read-only folder or an entry too large is a warning in the log, never an error: what was
+    computed is in the caller's hands.
+    """
+    limit = limit_bytes()
+    arrays = {name: np.ascontiguousarray(getattr(found, name)) for names in _FILES.values() for name in names}
+    size = sum(array.nbytes for array in arrays.values())
+    if size > limit // LARGEST_SHARE:
+        if limit:
+            sizes = f"{size / 1e9:.2f} GB are more than a quarter of {LIMIT_VARIABLE}, {limit / 1e9:.2f} GB"
+            log.warning("The block outputs are not cached: %s.", sizes)
+        return False
+    root = _root(home)
+    temporary = root / f"{_UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(home):
+            _make_room(root, limit - size, spare=key)
+            temporary.mkdir()
+            checks = {}
+            for file, names in _FILES.items():
+                path = temporary / file
+                save_file({name: arrays[name] for name in names}, path)
+                checks[file] = _FileCheck(bytes=path.stat().st_size, xxh3=_hash_file(path))
+            meta = _Meta(
+                cache_version=CACHE_VERSION,
+                key=key,
+                model=found.model,
+                depends=depends,
+                created=time.time(),
+                sequences=found.sequences,
+                sequence_length=found.sequence_length,
+                random_token_id=found.random_token_id,
+                generated_reason=found.generated_reason,
+                shapes={name: array.shape for name, array in arrays.items()},
+                files=checks,
+            )
+            content = meta.model_dump(mode="json")
+            text = json.dumps({"content": content, "xxh3": _hash_json(content)}, indent=1)
+            (temporary / _META).write_text(text, encoding="utf-8")
+            _remove(root / key)
+            os.replace(temporary, root / key)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        log.warning("The block outputs could not be cached in %s: %s", root, error)
+        return False
+    return True
+
+
+def usage(home: Path) -> list[CacheEntry]:
+    """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole."""
+    found: list[CacheEntry] = []
+    cache = home / "cache"
+    for child in sorted(cache.iterdir()) if cache.is_dir() else []:
+        if child.name == _FOLDER:
+            found += [_describe(entry, _FOLDER) for entry in sorted(child.iterdir()) if entry.is_dir()]
+        else:
+            found.append(_describe(child, child.name))
+    return found
+
+
+def clear(home: Path, what: str) -> list[CacheEntry]:
+    """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
+    entries = usage(home)
+    chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
+    if not chosen and what not in ("all", _FOLDER):
+        names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
+        raise OptionError(f"The cache has nothing called {what!r}; it can clear {names}.")
+    if not chosen:
+        return []
+    try:
+        _root(home).mkdir(parents=True, exist_ok=True)
+        with _lock(home):
+            for entry in chosen:
+                if entry.path.is_dir() and not entry.path.is_symlink():
+                    _remove(entry.path)
+                else:
+                    entry.path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"The cache in {home / 'cache'} cannot be cleared: {error}.") from error
+    return chosen
+
+
+def _root(home: Path) -> Path:
+    return home / "cache" / _FOLDER
+
+
+def _lock(home: Path) -> FileLock:
+    return FileLock(_root(home) / ".lock", timeout=_LOCK_SECONDS)
+
+
+def _open(entry: Path, *, verify: bool) -> BlockOutputs:
+    try:
+        document = json.loads((entry / _META).read_text(encoding="utf-8"))
+        content, digest = document["content"], document["xxh3"]
+        meta = _Meta.model_validate(content)
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise _Damaged(f"{_META} cannot be read") from error
+    if _hash_json(content) != digest or meta.key != entry.name or meta.cache_version != CACHE_VERSION:
+        raise _Damaged(f"{_META} was changed")
+    arrays: dict[str, np.ndarray] = {}
+    for file, names in _FILES.items():
+        check = meta.files.get(file)
+        if check is None or (entry / file).stat().st_size != check.bytes:
+            raise _Damaged(f"{file} has the wrong size")
+        if verify and _hash_file(entry / file) != check.xxh3:
+            raise _Damaged(f"{file} has the wrong content")
+        mapped = _map(entry / file)
+        for name in names:
+            if name not in mapped or mapped[name].shape != tuple(meta.shapes[name]):
+                raise _Damaged(f"{name} has the wrong shape")
+            arrays[name] = mapped[name]
+    return BlockOutputs(
+        model=meta.model,
+        sequences=meta.sequences,
+        sequence_length=meta.sequence_length,
+        random_token_id=meta.random_token_id,
+        generated_reason=meta.generated_reason,
+        **arrays,
+    )
+
+
+def _open_or_remove(entry: Path, *, verify: bool) -> BlockOutputs | None:
+    """Under the lock: the entry if it is sound after all."""
+    if not entry.is_dir():  # evicted a moment ago
+        return None
+    try:
+        return _open(entry, verify=verify)
+    except (OSError, _Damaged) as error:
+        log.warning("Cached block outputs in %s are damaged (%s); they will be computed again.", entry, error)
+        _remove(entry)
+        return None
+
+
+def _map(path: Path) -> dict[str, np.ndarray]:
+    """Every array of a safetensors file without reading it: its header is 8 bytes of length, then JSON."""
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    try:
+        body = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        header = json.loads(raw[8:body].tobytes())
+        kinds = {"F32": np.float32, "I32": np.int32}
+        return {
+            name: raw[body + tensor["data_offsets"][0] : body + tensor["data_offsets"][1]]
+            .view(kinds[tensor["dtype"]])
+            .reshape(tensor["shape"])
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _Damaged(f"{path.name} is not a safetensors file") from error
+
+
+def _make_room(root: Path, room: int, *, spare: str) -> None:
+    """Under the lock: evict the least recently used entries until the rest fits into `room` bytes."""
+    entries = []
+    for child in root.iterdir():
+        if child.name.startswith(_UNFINISHED):
+            shutil.rmtree(child, ignore_errors=True)  # its writer died: the living one is us
+        elif child.is_dir() and child.name != spare:
+            entries.append(_describe(child, _FOLDER))
+    total = sum(entry.bytes for entry in entries)
+    for entry in sorted(entries, key=lambda entry: entry.last_used):
+        if total <= room:
+            return
+        log.info("Evicting the block outputs of %s (%.2f GB) from the cache.", entry.model, entry.bytes / 1e9)
+        _remove(entry.path)
+        total -= entry.bytes
+
+
+def _remove(path: Path) -> None:
+    """Take a folder away in one move, so that nobody sees half of it, then delete it."""
+    if not path.is_dir():
+        return
+    trash = path.with_name(f"{_UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}")
+    os.replace(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _describe(path: Path, folder: str) -> CacheEntry:
+    files = list(_files_under(path))
+    meta = path / _META
+    model = None
+    if folder == _FOLDER:
+        try:
+            model = str(json.loads(meta.read_text(encoding="utf-8"))["content"]["model"])
+        except (OSError, ValueError, KeyError, TypeError):
+            model = None  # unfinished or damaged; its size still counts
+    last_used = max((modified for _, modified in files), default=0.0)
+    return CacheEntry(path.name, folder, path, sum(size for size, _ in files), last_used, model)
+
+
+def _files_under(path: Path) -> Iterator[tuple[int, float]]:
+    """Bytes and modification time of every file that is still there."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        try:
+            status = file.stat()
+        except OSError:
+            continue
+        if file.is_file():
+            yield status.st_size, status.st_mtime
+
+
+def _hash_file(path: Path) -> str:
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def _hash_json(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

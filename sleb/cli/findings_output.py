@@ -1,0 +1,96 @@
+"""Findings on a terminal: tables, and what both models say to a prompt. Knows records; computes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from sleb.cli.terminal import shown, table
+from sleb.formats.findings_tables import in_order, tables_of
+from sleb.records import Finding, Generation
+from sleb.runtime.findings_folder import of_kind
+
+_FLIPS_SHOWN = 12
+_CONTEXT = 6  # tokens before one that flipped
+
+
+def print_findings(found: Sequence[Finding]) -> None:
+    """All of them, the baseline before the shorter lists before the longer ones."""
+    for each in tables_of(found):
+        _titled(each.title, each.columns, each.rows)
+        for note in (*each.notes, *(f"Written, and proven then: {folder}" for folder in each.folders)):
+            print(shown_text(note))
+    _generations(of_kind(in_order(found), Generation))
+
+
+def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A title above the table may be longer than the table is wide."""
+    print(f"\n{shown_text(title)}")
+    table("", columns, rows)
+
+
+def _generations(found: Sequence[Generation]) -> None:
+    """What the unmodified model says stands once above what the lists say to the same prompt."""
+    for ask in dict.fromkeys(each.ask for each in found):
+        own = [each for each in found if each.ask == ask]
+        first = own[0]
+        print(
+            f"\nTo the prompt {_quoted(ask.prompt)}\n\n"
+            f"The unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
+            f"{shown_text(first.baseline_text)}"
+        )
+        for each in own:
+            if each.removal_list:
+                _generation(each)
+
+
+def _generation(found: Generation) -> None:
+    without = ", ".join(map(str, found.removal_list))
+    print(
+        f"\nWithout {without} ({_spoken(len(found.tokens), found.list_seconds)}, {_parting(found)}):\n"
+        f"{shown_text(found.text)}"
+    )
+    share = f" ({len(found.flips) / found.compared:.0%})" if found.compared else ""
+    title = (
+        f"{len(found.flips)} of {found.compared} predictions{share} on the unmodified model's text, prompt included, "
+        "are other tokens without these blocks"
+    )
+    text = [*found.prompt_tokens, *found.baseline_tokens]
+    rows = [
+        (
+            str(each.position),
+            _quoted("".join(text[max(0, each.position - _CONTEXT) : each.position])),
+            f"{_quoted(each.before)} {each.before_probability:.0%}",
+            f"{_quoted(each.after)} {each.after_probability:.0%}",
+        )
+        for each in found.flips[:_FLIPS_SHOWN]
+    ]
+    if not rows:
+        print(f"\n{title}.")
+        return
+    _titled(title, ("at", "after", "unmodified", "without"), rows)
+    if len(found.flips) > len(rows):
+        print(f"and {len(found.flips) - len(rows)} more; --json has all of them")
+
+
+def _parting(found: Generation) -> str:
+    """How long both say the same."""
+    pairs = zip(found.baseline_tokens, found.tokens, strict=False)
+    same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
+    if same is None:
+        return "the same text" if found.tokens == found.baseline_tokens else "the same as far as it goes"
+    return f"another text from token {same + 1} on"
+
+
+def _spoken(tokens: int, seconds: float) -> str:
+    return f"{tokens} token{'' if tokens == 1 else 's'} in {seconds:.1f} s"
+
+
+def _quoted(text: str) -> str:
+    """A piece of text in a cell, its spaces and line ends to be seen."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def shown_text(text: str) -> str:
+    """What a model says, without control characters."""
+    return shown(text).replace("\\[", "[")

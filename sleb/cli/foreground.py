@@ -1,0 +1,74 @@
+"""A job in the foreground: executed with its progress on the screen, prepared for later, or printed."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from sleb import execution
+from sleb.cli.findings_output import print_findings
+from sleb.cli.terminal import Screen, print_run
+from sleb.errors import BadInput, SlebError, Stopped
+from sleb.evaluation import request
+from sleb.formats.run_json import finding, summary
+from sleb.records import JobSpec, Run
+from sleb.runtime import findings_folder, job_processes, run_folder
+
+
+def execute_here(run: Run, job: JobSpec, as_json: bool) -> Run:
+    """Execute a job with its progress on the screen; what ends it early says how to go on."""
+    with Screen(as_json) as screen:
+        screen.begin(run)
+        try:
+            done = execution.execute(run, job, screen.watcher())
+        except (KeyboardInterrupt, Stopped) as stopped:
+            now = run_folder.load(run.run_dir)
+            count = len(now.trace.steps) if now.trace else 0
+            how = f"Go on with: sleb resume {run_folder.reference(run)}"
+            steps = "1 finished step" if count == 1 else f"{count} finished steps"
+            raise Stopped(f"Stopped after {steps}. {how}") from stopped
+        except BadInput:
+            raise
+        except SlebError as error:
+            how = f"Go on with: sleb resume {run_folder.reference(run)}"
+            raise type(error)(f"{error} {how}") from error
+        screen.end(done)
+    return done
+
+
+def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
+    """Write a job for `sleb work` to execute, and print its folder."""
+    job = job_processes.next_job(run, spec)
+    typer.echo(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
+
+
+def print_all(run: Run, as_json: bool) -> None:
+    """Print a run with everything that was found about its lists."""
+    found = findings_folder.findings(run.run_dir)
+    if as_json:
+        rows = [finding(each) for each in found]
+        typer.echo(json.dumps(summary(run) | {"findings": rows}))
+    else:
+        print_run(run)
+        print_findings(found)
+
+
+def execute_evaluation(run: Run, job: JobSpec, as_json: bool) -> None:
+    """Execute a job that judges lists here, and print what answers it."""
+    done = _evaluated(run, job, as_json)
+    found = request.answers(done)
+    if as_json:
+        rows = [finding(each) for each in found]
+        typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
+    else:
+        print_findings(found)
+
+
+def _evaluated(run: Run, job: JobSpec, as_json: bool) -> Run:
+    with Screen(as_json) as screen:
+        screen.begin(run)
+        try:
+            return execution.execute(run, job, screen.watcher())
+        except (KeyboardInterrupt, Stopped) as stopped:
+            raise Stopped("Stopped; what was found is kept, and the same command goes on from there.") from stopped

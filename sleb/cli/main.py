@@ -1,0 +1,111 @@
+"""The command line: its commands, and what becomes of an error. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from sleb.cli.evaluate import benchmark, evaluate, generate, heal, quantize
+from sleb.cli.export import export, report
+from sleb.cli.processes import dashboard, stop, work
+from sleb.cli.runs import bring_in, cache, delete, runs, show
+from sleb.cli.search import analyze, resume, search
+from sleb.errors import SlebError
+
+app = typer.Typer(
+    name="sleb",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Which transformer blocks can a language model lose, what does it cost, and how sure is that?\n\n"
+        "Try **sleb search demo** first: a real model and real text come with the installation.\n\n"
+        "Then **sleb search MODEL --ratio 0.2**, **sleb show RUN** and "
+        "**sleb export RUN --format hf --out FOLDER**."
+    ),
+)
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "search": search,
+    "analyze": analyze,
+    "resume": resume,
+    "show": show,
+    "runs": runs,
+    "stop": stop,
+    "delete": delete,
+    "import": bring_in,
+    "export": export,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "quantize": quantize,
+    "heal": heal,
+    "generate": generate,
+    "report": report,
+    "cache": cache,
+    "work": work,
+    "dashboard": dashboard,
+}
+"""In the order in which `--help` lists them."""
+_PASSING_OPTIONS_ON = {"dashboard": {"allow_extra_args": True, "ignore_unknown_options": True}}
+
+for _name, _command in _COMMANDS.items():
+    app.command(_name, context_settings=_PASSING_OPTIONS_ON.get(_name))(_command)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from sleb import __version__
+
+        typer.echo(f"sleb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What comes before any command."""
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
+    os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
+    handler = _ToScreen()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± must not end a search
+    try:
+        app(prog_name="sleb", standalone_mode=True)
+    except SlebError as error:
+        typer.echo(f"sleb: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more, and Python flushes once again
+        sys.exit(1)
+    except (OSError, UnicodeError) as error:
+        typer.echo(f"sleb: {error}", err=True)
+        sys.exit(1)
+
+
+class _ToScreen(logging.Handler):
+    """Warnings go to stderr as it is when they come: a live progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)

@@ -1,0 +1,122 @@
+"""Commands about processes: stop, work, dashboard."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sleb import execution, specs
+from sleb.cli.options import AllowPickle, RunName, TrustRemoteCode
+from sleb.errors import OptionError, RunBusy, RunError
+from sleb.records import JobState
+from sleb.runtime import dashboard_files, distributed, files, job_folder, job_processes, run_folder
+
+_NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
+
+
+def stop(run: RunName) -> None:
+    """Stop the process that is executing a run; what it finished is kept."""
+    found = run_folder.load(run)
+    job_processes.stop(found)
+    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}", err=True)
+
+
+def work(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
+) -> None:
+    """Execute a job that is waiting in a run folder (what the dashboard and clusters start).
+
+    Under torchrun give the job folder that --prepare printed: all processes must mean the same job.
+    """
+    directory = files.expanded(directory).absolute()
+    if not directory.is_dir():
+        raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
+    rank = distributed.rank_here()
+    if rank.size > 1 and directory.parent.name != "jobs":
+        raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
+    if rank.rank > 0:  # the first one has taken the job
+        execution.work(directory)
+        return
+    job_dir = _job_dir(directory)
+    try:
+        with_others = f" with {rank.size} processes" if rank.size > 1 else ""
+        typer.echo(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}", err=True)
+        done = execution.work(job_dir)
+        typer.echo(f"Finished {done.run_id}.", err=True)
+    except RunBusy:  # two asked at the same moment, and the other one has it
+        job_folder.withdraw_job(job_folder.load_job(job_dir))
+        raise
+
+
+def dashboard(
+    context: typer.Context,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
+    ] = "localhost",
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Open the dashboard: start runs and watch them, look at the evidence, take the list or the model away.
+
+    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code: only the two
+    options here can, for all runs started from it.
+    """
+    _require_dashboard()
+    _require_free(address, port)
+    allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
+    os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
+    settings = [f"--server.port={port}", f"--server.address={address}"]
+    os.execv(sys.executable, dashboard_files.command([*settings, *context.args]))
+
+
+def _require_dashboard() -> None:
+    """Whether it is there, which it is wherever the package was installed whole."""
+    if not dashboard_files.MAIN.is_file():
+        raise OptionError(_NO_DASHBOARD)
+
+
+def _require_free(address: str, port: int) -> None:
+    """Whether the dashboard can listen there, said before it starts."""
+    try:
+        if not address.strip():
+            raise OSError
+        family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise OptionError(f"--address {address!r} is no address; use localhost, or one of this machine.") from error
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                how = ' (make run ARGS="--port 8502")' if (dashboard_files.ROOT / "Makefile").is_file() else ""
+                raise OptionError(
+                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{how}."
+                ) from error
+            raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
+
+
+def _job_dir(directory: Path) -> Path:
+    if directory.parent.name == "jobs":
+        run = job_processes.watched(run_folder.load(directory.parent.parent))
+        state = next((job.status.state for job in run.jobs if job.name == directory.name), None)
+        if state is JobState.RUNNING:
+            job_processes.require_idle(run)
+        if state not in (JobState.QUEUED, JobState.INTERRUPTED):
+            how = f"Go on with: sleb resume {run_folder.reference(run)}"
+            raise RunError(f"Job {directory.name} is {state.value if state else 'not there'}, not waiting. {how}")
+        return directory
+    run = job_processes.watched(run_folder.load(directory))
+    waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]
+    if not waiting:
+        if execution.is_finished(run):
+            raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {run_folder.reference(run)}")
+        return job_processes.next_job(run, specs.job_spec(run.spec.kind)).directory
+    return waiting[-1].directory

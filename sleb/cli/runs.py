@@ -1,0 +1,87 @@
+"""Commands about what there is: show, runs, delete, import, cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sleb import api
+from sleb.cli.foreground import print_all
+from sleb.cli.options import Json, RunName
+from sleb.cli.terminal import print_runs, table
+from sleb.errors import RunError
+from sleb.formats.run_json import summary
+from sleb.records import Run
+from sleb.runtime import job_processes, run_folder
+from sleb.runtime.progress import duration
+from sleb.runtime.run_index import Outline, list_outlines
+
+
+def show(run: RunName, as_json: Json = False) -> None:
+    """Print a run: baseline, steps with their evidence, removal list, and what was measured of its lists."""
+    print_all(api.load(run), as_json)
+
+
+def runs(as_json: Json = False) -> None:
+    """List all runs, newest first."""
+    found: list[Any] = list(run_folder.list_runs() if as_json else list_outlines())
+    if as_json:
+        rows = [{**summary(run), "state": job_processes.state_of(run).value} for run in found if isinstance(run, Run)]
+        typer.echo(json.dumps({"runs": rows}))
+    else:
+        print_runs([run for run in found if isinstance(run, Outline)])
+    for error in found:
+        if isinstance(error, RunError):
+            typer.echo(f"sleb: {error}", err=True)
+
+
+def delete(
+    run: RunName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a run folder for good."""
+    directory = run_folder.locate(run)
+    run_folder.refuse_sample(directory)
+    if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
+        raise typer.Exit(1)
+    job_processes.delete(directory)
+    typer.echo(f"Deleted {directory}.", err=True)
+
+
+def bring_in(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere, or a recorded sample's name.")
+    ],
+) -> None:
+    """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
+    typer.echo(job_processes.bring_in(folder).run_id)
+
+
+def cache(
+    clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is cached, or clear it. Runs are not touched."""
+    from sleb.analysis import block_output_cache as block_cache
+
+    if clear is not None:
+        gone = block_cache.clear(run_folder.home(), clear)
+        freed = sum(entry.bytes for entry in gone)
+        if as_json:
+            typer.echo(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
+        typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
+        return
+    found = block_cache.usage(run_folder.home())
+    if as_json:
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
+        typer.echo(json.dumps({"entries": rows}))
+        return
+    table(
+        f"Cache in {run_folder.home() / 'cache'}",
+        ("folder", "entry", "model", "MB", "last used"),
+        [(e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago") for e in found],
+    )

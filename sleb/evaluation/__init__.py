@@ -1,0 +1,1 @@
+"""What a removal list costs and buys."""

@@ -1,0 +1,174 @@
+"""What a job that judges removal lists works on: the model of a run, open, and what is already known of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch import nn
+
+from sleb.errors import ExportError, OptionError
+from sleb.evaluation import perplexity
+from sleb.export.removal import streamlined
+from sleb.methods.statistics import measured
+from sleb.model.block_stack import BlockStack
+from sleb.model.generation import positions_of
+from sleb.model.loading import LoadedModel
+from sleb.records import Finding, JobSpec, RemovalList, Run, TextPerplexity
+from sleb.runtime import findings_folder, job_folder
+from sleb.runtime.progress import Meter
+from sleb.scoring.sweep import Scorer
+
+F = TypeVar("F", bound=Finding)
+
+
+@dataclass
+class Subject:
+    """The model of a run, and where what is found about it goes."""
+
+    run: Run
+    job: JobSpec
+    job_dir: Path
+    loaded: LoadedModel
+    stack: BlockStack
+    meter: Meter
+    answered: list[str] = field(default_factory=list)
+    """Questions that were asked, whether the answer was known or found now."""
+
+    @property
+    def model(self) -> Any:
+        """The unmodified model, in evaluation mode on its device."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its own."""
+        return self.loaded.tokenizer
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this model's blocks cannot be replayed, so that each skip set takes a forward pass of its own."""
+        return self.run.stack is not None and self.run.stack.self_check.scoring == "plain"
+
+    def require_within(self, lists: tuple[RemovalList, ...]) -> None:
+        """Raises `OptionError` where a list does not fit the model."""
+        count = len(self.stack)
+        for each in lists:
+            outside = [block for block in each if block >= count]
+            if outside:
+                raise OptionError(f"The removal list names block {outside[0]}; the model has blocks 0 to {count - 1}.")
+            if len(each) >= count:
+                raise OptionError(f"The removal list names all {count} blocks; at least one must stay.")
+        needed = {} if self.run.stack is None else self.run.stack.self_check.protected
+        missed = sorted({block for each in lists for block in each} & set(needed))
+        if missed:
+            raise OptionError(f"Block {missed[0]} cannot be removed: {needed[missed[0]]}.")
+
+    def known(self, kind: type[F]) -> list[F]:
+        """Findings of one kind that are there already."""
+        return findings_folder.of_kind(findings_folder.findings(self.run.run_dir), kind)
+
+    def keep(self, finding: Finding) -> None:
+        """Write one down, at once."""
+        findings_folder.keep(self.run.run_dir, finding)
+        self.answer(finding)
+
+    def answer(self, finding: Finding) -> None:
+        """It was asked for, and is there."""
+        if finding.question not in self.answered:
+            self.answered.append(finding.question)
+        job_folder.write_result(self.job_dir, {"findings": self.answered})
+
+    def windows(self, name: str, *, window: int, bos: Any = "no", limit: int | None = None) -> perplexity.Windows:
+        """A text, cut for this model."""
+        limited = positions_of(self.model.config)
+        if limited is not None and window > limited:
+            raise OptionError(
+                f"Windows of {window} tokens are longer than the {limited} positions of the model. "
+                f"Use --window {limited} or less."
+            )
+        self.meter.phase(f"Reading {name}")
+        found = perplexity.windows(
+            name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
+        )
+        has_splits = name in ("wikitext2", "c4")  # a search reads the training text, an evaluation the other one
+        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and not has_splits:
+            said = f"{found.text.description}; the blocks were chosen on a part of it"
+            found = replace(found, text=found.text.model_copy(update={"description": said}))
+        return found
+
+    def scorer(self, windows: perplexity.Windows, stack: BlockStack | None = None) -> Scorer:
+        """Scores lists on a text; on another model with the same blocks where `stack` is given."""
+        return Scorer(
+            stack or self.stack,
+            windows.ids,
+            batch_size=self.job.batch_size,
+            plain=self.is_plain,
+            watch=self.meter.advance,
+        )
+
+    def perplexities(
+        self, windows: perplexity.Windows, lists: tuple[RemovalList, ...]
+    ) -> dict[RemovalList, np.ndarray]:
+        """Nats of the baseline and of each list on every window: what is known is read, the rest is found and kept."""
+        wanted = tuple(dict.fromkeys([(), *lists]))
+        table = findings_folder.Table(self.run.run_dir, windows.text, self.loaded.dtype)
+        rows, started = table.read(), time.perf_counter()
+        scorer = self.scorer(windows)
+        ahead = [each for each in wanted if each not in rows or np.isnan(rows[each]).any()]
+        if ahead:
+            self.meter.expect(scorer.cost(ahead, len(windows.ids)).units(scorer.head_weight), 0, 0)
+            self.meter.within(f"Perplexity on {windows.text.name}")
+        nats = perplexity.score(scorer, wanted, rows, lambda found: table.write(rows | found))
+        seconds = (time.perf_counter() - started) / max(1, len(ahead))
+        have = {each.question: each for each in self.known(TextPerplexity)}
+        for each in wanted:
+            mean, error = perplexity.rise(nats[each], nats[()], windows.token_counts) if each else (None, None)
+            finding = TextPerplexity(
+                **self.facts(each, seconds),
+                text=windows.text,
+                measured=measured(nats[each], windows.token_counts),
+                rise=mean,
+                rise_standard_error=error,
+            )
+            if each in ahead or finding.question not in have:
+                self.keep(finding)
+            else:
+                self.answer(finding)
+        return nats
+
+    def facts(self, removal_list: RemovalList, seconds: float) -> dict[str, Any]:
+        """What every finding says."""
+        return dict(
+            removal_list=removal_list,
+            dtype=self.loaded.dtype,
+            device=self.loaded.device,
+            seconds=seconds,
+            finished=time.time(),
+        )
+
+    @contextmanager
+    def without(self, removal_list: RemovalList) -> Iterator[nn.Module]:
+        """The model without these blocks, ready to generate with its cache; shares its weights with the original.
+
+        Where the family's config cannot express that, the original with the blocks skipped.
+        """
+        if not removal_list:
+            yield self.model
+            return
+        try:
+            twin = streamlined(self.model, removal_list)
+        except ExportError:
+            with self.stack.skipping(removal_list):
+                yield self.model
+            return
+        yield twin
+
+    def num_removed(self, removal_list: RemovalList) -> str:
+        """For a line of progress."""
+        return f"{len(removal_list)} of {len(self.stack)} blocks removed" if removal_list else "the unmodified model"

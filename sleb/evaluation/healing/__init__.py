@@ -1,0 +1,1 @@
+"""Healing a streamlined model: least squares at its cuts, adapters, or both."""

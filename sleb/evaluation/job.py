@@ -1,0 +1,54 @@
+"""The jobs that evaluate removal lists: which module does which, on which model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sleb.errors import RunError
+from sleb.evaluation import continuations, perplexity_and_accuracy, quantization, timing
+from sleb.evaluation.evaluated_model import Subject
+from sleb.evaluation.healing import job as healing
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import LoadedModel
+from sleb.model.run_model import require_same_weights
+from sleb.records import Job, JobSpec, Run
+from sleb.runtime import record_files
+from sleb.runtime.progress import Meter, Watcher
+from sleb.scoring.stack_description import describe
+
+EVALUATORS: dict[str, Any] = {
+    "evaluate": perplexity_and_accuracy,
+    "benchmark": timing,
+    "quantize": quantization,
+    "heal": healing,
+    "generate": continuations,
+}
+"""The module that answers each kind of question: `require` before the model is loaded, `work` with it."""
+
+
+def evaluator_of(job: JobSpec) -> Any:
+    """The module that answers what a job asks about removal lists; None where it asks nothing about them."""
+    if job.ask is None:
+        if job.kind in EVALUATORS:
+            raise RunError(f"The job's spec.json does not say what to {job.kind}; it is damaged.")
+        return None
+    return EVALUATORS[job.ask.kind]
+
+
+def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> Subject:
+    """The model as it was searched, or, in a run that searches nothing, as it is found now."""
+    assert job.spec.ask is not None
+    stack = BlockStack(loaded.model)
+    if run.stack is None:
+        if run.spec.kind != "evaluate":
+            raise RunError(f"Run {run.run_id} has not opened its model yet. Go on with it first: sleb resume.")
+        meter.phase("Checking the sweep against plain forward passes")
+        described = describe(stack, loaded)
+        record_files.write_stack(run.run_dir, described)
+        run = run.model_copy(update={"stack": described})
+        watcher.described(described)
+    else:
+        require_same_weights(run, job.spec, loaded)
+    subject = Subject(run, job.spec, job.directory, loaded, stack, meter)
+    subject.require_within(job.spec.ask.lists)
+    return subject

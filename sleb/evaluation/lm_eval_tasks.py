@@ -1,0 +1,368 @@
+"""lm-eval's tasks by name, with their examples. Knows tasks; never sees a model.
+
+What lm-eval and the libraries below it print, draw, seed and warn about reaches nobody else (`apart`, `seeded`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from sleb.errors import OptionError
+from sleb.records import EvaluateSpec
+from sleb.runtime.files import expanded
+
+log = logging.getLogger(__name__)
+
+# What a task's YAML, its functions and its data set raise where they are absent, damaged, or not for this model.
+_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    NameError,
+    SyntaxError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+)
+_TELLING = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers")  # libraries that log while they work
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A task, loaded with its examples."""
+
+    task: Any
+    name: str
+    shots: int
+    count: int
+    """Examples to evaluate."""
+    limit: int | None
+    """None where that is all of them."""
+    digest: str
+    """Of the examples, and of how they are put and scored."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What makes the question."""
+        of_task = f"{self.task.VERSION}, lm-eval {version('lm_eval')}"
+        return dict(task=self.name, shots=self.shots, limit=self.limit, version=of_task, examples_hash=self.digest)
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """What an ask names: tasks in its order, and groups, inner ones before outer ones."""
+
+    leaves: dict[str, Leaf]
+    groups: tuple[Any, ...]
+
+    def asked(self, group: Any) -> dict[str, Any]:
+        """What makes the question of a group's aggregate."""
+        leaves = self.of(group)
+        digest = _digest([group.aggregate_metric_list, [leaf.asked for leaf in leaves]])
+        shots, limits = ({getattr(leaf, name) for leaf in leaves} for name in ("shots", "limit"))
+        return dict(
+            task=group.name,
+            shots=shots.pop() if len(shots) == 1 else None,
+            limit=max((each for each in limits if each is not None), default=None),
+            version=f"{group.version}, lm-eval {version('lm_eval')}",
+            examples_hash=digest,
+            subtasks=tuple(leaf.name for leaf in leaves),
+        )
+
+    def of(self, group: Any) -> list[Leaf]:
+        """A group's tasks."""
+        return [self.leaves[task.task_name] for task in group.get_all_tasks()]
+
+
+def load(ask: EvaluateSpec) -> Tasks:
+    """The tasks by name, with their examples. Raises `OptionError`."""
+    folder = None if ask.task_folder is None else expanded(Path(ask.task_folder))
+    if folder is not None and not folder.is_dir():
+        raise OptionError(
+            f"There is no task folder {folder}: --task-folder takes a folder with tasks in lm-eval's YAML."
+        )
+    try:
+        from lm_eval.tasks import TaskManager  # noqa: F401
+    except ImportError as error:
+        raise OptionError(f"Accuracy on tasks needs lm-eval: pip install 'sleb[tasks]' ({error}).") from error
+    leaves: dict[str, Leaf] = {}
+    groups: dict[str, Any] = {}
+    grouped: set[str] = set()
+    with apart(), seeded():
+        manager = _manager(ask.tasks, folder)
+        for name in ask.tasks:
+            found = _found(manager, name, folder)
+            inside = {task.task_name for group in found["groups"].values() for task in group.get_all_tasks()}
+            for task in found["tasks"].values():
+                twice = task.task_name in leaves
+                if twice and task.task_name in inside | grouped:  # a group may put the same task differently
+                    raise OptionError(f"Task {task.task_name!r} is asked for twice, the second time by {name!r}.")
+                if not twice:
+                    leaves[task.task_name] = _leaf(task, ask)
+            grouped |= inside
+            for group in found["groups"].values():
+                groups.setdefault(group.name, group)
+    inner_first = sorted(groups.values(), key=lambda group: len(group.get_all_groups()))
+    return Tasks(leaves, tuple(group for group in inner_first if group.has_aggregation))
+
+
+def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
+    """lm-eval's index of tasks. Reading all of its own takes four seconds; a folder that has all that is asked for
+    needs none of them."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is None:
+        return _own()
+    alone = TaskManager(include_path=str(folder), include_defaults=False)
+    if all(_is_complete(alone.task_index, name) for name in names):
+        return alone
+    return TaskManager(include_path=str(folder))
+
+
+def _is_complete(index: Any, name: str) -> bool:
+    """Whether a task is in an index, or a group with all its members."""
+    if name not in index:
+        return False
+    members = (index[name].cfg or {}).get("task")
+    return not isinstance(members, list) or all(isinstance(each, str) and _is_complete(index, each) for each in members)
+
+
+@cache
+def _own() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _found(manager: Any, name: str, folder: Path | None) -> Any:
+    """Tasks and groups of one name. Raises `OptionError` where there are none, or their examples are not there."""
+    if name not in manager.task_index:
+        where = "" if folder is None else f" and {folder}"
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        nearest = f"; the nearest are {', '.join(near)}" if near else ""
+        command = "lm-eval ls tasks" + ("" if folder is None else f" --include_path {folder}")
+        unread = "" if folder is None else _unreadable(folder)
+        raise OptionError(
+            f"There is no task {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
+        )
+    try:
+        found = manager.load([name])
+        if not found["tasks"]:
+            raise OptionError(f"{name!r} is a group without tasks.")
+        return found
+    except OptionError:
+        raise
+    except ConnectionError as error:  # the hub's, as datasets puts it
+        raise OptionError(
+            f"The examples of task {name!r} could not be fetched ({first_line(error)}): they come from the Hugging "
+            "Face hub. Check the network, or run it once where there is one and bring its cache along (HF_HOME); a "
+            "task with examples in local files goes into a --task-folder."
+        ) from error
+    except failures() as error:
+        log.info("Task %s", name, exc_info=True)
+        raise OptionError(
+            f"Task {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}). Check its YAML, the files "
+            "it names and the libraries it needs."
+        ) from error
+
+
+def _unreadable(folder: Path) -> str:
+    """The first file that lm-eval passed over in silence because it is no YAML."""
+    from lm_eval.tasks import TaskManager
+    from yaml import YAMLError
+
+    passed: list[tuple[Any, ...]] = []
+
+    class Hearing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if isinstance(record.args, tuple):
+                passed.append(record.args)
+
+    logger, handler = logging.getLogger("lm_eval"), Hearing(logging.DEBUG)
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(handler)
+    try:
+        TaskManager(include_path=str(folder), include_defaults=False)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    errors = [args for args in passed if len(args) == 2 and isinstance(args[1], YAMLError)]
+    return f" {errors[0][0]} is no YAML that it could read ({first_line(errors[0][1])})." if errors else ""
+
+
+def _leaf(task: Any, ask: EvaluateSpec) -> Leaf:
+    name = task.task_name
+    if getattr(task, "UNSAFE_CODE", False):
+        raise OptionError(f"Task {name!r} runs code that the model has written, which is not done here.")
+    if getattr(task, "MULTIMODAL", False):
+        raise OptionError(f"Task {name!r} needs more than text.")
+    own = task.get_config("num_fewshot")
+    shots = own or 0
+    if ask.shots is not None and ask.shots != shots:
+        if own == 0:  # as lm-eval has it: a task that says none gets none
+            log.warning("Task %s says itself that it has no examples in the prompt; --shots is nothing to it.", name)
+        else:
+            shots = ask.shots
+    task.set_config("num_fewshot", shots)
+    try:
+        docs = list(itertools.islice(task.eval_docs, ask.limit))
+        whole = len(task.eval_docs)
+        shown = list(task.sampler.df) if shots and hasattr(task, "sampler") else []
+        digest = _digest([_config(task), docs, shown])
+    except failures() as error:
+        raise OptionError(
+            f"The examples of task {name!r} cannot be read ({type(error).__name__}: {first_line(error)})."
+        ) from error
+    return Leaf(
+        task=task,
+        name=name,
+        shots=shots,
+        count=len(docs),
+        limit=ask.limit if len(docs) < whole else None,
+        digest=digest,
+    )
+
+
+def _config(task: Any) -> dict[str, Any]:
+    """How examples are put and scored; where they lie is nothing to them."""
+    config = dict(vars(task.config))
+    config["metadata"] = {key: value for key, value in (config["metadata"] or {}).items() if key != "config_source"}
+    for name in ("dataset_path", "dataset_name", "dataset_kwargs"):
+        config.pop(name, None)
+    return config | {"class": type(task)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_as_json).encode()).hexdigest()[:32]
+
+
+def _as_json(value: Any) -> Any:
+    """Functions of a task are the file that they are written in: what they call counts as well."""
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if callable(value):
+        try:
+            return Path(inspect.getsourcefile(value) or "").read_text(encoding="utf-8")
+        except (TypeError, OSError):
+            return getattr(value, "__qualname__", type(value).__qualname__)
+    if hasattr(value, "__dict__"):
+        return vars(value)
+    return str(value)
+
+
+class _Passing(logging.Handler):
+    """What other libraries log goes into the job's log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log.info("%s: %s", record.name, record.getMessage())
+
+
+@contextmanager
+def apart(level: int = logging.WARNING) -> Iterator[None]:
+    """Nothing is printed, drawn or warned about: stdout belongs to results, stderr to our own progress."""
+    from tqdm import tqdm
+
+    drawn, said, passing = tqdm.__init__, io.StringIO(), _Passing(level)
+    loggers = [logging.getLogger(name) for name in _TELLING]
+    before = [(each, each.handlers, each.propagate) for each in loggers]
+    with ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(warnings.catch_warnings(action="ignore"))
+        stack.enter_context(_quiet_children())
+        try:
+            for each in loggers:
+                each.handlers, each.propagate = [passing], False
+            tqdm.__init__ = lambda bar, *args, **kwargs: drawn(bar, *args, **(kwargs | {"disable": True}))
+            yield
+        finally:
+            tqdm.__init__ = drawn
+            for each, handlers, propagate in before:
+                each.handlers, each.propagate = handlers, propagate
+            if said.getvalue().strip():
+                log.info("lm-eval: %s", said.getvalue().strip())
+
+
+@contextmanager
+def _quiet_children() -> Iterator[None]:
+    """lm-eval forks to bootstrap, and ends those processes by a SIGTERM that is no request to stop this one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here = os.getpid()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def told(number: int, frame: FrameType | None) -> None:
+        handler = before[signal.Signals(number)]
+        if os.getpid() != here:
+            os._exit(0)
+        if callable(handler):
+            handler(number, frame)
+
+    try:
+        for number, handler in before.items():
+            if callable(handler):
+                signal.signal(number, told)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def seeded(device: torch.device | None = None) -> Iterator[None]:
+    """lm-eval's own seeds; whoever draws afterwards draws what they would have drawn."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            np.random.set_state(numpy_state)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """With the errors of libraries below lm-eval that descend from none of Python's."""
+    from datasets.exceptions import DatasetsError
+    from jinja2 import TemplateError
+    from yaml import YAMLError
+
+    return *_FAILURES, DatasetsError, TemplateError, YAMLError
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

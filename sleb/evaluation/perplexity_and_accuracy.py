@@ -1,0 +1,22 @@
+"""Judges removal lists by perplexity and accuracy: what `sleb evaluate` does, once the model is open."""
+
+from __future__ import annotations
+
+from sleb.evaluation import perplexity, task_accuracy
+from sleb.evaluation.evaluated_model import Subject
+from sleb.records import EvaluateSpec
+
+
+def require(ask: EvaluateSpec) -> None:
+    """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    perplexity.require_there(ask.texts)
+    if ask.tasks:
+        task_accuracy.require(ask)
+
+
+def work(subject: Subject, ask: EvaluateSpec) -> None:
+    """All texts, then all tasks; whatever is known already is not computed again."""
+    for name in ask.texts:
+        subject.perplexities(subject.windows(name, window=ask.window, bos=ask.bos, limit=ask.limit), ask.lists)
+    if ask.tasks:
+        task_accuracy.work(subject, ask)

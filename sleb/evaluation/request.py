@@ -1,0 +1,131 @@
+"""A question about removal lists, checked, and the run that keeps its answer. Imports no torch.
+
+The subject is a run, of which some steps' lists are evaluated, or a model and a list from anywhere: then a run that
+searches nothing keeps what is found, and the next question about the same list finds it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from sleb import specs
+from sleb.errors import OptionError, RunError
+from sleb.records import NAMED_TEXTS, Ask, Finding, JobSpec, RemovalList, Run, RunSpec, sorted_list
+from sleb.runtime import files, findings_folder, run_folder
+from sleb.runtime.files import read_json
+
+RunOrModel = str | PathLike[str] | Run
+
+
+def subject_run(
+    subject: RunOrModel,
+    removal_list: Sequence[int] | None,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    run_dir: str | PathLike[str] | None = None,
+) -> Run:
+    """The run that keeps what is found: the one named, or one for this model and list, made where there is none.
+
+    Raises `OptionError` where a run is named with what only a model can be given, `RunError` for a damaged one.
+    """
+    try:
+        found = run_folder.locate(subject.run_dir if isinstance(subject, Run) else subject)
+    except RunError as error:
+        if isinstance(subject, Run):
+            raise
+        if removal_list is None:
+            raise RunError(
+                f"There is no run {str(subject)!r}. For a model, say which blocks: --removal-list '[14, 23]', "
+                "or '[]' for the unmodified one."
+            ) from error
+    else:
+        for option, value in (("--dtype", dtype != "auto"), ("--revision", revision), ("--run-dir", run_dir)):
+            if value:
+                raise OptionError(f"{option} is for a model; run {found.name} has its own. Leave it out.")
+        run_folder.refuse_sample(found)
+        return run_folder.load(found)
+    given = sorted_list(_list(removal_list))  # the order of removal is nothing to a model
+    spec = specs.run_spec(str(subject), kind="evaluate", dtype=dtype, revision=revision)  # type: ignore[arg-type]
+    try:
+        spec = RunSpec.model_validate(spec.model_dump() | {"given": given, "held_out": 0, "analysis": False})
+    except ValidationError as error:
+        raise OptionError(specs.sentence(error)) from error
+    if run_dir is None:
+        same = (each for each in run_folder.list_runs() if isinstance(each, Run) and each.spec == spec)
+        known = next(same, None)
+        if known is not None:
+            return known
+    return run_folder.create(spec, None if run_dir is None else Path(run_dir))
+
+
+def lists_of(
+    run: Run, removal_list: Sequence[int] | None = None, steps: int | None = None, all_steps: bool = False
+) -> tuple[RemovalList, ...]:
+    """The lists that are asked for. Raises `OptionError`, or `RunError` for a run without steps."""
+    asked = [removal_list is not None, steps is not None, all_steps]
+    if sum(asked) > 1:
+        raise OptionError("Give one of --removal-list, --steps and --all-steps.")
+    if removal_list is not None:
+        given = _list(removal_list)
+        return (sorted_list(given),) if given else ()
+    if run.spec.kind == "evaluate":
+        if steps is not None or all_steps:
+            raise RunError(f"Run {run.run_id} searched nothing and has no steps; leave --steps and --all-steps out.")
+        return (sorted_list(run.spec.given or ()),) if run.spec.given else ()
+    if steps == 0:
+        return ()
+    if all_steps:
+        return tuple(dict.fromkeys(sorted_list(step.removal_list) for step in run.require_trace().by_length))
+    return (sorted_list(run.removal_list_after(steps)),)
+
+
+def job_of(ask: Ask, **how: Any) -> JobSpec:
+    """A job that asks this. Raises `OptionError`."""
+    job = specs.job_spec(ask.kind, **how)
+    return JobSpec.model_validate(job.model_dump() | {"ask": ask})
+
+
+def ask_of(record: type[Any], **settings: Any) -> Any:
+    """A question, checked. Raises `OptionError` out of range."""
+    try:
+        return record.model_validate(settings)
+    except ValidationError as error:
+        raise OptionError(specs.sentence(error)) from error
+
+
+def answers(run: Run) -> list[Finding]:
+    """What the newest judging job of a run was asked, in the order in which it was answered."""
+    own = [job for job in run.jobs if job.spec.ask is not None]
+    if not own:
+        return []
+    questions = read_json(own[-1].directory / "result.json")["findings"]
+    found = {each.question: each for each in findings_folder.findings(run.run_dir)}
+    return [found[each] for each in questions if each in found]
+
+
+def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
+    blocks = tuple(removal_list)
+    wrong = [block for block in blocks if not isinstance(block, int) or isinstance(block, bool) or block < 0]
+    if wrong:
+        raise OptionError(f"A removal list holds block indices from 0 on; found {wrong[0]!r}.")
+    twice = [block for block in blocks if blocks.count(block) > 1]
+    if twice:
+        raise OptionError(f"The removal list names block {twice[0]} twice.")
+    return blocks
+
+
+def text_name(name: str) -> str:
+    """Files are kept absolute, so that a job finds them from any directory."""
+    name = specs.text("A text", name)
+    return name if name in NAMED_TEXTS else str(files.expanded(Path(name)).absolute())
+
+
+def folder_name(out: str | PathLike[str] | None) -> str | None:
+    """A folder to write or to read from, absolute."""
+    return None if out is None else str(files.expanded(Path(specs.text("A folder", out))).absolute())

@@ -1,0 +1,281 @@
+"""Seconds of removal lists and of the baseline, in turn on the same input. Reads no text, judges no prediction.
+
+What is timed is the model's own `generate`, which every family has and which users of the smaller model call: reading a
+prompt is the time to the first token, generating is a fixed number of tokens from a short prompt, whatever ends a
+sentence. The baseline and all lists take one turn each in every round, in the opposite order every other round, so that
+a machine that grows slower or faster does so for all of them.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from sleb.errors import ModelError, OptionError, ScoringError
+from sleb.evaluation.evaluated_model import Subject
+from sleb.model.generation import cache_bytes, continued, positions_of, require_resident
+from sleb.model.out_of_memory import is_out_of_memory
+from sleb.records import BenchmarkSpec, RemovalList, Timing
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is timed, and how often."""
+
+    name: Literal["prompt", "generation"]
+    sequences: int
+    tokens: int
+    prompt_tokens: int  # that generation begins from; none of its own for a prompt
+    repetitions: int
+
+    @property
+    def asked(self) -> str:
+        return f"--{self.name} {self.sequences}x{self.tokens}"
+
+    @property
+    def read(self) -> int:
+        """Tokens of each sequence that go in."""
+        return self.tokens if self.name == "prompt" else self.prompt_tokens
+
+    @property
+    def generated(self) -> int:
+        """Tokens of each sequence that come out; a prompt has been read when its first one does."""
+        return 1 if self.name == "prompt" else self.tokens
+
+
+@dataclass
+class _Turn:
+    """Whose turn it is: the baseline or a list, and what was measured of it so far."""
+
+    removal_list: RemovalList
+    model: nn.Module
+    gone: bool
+    times: list[float] = field(default_factory=list)
+    cache_bytes: int = 0
+    peak_memory: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Of the model that ran; shared ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def require(ask: BenchmarkSpec) -> None:
+    """What can be refused before minutes of loading. Raises `OptionError`."""
+    if ask.prompt is None and ask.generation is None:
+        raise OptionError("Nothing to measure: give --prompt or --generation a shape such as 1x2048.")
+
+
+def work(subject: Subject, ask: BenchmarkSpec) -> None:
+    """Both shapes one after the other, each kept when it is done.
+
+    Raises `OptionError` for a shape that the model has no positions for, `ScoringError` for one that memory has no room
+    for, `ModelError` where the family cannot generate.
+    """
+    require(ask)
+    require_resident(subject.stack.streamed, "timing it")
+    shapes = _shapes(ask)
+    for shape in shapes:
+        _require_positions(subject, shape)
+    for shape in shapes:
+        asked = {each: _asked(subject, shape, each) for each in ask.lists or ((),)}
+        known = {each.question: each for each in subject.known(Timing) if len(each.times) >= shape.repetitions}
+        ahead = [each for each in asked if asked[each].question not in known]
+        found = _measured(subject, shape, ahead) if ahead else {}
+        for each in asked:
+            if each in found:
+                subject.keep(found[each])
+            else:
+                subject.answer(known[asked[each].question])
+
+
+def _shapes(ask: BenchmarkSpec) -> list[_Shape]:
+    shapes = []
+    if ask.prompt is not None:
+        shapes.append(_Shape("prompt", *ask.prompt, 0, ask.prompt_repetitions))
+    if ask.generation is not None:
+        shapes.append(_Shape("generation", *ask.generation, ask.generation_prompt, ask.generation_repetitions))
+    return shapes
+
+
+def _require_positions(subject: Subject, shape: _Shape) -> None:
+    limit = positions_of(subject.stack.config)
+    if limit is None or shape.read + shape.generated - 1 <= limit:  # the last token is not read
+        return
+    if shape.name == "prompt":
+        raise OptionError(
+            f"{shape.asked}: the model has {limit} positions, fewer than {shape.tokens} tokens; "
+            f"give --prompt {shape.sequences}x{limit} or less."
+        )
+    room = limit - shape.prompt_tokens + 1
+    advice = f"give --generation {shape.sequences}x{room} or less" if room > 0 else "lower --generation-prompt"
+    raise OptionError(
+        f"{shape.asked} after a prompt of {shape.prompt_tokens} tokens: the model has {limit} positions; {advice}."
+    )
+
+
+def _asked(subject: Subject, shape: _Shape, removal_list: RemovalList) -> Timing:
+    """A timing without an answer: what makes its question."""
+    return Timing.model_construct(removal_list=removal_list, dtype=subject.loaded.dtype, **_where(subject, shape))
+
+
+def _where(subject: Subject, shape: _Shape) -> dict[str, Any]:
+    """What is timed, and on what machine."""
+    gpus = _gpus(subject.model)
+    name = " + ".join(torch.cuda.get_device_name(index) for index in gpus)
+    return dict(
+        shape=shape.name,
+        sequences=shape.sequences,
+        tokens=shape.tokens,
+        prompt_tokens=shape.prompt_tokens,
+        device=name or subject.loaded.device,
+        threads=None if gpus else torch.get_num_threads(),
+        host=socket.gethostname(),
+    )
+
+
+def _measured(subject: Subject, shape: _Shape, lists: list[RemovalList]) -> dict[RemovalList, Timing]:
+    """All these lists beside the baseline, round by round."""
+    what = f"{shape.sequences} x {shape.tokens}"
+    subject.meter.phase(f"Reading a prompt: {what} tokens" if shape.name == "prompt" else f"Generating: {what} tokens")
+    started = time.perf_counter()
+    try:
+        with _turns(subject, lists) as turns:
+            _take_turns(subject, shape, turns)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        half = f"{max(1, shape.sequences // 2)}x{shape.tokens if shape.sequences > 1 else max(1, shape.tokens // 2)}"
+        raise ScoringError(
+            f"Out of memory with {shape.asked}; lower it, to {half} for one, or choose a smaller --dtype."
+        ) from error
+    seconds = (time.perf_counter() - started) / len(lists)
+    baseline, blocks = turns[0], len(subject.stack)
+    return {
+        each.removal_list: Timing(
+            **subject.facts(each.removal_list, seconds)
+            | _where(subject, shape)
+            | dict(
+                baseline_times=tuple(baseline.times),
+                times=tuple(each.times),
+                baseline_peak_memory=baseline.peak_memory,
+                peak_memory=each.peak_memory,
+                baseline_cache_bytes=baseline.cache_bytes,
+                cache_bytes=each.cache_bytes,
+                baseline_parameters=baseline.parameters,
+                parameters=each.parameters,
+                proportional=blocks / (blocks - len(each.removal_list)),
+                gone=each.gone,
+            )
+        )
+        for each in turns
+        if each.removal_list in lists
+    }
+
+
+@contextmanager
+def _turns(subject: Subject, lists: list[RemovalList]) -> Iterator[list[_Turn]]:
+    """The baseline first, then the lists; all of them in memory at once, with the weights of one."""
+    with ExitStack() as held:
+        turns = [_Turn((), subject.model, gone=True)]
+        for each in lists:
+            if not each:
+                continue
+            of_its_own = ExitStack()
+            model = of_its_own.enter_context(subject.without(each))
+            if model is subject.model:
+                of_its_own.close()  # skipped when it is its turn: the baseline shares the model
+            else:
+                held.enter_context(of_its_own)
+            turns.append(_Turn(each, model, gone=model is not subject.model))
+        yield turns
+
+
+def _take_turns(subject: Subject, shape: _Shape, turns: list[_Turn]) -> None:
+    ids = _ids(subject, shape)
+    total, done = (shape.repetitions + 1) * len(turns), 0
+    for number in range(shape.repetitions + 1):
+        for turn in turns if number % 2 == 0 else reversed(turns):
+            whose = subject.num_removed(turn.removal_list)
+            try:
+                with nullcontext() if turn.gone else subject.stack.skipping(turn.removal_list):
+                    _take(turn, ids, shape.generated)
+            except ModelError as error:
+                other = "" if shape.name == "prompt" else "; --generation none times the prompt alone"
+                sentence = f"{whose}: {str(error).removesuffix('.')}{other}."
+                raise ModelError(sentence[0].upper() + sentence[1:]) from error
+            done += 1
+            which = f"repetition {number} of {shape.repetitions}" if number else "warm-up"
+            subject.meter.part(done / total, f"{which}, {whose}")
+        if number == 0:
+            for turn in turns:
+                turn.times.clear()  # one dummy each (paper, Appendix B.5)
+
+
+def _take(turn: _Turn, ids: torch.Tensor, tokens: int) -> None:
+    """One turn. The first one's cache is as large as any other's."""
+    gpus = _gpus(turn.model)
+    before = 0
+    for index in gpus:
+        torch.cuda.reset_peak_memory_stats(index)
+        before += torch.cuda.memory_allocated(index)
+    (_, cache), seconds = _clocked(gpus, lambda: continued(turn.model, ids, tokens, stop=False))
+    turn.times.append(seconds)
+    if gpus:
+        # The weights of the baseline are there in everybody's turn: each model's own ones count, and what came on top.
+        on_top = sum(torch.cuda.max_memory_allocated(index) for index in gpus) - before
+        turn.peak_memory = max(turn.peak_memory or 0, on_top + _resident_bytes(turn.model))
+    turn.cache_bytes = cache_bytes(cache)
+
+
+def _clocked(gpus: list[int], work: Callable[[], T]) -> tuple[T, float]:
+    """What `work` returns, and its seconds: by the GPU's own clock where there is one GPU, else by the wall's.
+
+    Nothing is waited for but the end: the GPU is idle before, because the last turn's end was waited for.
+    """
+    if len(gpus) == 1:
+        stream = torch.cuda.current_stream(gpus[0])
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        result = work()
+        end.record(stream)
+        end.synchronize()
+        return result, start.elapsed_time(end) / 1000
+    for index in gpus:
+        torch.cuda.synchronize(index)
+    begin = time.perf_counter()
+    result = work()
+    for index in gpus:
+        torch.cuda.synchronize(index)
+    return result, time.perf_counter() - begin
+
+
+def _gpus(model: nn.Module) -> list[int]:
+    """Where a model's weights are, by index; none on a CPU."""
+    return sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    """Of a model's own weights on GPUs."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda)
+
+
+def _ids(subject: Subject, shape: _Shape) -> torch.Tensor:
+    """Ordinary tokens drawn blindly, the same ones every time: int64 (sequences, tokens)."""
+    known = subject.stack.config.vocab_size
+    if hasattr(subject.tokenizer, "__len__"):
+        known = min(known, len(subject.tokenizer))
+    special = set(getattr(subject.tokenizer, "all_special_ids", ()))
+    choices = torch.tensor([token for token in range(known) if token not in special] or range(known))
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(choices), (shape.sequences, shape.read), generator=generator)
+    return choices[drawn].to(subject.stack.device)

@@ -1,0 +1,87 @@
+"""Executing jobs in this process, once their device is free. Imports torch only to work."""
+
+from __future__ import annotations
+
+import os
+import time
+from os import PathLike
+from pathlib import Path
+
+from sleb.errors import RunBusy
+from sleb.records import Forecast, JobSpec, JobState, Run, RunSpec
+from sleb.runtime import distributed, job_folder, job_processes, run_folder
+from sleb.runtime.progress import Watcher
+from sleb.specs import job_spec
+
+
+def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
+    """What was given, or else what the last try of the same kind had: it did not fit otherwise."""
+    last = next((job.spec for job in reversed(run.jobs) if job.spec.kind == run.spec.kind), None)
+    if last is None:
+        return processes or 1, memory_budget
+    return processes or last.processes, last.memory_budget if memory_budget is None else memory_budget
+
+
+def start(
+    spec: RunSpec, job: JobSpec, run_dir: str | PathLike[str] | None = None, watcher: Watcher | None = None
+) -> Run:
+    """Create a run and execute its first job here."""
+    return execute(run_folder.create(spec, Path(run_dir) if run_dir is not None else None), job, watcher)
+
+
+def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
+    """What a run will take: loads the model and times a few blocks. Writes nothing."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from sleb.forecast import probe
+
+    return probe(spec, job or job_spec(spec.kind))
+
+
+def is_finished(run: Run) -> bool:
+    """Whether there is nothing left to do."""
+    if run.spec.kind == "evaluate":
+        return True
+    if run.spec.kind == "search" and (run.trace is None or run.trace.finished is None):
+        return False
+    analysed = run.analysis is not None or run.analysis_unavailable is not None
+    return analysed or (run.spec.kind == "search" and not run.spec.analysis)
+
+
+def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:
+    """Execute a new job of a run in this process. Raises `RunBusy` while another process does."""
+    job = job_processes.next_job(run, spec)
+    try:
+        return job_processes.watched(work(job.directory, watcher))
+    except RunBusy:
+        job_folder.withdraw_job(job)
+        raise
+
+
+def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
+    """Execute a job that is waiting, in this process, once the device is free. Imports torch.
+
+    Raises a `SlebError` with one sentence, after writing it down.
+    """
+    # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    watcher = watcher or Watcher()
+    rank = distributed.rank_here()
+    if rank.rank > 0:
+        _assist(job_dir)
+        return run_folder.load(job_dir.parent.parent)
+    with job_processes.executing(job_dir, watcher.progress, rank.local_size if rank.size > 1 else None) as reporter:
+        from sleb.worker import execute as execute_job  # torch: not before it is this job's turn
+
+        execute_job(job_dir, reporter, watcher)
+    return run_folder.load(job_dir.parent.parent)
+
+
+def _assist(job_dir: Path) -> None:
+    """One of several processes, but not the first: it begins when that one has its turn."""
+    distributed.die_with_the_first()
+    while (job := job_folder.load_job(job_dir)).status.state is JobState.QUEUED:
+        time.sleep(0.2)
+    if job.status.state is JobState.RUNNING:
+        from sleb.worker import assist
+
+        assist(job_dir)

@@ -1,0 +1,1 @@
+"""The smaller model on disk, proven."""

@@ -1,0 +1,235 @@
+"""A GGUF file with blocks cut out, proven. What stays is copied as it is.
+
+As with a folder (`checkpoint.py`), nothing appears under the name that was asked for until the file has been reloaded
+by plain transformers and compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from sleb.errors import ExportError, OptionError, StorageError
+from sleb.export import proof_process
+from sleb.export.destination import workspace
+from sleb.export.gguf_plan import (
+    BLOCKS_BEFORE,
+    FILE_BYTES,
+    REMOVAL_LIST,
+    Cut,
+    opened,
+    plan_cut,
+    refused,
+    require_free,
+    value_of,
+)
+from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
+from sleb.export.removal import Removal, plan_removal, require_same_blocks
+from sleb.model.block_stack import BlockStack
+from sleb.records import Proof, Run
+
+RUN = "sleb.run"
+
+_FILE = "model.gguf"  # inside the workspace
+_SPARE_BYTES = 64 * 1024**2
+_CHUNK = 1 << 24  # bytes compared at once
+
+
+def export_gguf(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Path,
+    removal_list: Sequence[int],
+    out: Path,
+    run_id: str = "",
+    allow_existing: bool = False,
+    progress: Callable[[str], None] = lambda message: None,
+    *,
+    trust_remote_code: bool = False,
+) -> Proof:
+    """Write `source` without these blocks to the file `out`, and prove that it reloads and answers as it did.
+
+    `model` is `source` as loaded by transformers; it is used up, like in `export_checkpoint`. `allow_existing` lets an
+    earlier export at `out` be replaced, and nothing else. Raises `ExportError` where the file cannot express the
+    removal or the proof fails; then nothing is left at `out`.
+    """
+    out = Path(os.path.abspath(out))
+    require_free(out, allow_existing, source)
+    cut = plan_cut(source, removal_list)
+    stack = BlockStack(model)
+    if len(stack) != cut.num_blocks:
+        raise ExportError(f"{source.name} has {cut.num_blocks} blocks, and transformers loads {len(stack)} of it.")
+    removal = plan_removal(model, removal_list)
+    if removal.packed:
+        raise refused(cut, f"{min(removal.packed)} holds a slice for each block, and GGUF tensors are not cut")
+    _require_space(cut, out.parent)
+
+    progress("Recording what the model answers with the blocks skipped")
+    expectation = expect(model, tokenizer, removal)
+    blocks: Any = stack.blocks
+    removed = sum(
+        parameter.numel()
+        for block in range(removal.num_blocks)
+        if block not in removal.kept
+        for parameter in blocks[block].parameters()
+    )
+    with workspace(out) as folder:
+        progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
+        write_cut(cut, folder / _FILE, removal_list, run_id)
+        _require_same_reading(model, folder, removal)
+        dtype = str(model.dtype).removeprefix("torch.")
+        write_expectation(folder, removal, expectation, expectation.parameters - removed, dtype, _FILE)
+        device = str(stack.device)
+        let_go(model)
+        progress("Reloading it in a new process, to compare")
+        proof = run_proof(folder, device, trust_remote_code)
+        require_free(out, allow_existing, source)  # again: the proof took its time
+        try:
+            os.replace(folder / _FILE, out)
+        except OSError as error:
+            raise StorageError(f"The exported model could not be moved to {out} ({error.strerror}).") from error
+    opened.cache_clear()
+    return proof.model_copy(update={"bytes_before": source.stat().st_size})
+
+
+def require_same_model(run: Run, source: Path, model: nn.Module) -> None:
+    """The GGUF file that was named is of the model that was searched, as far as shapes can tell."""
+    assert run.stack is not None
+    stack, searched = BlockStack(model), run.stack
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    parameters = tuple(sum(parameter.numel() for parameter in block.parameters()) for block in stack.blocks)
+    other = None
+    if len(stack) != searched.num_blocks:
+        other = f"it has {len(stack)} blocks, and the model has {searched.num_blocks}"
+    elif config.hidden_size != searched.hidden_size:
+        other = f"its hidden size is {config.hidden_size}, and the model's is {searched.hidden_size}"
+    elif parameters != searched.block_parameters:
+        other = "its blocks have other numbers of parameters than the model's"
+    if other is not None:
+        raise OptionError(f"{source} is not a file of the model that run {run.run_id} searched: {other}.")
+
+
+def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str = "") -> None:
+    """Write the planned file, tensor by tensor, and look whether every byte of every tensor has arrived."""
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = cut.reader
+    writer = GGUFWriter(target, cut.architecture, endianess=reader.endianess)
+    writer.data_alignment = int(reader.alignment)
+    kinds = GGUFValueType
+    blocks_before, whole_list = _since_the_first(cut, removal_list)
+    name = value_of(reader, "general.name")
+    if isinstance(name, str) and name:
+        name = re.sub(r" without \d+ of \d+ blocks$", "", name)
+        cut.settings["general.name"] = f"{name} without {len(whole_list)} of {blocks_before} blocks"
+    for key, field in reader.fields.items():
+        if key.startswith(("GGUF.", "sleb.")) or key == "general.architecture":
+            continue
+        kind, sub_kind = field.types[0], field.types[-1] if field.types[0] == kinds.ARRAY else None
+        value = cut.settings[key] if key in cut.settings else _as_written(cut, key, field)
+        writer.add_key_value(key, value, kind, sub_kind)
+    writer.add_key_value(REMOVAL_LIST, whole_list, kinds.ARRAY, kinds.UINT32)
+    writer.add_uint32(BLOCKS_BEFORE, blocks_before)
+    writer.add_string(RUN, run_id)
+    writer.add_uint64(FILE_BYTES, 0)
+    for name, tensor in cut.tensors:
+        writer.add_tensor_info(name, tensor.data.shape, tensor.data.dtype, tensor.n_bytes, tensor.tensor_type)
+    with _writing():
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for _, tensor in cut.tensors:
+                writer.write_tensor_data(tensor.data)
+        finally:
+            writer.close()
+        written = GGUFReader(target, "r+")
+        written.fields[FILE_BYTES].parts[-1][0] = target.stat().st_size
+        written.data.flush()
+        _require_copied(cut, written)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _as_written(cut: Cut, key: str, field: Any) -> Any:
+    """A setting as the writer takes it: text stays bytes, which need not be valid UTF-8."""
+    from gguf import GGUFValueType
+
+    kind = field.types[0]
+    if kind == GGUFValueType.STRING:
+        return field.parts[-1].tobytes()
+    if kind == GGUFValueType.ARRAY:
+        if len(field.types) != 2:
+            raise refused(cut, f"{key} is an empty list or one of lists, which the gguf library cannot write", "")
+        if field.types[1] == GGUFValueType.STRING:
+            return [field.parts[index].tobytes() for index in field.data]
+    return field.contents()
+
+
+def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[int]]:
+    """Number of blocks and removal list; of the file before the earlier export, where this one was cut already."""
+    before, earlier = value_of(cut.reader, BLOCKS_BEFORE), value_of(cut.reader, REMOVAL_LIST)
+    if isinstance(before, int) and isinstance(earlier, list) and before - len(set(earlier)) == cut.num_blocks:
+        left = [block for block in range(before) if block not in set(earlier)]
+        if len(left) == cut.num_blocks:
+            return before, [*earlier, *(left[block] for block in removal_list)]
+    return cut.num_blocks, list(removal_list)
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"The file could not be written ({error}); free some disk space.") from error
+
+
+def _require_copied(cut: Cut, written: Any) -> None:
+    if len(written.tensors) != len(cut.tensors):
+        raise StorageError(
+            f"{len(cut.tensors)} tensors were written and {len(written.tensors)} have arrived; try again."
+        )
+    for (name, old), new in zip(cut.tensors, written.tensors, strict=True):
+        same = (name, old.tensor_type, old.shape.tolist()) == (new.name, new.tensor_type, new.shape.tolist())
+        if not same or any(not np.array_equal(a, b) for a, b in zip(_chunks(old), _chunks(new), strict=True)):
+            raise StorageError(f"{name} has not arrived as it was; try again, on another disk if it stays so.")
+
+
+def _chunks(tensor: Any) -> Iterator[np.ndarray[Any, Any]]:
+    data = tensor.data.reshape(-1).view(np.uint8)
+    return (data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK))
+
+
+def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> None:
+    """Every kept block is what it was, also where the proof's text is too short to tell."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), gguf_file=_FILE)
+    except proof_process.FAILURES as error:
+        raise ExportError(f"The settings that are left cannot be read ({type(error).__name__}: {error}).") from error
+    try:
+        require_same_blocks(model, config, removal)
+    except ExportError as error:
+        raise ExportError(
+            f"A GGUF file cannot say what the kept blocks are: {error}. Choose other blocks, or write the folder "
+            "(--format hf)."
+        ) from error
+
+
+def _require_space(cut: Cut, where: Path) -> None:
+    existing = next(folder for folder in (where, *where.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < cut.bytes + _SPARE_BYTES:
+        raise StorageError(
+            f"The file takes {cut.bytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left; "
+            "free some, or name another folder."
+        )

@@ -1,0 +1,76 @@
+"""The export job of a run: checks what is asked, then writes and proves the smaller model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb.errors import OptionError
+from sleb.export import gguf_file, gguf_plan
+from sleb.export.checkpoint import export_checkpoint
+from sleb.export.destination import require_free
+from sleb.formats.list_formats import public_name
+from sleb.formats.model_card import model_card
+from sleb.model.loading import LoadedModel
+from sleb.model.run_model import require_same_weights
+from sleb.records import Job, JobSpec, Run
+from sleb.runtime import findings_folder, job_folder
+from sleb.runtime.progress import Meter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export job removes, where it writes, and the GGUF file that it cuts, if it writes one."""
+
+    removal_list: tuple[int, ...]
+    out: Path
+    gguf: Path | None
+
+
+def plan_of(run: Run, job: JobSpec) -> Plan:
+    """What the job asks, refused before the model is loaded. Raises `OptionError`, `RunError`, `ExportError`."""
+    if job.out is None:
+        raise OptionError("An export needs a folder to write: --out PATH.")
+    out, removal_list = Path(job.out), run.removal_list_after(job.steps)
+    if job.format != "gguf":
+        require_free(out, job.replace)
+        return Plan(removal_list, out, None)
+    source = gguf_plan.source_of(run, job)
+    gguf_plan.require_free(out, job.replace, source)
+    gguf_plan.plan_cut(source, removal_list)
+    return Plan(removal_list, out, source)
+
+
+def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
+    """Write the smaller model, prove it, and keep the proof with the job."""
+    asked = job.spec
+    if asked.gguf is None:
+        require_same_weights(run, asked, loaded)
+    if plan.gguf is None:
+        found = findings_folder.findings(run.run_dir)
+        proof = export_checkpoint(
+            loaded.model,
+            loaded.tokenizer,
+            plan.removal_list,
+            plan.out,
+            model_card(run, plan.removal_list, base_model=public_name(run.spec.model), found=found),
+            allow_existing=asked.replace,
+            progress=meter.phase,
+            trust_remote_code=asked.trust_remote_code,
+            memory_budget=asked.memory_budget,
+        )
+    else:
+        if asked.gguf is not None:
+            gguf_file.require_same_model(run, plan.gguf, loaded.model)
+        proof = gguf_file.export_gguf(
+            loaded.model,
+            loaded.tokenizer,
+            plan.gguf,
+            plan.removal_list,
+            plan.out,
+            run.run_id,
+            allow_existing=asked.replace,
+            progress=meter.phase,
+            trust_remote_code=asked.trust_remote_code,
+        )
+    job_folder.write_result(job.directory, {"out": asked.out, "proof": proof.model_dump(mode="json")})

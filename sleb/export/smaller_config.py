@@ -1,0 +1,266 @@
+"""The config of a model with fewer blocks. Knows configs and block indices; never sees a model.
+
+A config says what each block is in many ways: lists with an entry per block, lists of block indices, counts
+from either end, periods. An attribute whose meaning is not certain gets several readings, the likeliest
+first; which of them is right is for `removal.py` to find out, by building the model that each would give.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from sleb.errors import ExportError, OptionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MAX_READINGS = 32
+"""Configs offered at most: the likeliest, then those that differ from it in one attribute, then in two."""
+
+_PER_BLOCK = re.compile("layer|block|idx|indices|_ids|pattern|types")  # names that speak of blocks
+_OTHER = re.compile("token|label|^mtp|^architectures$|^_")  # names that speak of something else
+_NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
+_COUNT = re.compile("layer|block|dense")
+_FROM_START = re.compile(r"first|start_index$|^num_dense_layers$|^max_window_layers$")
+_FROM_END = re.compile(r"_last_|shared_layers$")
+_END_INDEX = re.compile(r"end_index$")
+
+
+def check_removal_list(removal_list: Sequence[int], num_blocks: int) -> None:
+    """A removal list names blocks of this model, each once, and leaves one."""
+    if not removal_list:
+        raise OptionError("The removal list is empty; name at least one block to remove.")
+    outside = [block for block in removal_list if not 0 <= block < num_blocks]
+    if outside:
+        raise OptionError(
+            f"The removal list names block {outside[0]}, and the model has blocks 0 to {num_blocks - 1}; "
+            "correct the list."
+        )
+    twice = [block for index, block in enumerate(removal_list) if block in removal_list[:index]]
+    if twice:
+        raise OptionError(f"The removal list names block {twice[0]} twice; name each block once.")
+    if len(removal_list) == num_blocks:
+        raise OptionError(f"The removal list names all {num_blocks} blocks; at least one must be kept.")
+
+
+def streamlined_config(config: PreTrainedConfig, removal_list: Sequence[int]) -> PreTrainedConfig:
+    """A copy of the config for the model without these blocks, by the likeliest reading of its attributes.
+
+    Whether it describes the blocks that stay is for the model to say: see `removal.plan_removal`.
+    """
+    return rebuilt(config, next(readings(config, removal_list)), removal_list)
+
+
+def readings(config: PreTrainedConfig, removal_list: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The config as plain data, rewritten for fewer blocks, the likeliest reading first."""
+    text = config.get_text_config()
+    check_removal_list(removal_list, text.num_hidden_layers)
+    data = _as_data(text)
+    kept = tuple(block for block in range(text.num_hidden_layers) if block not in set(removal_list))
+    data = _with_explicit_dense_blocks(data, text.num_hidden_layers)
+    blocks_name = type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    choices = {name: _read(name, value, text.num_hidden_layers, kept) for name, value in data.items()}
+    if blocks_name in data:
+        choices[blocks_name] = [len(kept)]
+    likeliest = {name: options[0] for name, options in choices.items()}
+    others = {name: options[1:] for name, options in choices.items() if len(options) > 1}
+    for reading in itertools.islice(_deviations(likeliest, others), MAX_READINGS):
+        yield reading if text is config else _as_data(config) | {_text_name(config): reading}
+
+
+def rebuilt(config: PreTrainedConfig, data: dict[str, Any], removal_list: Sequence[int]) -> PreTrainedConfig:
+    """A config of the same class from plain data, as a reload makes it, periods fitted to what is kept."""
+    try:
+        new = type(config).from_dict(copy.deepcopy(data))
+        _require_accepted(config, new, data)
+        _fit_periods(config.get_text_config(), new.get_text_config(), set(removal_list))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ExportError(f"{type(config).__name__} does not accept what is left ({said[:300]})") from error
+    for name in ("_attn_implementation", "_experts_implementation"):  # chosen while loading, never saved
+        if getattr(config, name, None) is not None:
+            setattr(new, name, getattr(config, name))
+    return new
+
+
+def _require_accepted(old: PreTrainedConfig, new: PreTrainedConfig, data: dict[str, Any]) -> None:
+    """Some configs correct what they are given: Gemma 4 makes the last block one of full attention."""
+    if old.get_text_config() is not old:
+        data = data[_text_name(old)]
+    becomes = new.get_text_config().to_dict()
+    for name, given in data.items():
+        taken = becomes.get(name, given)
+        if isinstance(given, list) and isinstance(taken, list) and taken != given:
+            raise ExportError(f"its config turns {name} of the blocks that stay, {given}, into {taken}")
+
+
+def _as_data(config: PreTrainedConfig) -> dict[str, Any]:
+    """Everything the config would write to disk, defaults included; what is saved is not quantised."""
+    data = copy.deepcopy(config.to_dict())
+    data.pop("quantization_config", None)
+    return data
+
+
+def _text_name(config: PreTrainedConfig) -> str:
+    """What a multimodal config calls the part that has the blocks."""
+    names = [name for name, value in vars(config).items() if value is config.get_text_config()]
+    if not names:
+        raise ExportError(f"the text part of {type(config).__name__} has no name of its own")
+    return names[0]
+
+
+def _deviations(likeliest: dict[str, Any], others: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """The likeliest reading, then those that deviate from it in one attribute, then in two."""
+    for number in range(3):
+        for names in itertools.combinations(others, number):
+            for values in itertools.product(*(others[name] for name in names)):
+                yield likeliest | dict(zip(names, values, strict=True))
+
+
+def _read(name: str, value: Any, num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+    """What the attribute may be for the kept blocks alone, the likeliest first."""
+    options: list[Any] = []
+    if _OTHER.search(name) or isinstance(value, bool):
+        pass
+    elif name == "scale_depth" and isinstance(value, int | float):
+        # MiniCPM divides it by the root of num_hidden_layers.
+        options = [value * math.sqrt(len(kept) / num_blocks)]
+    elif isinstance(value, int):
+        options = _read_number(name, value, num_blocks, kept)
+    elif isinstance(value, str) and len(value) == num_blocks and "pattern" in name:  # a letter per block
+        options = ["".join(value[block] for block in kept)]
+    elif isinstance(value, list | tuple):
+        options = [type(value)(option) for option in _read_list(name, list(value), num_blocks, kept)]
+    elif isinstance(value, dict) and "layer" in name and all(str(key).isdecimal() for key in value):
+        by_block = {int(key): entry for key, entry in value.items()}
+        options = [{str(new): by_block[old] for new, old in enumerate(kept) if old in by_block}]
+    certain = isinstance(value, list | tuple | dict | str) and bool(_PER_BLOCK.search(name))
+    if not (options and certain):  # what surely speaks of blocks cannot stay as it is
+        options.append(value)
+    return [option for index, option in enumerate(options) if option not in options[:index]]
+
+
+def _read_number(name: str, value: int, num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+    from_start = sum(block < value for block in kept)
+    from_end = sum(block >= num_blocks - value for block in kept)
+    if _NUM_BLOCKS.search(name) and value == num_blocks:
+        return [len(kept)]
+    if value <= 0:
+        return []
+    if _END_INDEX.search(name):  # the last block, included
+        return [sum(block <= value for block in kept) - 1]
+    if _FROM_START.search(name):
+        return [from_start]
+    if _FROM_END.search(name):
+        return [from_end]
+    if _COUNT.search(name) and value <= num_blocks:
+        return [value, from_start, from_end]
+    return []
+
+
+def _read_list(name: str, value: list[Any], num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+    repeated = _expanded(value)
+    if repeated is not None and len(repeated) == num_blocks:  # GPT-Neo's attention_types
+        return [[[[repeated[block] for block in kept], 1]]]
+    options: list[Any] = []
+    numbers = bool(value) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
+    if numbers and len(set(value)) == len(value) and _PER_BLOCK.search(name):
+        position = {block: index for index, block in enumerate(kept)}
+        if all(0 <= entry < num_blocks for entry in value):
+            options.append([position[entry] for entry in value if entry in position])
+        if all(1 <= entry <= num_blocks for entry in value):  # indices that count from one
+            options.append([position[entry - 1] + 1 for entry in value if entry - 1 in position])
+    if len(value) == num_blocks and name.endswith("_source_layers"):
+        # Per block the one whose keys and values it uses.
+        position = {block: index for index, block in enumerate(kept)}
+        lost = [value[block] for block in kept if value[block] not in position]
+        if lost:
+            raise ExportError(f"blocks that stay use keys and values of block {lost[0]} ({name})")
+        return [[position[value[block]] for block in kept]]
+    too_long = len(value) > num_blocks and "layer" in name  # SmolLM3 allows it
+    if len(value) == num_blocks or too_long:
+        per_block = [value[block] for block in kept]
+        certain = len(value) == num_blocks and value != list(range(num_blocks))
+        options.insert(0 if certain else len(options), per_block)
+    elif value and re.search("types|pattern", name):  # repeated up the stack (RecurrentGemma's block_types)
+        options += [value, [value[block % len(value)] for block in kept]]
+    return options
+
+
+def _expanded(value: list[Any]) -> list[Any] | None:
+    """Entries of a list of [pattern, repetitions] pairs, or None where it is something else."""
+    pairs = bool(value) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], list) and isinstance(pair[1], int)
+        for pair in value
+    )
+    return [entry for pattern, times in value for entry in pattern * times] if pairs else None
+
+
+def _with_explicit_dense_blocks(data: dict[str, Any], num_blocks: int) -> dict[str, Any]:
+    """Qwen's mixtures place dense blocks by a period and a list; the list alone can place them anywhere."""
+    step = data.get("decoder_sparse_step")
+    if "mlp_only_layers" not in data or not isinstance(step, int) or step <= 1:
+        return data
+    listed = data["mlp_only_layers"] or []
+    dense = [block for block in range(num_blocks) if block in listed or (block + 1) % step]
+    return data | {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+def _derived_lists(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """Lists with an entry per block that the config computes rather than holds."""
+    names = [name for name, member in inspect.getmembers_static(type(config)) if isinstance(member, property)]
+    values = {name: getattr(config, name, None) for name in names if re.search("layer", name)}
+    return {
+        name: list(value)
+        for name, value in values.items()
+        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
+    }
+
+
+def _fit_periods(old: PreTrainedConfig, new: PreTrainedConfig, removed: set[int]) -> None:
+    """Where kinds follow from a period and an offset (Jamba), find those that give the kept blocks' kinds."""
+    pairs = [
+        (name, name.removesuffix("period") + "offset")
+        for name, value in vars(new).items()
+        if name.endswith("_period") and isinstance(value, int)
+    ]
+    pairs = [(period, offset) for period, offset in pairs if isinstance(getattr(new, offset, None), int)]
+    if not pairs:
+        return
+    wanted = {
+        name: [entry for block, entry in enumerate(value) if block not in removed]
+        for name, value in _derived_lists(old).items()
+    }
+
+    def mismatches() -> int:
+        found = _derived_lists(new)
+        return sum(a != b for name in wanted for a, b in zip(wanted[name], found[name], strict=True))
+
+    said = ", ".join(f"{name}={getattr(new, name)}" for pair in pairs for name in pair)
+    for pair in pairs:  # they do not depend on each other: fitting one after the other fits all
+        before = getattr(new, pair[0])
+        periods = [before, *(period for period in range(1, new.num_hidden_layers + 2) if period != before)]
+        fits: list[tuple[int, int, int]] = []
+        for period, offset in ((value, offset) for value in periods for offset in range(value)):
+            _set(new, pair, period, offset)
+            fits.append((mismatches(), period, offset))
+        _set(new, pair, *min(fits, key=lambda fit: fit[0])[1:])
+    if mismatches():
+        name = next(name for name in wanted if wanted[name] != _derived_lists(new)[name])
+        raise ExportError(
+            f"its config can only say where blocks of a kind are by a period ({said}), and no period gives "
+            f"the kinds of the blocks that stay ({name}: {', '.join(map(str, wanted[name]))})"
+        )
+
+
+def _set(config: PreTrainedConfig, names: tuple[str, str], period: int, offset: int) -> None:
+    setattr(config, names[0], period)
+    setattr(config, names[1], offset)

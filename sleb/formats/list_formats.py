@@ -1,0 +1,210 @@
+"""A removal list in the formats of other tools. Knows records and strings; never imports torch, writes no
+file.
+
+Other tools count differently and say so badly ("21 to 29", with or without 29?), so every format that can
+carry a remark names the removed blocks, the kept blocks and the half-open ranges of kept blocks, all 0-based.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sleb.errors import OptionError
+from sleb.records import Run, Step
+
+MODELS = ("hf", "gguf")
+"""The formats that write a model instead of a text; `sleb.export` does."""
+
+
+def render(run: Run, format: str, steps: int | None = None, *, model_name: str | None = None) -> str:
+    """The run's removal list after `steps` steps, as text in one of `FORMATS`; ends with a newline.
+
+    `model_name` stands in for the name the run was started with, where the other tool needs another one.
+    """
+    if format not in _RENDERERS:
+        raise OptionError(f"There is no format {format!r}; choose one of {', '.join((*FORMATS, *MODELS))}.")
+    taken = run.steps_until(steps)
+    return _RENDERERS[format](run, taken, model_name or public_name(run.spec.model))
+
+
+def public_name(model: str) -> str:
+    """The name other tools know a model by: the demo's own, every other as it was given."""
+    return "HuggingFaceTB/SmolLM2-135M-Instruct" if model == "demo" else model
+
+
+def display_name(model: str) -> str:
+    """A name for the screen: the last part of a folder or file, a hub name as it is."""
+    name = public_name(model)
+    local = name.startswith(("/", "~")) or ":\\" in name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
+
+
+def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int, int]]:
+    """Half-open ranges [start, end) of the blocks that stay, in the order of the stack."""
+    removed = set(removal_list)
+    ranges: list[tuple[int, int]] = []
+    for block in range(num_blocks):
+        if block in removed:
+            continue
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = (ranges[-1][0], block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return ranges
+
+
+def in_words(num_blocks: int, removal_list: Sequence[int]) -> str:
+    """One sentence that leaves no doubt whether the last number is included."""
+    ranges = kept_ranges(num_blocks, removal_list)
+    removed = ", ".join(map(str, removal_list)) or "none"
+    spans = [f"{start} to {end - 1}" if end - start > 1 else str(start) for start, end in ranges]
+    half_open = _and([f"[{start}, {end})" for start, end in ranges])
+    count = sum(end - start for start, end in ranges)
+    return (
+        f"Removed (0-based, in this order): {removed}; kept: {count} of {num_blocks} blocks, "
+        f"{_and(spans) or 'none'}, both ends included" + (f", i.e. {half_open}." if half_open else ".")
+    )
+
+
+def yaml_string(text: str) -> str:
+    """The text as a double-quoted YAML scalar, whatever is in it."""
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return '"' + "".join(plain) + '"'
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _and(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
+
+
+def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    assert run.stack is not None
+    assert run.trace is not None
+    last, baseline = steps[-1], run.trace.baseline
+    removed = set(last.removal_list)
+    found: dict[str, Any] = {
+        "model": model_name,
+        "revision": run.stack.revision or run.spec.revision,
+        "weights_hash": run.stack.weights_hash,
+        "num_blocks": run.stack.num_blocks,
+        "removal_list": list(last.removal_list),
+        "kept_blocks": [block for block in range(run.stack.num_blocks) if block not in removed],
+        "kept_ranges": [list(pair) for pair in kept_ranges(run.stack.num_blocks, last.removal_list)],
+        "in_words": in_words(run.stack.num_blocks, last.removal_list),
+        "method": run.spec.method.value,
+        "refine": run.spec.refine,
+        "calibration": run.spec.calibration.model_dump(mode="json") | {"text": run.stack.text},
+        "perplexity": {
+            "baseline": _finite(baseline.perplexity),
+            "baseline_held_out": _finite(baseline.held_out.perplexity),
+            "streamlined": _finite(last.perplexity),
+            "streamlined_held_out": _finite(last.held_out.perplexity),
+        },
+    }
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"
+
+
+def _csv(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    first = run.require_trace().baseline
+    writer.writerow([0, "[]", "[]", first.perplexity, first.held_out.perplexity, None, None, "[]"])
+    for step in steps:  # lists are JSON; what was not measured is an empty cell
+        writer.writerow(
+            [
+                step.number,
+                json.dumps(step.removed),
+                json.dumps(step.removal_list),
+                step.perplexity,
+                step.held_out.perplexity,
+                step.margin,
+                step.margin_standard_error,
+                json.dumps(step.tied),
+            ]
+        )
+    return text.getvalue()
+
+
+CSV_COLUMNS = (
+    "number",
+    "removed",
+    "removal_list",
+    "perplexity",
+    "held_out_perplexity",
+    "margin",
+    "margin_standard_error",
+    "tied",
+)
+
+
+def _list(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    return json.dumps(steps[-1].removal_list) + "\n"
+
+
+def _sleb(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    """The reference's own evaluation of a list (eval.py)."""
+    command = ["python", "-m", "eval", "--model_name", model_name]
+    return shlex.join([*command, "--removal_list", json.dumps(steps[-1].removal_list)]) + "\n"
+
+
+_DEMO_REMARK = (
+    "# The search was on a 4-bit file of this model, dequantised; the hub's weights are not quite the same.",
+)
+
+
+def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    """A passthrough merge: `layer_range` is half-open, and names the blocks that stay."""
+    assert run.stack is not None
+    removal_list = steps[-1].removal_list
+    model = yaml_string(model_name)
+    lines = [
+        f"# {in_words(run.stack.num_blocks, removal_list)}",
+        "# layer_range is half-open: [0, 14] keeps blocks 0 to 13.",
+        "# mergekit does not filter per-layer lists of the config (layer_types and its like): for a model that",
+        "# mixes kinds of blocks use `sleb export --format hf` instead, which does and proves it.",
+        *(_DEMO_REMARK if run.spec.model == "demo" else ()),
+        "slices:",
+    ]
+    for start, end in kept_ranges(run.stack.num_blocks, removal_list):
+        lines += ["  - sources:", f"      - model: {model}", f"        layer_range: [{start}, {end}]"]
+    lines += ["merge_method: passthrough", f"dtype: {run.stack.dtype.removeprefix('torch.')}"]
+    return "\n".join(lines) + "\n"
+
+
+def _llama_quantize(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
+    """llama.cpp: options, then input, output and type; the type COPY keeps every tensor as it is.
+
+    Block numbers are llama.cpp's own, 0-based like ours; they are sorted, since their order means nothing
+    there.
+    """
+    blocks = ",".join(map(str, sorted(steps[-1].removal_list)))
+    if model_name.endswith(".gguf"):
+        source, target = model_name, model_name.removesuffix(".gguf") + "-streamlined.gguf"
+    else:
+        source, target = "MODEL.gguf", "MODEL-streamlined.gguf"
+    return shlex.join(["llama-quantize", "--prune-layers", blocks, source, target, "COPY"]) + "\n"
+
+
+_RENDERERS: dict[str, Callable[[Run, tuple[Step, ...], str], str]] = {
+    "json": _json,
+    "csv": _csv,
+    "list": _list,
+    "sleb": _sleb,
+    "mergekit": _mergekit,
+    "llama-quantize": _llama_quantize,
+}
+
+FORMATS = tuple(_RENDERERS)
+"""Names of the formats that are text."""

@@ -1,0 +1,86 @@
+"""A run and findings as objects for other programs: what `--json` prints. Knows records only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from sleb.records import Candidate, Finding, Measured, Run, Step
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The object of `search`, `resume` and `show` alike; numbers that are not finite become null."""
+    trace, stack = run.trace, run.stack
+    first = trace.baseline if trace else None
+    return {
+        "run_id": run.run_id,
+        "run_dir": str(run.run_dir),
+        "model": run.spec.model,
+        "num_blocks": stack.num_blocks if stack else None,
+        "method": run.spec.method.value,
+        "refine": run.spec.refine,
+        "removal_list": list(run.removal_list),
+        "kept_blocks": list(run.kept_blocks),
+        "baseline": None
+        if first is None
+        else {
+            "nll_sum": first.calibration.nll_sum,
+            "token_count": first.calibration.token_count,
+            "perplexity": _finite(first.perplexity),
+            "held_out_perplexity": _finite(first.held_out.perplexity),
+        },
+        "steps": [_step(step) for step in trace.steps] if trace else [],
+        "block_evaluations": trace.block_evaluations if trace else 0,
+        "head_evaluations": trace.head_evaluations if trace else 0,
+        "finished": trace.finished if trace else None,
+        "dtype": stack.dtype if stack else None,
+        "scoring": stack.self_check.scoring if stack else None,
+        "protected": list(stack.protected) if stack else None,
+        "warnings": list(first.warnings) if first else [],
+    }
+
+
+def finding(found: Finding) -> dict[str, Any]:
+    """A finding as it is kept, with `perplexity` beside each sum and its count."""
+    kept: dict[str, Any] = found.model_dump(mode="json")
+    for name in type(found).model_fields:
+        value = getattr(found, name)
+        if isinstance(value, Measured):
+            kept[name]["perplexity"] = _finite(value.perplexity)
+    return kept
+
+
+def _step(step: Step) -> dict[str, Any]:
+    return {
+        "number": step.number,
+        "removed": list(step.removed),
+        "restored": list(step.restored),
+        "removal_list": list(step.removal_list),
+        "perplexity": _finite(step.perplexity),
+        "held_out_perplexity": _finite(step.held_out.perplexity),
+        "held_out_standard_error": step.held_out_standard_error,
+        "margin": step.margin,
+        "margin_standard_error": step.margin_standard_error,
+        "tied": list(step.tied),
+        "tied_restored": list(step.tied_restored),
+        "improvement": step.improvement,
+        "improvement_standard_error": step.improvement_standard_error,
+        "candidates": [_candidate(candidate) for candidate in step.candidates],
+        "seconds": step.seconds,
+    }
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "block": candidate.block,
+        "skipped": list(candidate.skipped),
+        "objective": candidate.objective,
+        "score": _finite(candidate.score),
+        "nll_sum": candidate.nll_sum,
+        "token_count": candidate.token_count,
+        "perplexity": _finite(candidate.perplexity),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""Searches over a score function. Knows scores and block indices; no torch."""

@@ -1,0 +1,99 @@
+"""What a search is given: the score function, the blocks it may remove, and when it has to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sleb.errors import OptionError
+from sleb.records import Method, Step
+from sleb.scoring.sweep_plan import SkipSet
+
+Score = Callable[[Sequence[SkipSet], np.ndarray], np.ndarray]
+"""score(skip_sets, sequences) -> float64 (skip_sets, sequences), nats."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a search needs to know beside the scores."""
+
+    num_blocks: int
+    num_remove: int
+    protected: tuple[int, ...]
+    calibration: np.ndarray
+    """Indices of the sequences that choose."""
+    held_out: np.ndarray
+    """Indices of the sequences that take no part in any choice."""
+    token_counts: np.ndarray
+    """Predicted tokens of every sequence, int64."""
+    confidence: float = 0.95
+    until_perplexity: float | None = None
+    objective: Literal["nll", "kl"] = "nll"
+    """What `score` measures."""
+    racing: bool = False
+    """Whether candidates that cannot win are dropped before they have seen the whole calibration set."""
+    seed: int = 0
+    """Of the order in which a race sees the sequences."""
+    refine: Literal["none", "swap"] = "none"
+    """What follows once `num_remove` blocks are removed."""
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Blocks that may be removed, ascending."""
+        return tuple(block for block in range(self.num_blocks) if block not in set(self.protected))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A step without its costs, and the scores behind it: float64 (candidates, calibration sequences)."""
+
+    step: Step
+    scores: np.ndarray
+    held_out: np.ndarray
+    """Sums of the held-out sequences under the model this step leaves, nats."""
+    seen: np.ndarray | None = None
+    """Which of the scores were taken, where candidates left a race; None is all of them."""
+
+
+def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ratio: float | None) -> int:
+    """How many blocks to remove. A ratio is rounded up, as in the paper (4.1). Raises `OptionError` out of range."""
+    if num_remove is not None:
+        wanted = num_remove
+    elif ratio is not None:
+        wanted = math.ceil(round(ratio * num_blocks, 9))  # 0.1 * 30 is 3.0000000000000004
+    else:
+        wanted = min(available, num_blocks - 1)
+    if available == 0:
+        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten --protect.")
+    if not 1 <= wanted <= min(available, num_blocks - 1):
+        raise OptionError(
+            f"Asked to remove {wanted} of {num_blocks} blocks; {min(available, num_blocks - 1)} may be removed "
+            f"({num_blocks - available} protected, at least one must stay). Lower --remove or --ratio."
+        )
+    return wanted
+
+
+def require_possible(method: Method, num_blocks: int, num_remove: int, protected: Sequence[int]) -> None:
+    """Whether the method can remove so many at all. Raises `OptionError` before anything is scored."""
+    kept = set(protected)
+    if method is Method.EARLY_EXIT:
+        hit = [block for block in range(num_blocks - num_remove, num_blocks) if block in kept]
+        if hit:
+            raise OptionError(
+                f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
+                "Use --protect '' to free it, or --remove fewer."
+            )
+    if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
+        raise OptionError(
+            f"No {num_remove} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
+        )
+
+
+def contiguous_chunks(num_blocks: int, length: int, protected: set[int]) -> list[SkipSet]:
+    """Contiguous runs of unprotected blocks, by their start."""
+    runs = (tuple(range(start, start + length)) for start in range(num_blocks - length + 1))
+    return [run for run in runs if protected.isdisjoint(run)]

@@ -1,0 +1,47 @@
+"""What a model's files say about it without loading it: its number of blocks, if that. No torch, no network."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sleb.runtime import files
+
+DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
+MOST_BLOCKS = 256
+"""What claims to have more is opened before it is believed: counting its work would take minutes."""
+_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def num_blocks(model: str) -> int | None:
+    """Blocks of a model given as for a search; None where its files are not here, or do not say."""
+    if model == "demo":
+        return DEMO_BLOCKS
+    found = None
+    with suppress(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError):
+        path = files.expanded(Path(model))
+        if path.is_dir():
+            found = _of_config(files.read_json(path / "config.json"))
+        elif path.suffix == ".gguf" and path.is_file():
+            found = _of_gguf(path)
+    return found if found is not None and 0 < found <= MOST_BLOCKS else None
+
+
+def _of_config(config: Any) -> int | None:
+    """The text part of a model that sees images too keeps its own."""
+    for part in (config.get("text_config"), config):
+        for name in _NAMES:
+            found = part.get(name) if isinstance(part, dict) else None
+            if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+                return found
+    return None
+
+
+def _of_gguf(path: Path) -> int | None:
+    from gguf import GGUFReader
+
+    for name, field in GGUFReader(path).fields.items():
+        if name.endswith(".block_count"):
+            return int(field.contents())
+    return None

@@ -1,0 +1,131 @@
+"""Greedy text by a model's own `generate`, and what its cache holds. Knows one model and token ids; no run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sleb.errors import ModelError, OptionError
+from sleb.model.out_of_memory import is_out_of_memory
+
+# What `generate` raises where a family cannot do what is asked of it.
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+def continued(
+    model: nn.Module,
+    ids: torch.Tensor,
+    tokens: int,
+    *,
+    stop: bool,
+    cached: bool = True,
+    tick: Callable[[], None] | None = None,
+) -> tuple[torch.Tensor, Any]:
+    """Greedy continuations of ids (batch, length), and the cache at their end: (batch, length + new tokens).
+
+    With `stop` each ends with the model's own end-of-sequence token, and the last to end ends them all; else there are
+    exactly `tokens` new ones. Nothing else of the model's generation settings is used: they may sample, or penalise
+    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate (so).
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    name = type(model).__name__
+    own: Any = getattr(model, "generation_config", None)
+    if own is None or not callable(getattr(model, "generate", None)):
+        raise ModelError(f"{name} cannot generate text (it has no `generate`).")
+    ends = ends_of(model) if stop else []
+    greedy = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=cached,
+        return_dict_in_generate=True,
+        eos_token_id=ends or None,
+        pad_token_id=next((token for token in (own.pad_token_id, *ends) if token is not None), 0) if ends else None,
+    )
+
+    def stop_nothing(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        assert tick is not None
+        tick()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    criteria: dict[str, Any] = {} if tick is None else {"stopping_criteria": StoppingCriteriaList([stop_nothing])}
+    if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
+        criteria["output_router_logits"] = False  # losses that nobody reads
+    try:
+        with _settings_aside(model), torch.inference_mode():
+            done = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, **criteria
+            )
+    except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        how = "with its cache" if cached else "without a cache"
+        raise ModelError(f"{name} cannot generate text {how} ({type(error).__name__}: {reason}).") from error
+    return done.sequences, done.past_key_values
+
+
+def ends_of(model: nn.Module) -> list[int]:
+    """The model's own end-of-sequence tokens."""
+    own: Any = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None)
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
+@contextmanager
+def _settings_aside(model: Any) -> Iterator[None]:
+    """`generate` fills what a config leaves open, the end-of-sequence token for one, from the model's own settings."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds: keys and values, recurrent and convolutional states, whatever its class.
+
+    A slice counts as itself, not as the tensor it was cut from, a tensor that is held twice once, and a single number
+    (a sliding window's length) not at all.
+    """
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    ahead = [cache]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, torch.Tensor):
+            found[id(value)] = value.nbytes if value.ndim else 0
+        elif isinstance(value, dict):
+            ahead.extend(value.values())
+        elif isinstance(value, list | tuple):
+            ahead.extend(value)
+        elif type(value).__module__.partition(".")[0] in ("builtins", "torch"):
+            continue
+        elif hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, type | nn.Module):
+            seen.add(id(value))
+            ahead.extend(vars(value).values())
+    return sum(found.values())
+
+
+def require_resident(streamed: object, what: str) -> None:
+    """Raises `OptionError` where the blocks stay on disk: every token would read the whole model."""
+    if streamed is not None:
+        raise OptionError(
+            f"The model is read from disk block by block (--memory-budget), and {what} would read all of it for every "
+            "token. Leave --memory-budget out."
+        )
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens the model has positions for; None where nothing limits them."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    return limit if isinstance(limit, int) and limit > 0 else None

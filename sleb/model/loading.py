@@ -1,0 +1,349 @@
+"""A model name, a local folder or a GGUF file -> model and tokenizer. Refuses what it cannot use, in one sentence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from sleb.errors import ModelError, OptionError
+from sleb.model import demo
+from sleb.model.streamed_loading import load_within
+from sleb.model.streaming import streamed_blocks
+from sleb.runtime import run_folder
+
+log = logging.getLogger(__name__)
+
+# What transformers, safetensors, gguf and the hub client raise for checkpoints that are absent, damaged or foreign.
+_FAILURES = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    ImportError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    struct.error,
+    OverflowError,
+    UnicodeDecodeError,
+    MemoryError,
+)
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None
+    """The commit that was loaded, where the hub names one."""
+    dtype: str
+    device: str
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    memory_budget: int | None = None,
+) -> LoadedModel:
+    """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights have.
+
+    With a `memory_budget` in bytes that the weights exceed, the blocks stay on disk and are read when they are needed.
+    Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
+    that is not there, or a budget that is too small.
+    """
+    quieten_torchao()
+    where = resolve_device(device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    source: str | Path = name
+    gguf = None
+    if name == "demo":
+        source = demo.model_folder(convert_gguf)
+    elif name.lower().endswith(".gguf"):
+        gguf = Path(name).expanduser()
+        _require_gguf(gguf)
+        source = gguf.parent
+        options["gguf_file"] = gguf.name
+    elif _is_path(name):
+        source = Path(name).expanduser()
+        _require_folder(source, allow_pickle)
+    config = _config(str(source), name, options)
+    chosen = _dtype(dtype, config, where)
+    kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
+    if where.type == "cuda" and gguf is None:
+        # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
+        kwargs["device_map"] = "auto" if device == "all" else {"": where}
+
+    def load(**others: Any) -> Any:
+        return _auto_model().from_pretrained(str(source), output_loading_info=True, **(kwargs | others))
+
+    if memory_budget is None:
+        model, report = _loading(name, load)
+    elif gguf is not None:
+        raise OptionError(f"{name} is dequantised as a whole; --memory-budget needs a safetensors folder.")
+    else:
+        scratch = run_folder.home() / "cache" / "offload"
+        model, report = _loading(
+            name, lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load)
+        )
+    _require_complete(name, report)
+    tokenizer = _loading(name, lambda: _auto_tokenizer().from_pretrained(str(source), **options))
+    if kwargs.get("device_map") is None and streamed_blocks(model) is None:
+        model.to(where)
+    model.eval()
+    model.requires_grad_(False)
+    if not getattr(tokenizer, "vocab_size", None):
+        raise ModelError(f"{name} has no usable tokenizer; save one beside the weights (tokenizer.json).")
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    return LoadedModel(model, tokenizer, name, commit, str(chosen).removeprefix("torch."), str(where))
+
+
+def _require_complete(name: str, report: dict[str, Any]) -> None:
+    """Weights that a checkpoint lacks are made up at random while loading; nobody should search among those."""
+    missing = sorted(report.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            f"{name} lacks {len(missing)} of the weights its config asks for ({missing[0]}, for one): the files are "
+            "incomplete, or the config belongs to another model."
+        )
+    unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
+    if unused:
+        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, unused[0])
+
+
+def convert_gguf(source: Path, folder: Path) -> None:
+    """Write a GGUF model and its tokenizer as a safetensors folder (float32: quantised weights are dequantised)."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model = _auto_model().from_pretrained(str(source.parent), gguf_file=source.name)
+    tokenizer = _auto_tokenizer().from_pretrained(str(source.parent), gguf_file=source.name)
+    forget_quantisation(model)
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def forget_quantisation(model: Any) -> None:
+    """The weights were dequantised while loading (GGUF); a quantiser still remembered refuses to save them."""
+    for name in ("hf_quantizer", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none; `all` begins on the first GPU."""
+    if device == "all":
+        if not torch.cuda.is_available():
+            raise OptionError("--device all spreads a model over all GPUs; this machine has none. Use cpu or auto.")
+        return torch.device("cuda", 0)
+    if device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise OptionError(f"There is no device {device!r}; use auto, cpu, cuda:0 and so on, or all (GPUs).")
+    if device == "cpu":
+        return torch.device("cpu")
+    index = int(device.partition(":")[2] or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise OptionError(f"Asked for {device}; this machine has {count} CUDA devices. Use --device cpu or auto.")
+    return torch.device("cuda", index)
+
+
+def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What `--dtype auto` means: 16 bits where the device multiplies them faster, else float32.
+
+    A GPU keeps a 16-bit checkpoint's own type. A CPU is asked: bfloat16 runs three times faster than float32 where
+    it has instructions for it, and slower where it has not.
+    """
+    if device.type == "cuda":
+        if stored in (torch.float16, torch.bfloat16):
+            return stored
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if _cpu_is_faster_in(torch.bfloat16) else torch.float32
+
+
+def weights_hash(model: nn.Module, dtype: str | None = None) -> str:
+    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights.
+
+    With `dtype`, of what they would be in that type.
+    """
+    cast = getattr(torch, dtype) if dtype else None
+    digest = xxhash.xxh3_128()
+    seen: set[int] = set()
+    streamed = streamed_blocks(model)
+    for name, tensor in sorted(model.state_dict().items()):
+        kind = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name}{tuple(tensor.shape)}{kind}".encode())
+        if streamed is not None and tensor.is_meta:
+            tensor = streamed.tensor(name)
+        elif tensor.data_ptr() in seen:  # tied
+            continue
+        else:
+            seen.add(tensor.data_ptr())
+        plain = (tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor).to(kind)
+        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _cpu_is_faster_in(dtype: torch.dtype) -> bool:
+    """The best of twenty products each, in turn and by one thread: on a busy machine a few of many threads' lie."""
+    pairs = [(torch.ones(256, 512, dtype=kind), torch.ones(512, 1024, dtype=kind)) for kind in (dtype, torch.float32)]
+    best = [float("inf"), float("inf")]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(20):
+            for index, (left, right) in enumerate(pairs):
+                start = time.perf_counter()
+                torch.mm(left, right)
+                best[index] = min(best[index], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return best[0] * 1.3 < best[1]
+
+
+def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
+    stored = getattr(config, "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    if asked == "checkpoint":
+        return stored or torch.float32
+    return fast_dtype(stored, device) if asked == "auto" else getattr(torch, asked)
+
+
+def _config(source: str, name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    config = _loading(name, lambda: AutoConfig.from_pretrained(source, **options))
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({kind}); removing blocks is defined here for decoder-only ones."
+        )
+    if kind not in CAUSAL and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(f"{name} ({kind}) is no causal language model; a decoder-only language model is needed.")
+    return config
+
+
+def _loading(name: str, load: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    quieten_torchao()
+    try:
+        return load()
+    except (*_FAILURES, SafetensorError, StrictDataclassError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
+def _explain(name: str, error: BaseException) -> str:
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    if "trust_remote_code" in text:
+        return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
+    if "gated" in text.lower() or "401" in text:
+        return f"{name} is gated or private on the hub: accept its terms there and log in with: hf auth login."
+    if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
+        return f"{name} has no safetensors weights that can be read: {first}"
+    if isinstance(error, ImportError):
+        return f"{name} needs a library that is not installed: {first}"
+    if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
+        return (
+            f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
+            f"({first}). Check the name, --revision and the network."
+        )
+    return f"{name} cannot be loaded ({type(error).__name__}): {first}"
+
+
+def _is_path(name: str) -> bool:
+    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
+    with suppress(OSError, RuntimeError):  # names no file system takes
+        if Path(name).expanduser().exists():
+            return True
+    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
+    return False
+
+
+def _require_folder(folder: Path, allow_pickle: bool) -> None:
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file; a model is a folder with config.json, a .gguf file, or a hub name.")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} is an adapter, not a model. Merge it into its base model first.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{folder}/config.json is not JSON ({error}); the folder is damaged.") from error
+    if list(folder.glob("*.safetensors")):
+        return
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickles and not allow_pickle:
+        raise ModelError(
+            f"{folder} has its weights only as a pickle ({pickles[0].name}), which can run any code when it is read. "
+            "Convert it to safetensors, or allow it with --allow-pickle."
+        )
+    if not pickles:
+        raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
+
+
+def _require_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}.")
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file (it begins with {magic!r}).")
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(str(path)).tensors
+        short = not tensors
+    except _FAILURES as error:
+        raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
+    if short:
+        raise ModelError(f"{path} holds no tensors; fetch it again.")
+
+
+def quieten_torchao() -> None:
+    """transformers imports torchao where it is installed, which warns of kernels for other machines and of itself."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _auto_model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM
+
+
+def _auto_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

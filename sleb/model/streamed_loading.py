@@ -1,0 +1,182 @@
+"""A model whose blocks stay on disk: built without its weights, and told where they lie. Knows checkpoints; never
+computes.
+
+Where the checkpoint names its tensors as the model does, only what surrounds the blocks is read. Other checkpoints
+(renamed or merged while loading, as those of mixtures of experts) go through transformers once, which writes what it
+had to change into a scratch folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from sleb.model.block_stack import find_stack
+from sleb.model.streaming import StreamedBlocks, fits
+
+
+def load_within(
+    budget: int,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch_home: Path,
+    options: dict[str, Any],
+    load: Callable[..., tuple[Any, dict[str, Any]]],
+) -> tuple[Any, dict[str, Any]]:
+    """A model and its loading report, within `budget` bytes; in memory as ever where it fits.
+
+    `load(**kwargs)` is `from_pretrained` with everything that is always the same. Raises `OptionError` for a budget
+    that is too small.
+    """
+    from accelerate import dispatch_model, init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    trust = bool(options.get("trust_remote_code"))
+    with init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if fits(total, budget):
+        return load(device_map={"": device} if device.type == "cuda" else None)
+    path, _ = find_stack(model)
+    places = _device_map(model, path, device)
+    scratch = _scratch(scratch_home)
+    found = _files_by_key(source, options)
+    index = _index(model, path, dtype, found)
+    if index is None:
+        with _quiet("accelerate.big_modeling"):
+            model, report = load(device_map=places, offload_folder=scratch.name)
+    else:
+        report = _read_surroundings(model, found, index, device)
+        model.tie_weights()
+        _generation_config(model, source, options)
+        skipped = getattr(model, "_skip_keys_device_placement", None)
+        with _quiet("accelerate.big_modeling"):
+            dispatch_model(model, places, offload_dir=scratch.name, offload_index=index, skip_keys=skipped)
+    StreamedBlocks(model, path, device, budget, scratch)
+    return model, report
+
+
+def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, Any]:
+    """The stack on disk, everything around it on the device, name by name."""
+    where: Any = "cpu" if device.type == "cpu" else device
+    found: dict[str, Any] = {path: "disk"}
+    prefix, owner = "", model
+    for part in path.split("."):
+        found |= {f"{prefix}{name}": where for name, _ in owner.named_children() if name != part}
+        found |= {f"{prefix}{name}": where for name, _ in owner.named_parameters(recurse=False)}
+        found |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
+        prefix, owner = f"{prefix}{part}.", getattr(owner, part)
+    return found
+
+
+def _files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
+    """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    revision = options.get("revision")
+    quiet: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(source, "model.safetensors", **quiet)
+    if single is not None:
+        files = [single]
+    else:
+        listing = cached_file(source, "model.safetensors.index.json", **quiet)
+        if listing is None:
+            return {}
+        files, _ = get_checkpoint_shard_files(source, listing, revision=revision)
+    found: dict[str, str] = {}
+    for name in files:
+        with safe_open(name, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), str(name))
+    return found
+
+
+def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> dict[str, dict[str, str]] | None:
+    """Where the weights of the blocks lie, as accelerate wants it; None where names, shapes or types must change."""
+    plan = getattr(model, "_get_dtype_plan", None)
+    if plan is None or plan(dtype) or getattr(model.config, "quantization_config", None):
+        return None
+    if not any(name in files for name in model.state_dict()):
+        return None
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(files.values()):
+        with safe_open(name, framework="pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(f"{path}."):
+            if shapes.get(name) != tuple(parameter.shape):
+                return None
+            found[name] = {
+                "safetensors_file": files[name],
+                "weight_name": name,
+                "dtype": str(parameter.dtype).removeprefix("torch."),
+            }
+    return found
+
+
+def _read_surroundings(
+    model: Any, files: dict[str, str], index: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What is no parameter of a block: read now. Returns what `from_pretrained` would report."""
+    from accelerate.utils import set_module_tensor_to_device
+
+    wanted = dict(model.state_dict())
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    for name, empty in wanted.items():
+        if name in index or name not in files:
+            continue
+        with safe_open(files[name], framework="pt", backend="pread") as file:
+            value = file.get_tensor(name)
+        set_module_tensor_to_device(model, name, device, value=value, dtype=empty.dtype)
+    for name, buffer in model.named_buffers():
+        if buffer.device != device:
+            set_module_tensor_to_device(model, name, device, value=buffer)
+    return {
+        "missing_keys": {name for name in wanted if name not in files and name not in tied},
+        "unexpected_keys": {name for name in files if name not in wanted},
+    }
+
+
+def _generation_config(model: Any, source: str, options: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    with suppress(OSError, ValueError):
+        model.generation_config = GenerationConfig.from_pretrained(source, revision=options.get("revision") or "main")
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """That parameters are on the meta device is the point, and no warning."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _scratch(home: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder for converted weights, named after its process; what killed processes left is cleared away."""
+    home.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for folder in home.glob(f"{host}-*"):
+        pid = folder.name.removeprefix(f"{host}-").partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(folder)
+    return tempfile.TemporaryDirectory(prefix=f"{host}-{os.getpid()}-", dir=home, ignore_cleanup_errors=True)

@@ -1,0 +1,146 @@
+"""A run as it stands on disk: what was asked, what model it met, its trace, analyses and jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sleb.errors import OptionError, RunError
+from sleb.records.analysis import Analysis
+from sleb.records.base import FORMAT_VERSION, Record
+from sleb.records.job import Job
+from sleb.records.spec import RunSpec
+from sleb.records.trace import Step, Trace
+
+
+class SelfCheck(Record):
+    """Every candidate, on one tiny batch: the sweep against a plain forward pass with the block skipped."""
+
+    scoring: Literal["sweep", "plain"]
+    reason: str | None = None
+    """Why the run fell back to plain scoring."""
+    candidates: int
+    tokens: int
+    max_difference: float | None
+    """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token. None: nothing to compare."""
+    protected: dict[int, str] = Field(default={})
+    """Blocks whose plain skip raises, with the reason."""
+
+
+class StackDescription(Record):
+    """The model as loaded, and what the run settled on with it. Written once, by the first job."""
+
+    format_version: int = FORMAT_VERSION
+    model_class: str
+    path: str
+    block_class: str
+    num_blocks: int
+    block_parameters: tuple[int, ...]
+    total_parameters: Annotated[int, Field(gt=0)]
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    revision: str | None = None
+    weights_hash: str
+    tokens_hash: str
+    """Of the calibration and held-out token ids: a resumed run must see the same text."""
+    sequences: int
+    held_out: int
+    sequence_length: int
+    bos: bool
+    text: str
+    """Where the text came from and how much of it there was, in words."""
+    num_remove: int
+    protected: tuple[int, ...]
+    self_check: SelfCheck
+
+    @model_validator(mode="after")
+    def _whole(self) -> StackDescription:
+        if not 1 <= self.num_blocks == len(self.block_parameters) <= 100_000:
+            raise ValueError("there are as many numbers of parameters as blocks, and at least one")
+        return self
+
+
+class Forecast(Record):
+    """What a run will take, from a look of a few seconds at the model."""
+
+    num_blocks: int
+    num_remove: int
+    block_evaluations: int
+    """Blocks times sequences."""
+    head_evaluations: int
+    """Skip sets times sequences."""
+    head_weight: float
+    """What reading out one skip set costs, in block evaluations."""
+    seconds_per_unit: float
+    """A unit is a block evaluation."""
+    loading_seconds: float
+    """The model, and the check of the sweep against plain forward passes."""
+    search_seconds: float
+    analysis_seconds: float
+    peak_memory: int
+    """Bytes: of the GPU where there is one, else of the process."""
+    device: str
+    dtype: str
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.loading_seconds + self.search_seconds + self.analysis_seconds
+
+
+class Run(Record):
+    """A run folder, read: what `run_folder.load` returns and pages draw."""
+
+    run_id: str
+    run_dir: Path
+    spec: RunSpec
+    stack: StackDescription | None = None
+    trace: Trace | None = None
+    analysis: Analysis | None = None
+    analysis_unavailable: str | None = None
+    """Why this model cannot be analysed, if so."""
+    jobs: tuple[Job, ...] = ()
+
+    @property
+    def removal_list(self) -> tuple[int, ...]:
+        """Blocks in the order of removal so far."""
+        return self.trace.removal_list if self.trace else self.spec.given or ()
+
+    def require_trace(self) -> Trace:
+        """The trace with at least one finished step. Raises `RunError` with the reason why there is none."""
+        if self.spec.kind != "search":
+            raise RunError(
+                f"Run {self.run_id} is an {self.spec.what} and chose no block; search {self.spec.model} first."
+            )
+        if self.stack is None or self.trace is None or not self.trace.steps:
+            raise RunError(
+                f"Run {self.run_id} has no finished step, so there is no removal list yet; "
+                f"continue it with `sleb resume {self.run_id}`."
+            )
+        return self.trace
+
+    def steps_until(self, steps: int | None = None) -> tuple[Step, ...]:
+        """The first so many steps; None is all of them. Raises `OptionError`, or `RunError` where there are none."""
+        done = self.require_trace().steps
+        if steps is None:
+            return done
+        if not 1 <= steps <= len(done):
+            raise OptionError(
+                f"{steps} steps were asked for and run {self.run_id} has {len(done)} finished; give 1 to {len(done)}."
+            )
+        return done[:steps]
+
+    def removal_list_after(self, steps: int | None = None) -> tuple[int, ...]:
+        """Blocks in the order of removal after so many steps; None is all of them. Raises as `steps_until`."""
+        return self.steps_until(steps)[-1].removal_list
+
+    @property
+    def kept_blocks(self) -> tuple[int, ...]:
+        """Blocks that stay, in the order of the stack; empty until the model has been opened."""
+        if self.stack is None:
+            return ()
+        removed = set(self.removal_list)
+        return tuple(block for block in range(self.stack.num_blocks) if block not in removed)

@@ -1,0 +1,71 @@
+"""Findings in a run folder: one file each in `evaluation/`, written once. Knows files; computes nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from sleb.records import AnyFinding, EvaluatedText, Finding, RemovalList
+from sleb.runtime.files import NO_ARRAYS, read_json, replace_file
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Finding)
+_ANY: TypeAdapter[AnyFinding] = TypeAdapter(AnyFinding)
+FOLDER = "evaluation"
+
+
+def keep(run_dir: Path, finding: Finding) -> None:
+    """Write one down; an earlier answer to the same question is replaced."""
+    replace_file(run_dir / FOLDER / f"{finding.question}.json", finding.model_dump_json(indent=1))
+
+
+def findings(run_dir: Path) -> list[Finding]:
+    """All of a run that can be read, oldest first."""
+    found: list[Finding] = []
+    for path in sorted((run_dir / FOLDER).glob("*-*.json")):
+        try:
+            found.append(_ANY.validate_python(read_json(path)))
+        except (OSError, ValueError, ValidationError) as error:
+            log.warning("%s cannot be read, and is left out: %s", path, str(error).splitlines()[0])
+    return sorted(found, key=lambda each: each.finished)
+
+
+def of_kind(found: Iterable[Finding], kind: type[F]) -> list[F]:
+    """Those of one kind."""
+    return [each for each in found if isinstance(each, kind)]
+
+
+class Table:
+    """Nats of removal lists on every window of one text, as far as they were scored: rows of NaN until then."""
+
+    def __init__(self, run_dir: Path, text: EvaluatedText, dtype: str) -> None:
+        self._windows = text.windows
+        self._path = run_dir / FOLDER / f"windows-{text.tokens_hash[:20]}-{text.window}-{dtype}.npz"
+
+    def read(self) -> dict[RemovalList, np.ndarray]:
+        """Removal list -> float64 (windows,); nothing where it is missing or damaged: then it is made anew."""
+        try:
+            with np.load(self._path) as arrays:
+                lists, nats = json.loads(str(arrays["lists"])), arrays["nats"]
+            if nats.ndim != 2 or nats.dtype != np.float64 or nats.shape[1] != self._windows:
+                raise ValueError("it is no table of nats")
+            return {tuple(map(int, each)): row for each, row in zip(lists, nats, strict=True)}
+        except FileNotFoundError:
+            return {}
+        except NO_ARRAYS as error:
+            log.warning("%s cannot be read, and is made anew: %s", self._path, error)
+            return {}
+
+    def write(self, rows: dict[RemovalList, np.ndarray]) -> None:
+        """All rows, in place of what was there."""
+        buffer = io.BytesIO()
+        np.savez(buffer, lists=np.array(json.dumps(list(rows))), nats=np.stack(list(rows.values())))
+        replace_file(self._path, buffer.getvalue())

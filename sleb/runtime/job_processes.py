@@ -1,0 +1,318 @@
+"""Starting, stopping and watching the process that executes a run. No daemon: files, a lock and a pid.
+
+Only the holder of a run's lock writes a job's status. `interrupted` is derived: the status says running, but its
+process is gone (a pid means something on its own host only, and only with the time its process started).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from filelock import FileLock, Timeout
+
+from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
+from sleb.records import Job, JobSpec, JobState, JobStatus, Progress, Run
+from sleb.runtime import device_queue, files, job_folder, run_folder
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+STARTING_SECONDS = 30.0
+"""A job that was started may be without a process for so long: it is about to come."""
+SILENCE_SECONDS = 60.0
+"""A job on another host that has been silent for longer is taken for interrupted."""
+
+
+class Reporter:
+    """Keeps a job's status file fresh from a thread of its own; the worker only says how far it is."""
+
+    def __init__(self, job_dir: Path) -> None:
+        self.job_dir = job_dir
+        process = psutil.Process()
+        self._status = JobStatus(
+            state=JobState.QUEUED,
+            pid=process.pid,
+            host=socket.gethostname(),
+            process_started=process.create_time(),
+            started=time.time(),
+            heartbeat=time.time(),
+        )
+        self._progress: Progress | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        job_folder.write_status(job_dir, self._status)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """The waiting is over."""
+        self._status = self._status.model_copy(update={"state": JobState.RUNNING, "started": time.time()})
+        self._progress = None
+        job_folder.write_status(self.job_dir, self._now())
+
+    def progress(self, progress: Progress) -> None:
+        """How far the job is; written with the next heartbeat."""
+        self._progress = progress
+
+    def close(self, state: JobState, message: str = "") -> None:
+        """The last word on the job."""
+        self._done.set()
+        self._thread.join()
+        job_folder.write_status(self.job_dir, self._now().model_copy(update={"state": state, "message": message}))
+
+    def _now(self) -> JobStatus:
+        return self._status.model_copy(update={"heartbeat": time.time(), "progress": self._progress})
+
+    def _beat(self) -> None:
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            try:
+                job_folder.write_status(self.job_dir, self._now())
+            except StorageError as error:  # the job itself will meet the full disk, and say so
+                log.debug("No heartbeat: %s", error)
+
+
+@contextlib.contextmanager
+def executing(
+    job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None, processes: int | None = None
+) -> Iterator[Reporter]:
+    """Hold the run's lock, wait for the device, keep the status, and write how it ended.
+
+    Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
+    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says.
+    """
+    run_dir = job_dir.parent.parent
+    lock = lock_of(run_dir)
+    with files.writing(run_dir):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:  # an OSError, but no refusal of the disk's
+            raise RunBusy(_busy(run_dir)) from error
+    try:
+        reporter = Reporter(job_dir)
+        spec = job_folder.load_job(job_dir).spec
+
+        def waiting(device: str, before: int) -> None:
+            ahead = f"{before} job{'s' if before > 1 else ''} before this one"
+            told = Progress(phase=f"Waiting for {device}", message=ahead)
+            reporter.progress(told)
+            watch(told)
+
+        try:
+            with stopping_on_sigterm(), contextlib.ExitStack() as stack:
+                for device in device_queue.devices(
+                    spec.device, processes or spec.processes
+                ):  # all ask in the same order
+                    stack.enter_context(device_queue.turn(run_folder.home(), device, partial(waiting, device)))
+                reporter.begin()
+                yield reporter
+        except (Stopped, KeyboardInterrupt):
+            with _deaf():
+                reporter.close(JobState.STOPPED, "Stopped on request.")
+            raise
+        except SlebError as error:
+            _close_failed(reporter, str(error))
+            raise
+        except BaseException as error:
+            _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
+            raise
+        reporter.close(JobState.FINISHED)
+    finally:
+        lock.release()
+
+
+def _close_failed(reporter: Reporter, message: str) -> None:
+    with contextlib.suppress(StorageError):  # a full disk is what it may have failed of
+        reporter.close(JobState.FAILED, message)
+
+
+def lock_of(run_dir: Path) -> FileLock:
+    """The lock whose holder executes the run."""
+    return FileLock(run_dir / ".lock")
+
+
+def watched(run: Run) -> Run:
+    """The run with the state of jobs whose process is gone derived."""
+    return run.model_copy(update={"jobs": tuple(derived(job) for job in run.jobs)})
+
+
+def state_of(run: Run) -> JobState:
+    """The state of the run's newest search or analysis."""
+    own = [job for job in watched(run).jobs if job.spec.is_own(run.spec)]
+    return own[-1].status.state if own else JobState.QUEUED
+
+
+def unanswered(run: Run) -> JobSpec | None:
+    """What a job was to judge that did not come to its end, the newest first: asked again, it goes on where it was.
+
+    Of those that failed only the very last: what it failed of may be the question itself.
+    """
+    own = [job for job in watched(run).jobs if job.spec.ask is not None]
+    answered = [job.spec.ask for job in own if job.status.state is JobState.FINISHED]
+    for job in reversed(own):
+        broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED)
+        if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
+            return job.spec
+    return None
+
+
+def active(run: Run) -> Job | None:
+    """The job that a process executes, waits with, or is about to take up, if any."""
+    return next((job for job in watched(run).jobs if is_active(job)), None)
+
+
+def is_active(job: Job) -> bool:
+    """Whether a process executes it, waits with it, or is about to take it up; of a job as `derived` gives it."""
+    if job.status.state is JobState.QUEUED and job.status.pid is None:
+        return time.time() - (job.status.heartbeat or 0.0) < STARTING_SECONDS
+    return job.status.state in (JobState.QUEUED, JobState.RUNNING)
+
+
+def require_idle(run: Run) -> None:
+    """Raises `RunBusy` while a process executes the run."""
+    if active(run) is not None:
+        raise RunBusy(_busy(run.run_dir))
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
+    job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
+    with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sleb", "work", str(job.directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def stop(run: Run, *, patience: float = 20.0) -> Job:
+    """Ask the active job to stop; kill it when it does not, and record that. Raises `RunError` if nothing runs."""
+    job = active(run)
+    limit = time.monotonic() + STARTING_SECONDS
+    while job is not None and job.status.pid is None and time.monotonic() < limit:  # started a moment ago
+        time.sleep(0.1)
+        job = active(run_folder.load(run.run_dir))
+    if job is None:
+        raise RunError(f"Run {run.run_id} is {state_of(run).value}; there is nothing to stop.")
+    if job.status.host != socket.gethostname() or job.status.pid is None:
+        raise RunError(
+            f"Run {run.run_id} is being executed on {job.status.host} (process {job.status.pid}); stop it there."
+        )
+    lock = lock_of(run.run_dir)
+    process = psutil.Process(job.status.pid)
+    process.send_signal(signal.SIGTERM)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        process.kill()
+        lock.acquire(timeout=patience)
+    try:
+        now = job_folder.load_job(job.directory)
+        if now.status.state in (JobState.RUNNING, JobState.QUEUED):  # it could not say so itself
+            killed = now.status.model_copy(update={"state": JobState.STOPPED, "message": "Killed on request."})
+            job_folder.write_status(job.directory, killed)
+        return job_folder.load_job(job.directory)
+    finally:
+        lock.release()
+
+
+def delete(directory: Path, *, keep_folder: bool = False) -> None:
+    """Remove a run folder for good, readable or not; an empty folder stays if it is to be kept.
+
+    Raises `RunBusy` while a process executes it, and `RunError` for a recorded sample.
+    """
+    run_folder.refuse_sample(directory)
+    lock = lock_of(directory)
+    with files.writing(directory):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunBusy(_busy(directory)) from error
+    try:
+        run_folder.delete(directory)
+        if keep_folder:
+            directory.mkdir()
+    finally:
+        lock.release()
+
+
+def bring_in(folder: Path) -> Run:
+    """Copy a run folder from elsewhere, or a recorded sample, into the runs folder.
+
+    Raises `RunBusy` while a process executes it.
+    """
+    require_idle(run_folder.load(run_folder.elsewhere(folder)))
+    return run_folder.bring_in(folder)
+
+
+def next_job(run: Run, spec: JobSpec) -> Job:
+    """A new job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
+    run_folder.refuse_sample(run.run_dir)
+    require_idle(run)
+    return job_folder.create_job(run.run_dir, spec)
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM is `Stopped` within it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread; a notebook's worker thread is stopped by its caller
+        return
+
+    def stop_now(_number: int, _frame: FrameType | None) -> None:
+        raise Stopped("Stopped on request.")
+
+    before = signal.signal(signal.SIGTERM, stop_now)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """The last words are not interrupted by an impatient second Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def derived(job: Job) -> Job:
+    """The job, interrupted if its status says that it runs or waits and its process is gone."""
+    status = job.status
+    waiting = status.state is JobState.QUEUED and status.pid is not None
+    if not (waiting or status.state is JobState.RUNNING) or _alive(status):
+        return job
+    lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
+    return job.model_copy(update={"status": status.model_copy(update=lost)})
+
+
+def _alive(status: JobStatus) -> bool:
+    if status.host != socket.gethostname():
+        return time.time() - (status.heartbeat or 0.0) < SILENCE_SECONDS
+    return status.pid is not None and device_queue.alive(status.pid, status.process_started or 0.0)
+
+
+def _busy(run_dir: Path) -> str:
+    run = run_folder.load(run_dir)
+    job = active(run)
+    who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
+    how = f"sleb stop {run_folder.reference(run)}"
+    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: {how}"

@@ -1,0 +1,244 @@
+"""Run folders: create, find, load, list, import, delete. Knows files; knows no model and no process.
+
+runs/<run_id>/  spec.json stack.json trace.jsonl scores/ analysis/ evaluation/ jobs/<n>-<kind>/
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from sleb.errors import RunError
+from sleb.records import Analysis, Run, RunSpec, StackDescription
+from sleb.runtime.dashboard_files import SAMPLES
+from sleb.runtime.files import expanded, replace_file, writing
+from sleb.runtime.job_folder import read_jobs
+from sleb.runtime.record_files import read_record, read_record_or_none, read_spec
+from sleb.runtime.trace_file import read_trace
+
+log = logging.getLogger(__name__)
+
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+
+
+def home() -> Path:
+    """Where runs and cache live: `SLEB_HOME`, or a per-user data folder."""
+    chosen = os.environ.get("SLEB_HOME")
+    if chosen:
+        return expanded(Path(chosen)).absolute()
+    from platformdirs import user_data_path
+
+    return user_data_path("sleb", appauthor=False)
+
+
+def reference(run: Run) -> str:
+    """What to type to name the run: its id, or the folder it was given."""
+    own = is_sample(run.run_dir) or (run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id))
+    return shlex.quote(run.run_id if own else str(run.run_dir))
+
+
+def runs_folder() -> Path:
+    """The folder that holds runs which were given no folder of their own."""
+    return home() / "runs"
+
+
+def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
+    """A new run folder with what was asked. Raises `RunError` where the folder is taken."""
+    directory = expanded(run_dir or runs_folder() / _new_run_id(spec)).absolute()
+    with writing(directory):
+        if directory.exists() and not directory.is_dir():
+            raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
+        if directory.exists() and any(directory.iterdir()):
+            raise RunError(
+                f"{directory} already holds something. Name a new folder, or continue the run there with: "
+                f"sleb resume {shlex.quote(str(directory))}"
+            )
+        was_there = directory.is_dir()
+        directory.mkdir(parents=True, exist_ok=True)
+    try:
+        replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
+        return load(str(directory))
+    except BaseException:
+        discard(directory, keep_folder=was_there)
+        raise
+
+
+def discard(directory: Path, *, keep_folder: bool) -> None:
+    """Take back a run that never began; a folder that somebody had made for it stays."""
+    shutil.rmtree(directory, ignore_errors=True)
+    if keep_folder:
+        with suppress(OSError):
+            directory.mkdir()
+
+
+def locate(run: str | os.PathLike[str]) -> Path:
+    """The folder of a run given by its id, by a folder, or by the name of a recorded sample.
+
+    Raises `RunError` where there is none.
+    """
+    text = os.fspath(run)
+    if _RUN_ID.fullmatch(text) and (runs_folder() / text / "spec.json").is_file():
+        return runs_folder() / text
+    with suppress(OSError, ValueError, RuntimeError):  # names no file system takes
+        folder = Path(text).expanduser().absolute()
+        if text and (folder / "spec.json").is_file():
+            return folder
+    if (sample := _sample(text)) is not None:
+        return sample
+    known = [each.name for each in run_dirs()][:3]
+    hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
+    raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
+
+
+def _sample(name: str) -> Path | None:
+    """The recorded sample of that name. Its copy in the runs folder has the same one, and is found before it."""
+    return SAMPLES / name if _RUN_ID.fullmatch(name) and (SAMPLES / name / "spec.json").is_file() else None
+
+
+def is_sample(directory: Path) -> bool:
+    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    real = directory.resolve()
+    return real.parent == SAMPLES and _RUN_ID.fullmatch(real.name) is not None
+
+
+def refuse_sample(directory: Path) -> None:
+    """Raises `RunError` for a recorded sample, before anything would be written into its folder."""
+    if is_sample(directory):
+        name = directory.resolve().name
+        raise RunError(
+            f"{name} is a recorded sample, which is only read. Copy it among your runs, and give the same command "
+            f"again: sleb import {name}"
+        )
+
+
+def load(run: str | os.PathLike[str]) -> Run:
+    """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
+    directory = locate(run)
+    jobs = read_jobs(directory)  # first: what a finished job wrote is then there to be read
+    analysis = directory / "analysis" / "analysis.json"
+    unavailable = directory / "analysis" / "unavailable.txt"
+    stack = read_record(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None
+    trace = read_trace(directory)
+    if trace is not None and stack is None:
+        raise RunError(f"{directory} has a trace but no stack.json; it is damaged. Restore it, or delete the run.")
+    if trace is not None and stack is not None:
+        foreign = [block for step in trace.steps for block in step.removal_list if block >= stack.num_blocks]
+        if foreign:
+            raise RunError(
+                f"The trace in {directory} removes block {foreign[0]} of {stack.num_blocks}; it is damaged. "
+                "Restore it, or delete the run."
+            )
+    return Run(
+        run_id=directory.name,
+        run_dir=directory,
+        spec=read_spec(directory),
+        stack=stack,
+        trace=trace,
+        analysis=_fitting(read_record_or_none(analysis, Analysis), stack, analysis),
+        analysis_unavailable=_sentence(unavailable),
+        jobs=jobs,
+    )
+
+
+def list_runs() -> list[Run | RunError]:
+    """All runs of the runs folder, newest first; an unreadable one is its error, so that it can be shown."""
+    found: list[Run | RunError] = []
+    for directory in run_dirs():
+        try:
+            found.append(load(directory))
+        except RunError as error:
+            found.append(error)
+    return found
+
+
+def delete(directory: Path) -> None:
+    """Remove a run folder, readable or not, for good. The caller makes sure that no process is executing it."""
+    with writing(directory):
+        if directory.is_symlink():
+            directory.unlink()
+        else:
+            shutil.rmtree(directory)
+
+
+def bring_in(folder: Path) -> Run:
+    """Copy a run folder from elsewhere, or a recorded sample, into the runs folder.
+
+    Raises `RunError` where it cannot be read.
+    """
+    run = load(elsewhere(folder))
+    target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
+    if target.exists():
+        raise RunError(f"A run {target.name} is already there. Rename {folder}, or delete the other first.")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
+        try:
+            ignored = shutil.ignore_patterns(".lock")
+            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False, ignore=ignored)
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return load(target)
+
+
+def elsewhere(folder: Path) -> Path:
+    """A run folder from elsewhere, absolute; or the recorded sample of that name, where there is no such folder."""
+    found = expanded(folder).absolute()
+    with suppress(OSError, ValueError):  # names no file system takes
+        if found.exists():
+            return found
+    return _sample(str(folder)) or found
+
+
+def run_dirs(folder: Path | None = None) -> list[Path]:
+    """Run folders in a folder (by default the runs folder), newest first."""
+    found: list[tuple[float, Path]] = []
+    with suppress(OSError):  # no runs folder, or none of ours
+        for each in (folder or runs_folder()).iterdir():
+            with suppress(OSError):  # one folder that cannot be read must not hide the others
+                if _RUN_ID.fullmatch(each.name):
+                    found.append(((each / "spec.json").stat().st_mtime, each))
+    return [each for _, each in sorted(found, reverse=True)]
+
+
+def _fitting(analysis: Analysis | None, stack: StackDescription | None, path: Path) -> Analysis | None:
+    """The analysis, if it is of a model with as many blocks."""
+    if analysis is None or stack is None:
+        return analysis
+    blocks, found, exits = stack.num_blocks, analysis.similarity, analysis.alignment
+    matrices = (found.mean, found.mean_without_first, found.random_token)
+    sizes = [len(matrix) - 1 for matrix in matrices] + [len(row) - 1 for matrix in matrices for row in matrix]
+    sizes += [len(found.metric1), len(found.chunk_angular_distance)]
+    sizes += [len(row) for row in found.chunk_angular_distance]
+    for each in (exits.calibration, exits.generated):
+        sizes += [len(each.agreement), len(each.first_exit), len(each.settled_exit)] if each else []
+    sizes += [len(token.top) for token in analysis.passage.tokens]
+    if all(size == blocks for size in sizes):
+        return analysis
+    log.warning("%s is of another model than stack.json; it is left out.", path)
+    return None
+
+
+def _sentence(path: Path) -> str | None:
+    """A file with one sentence in it, if it is there."""
+    try:
+        return path.read_text(errors="replace")[:2000] if path.is_file() else None
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror})."
+
+
+def _new_run_id(spec: RunSpec) -> str:
+    """Sortable by time, telling by name, unlikely to collide."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
+    what = spec.what
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{what}-{secrets.token_hex(2)}"

@@ -1,0 +1,1 @@
+"""Skip sets and sequences -> nats, and what makes that fast."""

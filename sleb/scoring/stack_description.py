@@ -1,0 +1,46 @@
+"""The record of a model's blocks, for runs that search nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import LoadedModel, weights_hash
+from sleb.records import StackDescription
+from sleb.scoring.self_check import self_check
+
+
+def describe(stack: BlockStack, loaded: LoadedModel) -> StackDescription:
+    """A model that nothing is searched on: there is no calibration text, and every block may be asked for."""
+    ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (2, 16))
+    return StackDescription(
+        **facts_of(stack, loaded, weights_hash(loaded.model)),
+        tokens_hash="",
+        sequences=0,
+        held_out=0,
+        sequence_length=0,
+        bos=False,
+        text="none",
+        num_remove=0,
+        protected=(),
+        self_check=self_check(stack, list(range(len(stack))), ids),
+    )
+
+
+def facts_of(stack: BlockStack, loaded: LoadedModel, hashed: str) -> dict[str, Any]:
+    """The fields of a `StackDescription` that the model alone decides."""
+    return dict(
+        model_class=type(loaded.model).__name__,
+        path=stack.path,
+        block_class=type(stack.blocks[0]).__name__,
+        num_blocks=len(stack),
+        block_parameters=tuple(stack.parameters_of(block) for block in range(len(stack))),
+        total_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        hidden_size=stack.config.hidden_size,
+        vocab_size=stack.config.vocab_size,
+        dtype=loaded.dtype,
+        revision=loaded.revision,
+        weights_hash=hashed,
+    )

@@ -1,0 +1,362 @@
+"""One search or analysis of one run: model, text, methods and files meet here, and nowhere else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from sleb.analysis import block_output_cache, token_sample
+from sleb.analysis.measure import analyze
+from sleb.analysis.similarity import block_influence
+from sleb.errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
+from sleb.methods.cost_forecast import cost_of_search
+from sleb.methods.problem import Decision, Problem, number_to_remove, require_possible
+from sleb.methods.statistics import mean_and_error
+from sleb.methods.strategies import baseline, search
+from sleb.model.block_stack import BlockStack
+from sleb.model.loading import LoadedModel, weights_hash
+from sleb.records import Baseline, JobSpec, Run, StackDescription, Step
+from sleb.runtime import record_files, run_folder, trace_file
+from sleb.runtime.distributed import Group
+from sleb.runtime.progress import Meter, Watcher
+from sleb.scoring import calibration, speedups
+from sleb.scoring.self_check import self_check
+from sleb.scoring.stack_description import facts_of
+from sleb.scoring.sweep import Scorer
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """One search or analysis of one run, from the model to the last line of the trace."""
+
+    def __init__(
+        self,
+        run: Run,
+        job: JobSpec,
+        loaded: LoadedModel,
+        meter: Meter,
+        watcher: Watcher,
+        group: Group | None = None,
+    ) -> None:
+        self.run, self.spec, self.loaded = run, run.spec, loaded
+        self.group = group or Group()
+        """Of several, the first writes; all decide, on the same numbers."""
+        self.meter, self.watcher = meter, watcher
+        self.job = job
+        self.speedups: tuple[str, ...] = ()
+        """Names of the faster ways that are in use."""
+        self.batch_size = job.batch_size
+        """Sequences at once; what fitted, once the search is over."""
+        self.stack = BlockStack(self.loaded.model)
+        config = self.stack.config
+        _require_positions(config, self.spec.calibration.sequence_length)
+        meter.phase("Reading the calibration text")
+        self.text = self.group.share(
+            lambda: calibration.build(
+                self.spec.calibration,
+                self.spec.held_out,
+                self.spec.seed,
+                self.loaded.tokenizer,
+                config.vocab_size,
+            )
+        )
+        if self.spec.until_perplexity is not None and self.text.held_out == 0:
+            raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
+        block_output_cache.limit_bytes()  # refused now, not after the search
+        self.description = self.group.share(lambda: self._describe(config))
+        watcher.described(self.description)
+
+    def go(self) -> None:
+        """Baseline, steps, analyses; whatever is there already is kept."""
+        if self.spec.kind == "search":
+            self._search()
+            if not self.group.first:
+                return
+            if self.spec.analysis and self.run.analysis is None and self.run.analysis_unavailable is None:
+                try:
+                    self._analyze()
+                except (ModelError, ScoringError) as error:  # the removal list stands without it
+                    log.warning("No analysis: %s", error)
+                    record_files.write_no_analysis(self.run.run_dir, str(error))
+        elif self.run.analysis is None and self.group.first:
+            self._analyze()
+
+    def _describe(self, config: Any) -> StackDescription:
+        hashed = weights_hash(self.loaded.model)
+        if self.run.stack is not None:
+            _require_same(self.run, hashed, self.text.tokens_hash)
+            return self.run.stack
+        count = len(self.stack)
+        asked = self.spec.protected
+        if asked is None:
+            asked = (0, count - 1) if self.spec.method.protects_ends else ()
+        outside = [block for block in asked if not 0 <= block < count]
+        if outside:
+            raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {count - 1}.")
+        candidates = [block for block in range(count) if block not in asked]
+        removing = self.spec.kind == "search"
+        if removing:
+            number_to_remove(count, len(candidates), self.spec.num_remove, self.spec.ratio)
+        self.meter.phase("Checking the sweep against plain forward passes")
+        check = self_check(self.stack, candidates, self.text.ids)
+        if check.reason and self.stack.streamed is not None:
+            raise ModelError(
+                f"{self.spec.model} cannot be streamed block by block ({check.reason}). Leave --memory-budget out, or "
+                "give one that holds the whole model."
+            )
+        if check.reason:
+            log.warning("Scoring the plain way: %s.", check.reason)
+        protected = tuple(sorted({*asked, *check.protected}))
+        for block, reason in check.protected.items():
+            log.warning("Block %d is protected: %s.", block, reason)
+        available = count - len(protected)
+        num_remove = 0
+        if removing:
+            num_remove = number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
+            require_possible(self.spec.method, count, num_remove, protected)
+        description = StackDescription(
+            **facts_of(self.stack, self.loaded, hashed),
+            tokens_hash=self.text.tokens_hash,
+            sequences=self.text.sequences,
+            held_out=self.text.held_out,
+            sequence_length=self.text.ids.shape[1],
+            bos=self.text.bos,
+            text=self.text.text,
+            num_remove=num_remove,
+            protected=protected,
+            self_check=check,
+        )
+        record_files.write_stack(self.run.run_dir, description)
+        return description
+
+    def _search(self) -> None:
+        description = self.description
+        scorer = Scorer(
+            self.stack,
+            self.text.ids,
+            batch_size=self.batch_size,
+            plain=description.self_check.scoring == "plain",
+            watch=self.meter.advance,
+            group=self.group,
+        )
+        problem = Problem(
+            num_blocks=description.num_blocks,
+            num_remove=description.num_remove,
+            protected=description.protected,
+            calibration=np.arange(self.text.sequences),
+            held_out=np.arange(self.text.sequences, len(self.text.ids)),
+            token_counts=scorer.token_counts,
+            confidence=self.spec.confidence,
+            until_perplexity=self.spec.until_perplexity,
+            objective=self.spec.objective,
+            racing=self.spec.races,
+            seed=self.spec.seed,
+            refine=self.spec.refine,
+        )
+        if self.stack.streamed is not None:
+            scorer.round_size([(block,) for block in problem.candidates])  # refused now, not after the baseline
+        trace = self.run.trace
+        steps = list(trace.steps) if trace else []
+        if trace is None or trace.finished is None:
+            cost = cost_of_search(self.spec.method, problem, steps, with_baseline=trace is None, plain=scorer.plain)
+            ahead = cost.units(scorer.head_weight)
+            with self._faster(scorer, ahead / self.group.size, trace.baseline.speedups if trace else None):
+                self.meter.expect(ahead, len(steps), problem.num_remove)
+                first = trace.baseline if trace else self._baseline(problem, scorer)
+                self.watcher.baseline(first)
+                for step in steps:
+                    self.watcher.step(step, first)
+                self._steps(problem, scorer, first, steps)
+            if self.group.first:
+                trace_file.append_finished(self.run.run_dir, _why_finished(problem, steps))
+        self.batch_size = scorer.batch_size
+
+    @contextmanager
+    def _faster(self, scorer: Scorer, ahead: float, known: tuple[str, ...] | None) -> Iterator[None]:
+        """Blocks run in ways that are faster here; those of a run that is resumed, and of all ranks, are the same."""
+        if self.job.speedups == "off" or scorer.plain:
+            yield
+            return
+        self.meter.phase("Trying faster ways through the blocks")
+
+        def sped_up(known: tuple[str, ...] | None) -> AbstractContextManager[tuple[str, ...]]:
+            return speedups.sped_up(self.stack, self.text.ids, scorer.batch_size, ahead, known=known)
+
+        with ExitStack() as switched:
+            names = switched.enter_context(sped_up(known)) if self.group.first else ()
+            self.speedups = self.group.share(lambda: names)
+            if not self.group.first:
+                switched.enter_context(sped_up(self.speedups))
+            yield
+
+    def _baseline(self, problem: Problem, scorer: Scorer) -> Baseline:
+        self.meter.within("Scoring the unmodified model")
+        start = time.perf_counter()
+        on_calibration, held_out, nats = baseline(problem, scorer.score)
+        wrong = np.flatnonzero(~np.isfinite(nats))
+        if len(wrong):
+            raise ModelError(
+                f"The unmodified model's predictions for sequence {wrong[0]} are not numbers in {self.loaded.dtype}. "
+                "Use --dtype float32 or bfloat16, or check the weights."
+            )
+        first = Baseline(
+            calibration=on_calibration,
+            held_out=held_out,
+            block_evaluations=scorer.block_evaluations,
+            head_evaluations=scorer.head_evaluations,
+            seconds=time.perf_counter() - start,
+            speedups=self.speedups,
+            warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)) if self.group.first else (),
+        )
+        if not self.group.first:
+            return first
+        for warning in first.warnings:
+            log.warning("%s", warning)
+        trace_file.write_scores(self.run.run_dir, "baseline", nats=nats, token_counts=problem.token_counts)
+        trace_file.append_baseline(self.run.run_dir, first)
+        log.info("Baseline: perplexity %s in %.1f s", first.perplexity, first.seconds)
+        return first
+
+    def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
+        """What makes a baseline not worth an hour of searching, with the likely cause."""
+        token = self.loaded.tokenizer.bos_token_id
+        if (
+            not self.text.bos
+            and token is not None
+            and token < self.description.vocab_size
+            and self.spec.calibration.bos == "auto"
+        ):
+            few = self.text.ids[:2].copy()
+            few[:, 0] = token
+            with_bos = Scorer(self.stack, few, batch_size=1, plain=True).score([()], np.arange(len(few)))[0].sum()
+            tokens = few.shape[1] - 1
+            sums = (nats[: len(few)].sum(), with_bos)
+            before, after = (np.exp(min(total / len(few) / tokens, 700)) for total in sums)
+            if after < 0.8 * before:
+                yield (
+                    f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "
+                    f"is {after:.1f} instead of {before:.1f}: search with --bos yes."
+                )
+        vocabulary = self.description.vocab_size
+        if perplexity >= 0.5 * vocabulary:
+            yield (
+                f"The unmodified model's perplexity is {perplexity:,.0f}, no better than guessing among "
+                f"{vocabulary:,} tokens: its weights are untrained or damaged, or the tokenizer is not its own."
+            )
+        elif perplexity > 1000:
+            yield (
+                f"The unmodified model's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
+                "that the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
+            )
+
+    def _steps(self, problem: Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
+        def influence() -> np.ndarray:
+            scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
+            part = self.group.part(len(problem.calibration))
+            sums = np.zeros((len(self.stack), len(problem.calibration)))
+            sums[:, part] = block_influence(self.stack, self.text.ids[problem.calibration[part]], scorer.batch_size)
+            return self.group.sum(sums)
+
+        score = scorer.diverge if self.spec.objective == "kl" else scorer.score
+        decisions = search(self.spec.method, problem, score, first, tuple(steps), influence, judge=scorer.score)
+        while True:
+            if len(steps) < problem.num_remove:
+                self.meter.step(len(steps) + 1)
+            elif problem.refine == "swap":
+                self.meter.within("Trying swaps")
+            start, blocks, heads = time.perf_counter(), scorer.block_evaluations, scorer.head_evaluations
+            decision = next(decisions, None)
+            if decision is None:
+                return
+            error = self._held_out_error(problem, decision.held_out) if self.group.first else None
+            step = decision.step.model_copy(
+                update={
+                    "held_out_standard_error": error,
+                    "block_evaluations": scorer.block_evaluations - blocks,
+                    "head_evaluations": scorer.head_evaluations - heads,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            if self.group.first:
+                self._write(step, decision)
+            back = f", took {list(step.restored)} back" if step.restored else ""
+            log.info("Step %d: removed %s%s in %.1f s", step.number, list(step.removed), back, step.seconds)
+            steps.append(step)
+            self.watcher.step(step, first)
+            if problem.racing or step.is_swap:  # how soon candidates leave, or that there is a swap, is only known now
+                ahead = cost_of_search(self.spec.method, problem, steps, with_baseline=False, plain=scorer.plain)
+                update = self.meter.extend if step.is_swap else self.meter.revise
+                update(ahead.units(scorer.head_weight))
+
+    def _write(self, step: Step, decision: Decision) -> None:
+        members = np.array([candidate.block for candidate in step.candidates])
+        kept = {"blocks": members, "nats": decision.scores, "held_out": decision.held_out}
+        if decision.seen is not None:
+            kept["seen"] = decision.seen
+        trace_file.write_scores(self.run.run_dir, f"step-{step.number:04d}", **kept)
+        trace_file.append_step(self.run.run_dir, step)
+
+    def _held_out_error(self, problem: Problem, nats: np.ndarray) -> float | None:
+        """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""
+        try:
+            before = trace_file.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
+        except (RunError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
+            return None
+        _, error = mean_and_error(nats - before, problem.token_counts[problem.held_out])
+        return float(error) if np.isfinite(error) else None
+
+    def _analyze(self) -> None:
+        self.meter.phase("Analyses")
+        found, sample = analyze(
+            self.stack,
+            self.loaded.tokenizer,
+            self.text.ids[: self.text.sequences],
+            weights_hash=self.description.weights_hash,
+            revision=self.description.revision,
+            dtype=self.description.dtype,
+            model_name=self.spec.model,
+            home=run_folder.home(),
+            seed=self.spec.seed,
+            batch_size=self.batch_size,
+            progress=self.meter.part,
+        )
+        token_sample.write(self.run.run_dir, sample)
+        record_files.write_analysis(self.run.run_dir, found)
+
+
+def _require_positions(config: Any, length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise CalibrationError(
+            f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
+            f"Lower --sequence-length to {limit} or less."
+        )
+
+
+def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
+    assert run.stack is not None
+    changed = None
+    if hashed != run.stack.weights_hash:
+        changed = f"The weights of {run.spec.model} are not those"
+    elif tokens_hash != run.stack.tokens_hash:
+        changed = f"The calibration text ({run.spec.calibration.source}) or tokenizer is not the one"
+    if changed:
+        raise RunError(f"{changed} that run {run.run_id} began with. Restore it, or start a new run.")
+
+
+def _why_finished(problem: Problem, steps: list[Step]) -> str:
+    limit = f"raise the held-out perplexity by more than {problem.until_perplexity or 0:.0%}"
+    removed = len(steps[-1].removal_list) if steps else 0
+    if removed < problem.num_remove:
+        return f"the next removal would {limit}" + ("; no swap was tried" if problem.refine == "swap" else "")
+    reason = f"removed {removed} block{'s' if removed > 1 else ''}, as asked"
+    if problem.refine == "swap":
+        reason += "; the best swap lowers the score by no more than its error"
+        reason += f", or would {limit}" if problem.until_perplexity is not None else ""
+    return reason

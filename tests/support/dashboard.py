@@ -1,0 +1,39 @@
+"""What the tests of pages share: AppTest over the real entry, and the charts of a page as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from streamlit.testing.v1 import AppTest
+
+from tests.support.paths import ROOT
+
+
+def open_page(name: str, **query: str) -> AppTest:
+    """A page as the navigation opens it, run once."""
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    for key, value in query.items():
+        app.query_params[key] = value
+    app.run()
+    if name != "runs":
+        app.switch_page(f"../pages/{name}.py")
+        for key, value in query.items():
+            app.query_params[key] = value
+        app.run()
+    return app
+
+
+def charts(app: AppTest) -> list[dict[str, Any]]:
+    """Every Plotly chart of the page, as the browser gets it."""
+    return [json.loads(each.proto.spec) for each in app.get("plotly_chart")]
+
+
+def words(app: AppTest) -> str:
+    """All text of the page that is no chart."""
+    kinds = ("title", "caption", "markdown", "error", "warning", "info", "success", "metric")
+    return "\n".join(
+        f"{each.label} {each.value}" if kind == "metric" else str(each.value)
+        for kind in kinds
+        for each in app.get(kind)
+    )
