@@ -268,7 +268,7 @@ def test_read_without_torch_and_without_reading_everything(tmp_path: Path) -> No
     code = f"""
 import pathlib, resource, sys
 import numpy
-from sleb import cache
+from sleb.analysis import block_output_cache as cache
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = cache.read(pathlib.Path({str(tmp_path)!r}), {key(1)!r}, verify=False)
 part = numpy.array(found.outputs[:, 1000:1010])

@@ -218,10 +218,10 @@ def test_two_workers_never_execute_the_same_run(run: Run) -> None:
             job_processes.require_idle(run_folder.load(run.run_id))
         code = f"""
 from pathlib import Path
-from sleb import jobs
+from sleb.runtime import job_processes
 from sleb.errors import RunBusy
 try:
-    with jobs.executing(Path({str(second.directory)!r})):
+    with job_processes.executing(Path({str(second.directory)!r})):
         print("executing")
 except RunBusy as error:
     print(error)
