@@ -73,11 +73,10 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def share_of_parameters(run: Run) -> float:
-    """Of the whole model, those of the blocks that are gone."""
+    """The removed blocks' share of the parameters of the whole model."""
     if run.stack is None:
         return 0.0
-    gone = sum(run.stack.block_parameters[block] for block in run.removal_list)
-    return gone / run.stack.total_parameters
+    return 1 - run.stack.parameters_without(run.removal_list) / run.stack.total_parameters
 
 
 def rise(before: Baseline, after: Step) -> str | None:

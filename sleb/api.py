@@ -11,7 +11,7 @@ from sleb import specs
 from sleb.errors import OptionError
 from sleb.evaluation.request import RunOrModel, answers, ask_of, folder_name, job_of, lists_of, subject_run, text_name
 from sleb.execution import as_before, execute, is_finished, start
-from sleb.export import exports
+from sleb.export import finished_exports
 from sleb.records import (
     BenchmarkSpec,
     EvaluateSpec,
@@ -195,7 +195,7 @@ def export_model(
     what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
     job = validated(JobSpec, job.model_dump() | what)
     done = execute(found, job, watcher)
-    return exports.read_proof(done)
+    return finished_exports.read_proof(done)
 
 
 def load(run: str | PathLike[str]) -> Run:

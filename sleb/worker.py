@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from sleb.evaluation import job as evaluation_job
-from sleb.export import job as export_job
+from sleb.evaluation import evaluation_job
+from sleb.export import export_job
 from sleb.model.loading import LoadedModel
-from sleb.model.run_model import load_run_model
+from sleb.model.model_of_run import load_run_model
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Attempt, Job, JobSpec, Run
 from sleb.runtime import distributed, job_folder, job_processes, run_folder

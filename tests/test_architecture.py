@@ -42,7 +42,7 @@ TORCH_FREE_MODULES = (
     "sleb.analysis.similarity",
     "sleb.analysis.token_sample",
     "sleb.export.destination",
-    "sleb.export.exports",
+    "sleb.export.finished_exports",
     "sleb.evaluation.request",
 )
 """Modules of the other packages that pages, the command line and notebooks import."""

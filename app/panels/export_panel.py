@@ -16,7 +16,7 @@ from app.page import choose
 from app.widgets import badge, log_of, stop_job
 from app.wording import duration, plain, state_word
 from sleb.errors import OptionError, SlebError
-from sleb.export.exports import Export, read_exports
+from sleb.export.finished_exports import Export, read_exports
 from sleb.records import Job, JobSpec, JobState, Run
 from sleb.report import build
 from sleb.runtime import files, job_folder, job_processes

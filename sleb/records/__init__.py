@@ -25,7 +25,7 @@ from sleb.records.findings import (
     TextPerplexity,
     Timing,
 )
-from sleb.records.job import Attempt, Job, JobState, JobStatus, Progress
+from sleb.records.job import Attempt, Job, JobKind, JobSpec, JobState, JobStatus, Progress
 from sleb.records.requests import (
     NAMED_TEXTS,
     Ask,
@@ -39,8 +39,8 @@ from sleb.records.requests import (
     sorted_list,
 )
 from sleb.records.run import Forecast, Run, SelfCheck, StackDescription
-from sleb.records.spec import RACE_SEQUENCES, CalibrationSpec, JobKind, JobSpec, Method, RunSpec, default_held_out
-from sleb.records.trace import Baseline, Candidate, Step, Trace
+from sleb.records.spec import RACE_SEQUENCES, CalibrationSpec, Method, RunSpec, default_held_out
+from sleb.records.trace import Baseline, Candidate, Step, Trace, steps_of_removal
 
 __all__ = [
     "FORMAT_VERSION",
@@ -95,4 +95,5 @@ __all__ = [
     "Trace",
     "default_held_out",
     "sorted_list",
+    "steps_of_removal",
 ]

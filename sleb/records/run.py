@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,6 +62,10 @@ class StackDescription(Record):
         if not 1 <= self.num_blocks == len(self.block_parameters) <= 100_000:
             raise ValueError("there are as many numbers of parameters as blocks, and at least one")
         return self
+
+    def parameters_without(self, blocks: Iterable[int]) -> int:
+        """Parameters of the whole model without these blocks."""
+        return self.total_parameters - sum(self.block_parameters[block] for block in blocks)
 
 
 class Forecast(Record):

@@ -1,4 +1,4 @@
-"""What is asked: the method, the calibration text, and how a job is to be executed."""
+"""What a run is asked: the model, the method, the calibration text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sleb.records.base import FORMAT_VERSION, MOST, Record
-from sleb.records.requests import Ask
 
 RACE_SEQUENCES = 32
 """From so many calibration sequences on a race saves more than it may lose."""
@@ -100,54 +99,5 @@ class RunSpec(Record):
         if self.refine != "none" and self.method is not Method.METRIC3:
             raise ValueError(
                 f"--refine {self.refine} goes on from Metric3's list; leave it out with {self.method.value}"
-            )
-        return self
-
-
-JobKind = Literal["search", "analyze", "export", "evaluate", "benchmark", "quantize", "heal", "generate"]
-
-
-class JobSpec(Record):
-    """What one process is to do with a run, and what it may: permissions live here, never in what is shared."""
-
-    format_version: int = FORMAT_VERSION
-    kind: JobKind
-    device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    """Sequences per batch; None chooses for the device."""
-    speedups: Literal["auto", "off"] = "auto"
-    """Whether faster ways through the blocks are tried, where the work ahead is worth it."""
-    processes: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
-    """On this host, each with a share of the sequences; one GPU each where there are any."""
-    memory_budget: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    """Bytes for weights and hidden states, of the GPU or else of the host; blocks are streamed where that is little."""
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-    steps: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
-    """Export: the removal list after this many steps; None is all of them."""
-    out: str | None = None
-    """Export: the folder to write, or the file."""
-    format: Literal["hf", "gguf"] = "hf"
-    """Export: a Hugging Face folder, or a GGUF file with the blocks of another one cut out."""
-    gguf: str | None = None
-    """Export: the GGUF file of the run's model to cut; None is the model itself, where it is one."""
-    replace: Annotated[bool, Field(strict=True)] = False
-    """Export: an earlier export there may be replaced."""
-    ask: Ask | None = None
-    """What is asked of a job that judges removal lists."""
-
-    def is_own(self, spec: RunSpec) -> bool:
-        """Whether the job's end is the run's: of a run that searches nothing, any job's."""
-        return self.kind == spec.kind or spec.kind == "evaluate"
-
-    @model_validator(mode="after")
-    def _one_way(self) -> JobSpec:
-        if (self.ask.kind if self.ask else self.kind) != self.kind:
-            raise ValueError(f"a job that is to {self.kind} is asked something else")
-        if self.processes > 1 and self.device.startswith("cuda:"):
-            raise ValueError(f"--device {self.device} names one device; with several processes use auto or cpu")
-        if self.device == "all" and (self.processes > 1 or self.memory_budget is not None):
-            raise ValueError(
-                "--device all keeps one whole model on all GPUs; leave it out, or --processes and --memory-budget"
             )
         return self

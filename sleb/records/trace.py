@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -161,3 +162,13 @@ class Trace(Record):
     def head_evaluations(self) -> int:
         """Skip sets times sequences, the baseline and held-out sequences included."""
         return self.baseline.head_evaluations + sum(step.head_evaluations for step in self.steps)
+
+
+def steps_of_removal(steps: Sequence[Step]) -> dict[int, int]:
+    """Blocks that are removed after these steps -> the step in which each went (last, if it came back before)."""
+    removed: dict[int, int] = {}
+    for step in steps:
+        for block in step.restored:
+            removed.pop(block, None)
+        removed.update(dict.fromkeys(step.removed, step.number))
+    return removed

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from sleb.export.exports import Export, read_exports
+from sleb.export.finished_exports import Export, read_exports
 from sleb.formats.findings_tables import name_of, tables_of
 from sleb.formats.list_formats import display_name, in_words, kept_ranges
 from sleb.methods import step_evidence

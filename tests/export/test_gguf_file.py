@@ -22,7 +22,7 @@ from test_page_export import proof as some_proof
 import sleb
 from app import data
 from sleb.errors import ExportError, ModelError, OptionError, StorageError
-from sleb.export import exports, gguf_file, gguf_plan, proof_process
+from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process
 from sleb.export.gguf_file import export_gguf, write_cut
 from sleb.export.gguf_plan import plan_cut, require_free
 from sleb.model.loading import convert_gguf, load_model
@@ -365,7 +365,7 @@ def test_the_command_line_writes_proves_and_replaces(
     assert "megabytes" in shown
     assert settings(out)["sleb.removal_list"] == found["removal_list"][:1]
     assert [path.name for path in tmp_path.iterdir()] == ["smaller.gguf"]
-    assert [each.proof.blocks_after for each in exports.read_exports(sleb.load(found["run_id"]))] == [4, 5]
+    assert [each.proof.blocks_after for each in finished_exports.read_exports(sleb.load(found["run_id"]))] == [4, 5]
     with pytest.raises(OptionError, match="is the model itself"):
         sleb.export_model(found["run_id"], source, format="gguf", replace=True)
     assert "name a file that ends in .gguf" in " ".join(command(*export[:-1], tmp_path, code=2)[1].split())

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sleb.export import exports
+from sleb.export import finished_exports
 from sleb.runtime import files, job_folder, run_folder
 from tests.support.dashboard import open_page, words
 from tests.support.stores import write_run
@@ -138,7 +138,7 @@ def test_a_damaged_export_is_left_out(home: Path) -> None:
     job = job_folder.create_job(run.run_dir, run.jobs[0].spec.model_copy(update={"kind": "export"}))
     for content in (DEEP, "{}", '{"out": "\\ud800", "proof": {}}', "[1]"):
         (job.directory / "result.json").write_text(content)
-        assert exports.read_exports(run_folder.load("bad")) == []
+        assert finished_exports.read_exports(run_folder.load("bad")) == []
     app = open_page("export", run="bad")
     assert not app.exception
 

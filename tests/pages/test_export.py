@@ -10,7 +10,7 @@ import pytest
 
 from app import data
 from sleb.errors import StorageError
-from sleb.export import exports
+from sleb.export import finished_exports
 from sleb.formats.list_formats import FORMATS, in_words, render
 from sleb.records import Job, JobSpec, JobState, JobStatus, Progress, Proof, Run, RunSpec
 from sleb.report import build
@@ -254,7 +254,7 @@ def test_a_result_that_cannot_be_read_is_no_crash(runs: Path) -> None:
     (job.directory / "result.json").write_text(json.dumps({"out": 3}))
     app = open_page("export", run="one")
     assert not app.exception
-    assert exports.read_exports(run_folder.load("one")) == []
+    assert finished_exports.read_exports(run_folder.load("one")) == []
 
 
 def test_swaps_are_steps_that_remove_no_more_blocks(runs: Path, started: list[Job]) -> None:

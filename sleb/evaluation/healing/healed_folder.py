@@ -1,4 +1,4 @@
-"""A healed model as a folder, proven, or its adapter. Writes what `job` found; trains and measures nothing.
+"""A healed model as a folder, proven, or its adapter. Writes what `healing_job` found; trains and measures nothing.
 
 As with an export, nothing appears under the name that was asked for until the folder has been reloaded in a fresh
 process and answers as the unmodified model does with the blocks skipped and the healed weights in their places.
@@ -23,7 +23,7 @@ from torch import nn
 
 from sleb.errors import ExportError, StorageError
 from sleb.evaluation.evaluated_model import Subject
-from sleb.export import exports, proof_process
+from sleb.export import finished_exports, proof_process
 from sleb.export.checkpoint import mend_generation_config
 from sleb.export.destination import move, require_free, workspace
 from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
@@ -162,7 +162,7 @@ def _require_same(folder: Path, adapted: Any, smaller: nn.Module) -> None:
 
 def _exported(subject: Subject, removal: Removal) -> Path | None:
     """The newest folder that the run exported without these blocks and that is still there."""
-    for each in reversed(exports.read_exports(subject.run)):
+    for each in reversed(finished_exports.read_exports(subject.run)):
         if each.proof.kept_blocks == removal.kept and (each.out / proof_process.PROOF).is_file():
             return each.out
     return None

@@ -312,7 +312,7 @@ def _sizes(
     lines = []
     each_has = BYTES.get(run.stack.dtype)
     if each_has is not None:
-        parameters = {removed: parameters_without(run, blocks) for removed, blocks in lists.items()}
+        parameters = {removed: run.stack.parameters_without(blocks) for removed, blocks in lists.items()}
         points = [
             Point(removed, float(count * each_has), told=f"{count / 1e6:,.1f} M parameters")
             for removed, count in parameters.items()
@@ -347,12 +347,6 @@ def _with_cache(weights: Line, caches: Mapping[int, int], num_blocks: int) -> tu
         told = f"{as_bytes(cache)} of cache" + ("" if each.removed in caches else ", by blocks")
         points.append(Point(each.removed, each.value + cache, told=told))
     return tuple(points)
-
-
-def parameters_without(run: Run, blocks: Iterable[int]) -> int:
-    """Of the whole model without these blocks."""
-    assert run.stack is not None
-    return run.stack.total_parameters - sum(run.stack.block_parameters[block] for block in blocks)
 
 
 def proportional(num_blocks: int, removed: int) -> float:

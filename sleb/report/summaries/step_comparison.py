@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sleb.methods.statistics import Comparison
-from sleb.records import Baseline, Candidate, Measured, Run, Step
+from sleb.records import Baseline, Candidate, Measured, Run, Step, steps_of_removal
 
 SCORE_NAMES = {
     "metric3": "Metric3: nats per token without the block",
@@ -127,7 +127,7 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
         tied=tuple(i for i, each in enumerate(step.candidates) if each in tied),
         base=base,
         base_name=base_name,
-        gone=gone_after(before),
+        gone=steps_of_removal(before),
     )
 
 
@@ -151,18 +151,8 @@ def swaps_in_words(count: int) -> str:
     return f"{count} other swap{'s' if count > 1 else ''}" if count else ""
 
 
-def gone_after(steps: Sequence[Step]) -> dict[int, int]:
-    """Blocks that are removed after these steps -> the step in which each went (last, if it came back before)."""
-    gone: dict[int, int] = {}
-    for step in steps:
-        for block in step.restored:
-            gone.pop(block, None)
-        gone.update(dict.fromkeys(step.removed, step.number))
-    return gone
-
-
 def gone_after_step(shown: Bars) -> dict[int, int]:
-    """As `gone_after`, the step itself included."""
+    """As `steps_of_removal`, the step itself included."""
     return {block: at for block, at in shown.gone.items() if block not in shown.step.restored} | dict.fromkeys(
         shown.step.removed, shown.step.number
     )

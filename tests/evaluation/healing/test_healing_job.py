@@ -15,7 +15,7 @@ from torch import nn
 import sleb
 from sleb.errors import BadInput, ExportError, OptionError, ScoringError, Stopped
 from sleb.evaluation import perplexity
-from sleb.evaluation.healing import healed_folder, job, least_squares, lora
+from sleb.evaluation.healing import healed_folder, healing_job, least_squares, lora
 from sleb.export.removal import streamlined
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import weights_hash
@@ -468,5 +468,5 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 def test_without_peft_the_extra_is_named(monkeypatch: Any, text_file: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"needs peft: pip install 'sleb\[heal\]'"):
-        job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),)))
-    job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),), how="linear"))
+        healing_job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),)))
+    healing_job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),), how="linear"))

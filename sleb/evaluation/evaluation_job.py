@@ -7,10 +7,10 @@ from typing import Any
 from sleb.errors import RunError
 from sleb.evaluation import continuations, perplexity_and_accuracy, quantization, timing
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.healing import job as healing
+from sleb.evaluation.healing import healing_job
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
-from sleb.model.run_model import require_same_weights
+from sleb.model.model_of_run import require_same_weights
 from sleb.records import Job, JobSpec, Run
 from sleb.runtime import record_files
 from sleb.runtime.progress import Meter, Watcher
@@ -20,7 +20,7 @@ EVALUATORS: dict[str, Any] = {
     "evaluate": perplexity_and_accuracy,
     "benchmark": timing,
     "quantize": quantization,
-    "heal": healing,
+    "heal": healing_job,
     "generate": continuations,
 }
 """The module that answers each kind of question: `require` before the model is loaded, `work` with it."""

@@ -12,7 +12,7 @@ from sleb.export.destination import require_free
 from sleb.formats.list_formats import public_name
 from sleb.formats.model_card import model_card
 from sleb.model.loading import LoadedModel
-from sleb.model.run_model import require_same_weights
+from sleb.model.model_of_run import require_same_weights
 from sleb.records import Job, JobSpec, Run
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.progress import Meter
