@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import nn
 
 from sleb.model.block_stack import find_stack
-from sleb.model.streaming import StreamedBlocks, fits
+from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
 
 
 def load_within(
@@ -45,6 +45,7 @@ def load_within(
     from accelerate import dispatch_model, init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    give_memory_back()
     trust = bool(options.get("trust_remote_code"))
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)

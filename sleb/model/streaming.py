@@ -3,7 +3,8 @@ files; knows no search.
 
 accelerate dispatches the model and knows where each weight lies. Its own hooks would read every weight anew for every
 forward pass of every submodule, so they are set aside: a block is loaded whole, once, for as long as somebody computes
-with it, and meanwhile a thread reads the next one.
+with it, and meanwhile a thread reads the next one. That thread is only ever sent for a block when there is room for it:
+how many are in memory at once does not depend on who is faster.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,9 +25,12 @@ from torch import nn
 
 from sleb.errors import OptionError
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_OWN_PAGES = 64 * 1024  # bytes from which on memory is the system's again as soon as it is free
 _OWNER = "streamed_blocks"  # where a model keeps its `StreamedBlocks`
-_HELD = 3  # blocks in memory at once: in use, read ahead, and the copy that is being made of one
+_BLOCKS = 2  # in memory at once: in use, and read ahead
+_HELD = _BLOCKS + 1  # what the budget has room for: a weight that must change its type is there twice for a moment
+_WIDE = {"F64": 8, "F32": 4}  # bytes of a number in a file; all other floating types have two or less
 _WORKSPACE = 0.2  # share of the budget for what blocks and read-outs need while they are computed
 
 
@@ -49,11 +53,22 @@ class _Weight:
     shape: torch.Size
 
 
+@dataclass
+class _Coming:
+    """A block on its way. The reader puts its tensors here, and whoever takes them leaves nothing behind."""
+
+    block: int
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    done: Future[tuple[int, float]] = field(default_factory=Future)
+    """Bytes read, and the seconds that took."""
+
+
 class StreamedBlocks:
     """The blocks of one dispatched model, of which no more are in memory than are in use, and the next one.
 
     `budget` is in bytes, for weights, hidden states and the work on them; Python and its libraries come on top. Raises
-    `OptionError` if it is too small. `seconds_read` is what reading took, `seconds_waited` how long it held up others.
+    `OptionError` if it is too small. `seconds_read` is what reading took, `seconds_waited` how long it held up others;
+    like `bytes_read` they know of a block once somebody has it, not while it is being read ahead.
     """
 
     def __init__(
@@ -69,14 +84,14 @@ class StreamedBlocks:
         self._blocks: list[nn.Module] = list(stack)
         self._weights = [self._take_over(f"{path}.{index}.", block) for index, block in enumerate(self._blocks)]
         self._users = [0] * len(self._blocks)
-        self._coming: tuple[int, Future[list[torch.Tensor]]] | None = None
+        self._coming: _Coming | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sleb-reader")
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._freed: torch.cuda.Event | None = None
         resident = {id(each): each.nbytes for each in (*model.parameters(), *model.buffers()) if not each.is_meta}
         self.resident_bytes = sum(resident.values())
         self.spare_bytes = self._spare()
         """Left for hidden states."""
-        _give_memory_back()
         for index, block in enumerate(self._blocks):
             block.forward = self._streamed(index, block.forward)
         vars(model)[_OWNER] = self
@@ -87,18 +102,25 @@ class StreamedBlocks:
 
     @contextmanager
     def resident(self, block: int, then: int | None = None) -> Iterator[None]:
-        """The weights of a block are there within it; those of block `then` are read meanwhile."""
+        """The weights of a block are there within it; those of block `then` are read meanwhile, if there is room.
+
+        Within it another block can be asked for, and no third one.
+        """
         if not self._users[block]:
+            self._make_room(block)
             self._put(block, self._fetch(block))
         self._users[block] += 1
         try:
-            if then is not None and self._coming is None and not self._users[then]:
-                self._coming = (then, self._reader.submit(self._read, then))
+            if then is not None and self._coming is None and not self._users[then] and self._in_use < _BLOCKS:
+                self._coming = self._send_for(then)
             yield
         finally:
             self._users[block] -= 1
             if not self._users[block]:
                 self._put(block, None)
+                if self._copies is not None:  # the GPU may still be computing with it
+                    self._freed = torch.cuda.Event()
+                    self._freed.record(torch.cuda.current_stream(self.device))
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight by its full name in the model, on the CPU. Raises `KeyError`."""
@@ -109,15 +131,19 @@ class StreamedBlocks:
     def forget(self) -> None:
         """Let go of a block that was read ahead and that nobody came for."""
         coming, self._coming = self._coming, None
-        if coming is not None:
-            coming[1].result()
+        if coming is None:
+            return
+        wait([coming.done])
+        coming.tensors.clear()
+        if coming.done.exception() is None:  # what nobody came for need not be there
+            self._count(coming)
 
     def budget_for(self, hidden_bytes: int) -> int:
         """The least budget that leaves so much for hidden states."""
         return math.ceil(self.budget + (hidden_bytes - self.spare_bytes) / (1 - _WORKSPACE))
 
     def _spare(self) -> int:
-        largest = max(self.block_bytes(block) for block in range(len(self._blocks)))
+        largest = max(self._widest(), *(self.block_bytes(block) for block in range(len(self._blocks))))
         fixed = self.resident_bytes + _HELD * largest
         spare = int(self.budget * (1 - _WORKSPACE)) - fixed
         if spare <= 0:
@@ -129,6 +155,17 @@ class StreamedBlocks:
                 f"Use --memory-budget {size(least)} or more."
             )
         return spare
+
+    def _widest(self) -> int:
+        """Bytes of the largest weight as its file has it, where that is in a wider type than most."""
+        places = {weight.place: weight.shape.numel() for weights in self._weights for weight in weights}
+        found = 0
+        for name in {place.file for place in places}:
+            with safe_open(name, framework="pt", backend="pread") as file:
+                for place, numbers in places.items():
+                    if place.file == name:
+                        found = max(found, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
+        return found
 
     def _take_over(self, prefix: str, block: nn.Module) -> list[_Weight]:
         """Where accelerate's hooks would find the weights. They stay for `save_pretrained`, which asks them."""
@@ -150,18 +187,37 @@ class StreamedBlocks:
         """A forward pass outside the sweep loads its blocks as well, one after the other."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.resident(block, then=(block + 1) % len(self._blocks)):
+            # Who has the block already knows better which one is next.
+            then = None if self._users[block] else (block + 1) % len(self._blocks)
+            with self.resident(block, then):
                 return forward(*args, **kwargs)
 
         return run
 
+    @property
+    def _in_use(self) -> int:
+        return sum(users > 0 for users in self._users)
+
+    def _make_room(self, block: int) -> None:
+        """Before a block is sent for: what was read ahead instead of it goes, and no more are in use than may be."""
+        if self._coming is not None and self._coming.block != block:
+            self.forget()
+        if self._in_use >= _BLOCKS:
+            raise RuntimeError(f"Block {block} would be one more than the {_BLOCKS} that may be in memory at once.")
+
+    def _send_for(self, block: int) -> _Coming:
+        coming = _Coming(block)
+        coming.done = self._reader.submit(self._read, block, coming.tensors, self._freed)
+        return coming
+
     def _fetch(self, block: int) -> list[torch.Tensor]:
         start = time.perf_counter()
-        if self._coming is None or self._coming[0] != block:
-            self.forget()
-            self._coming = (block, self._reader.submit(self._read, block))
-        tensors = self._coming[1].result()
-        self._coming = None
+        coming, self._coming = self._coming or self._send_for(block), None
+        coming.done.result()
+        self._count(coming)
+        # The reader's thread may not have come back from its call yet: it must not be what keeps them alive.
+        tensors = coming.tensors.copy()
+        coming.tensors.clear()
         if self._copies is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._copies)
@@ -170,9 +226,14 @@ class StreamedBlocks:
         self.seconds_waited += time.perf_counter() - start
         return tensors
 
-    def _read(self, block: int) -> list[torch.Tensor]:
-        """Runs in the reader's thread: from files to the device."""
-        start = time.perf_counter()
+    def _count(self, coming: _Coming) -> None:
+        number, seconds = coming.done.result()
+        self.bytes_read += number
+        self.seconds_read += seconds
+
+    def _read(self, block: int, into: list[torch.Tensor], freed: torch.cuda.Event | None) -> tuple[int, float]:
+        """Runs in the reader's thread: from files to the device, once the GPU is done with the block before."""
+        start, number = time.perf_counter(), 0
         weights = self._weights[block]
         tensors: dict[int, torch.Tensor] = {}
         for name in dict.fromkeys(weight.place.file for weight in weights):
@@ -180,10 +241,13 @@ class StreamedBlocks:
                 for index, weight in enumerate(weights):
                     if weight.place.file == name:
                         stored = file.get_tensor(weight.place.key)
-                        self.bytes_read += stored.nbytes
+                        number += stored.nbytes
+                        if freed is not None:
+                            freed.synchronize()
                         tensors[index] = self._to_device(_as(stored, weight.place.dtype))
-        self.seconds_read += time.perf_counter() - start
-        return [tensors[index] for index in range(len(weights))]
+                        del stored  # before the next one is read
+        into += [tensors[index] for index in range(len(weights))]
+        return number, time.perf_counter() - start
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._copies is None:
@@ -210,10 +274,18 @@ def fits(total_bytes: int, budget: int) -> bool:
     return total_bytes <= 0.7 * budget
 
 
-def _give_memory_back() -> None:
-    """Have freed weights go back to the system at once: glibc keeps blocks of the size it has seen for later."""
+def give_memory_back() -> None:
+    """From here on, have freed weights and hidden states go back to the system at once.
+
+    To be called before a model is built. glibc keeps memory of the sizes it has seen freed for later, in a heap that
+    only shrinks from its end; what is put into its holes makes the process larger although little is in use. A model
+    that is built without its weights leaves holes as large as all of them.
+    """
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 256 * 1024)
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        library.mallopt(_M_TRIM_THRESHOLD, _OWN_PAGES)
+        library.malloc_trim(0)
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from typer.testing import CliRunner
 
 import sleb
 from sleb import execution, specs
 from sleb.cli.main import app
 from sleb.errors import ModelError, OptionError, ScoringError
+from sleb.model import streaming
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel, load_model, weights_hash
-from sleb.model.streaming import streamed_blocks
+from sleb.model.streaming import StreamedBlocks, streamed_blocks
 from sleb.runtime import job_folder, job_processes, run_folder
 from sleb.scoring.self_check import self_check
 from sleb.scoring.sweep import Scorer
@@ -44,6 +51,78 @@ def tight(loaded: LoadedModel) -> int:
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in stack.blocks]
     whole = sum(each.nbytes for each in (*loaded.model.parameters(), *loaded.model.buffers()))
     return int((whole - sum(blocks) + 3 * max(blocks)) / 0.8 * 1.15)
+
+
+class Alive:
+    """The weights that were read from files, and which of them are still in memory, whoever holds them."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._read: list[tuple[StorageWeakRef, int]] = []
+
+    def read(self, tensor: torch.Tensor) -> None:
+        self._read.append((StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()))
+        self.look()
+
+    def look(self) -> int:
+        """Bytes in memory now."""
+        self._read = [each for each in self._read if not each[0].expired()]
+        now = sum(size for _, size in self._read)
+        self.peak = max(self.peak, now)
+        return now
+
+
+PACES = ["as it comes", "reading is slow", "computing is slow"]
+
+
+@contextlib.contextmanager
+def paced(pace: str, blocks: StreamedBlocks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
+    """Within it, reading does not begin before somebody waits for it, or whoever computes waits until it is done."""
+    alive, asked = Alive(), threading.Event()
+    fetch, put, forget = blocks._fetch, blocks._put, blocks.forget
+
+    class File:
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._opened = streaming_open(*args, **options)
+
+        def __enter__(self) -> File:
+            self._file = self._opened.__enter__()
+            return self
+
+        def __exit__(self, *why: object) -> None:
+            self._opened.__exit__(*why)
+
+        def get_tensor(self, key: str) -> torch.Tensor:
+            if pace == "reading is slow" and threading.current_thread() is not threading.main_thread():
+                assert asked.wait(60)
+            tensor = self._file.get_tensor(key)
+            alive.read(tensor)
+            return tensor
+
+    def while_asking(what: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any) -> Any:
+            asked.set()
+            try:
+                return what(*args)
+            finally:
+                asked.clear()
+
+        return ask
+
+    def let_go(block: int, tensors: list[torch.Tensor] | None) -> None:
+        if tensors is None and pace == "computing is slow" and blocks._coming is not None:
+            wait([blocks._coming.done], 60)  # it has read as far ahead as it will
+        alive.look()
+        put(block, tensors)
+
+    streaming_open = streaming.safe_open
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "safe_open", File)
+        patched.setattr(blocks, "_fetch", while_asking(fetch))
+        patched.setattr(blocks, "forget", while_asking(forget))
+        patched.setattr(blocks, "_put", let_go)
+        yield alive
+        blocks.forget()
 
 
 def opened(folder: Path) -> tuple[LoadedModel, LoadedModel]:
@@ -71,19 +150,119 @@ def test_streamed_blocks_score_as_resident_ones(family: str, tmp_path: Path) -> 
     np.testing.assert_array_equal(*diverged)
 
 
-def test_a_block_is_read_once_a_round_and_not_where_everybody_skips_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pace", PACES)
+def test_a_block_is_read_once_a_round_and_not_where_everybody_skips_it(
+    pace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, streamed = opened(saved(tmp_path / "model", "llama"))
     stack = BlockStack(streamed.model)
     blocks = stack.streamed
     assert blocks is not None
     blocks.spare_bytes = 10**9  # all in one round
     scorer = Scorer(stack, token_ids(streamed.model, batch=6, length=12).numpy(), batch_size=2)
-    scorer.score([(0, 2), (1, 2)], np.arange(6))  # so that block 0 is the one that was read ahead
-    before = blocks.bytes_read
-    scorer.score([(0, 2), (1, 2)], np.arange(6))
-    assert blocks.bytes_read - before == sum(blocks.block_bytes(block) for block in range(12) if block != 2)
-    blocks.forget()
+    with paced(pace, blocks, monkeypatch):
+        scorer.score([(0, 2), (1, 2)], np.arange(6))  # so that block 0 is the one that was read ahead
+        before = blocks.bytes_read
+        scorer.score([(0, 2), (1, 2)], np.arange(6))
+        assert blocks.bytes_read - before == sum(blocks.block_bytes(block) for block in range(12) if block != 2)
     assert all(parameter.is_meta for block in stack.blocks for parameter in block.parameters())
+
+
+def test_what_is_read_ahead_counts_once_somebody_has_it(tmp_path: Path) -> None:
+    """However far the reader has come in the meantime."""
+    _, streamed = opened(saved(tmp_path / "model", "llama"))
+    blocks = streamed_blocks(streamed.model)
+    assert blocks is not None
+    blocks.forget()
+    before = blocks.bytes_read
+    with blocks.resident(0, then=1):
+        assert blocks._coming is not None
+        wait([blocks._coming.done])
+        assert blocks.bytes_read == before + blocks.block_bytes(0)
+    with blocks.resident(1, then=2):
+        assert blocks.bytes_read == before + blocks.block_bytes(0) + blocks.block_bytes(1)
+    blocks.forget()
+    assert blocks.bytes_read == before + sum(blocks.block_bytes(block) for block in range(3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pace", PACES)
+def test_two_blocks_and_a_copy_of_one_weight_are_in_memory_at_most_whoever_is_faster(
+    pace: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path / "model", "llama")
+    budget = tight(load_model(str(folder), dtype="float32", device="cpu"))
+    model = load_model(str(folder), dtype=dtype, device="cpu", memory_budget=budget if dtype == "float32" else 100_000)
+    stack = BlockStack(model.model)
+    blocks = stack.streamed
+    assert blocks is not None
+    ids = token_ids(model.model, batch=6, length=12)
+    copied = max(each.shape.numel() for each in stack.blocks[0].parameters()) * 4 if dtype == "bfloat16" else 0
+    most = 2 * max(blocks.block_bytes(block) for block in range(12)) + copied
+    assert most <= int(blocks.budget * 0.8) - blocks.resident_bytes - blocks.spare_bytes, "what is set aside for them"
+    converted = streaming._as
+    with paced(pace, blocks, monkeypatch) as alive, monkeypatch.context() as patched:
+
+        def as_(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            made = converted(tensor, dtype)
+            if made is not tensor:
+                alive.read(made)
+            return made
+
+        patched.setattr(streaming, "_as", as_)
+        Scorer(stack, ids.numpy(), batch_size=2).score([(), (3,), (3, 4), (7,)], np.arange(6))
+        with torch.inference_mode():
+            stack.forward(ids)  # outside the sweep: block after block
+            with stack.skipping((5, 6)):
+                stack.forward(ids)
+            with stack.resident(4):  # and with one that somebody holds all along
+                stack.forward(ids)
+    assert 2 * max(blocks.block_bytes(block) for block in range(12)) <= alive.peak + copied
+    assert alive.peak <= most
+    assert alive.look() == 0
+
+
+def test_a_block_is_gone_at_once_although_the_readers_thread_was_not_run_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, streamed = opened(saved(tmp_path / "model", "llama"))
+    blocks = streamed_blocks(streamed.model)
+    assert blocks is not None
+    blocks.forget()
+    on, done = threading.Event(), Future.set_result
+
+    def and_stay(self: Future[Any], result: Any) -> None:
+        done(self, result)
+        assert on.wait(60)
+
+    with paced("as it comes", blocks, monkeypatch) as alive:
+        monkeypatch.setattr(Future, "set_result", and_stay)
+        with blocks.resident(3):
+            assert alive.look() == blocks.block_bytes(3)
+        assert alive.look() == 0
+        on.set()
+
+
+def test_a_third_block_is_refused_and_a_failed_read_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, streamed = opened(saved(tmp_path / "model", "llama"))
+    blocks = streamed_blocks(streamed.model)
+    assert blocks is not None
+    with blocks.resident(1, then=2), blocks.resident(4, then=5):
+        assert blocks._coming is None
+        with pytest.raises(RuntimeError, match="Block 7 would be one more than the 2"), blocks.resident(7):
+            pass
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming, "_as", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError), blocks.resident(6):
+            pass
+        before = blocks.bytes_read
+        blocks._coming = blocks._send_for(8)
+        blocks.forget()  # that nobody came for it is no reason to fail
+        assert blocks.bytes_read == before
+    with blocks.resident(6):
+        assert blocks.bytes_read == before + blocks.block_bytes(6)
 
 
 def test_rounds_are_as_long_as_the_budget_allows(tmp_path: Path) -> None:
@@ -179,6 +358,7 @@ WITHIN = """
 import json, resource, sys, threading, time
 sys.path.insert(0, {root!r})
 import accelerate, datasets, scipy.special, torch, sleb, sleb.worker
+from sleb.blocks import BlockStack
 from transformers import LlamaForCausalLM
 
 def anonymous():
@@ -186,11 +366,18 @@ def anonymous():
 
 sleb.search({warm!r}, calibration={text!r}, sequences=2, sequence_length=16, remove=1, device="cpu", analysis=False)
 before, peak, done = anonymous(), 0, False  # what libraries load when they are first used is not the model
-def watch():
+def look():
     global peak
+    peak = max(peak, anonymous())
+def watch():
     while not done:
-        peak = max(peak, anonymous())
+        look()
         time.sleep(0.002)
+advance = BlockStack.advance
+def watched(*args):  # at each block as well: how often a thread comes to look depends on the machine
+    advance(*args)
+    look()
+BlockStack.advance = watched
 thread = threading.Thread(target=watch)
 thread.start()
 run = sleb.search(
@@ -203,6 +390,45 @@ proof = sleb.export_model(run, {out!r}, memory_budget={budget}) if {out!r} else 
 print(json.dumps({{"grown": peak - before, "list": run.trace.removal_list, "hash": run.stack.weights_hash,
     "sums": [step.calibration.nll_sum for step in run.trace.steps], "proved": bool(proof and proof.passed)}}))
 """
+
+
+HEAP = """
+import ctypes, gc, sys
+sys.path.insert(0, {root!r})
+import torch
+from sleb.loading import load_model
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdefghi")]
+
+library = ctypes.CDLL(None)
+library.mallinfo2.restype = Heap
+gc.disable()  # so that what is freed late is freed as late as can be
+load_model({warm!r}, dtype="float32", device="cpu")
+kept = [torch.empty(1 << 20) for _ in range(4)]
+del kept  # from here on glibc takes memory of this size from the heap
+before = library.mallinfo2().arena
+model = load_model({model!r}, dtype="float32", device="cpu", memory_budget={budget})
+print(library.mallinfo2().arena - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what its heap is like")
+def test_a_model_that_is_streamed_leaves_no_holes_in_the_heap(tmp_path: Path, tiny_model: Path) -> None:
+    """They would be filled by whatever comes later, here and there, until they are as much memory as the model."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=8
+    )
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder))
+    tiny.tokenizer().save_pretrained(str(folder))
+    on_disk = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    code = HEAP.format(root=str(ROOT), warm=str(tiny_model), model=str(folder), budget=on_disk // 3)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < on_disk / 8, f"{int(done.stdout) / 1e6:.0f} MB of {on_disk / 1e6:.0f}"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
