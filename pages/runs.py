@@ -63,6 +63,9 @@ def act(what: str, run: Run) -> None:
         elif what == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
+        elif what == "ask":
+            st.session_state["deleting"] = run.run_id
+            st.session_state["outside"] = True
         elif what == "delete":
             job_processes.delete(run.run_dir)
             st.session_state.pop("chosen_run", None)
@@ -262,21 +265,46 @@ def actions(run: Run, job: Job | None, sample: bool) -> None:
     help = "Opens the form with the same choices, to be changed."
     button("Duplicate", "content_copy", help, on_click=act, args=("duplicate", run))
     help = "Asks once more. A run that is going on is stopped first."
-    if not sample and button("Delete", "delete", help, disabled=job is not None):
-        really_delete(run)
+    if not sample:
+        button("Delete", "delete", help, disabled=job is not None, on_click=act, args=("ask", run))
 
 
-@st.dialog("Delete this run?")
+def keep() -> None:
+    """However the question goes away, it is not asked again."""
+    st.session_state.pop("deleting", None)
+
+
+@st.dialog("Delete this run?", on_dismiss=keep)
 def really_delete(run: Run) -> None:
-    """Asked twice."""
+    """Asked twice. Drawn by the whole page for as long as it is not answered.
+
+    If a button drew it once, in the part of the page that is drawn anew all the time, it would belong to that part. On a
+    busy machine the question would be thrown away unseen, where the next drawing begins before the browser has this
+    one, and so would the answer, where it arrives together with the next drawing.
+    """
     st.markdown("This run folder and everything in it goes for good. Exported models stay.")
     st.code(run.run_id, language=None, wrap_lines=True)
     with st.container(horizontal=True):
         if st.button("Delete for good", type="primary", icon=":material/delete:"):
+            keep()
             act("delete", run)
             st.rerun()
         if st.button("Keep it"):
+            keep()
             st.rerun()
+
+
+def ask() -> None:
+    """Whether the chosen run is to be deleted, if that was asked for."""
+    run_id = st.session_state.get("deleting")
+    if run_id is None or run_id != st.session_state.get("chosen_run"):
+        return
+    try:
+        run = data.load(run_id)
+    except RunError:  # somebody else deleted it
+        keep()
+    else:
+        really_delete(run)
 
 
 def say() -> None:
@@ -310,4 +338,5 @@ head()
 say()
 if st.session_state.get("form"):
     form()
+ask()
 st.fragment(main, run_every=LIVE_SECONDS)()

@@ -194,6 +194,15 @@ def test_delete_asks_before_it_does(runs: Path) -> None:
     press(app, "Delete")
     assert {"Delete for good", "Keep it"} <= set(labels(app))  # what they do: test_browser.py
     assert (runs / "kept").exists()
+    app.run()  # whatever else has the page drawn anew: it is asked until there is an answer
+    press(app, "Keep it")
+    assert not {"Delete for good", "Keep it"} & set(labels(app))
+    app.run()
+    assert "Keep it" not in labels(app)
+    press(app, "Delete")
+    press(app, "Delete for good")
+    assert not (runs / "kept").exists()
+    assert "Keep it" not in labels(app)
 
 
 def test_nothing_in_a_browser_turns_on_pickle_or_remote_code(monkeypatch: pytest.MonkeyPatch) -> None:
