@@ -4,7 +4,8 @@
 
 "Plain" skips one candidate at a time and runs the whole model, with the same dtype, batch and read-out as the sweep,
 so that only the sharing differs; "whole logits" is the textbook loop, which upcasts nothing in pieces. The ceiling is
-what sharing can give on this model: blocks are shared, the head is not.
+what sharing can give on this model: blocks are shared, the head is not. Afterwards: what a short search was forecast to
+take, and what it took.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+import sleb
+from sleb import execution, specs
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
@@ -93,6 +99,20 @@ def main() -> None:
         print(f"{name} / sweep: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
     print(f"ceiling on this model: {ceiling:.2f} (a read-out costs {head / block:.1f} blocks)")
     print(f"largest difference of a score: {largest:.3g} nats")
+    _forecasts(asked.model, asked.dtype)
+
+
+def _forecasts(model: str, dtype: str) -> None:
+    """Three times, because the machine does other things as well."""
+    settings: dict[str, Any] = dict(dtype=dtype, sequences=8, sequence_length=128, remove=1, analysis=False)
+    for _ in range(3):
+        promised = execution.forecast(specs.run_spec(model, **settings)).search_seconds
+        with tempfile.TemporaryDirectory() as folder:
+            run = sleb.search(model, run_dir=Path(folder) / "run", **settings)
+        assert run.trace is not None
+        taken = run.trace.baseline.seconds + sum(step.seconds for step in run.trace.steps)
+        verdict = "within" if 0.7 <= promised / taken <= 1.3 else "MISSES"
+        print(f"a search of {taken:.1f} s was forecast to take {promised:.1f} s: {verdict} 30 %")
 
 
 @torch.inference_mode()

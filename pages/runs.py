@@ -278,9 +278,9 @@ def keep() -> None:
 def really_delete(run: Run) -> None:
     """Asked twice. Drawn by the whole page for as long as it is not answered.
 
-    If a button drew it once, in the part of the page that is drawn anew all the time, it would belong to that part. On a
-    busy machine the question would be thrown away unseen, where the next drawing begins before the browser has this
-    one, and so would the answer, where it arrives together with the next drawing.
+    If a button drew it once, in the part of the page that is drawn anew all the time, it would belong to that part.
+    On a busy machine the question would be thrown away unseen, where the next drawing begins before the browser has
+    this one, and so would the answer, where it arrives together with the next drawing.
     """
     st.markdown("This run folder and everything in it goes for good. Exported models stay.")
     st.code(run.run_id, language=None, wrap_lines=True)

@@ -139,12 +139,12 @@ def slow_run(tmp_path: Path) -> tuple[Path, list[str]]:
 
 
 def _wait_for_a_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
+    for _ in range(4000):
         if (run_dir / "trace.jsonl").exists() and b'"step"' in (run_dir / "trace.jsonl").read_bytes():
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    raise AssertionError("no step within a minute")
+    raise AssertionError("no step within minutes")
 
 
 def test_ctrl_c_stops_cleanly_and_says_how_to_resume(slow_run: tuple[Path, list[str]]) -> None:
@@ -152,7 +152,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_resume(slow_run: tuple[Path, list[
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_a_step(run_dir, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 130
     assert f"sleb resume {run_dir}" in errors
     assert "Traceback" not in errors
@@ -166,19 +166,19 @@ def test_stop_from_another_process(slow_run: tuple[Path, list[str]]) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     _wait_for_a_step(run_dir, process)
     busy = subprocess.run(
-        [sys.executable, "-m", "sleb", "resume", str(run_dir)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "sleb", "resume", str(run_dir)], capture_output=True, text=True, timeout=400
     )
     assert busy.returncode == 2
     assert f"process {process.pid}" in busy.stderr
     stopped = subprocess.run(
-        [sys.executable, "-m", "sleb", "stop", str(run_dir)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "sleb", "stop", str(run_dir)], capture_output=True, text=True, timeout=400
     )
     assert stopped.returncode == 0, stopped.stderr
-    process.communicate(timeout=60)
+    process.communicate(timeout=400)
     assert process.returncode == 130
     assert sleb.load(run_dir).jobs[-1].status.state is JobState.STOPPED
     again = subprocess.run(
-        [sys.executable, "-m", "sleb", "stop", str(run_dir)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "sleb", "stop", str(run_dir)], capture_output=True, text=True, timeout=400
     )
     assert again.returncode == 2
     assert "nothing to stop" in again.stderr

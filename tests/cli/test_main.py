@@ -216,7 +216,7 @@ def test_work_executes_what_is_waiting(tiny_model: Path, text_file: Path, tmp_pa
     made = run_folder.create(spec)
     job = job_processes.next_job(made, specs.job_spec("search"))
     process = job_processes.start(job)
-    assert process.wait(timeout=120) == 0, (job.directory / "log.txt").read_text()
+    assert process.wait(timeout=400) == 0, (job.directory / "log.txt").read_text()
     done = sleb.load(made.run_id)
     assert done.jobs[0].status.state == "finished"
     assert len(done.removal_list) == 1
@@ -232,7 +232,7 @@ def test_a_failed_job_keeps_its_sentence_and_its_log(tiny_model: Path, tmp_path:
     spec = specs.run_spec(str(tiny_model), calibration=str(tmp_path / "gone.txt"), sequence_length=16, remove=1)
     made = run_folder.create(spec)
     job = job_processes.next_job(made, specs.job_spec("search"))
-    assert job_processes.start(job).wait(timeout=120) == 2
+    assert job_processes.start(job).wait(timeout=400) == 2
     failed = sleb.load(made.run_id).jobs[0]
     assert failed.status.state == "failed"
     assert "gone.txt" in failed.status.message
@@ -259,7 +259,7 @@ def test_a_reader_who_leaves_does_not_end_the_search(arguments: list[object], tm
     process.stdout.close()
     assert process.stderr is not None
     errors = process.stderr.read()
-    process.wait(timeout=120)
+    process.wait(timeout=400)
     assert "Traceback" not in errors
     assert len(sleb.load(tmp_path / "run").removal_list) == 3
 
@@ -322,7 +322,7 @@ def test_a_dashboard_that_cannot_listen_says_so(address: str, sentence: str) -> 
         port = taken.getsockname()[1]
         done = subprocess.run(
             [sys.executable, "-m", "sleb", "dashboard", f"--port={port}", f"--address={address}"],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=400,
         )  # fmt: skip
     assert done.returncode == 2
     assert sentence in done.stderr

@@ -396,7 +396,7 @@ HEAP = """
 import ctypes, gc, sys
 sys.path.insert(0, {root!r})
 import torch
-from sleb.loading import load_model
+from sleb.model.loading import load_model
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", *"abcdefghi")]

@@ -64,7 +64,7 @@ def full(runs: Path) -> Run:
 
 def opened(**query: str) -> AppTest:
     """The page, as a link opens it."""
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=120)
     app.switch_page("../pages/evaluate.py")
     for key, value in query.items():
         app.query_params[key] = value

@@ -60,9 +60,9 @@ def pick(tab: browser.Tab, name: str, option: str) -> None:
     """Choose from a list. It is scrolled to first: an open list closes when the page scrolls."""
     box = tab.page.get_by_role("combobox", name=name)
     box.scroll_into_view_if_needed()
-    tab.page.wait_for_timeout(400)
-    box.click()
-    tab.page.get_by_role("option").filter(has_text=option).click()
+    wanted = tab.page.get_by_role("option").filter(has_text=option)
+    tab.until(box, wanted)
+    wanted.click()
 
 
 def test_a_button_measures_every_list_in_a_process_and_the_panels_follow(
@@ -93,8 +93,8 @@ def test_a_button_measures_every_list_in_a_process_and_the_panels_follow(
     tab.shows("Measuring what lists cost")
     assert tab.page.get_by_role("button", name="Time it").is_disabled()
     tab.page.reload()  # the process belongs to no browser
-    tab.page.locator(".legendtext", has_text="text.txt ≈").wait_for(timeout=90_000)
-    tab.page.get_by_text("Measuring what lists cost").wait_for(state="hidden", timeout=60_000)
+    tab.page.locator(".legendtext", has_text="text.txt ≈").wait_for(timeout=1000 * browser.FOR_JOBS)
+    tab.page.get_by_text("Measuring what lists cost").wait_for(state="hidden", timeout=1000 * browser.FOR_JOBS)
     found = findings_folder.of_kind(findings_folder.findings(run.run_dir), TextPerplexity)
     assert {each.removal_list for each in found} == {(), *judged.lists_of(run_folder.load(run.run_dir))}
     assert {each.text.windows for each in found} == {4}

@@ -29,21 +29,21 @@ def test_turns_come_in_the_order_of_arrival(home: Path, monkeypatch: pytest.Monk
             order.append(number)
             inside.set()
             if number == 0:
-                leave.wait(10)
+                leave.wait(120)
 
     threads = []
     for number in range(3):
         threads.append(threading.Thread(target=work, args=(number,)))
         threads[-1].start()
-        limit = time.monotonic() + 10
+        limit = time.monotonic() + 120
         while len(device_queue.queue(home, "cpu")) <= number and time.monotonic() < limit:
             time.sleep(0.005)
-    assert inside.wait(10)
+    assert inside.wait(120)
     assert order == [0]
     assert device_queue.queue(home, "cpu") == [os.getpid()] * 3
     leave.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert order == [0, 1, 2]
     assert heard[0] == []
     assert heard[1] == [1]
@@ -93,7 +93,7 @@ def test_a_job_waits_without_torch_and_can_be_stopped_while_it_does(tiny_model: 
     with device_queue.turn(run_folder.home(), "cpu", pytest.fail):
         process = job_processes.start(job_folder.create_job(run.run_dir, specs.job_spec("search", "cpu")))
         assert job_processes.active(run_folder.load(run.run_id)) is not None  # from the moment it was started
-        limit = time.monotonic() + 30
+        limit = time.monotonic() + 120
         while not (now := run_folder.load(run.run_id)).jobs[0].status.progress and time.monotonic() < limit:
             time.sleep(0.05)
         job = now.jobs[0]
@@ -104,7 +104,7 @@ def test_a_job_waits_without_torch_and_can_be_stopped_while_it_does(tiny_model: 
         if maps.exists():
             assert "libtorch" not in maps.read_text()
         assert job_processes.stop(now).status.state is JobState.STOPPED
-        process.wait(10)
+        process.wait(120)
         assert device_queue.queue(run_folder.home(), "cpu") == [os.getpid()]
     assert job_processes.active(run_folder.load(run.run_id)) is None
 
@@ -116,11 +116,11 @@ def test_a_queued_job_goes_on_when_the_device_is_free(tiny_model: Path, text_fil
         processes = []
         for number, run in enumerate(runs):
             processes.append(job_processes.start(job_folder.create_job(run.run_dir, specs.job_spec("search", "cpu"))))
-            limit = time.monotonic() + 30
+            limit = time.monotonic() + 120
             while len(device_queue.queue(run_folder.home(), "cpu")) < number + 2 and time.monotonic() < limit:
                 time.sleep(0.05)
     for process in processes:
-        assert process.wait(90) == 0
+        assert process.wait(400) == 0
     first, second = (run_folder.load(run.run_id).jobs[0].status for run in runs)
     assert first.state is second.state is JobState.FINISHED
     assert first.heartbeat is not None

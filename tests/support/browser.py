@@ -28,6 +28,18 @@ FLAGS = (  # noqa: SIM905 (one line each would hide them)
     "--disable-component-update --disable-sync"
 ).split()
 IDLE = '[data-testid="stApp"][data-test-script-state="notRunning"][data-test-connection-state="CONNECTED"]'
+COUNT_RUNS = """() => {
+  window.runs = 0;
+  const app = document.querySelector("[data-testid=stApp]");
+  new MutationObserver(() => { window.runs += app.getAttribute("data-test-script-state") === "running"; })
+    .observe(app, { attributeFilter: ["data-test-script-state"] });
+}"""
+PATIENCE = 120.0
+"""Seconds for what a page shows. Nothing waits as long unless it fails: a machine may do other things as well."""
+FOR_JOBS = 400.0
+"""Seconds for what a process that is started from a page does."""
+AGAIN = 10.0
+"""Seconds after which something is clicked once more."""
 KNOWN = ("the server responded with a status of 404",)
 """Of the console: each page asks once for its own /<page>/_stcore/*, and then for the right one."""
 
@@ -81,13 +93,13 @@ def server(
         yield address
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + PATIENCE
     while time.monotonic() < limit and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/_stcore/health", timeout=1):
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/_stcore/health", timeout=10):
             return
         time.sleep(0.1)
     raise RuntimeError(f"The dashboard did not start:\n{log.read_text()}")
@@ -114,11 +126,44 @@ class Tab:
     def idle(self) -> None:
         """Until the script has run and the server is connected."""
         self.page.wait_for_timeout(100)  # what was just clicked has to reach the server before it can be done
-        self.page.wait_for_selector(IDLE, state="attached", timeout=30_000)
+        self.page.wait_for_selector(IDLE, state="attached")
 
-    def shows(self, text: str, seconds: float = 20) -> None:
+    def shows(self, text: str, seconds: float = PATIENCE) -> None:
         """Until the text is on the page."""
         self.page.get_by_text(text).first.wait_for(timeout=1000 * seconds)
+
+    def until(self, click: Any, shown: Any, state: str = "visible", seconds: float = PATIENCE) -> None:
+        """Click something until something else shows. Only for what may be clicked twice.
+
+        A click in the moment in which a button is drawn anew can be lost, as for a quick user.
+        """
+        from playwright.sync_api import TimeoutError as NotYet
+
+        limit = time.monotonic() + seconds
+        while True:
+            try:
+                click.click(timeout=1000 * AGAIN)
+            except NotYet:  # it may be gone, because the last click was only slow
+                if time.monotonic() > limit:
+                    raise
+            try:
+                return shown.wait_for(state=state, timeout=1000 * AGAIN)
+            except NotYet:
+                if time.monotonic() > limit:
+                    raise
+
+    def count_runs(self) -> None:
+        """From here on `runs` counts how often the server runs the script, or a part of it."""
+        self.page.evaluate(COUNT_RUNS)
+
+    @property
+    def runs(self) -> int:
+        """Since `count_runs`."""
+        return int(self.page.evaluate("window.runs"))
+
+    def drawn_anew(self, times: int) -> None:
+        """Until the script has run so often since `count_runs`."""
+        self.page.wait_for_function("times => window.runs >= times", arg=times)
 
     def download(self, name: str) -> str:
         """What a download button gives, as text."""
@@ -130,13 +175,14 @@ class Tab:
 @contextlib.contextmanager
 def tab(address: str, **options: Any) -> Iterator[Tab]:
     """A browser of its own with one page."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=1000 * PATIENCE)
     settings: dict[str, Any] = dict(viewport={"width": 1400, "height": 1000})
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find(), args=FLAGS)
         page = browser.new_page(**(settings | options))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(1000 * PATIENCE)
         try:
             yield Tab(page, address)
         finally:

@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 
 def open_page(name: str, **query: str) -> AppTest:
     """A page as the navigation opens it, run once."""
-    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=30)
+    app = AppTest.from_file(str(ROOT / "app" / "main.py"), default_timeout=120)
     for key, value in query.items():
         app.query_params[key] = value
     app.run()
