@@ -23,15 +23,15 @@ from typing import Any
 import pytest
 import torch
 import typer.main
-from test_cli import run as command
 
 import sleb
 from sleb.analysis import block_output_cache
 from sleb.export import gguf_file, proof_process
 from sleb.records import Proof
-from tests.support.paths import ROOT
+from tests.support.command import run as command
+from tests.support.paths import DATA, ROOT
 
-RECORDED = Path(__file__).resolve().parent / "data" / "compatibility" / "0.1.0"
+RECORDED = DATA / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"
 HOST = "recorded"
 EXPECTED: dict[str, Any] = {each.stem: json.loads(each.read_bytes()) for each in (RECORDED / "expected").iterdir()}

@@ -16,25 +16,10 @@ from typer.testing import CliRunner
 
 import sleb
 from sleb import specs
-from sleb.cli.main import app, main
+from sleb.cli.main import app
 from tests.support import tiny
+from tests.support.command import run
 from tests.support.stores import write_run
-
-
-def run(*arguments: object, code: int = 0) -> tuple[str, str]:
-    """In this process, through the real entry point: (stdout, stderr)."""
-    import contextlib
-
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv
-    sys.argv = ["sleb", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        sys.argv = before
-    assert (ended.value.code or 0) == code, err.getvalue()
-    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

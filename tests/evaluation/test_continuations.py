@@ -252,9 +252,8 @@ def test_a_chat_is_a_users_turn_in_the_models_template(folder: Path) -> None:
 
 
 def test_a_model_that_stays_on_disk_generates_nothing(tmp_path: Path) -> None:
-    from test_streaming import saved, tight
-
     from sleb.model.loading import load_model
+    from tests.support.streamed import saved, tight
 
     model = saved(tmp_path / "model", "llama")
     budget = tight(load_model(str(model), dtype="float32", device="cpu"))

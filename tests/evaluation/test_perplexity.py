@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DATA
 
 from sleb.errors import CalibrationError, OptionError
 from sleb.evaluation import perplexity
@@ -18,6 +17,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.scoring.sweep import Scorer
 from tests.support import tiny
+from tests.support.paths import SHARED
 
 
 def plain_nats(folder: str, ids: np.ndarray, removed: tuple[int, ...]) -> np.ndarray:
@@ -108,7 +108,7 @@ def test_the_sum_is_that_of_a_plain_forward_pass(tiny_model: Path, tmp_path: Pat
 
 @pytest.mark.demo
 def test_on_the_real_text_and_model_it_is_the_plain_one_to_five_digits() -> None:
-    raw, c4 = DATA / "wikitext2" / "wiki.test.raw", DATA / "c4_sample.jsonl"
+    raw, c4 = SHARED / "data" / "wikitext2" / "wiki.test.raw", SHARED / "data" / "c4_sample.jsonl"
     if not (raw.is_file() and c4.is_file()):
         pytest.skip("needs WikiText-2 raw and the C4 sample in ../shared/data, which are not there")
     from sleb.model import demo

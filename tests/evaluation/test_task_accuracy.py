@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_cli import run as sleb_run
-from test_streaming import saved, tight
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb import api
@@ -30,8 +28,10 @@ from sleb.model.loading import load_model, weights_hash
 from sleb.records import EvaluateSpec, TaskAccuracy
 from sleb.runtime.findings_folder import of_kind
 from tests.support import tiny
+from tests.support.command import run as sleb_run
 from tests.support.families import build
 from tests.support.paths import DATA
+from tests.support.streamed import saved, tight
 
 BLOCKS = [1, 4]
 

@@ -259,9 +259,8 @@ def test_every_position_may_be_used(folder: Callable[[str], Path]) -> None:
 
 
 def test_a_model_that_stays_on_disk_is_not_timed(tmp_path: Path) -> None:
-    from test_streaming import saved, tight
-
     from sleb.model.loading import load_model
+    from tests.support.streamed import saved, tight
 
     model = saved(tmp_path / "model", "llama")
     budget = tight(load_model(str(model), dtype="float32", device="cpu"))

@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from test_cli import run as command
-from test_page_export import WRITE, export_job, press
-from test_page_export import proof as some_proof
 
 import sleb
 from app import data
@@ -29,8 +26,12 @@ from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
 from sleb.report import build
 from sleb.runtime import job_folder, job_processes
+from tests.pages.test_export import WRITE
 from tests.support import gguf_files
-from tests.support.dashboard import open_page, words
+from tests.support.command import run as command
+from tests.support.dashboard import open_page, press, words
+from tests.support.exports import export_job
+from tests.support.exports import proof as some_proof
 from tests.support.paths import ROOT
 from tests.support.stores import write_run
 

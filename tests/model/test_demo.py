@@ -20,6 +20,7 @@ from sleb.model import block_count, demo
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
 from sleb.model.loading import convert_gguf
 from sleb.scoring.sweep import head_weight
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.demo,
@@ -152,5 +153,5 @@ def test_a_missing_package_is_a_sentence() -> None:
 
 
 def test_the_sentence_names_what_the_requirements_do() -> None:
-    lines = (Path(__file__).parent.parent / "requirements-demo.txt").read_text().splitlines()
+    lines = (ROOT / "requirements-demo.txt").read_text().splitlines()
     assert tuple(line for line in lines if line and not line.startswith("#")) == demo.PACKAGES

@@ -33,24 +33,10 @@ from sleb.scoring.sweep import Scorer
 from tests.support import tiny
 from tests.support.families import build, token_ids
 from tests.support.paths import ROOT
+from tests.support.streamed import saved, tight
 
 NAMED_AS_ON_DISK = ["llama", "gemma3", "opt", "qwen3"]
 CHANGED_WHILE_LOADING = ["mixtral", "qwen3-moe"]
-
-
-def saved(folder: Path, family: str, num_blocks: int = 12) -> Path:
-    model = build(family, num_blocks)
-    model.save_pretrained(str(folder), max_shard_size="40KB")
-    tiny.tokenizer().save_pretrained(str(folder))
-    return folder
-
-
-def tight(loaded: LoadedModel) -> int:
-    """A budget that three blocks, what surrounds them and some hidden states fit in, and the whole does not."""
-    stack = BlockStack(loaded.model)
-    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in stack.blocks]
-    whole = sum(each.nbytes for each in (*loaded.model.parameters(), *loaded.model.buffers()))
-    return int((whole - sum(blocks) + 3 * max(blocks)) / 0.8 * 1.15)
 
 
 class Alive:

@@ -37,7 +37,7 @@ from sleb.runtime import findings_folder, job_folder, job_processes, record_file
 from sleb.runtime.findings_folder import of_kind
 from tests.support import judged
 from tests.support.builders import make_stack
-from tests.support.dashboard import ROOT, charts, words
+from tests.support.dashboard import ROOT, charts, press, words
 from tests.support.stores import write_run
 
 
@@ -69,10 +69,6 @@ def opened(**query: str) -> AppTest:
     for key, value in query.items():
         app.query_params[key] = value
     return app.run()
-
-
-def press(app: Any, label: str) -> Any:
-    return button(app, label).click().run()
 
 
 def button(app: Any, label: str) -> Any:

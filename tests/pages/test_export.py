@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,11 @@ from app import data
 from sleb.errors import StorageError
 from sleb.export import finished_exports
 from sleb.formats.list_formats import FORMATS, in_words, render
-from sleb.records import Job, JobSpec, JobState, JobStatus, Progress, Proof, Run, RunSpec
+from sleb.records import Job, JobState, Progress, RunSpec
 from sleb.report import build
 from sleb.runtime import job_folder, job_processes, run_folder
-from tests.support.dashboard import charts, open_page, words
+from tests.support.dashboard import charts, open_page, press, words
+from tests.support.exports import export_job, proof
 from tests.support.stores import write_run
 
 WRITE = "Write the smaller model"
@@ -32,29 +32,6 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     found: list[Job] = []
     monkeypatch.setattr(job_processes, "start", found.append)
     return found
-
-
-def press(app, label: str):  # type: ignore[no-untyped-def]
-    return next(button for button in app.button if button.label == label).click().run()
-
-
-def export_job(run: Run, state: JobState, message: str = "", **spec: object) -> Job:
-    """An export as its process left it."""
-    settings = {"kind": "export", "steps": 2, "out": str(run.run_dir / "out")} | spec
-    job = job_folder.create_job(run.run_dir, JobSpec.model_validate(settings))
-    status = JobStatus(state=state, message=message, heartbeat=time.time(), started=time.time())
-    job_folder.write_status(job.directory, status)
-    return job
-
-
-def proof(**changes: object) -> Proof:
-    settings: dict[str, object] = dict(
-        passed=True, blocks_before=12, blocks_after=10, kept_blocks=tuple(range(10)), parameters_before=200_000_000,
-        parameters_after=150_000_000, bytes_after=300_000_000, dtype="bfloat16", tokens=64, max_logit_difference=0.0,
-        tolerance=0.01, generated_tokens=3, generated_with_cache=(1, 2, 3), generated_without_cache=(1, 2, 3),
-        generated_by_skipping=(1, 2, 3), seconds=4.0, versions={"torch": "2.13.0"},
-    )  # fmt: skip
-    return Proof.model_validate(settings | changes)
 
 
 @pytest.mark.parametrize("name", FORMATS)

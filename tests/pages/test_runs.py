@@ -16,18 +16,13 @@ from sleb import specs
 from sleb.errors import CalibrationError, RunError
 from sleb.records import Job, JobState, Method
 from sleb.runtime import job_folder, job_processes, run_folder
-from tests.support.dashboard import ROOT, open_page, words
+from tests.support.dashboard import ROOT, open_page, press, words
 from tests.support.stores import write_many, write_run
 
 
 @pytest.fixture
 def runs(home: Path) -> Path:
     return home / "runs"
-
-
-def press(app, label: str) -> None:  # type: ignore[no-untyped-def]
-    next(button for button in app.button if button.label == label).click()
-    app.run()
 
 
 def labels(app) -> list[str]:  # type: ignore[no-untyped-def]

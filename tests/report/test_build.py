@@ -12,7 +12,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_page_export import export_job, proof
 
 from app import data
 from sleb.errors import RunError
@@ -22,6 +21,7 @@ from sleb.report import build
 from sleb.runtime import job_folder, record_files, run_folder
 from tests.support import browser
 from tests.support.dashboard import ROOT
+from tests.support.exports import export_job, proof
 from tests.support.stores import write_run
 
 HOSTILE = "<script>alert(1)</script>/x\"'&<b>"

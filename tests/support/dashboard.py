@@ -37,3 +37,8 @@ def words(app: AppTest) -> str:
         for kind in kinds
         for each in app.get(kind)
     )
+
+
+def press(app: AppTest, label: str) -> AppTest:
+    """Press a button by its label, and run the page."""
+    return next(button for button in app.button if button.label == label).click().run()
