@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import sleb
-from sleb import execution, specs
+from sleb import execution, forecast, search_job, specs
 from sleb.errors import BadInput
 from sleb.model import block_count, demo
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
@@ -110,14 +110,15 @@ def test_the_forecast_is_what_the_search_takes(home: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(BlockStack, "advance", advanced)
     monkeypatch.setattr(BlockStack, "read_out", read)
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
-    forecast = execution.forecast(specs.run_spec("demo", **asked))
+    for measuring in (forecast, search_job):
+        monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
+    promised = execution.forecast(specs.run_spec("demo", **asked))
     run = sleb.search("demo", **asked)
     assert run.trace is not None
-    assert run.trace.block_evaluations == forecast.block_evaluations
+    assert run.trace.block_evaluations == promised.block_evaluations
     searched = run.trace.baseline.seconds + sum(step.seconds for step in run.trace.steps)
-    assert forecast.seconds_per_unit == pytest.approx(0.004, rel=0.01)
-    assert forecast.search_seconds == pytest.approx(searched, rel=0.01)
+    assert promised.seconds_per_unit == pytest.approx(0.004, rel=0.01)
+    assert promised.search_seconds == pytest.approx(searched, rel=0.01)
 
 
 def test_the_model_is_converted_once(home: Path) -> None:
