@@ -344,7 +344,7 @@ WITHIN = """
 import json, resource, sys, threading, time
 sys.path.insert(0, {root!r})
 import accelerate, datasets, scipy.special, torch, sleb, sleb.worker
-from sleb.blocks import BlockStack
+from sleb.model.block_stack import BlockStack
 from transformers import LlamaForCausalLM
 
 def anonymous():

@@ -187,7 +187,7 @@ def test_delete_asks_before_it_does(runs: Path) -> None:
     write_run(runs / "kept", 12, 3)
     app = open_page("runs", run="kept")
     press(app, "Delete")
-    assert {"Delete for good", "Keep it"} <= set(labels(app))  # what they do: test_browser.py
+    assert {"Delete for good", "Keep it"} <= set(labels(app))  # what they do: test_story_in_browser.py
     assert (runs / "kept").exists()
     app.run()  # whatever else has the page drawn anew: it is asked until there is an answer
     press(app, "Keep it")
