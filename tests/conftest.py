@@ -22,7 +22,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out (`-n 2 --dist loadgroup`): files stay whole, and there is one browser at a time."""
+    """Where tests are shared out (`-n 3 --dist loadgroup`): files stay whole, and there is one browser at a time.
+
+    Three on two cores, because the one with the browser mostly waits.
+    """
     for item in items:
         in_browser = item.path.stem.endswith("_in_browser") or item.path.stem == "test_package"
         item.add_marker(pytest.mark.xdist_group("browser" if in_browser else str(item.path)))
@@ -43,6 +46,16 @@ def real_text() -> Path:
     if not path.is_file():
         pytest.skip("needs WikiText-2 raw in ../shared/data/wikitext2, which is not there")
     return path
+
+
+@pytest.fixture
+def demo_cache(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The demo model and its text, converted once for all tests and processes that only use them."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if shared.name.startswith("popen-") else shared) / "demo-cache"
+    shared.mkdir(exist_ok=True)
+    (home / "cache").mkdir()
+    (home / "cache" / "demo").symlink_to(shared)
 
 
 @pytest.fixture(scope="session")

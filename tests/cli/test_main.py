@@ -139,6 +139,7 @@ def test_a_finished_run_has_nothing_to_prepare(arguments: list[object]) -> None:
         (["search", "demo", "--method", "early-exit", "--protect", "29"], "block 29 is protected"),
     ],
 )
+@pytest.mark.usefixtures("demo_cache")
 def test_bad_input_is_a_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
     out, err = run(*words, code=2)
     assert out == ""

@@ -151,7 +151,7 @@ def test_the_table_names_text_estimate_and_error(run: sleb.Run, text: Path) -> N
 
 def test_a_killed_evaluation_goes_on(run: sleb.Run, tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
-    long.write_text(tiny.text(400_000, seed=9))
+    long.write_text(tiny.text(200_000, seed=9))
     words = [sys.executable, "-m", "sleb", "evaluate", run.run_id, "--all-steps", f"--perplexity={long}", "--window=50"]
     process = subprocess.Popen([*words, "--batch-size=2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = run.run_dir / findings_folder.FOLDER

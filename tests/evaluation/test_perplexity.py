@@ -107,6 +107,7 @@ def test_the_sum_is_that_of_a_plain_forward_pass(tiny_model: Path, tmp_path: Pat
 
 
 @pytest.mark.demo
+@pytest.mark.usefixtures("demo_cache")
 def test_on_the_real_text_and_model_it_is_the_plain_one_to_five_digits() -> None:
     raw, c4 = SHARED / "data" / "wikitext2" / "wiki.test.raw", SHARED / "data" / "c4_sample.jsonl"
     if not (raw.is_file() and c4.is_file()):

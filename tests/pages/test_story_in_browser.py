@@ -102,7 +102,7 @@ def test_a_live_run_is_started_and_watched_to_its_end(tab: browser.Tab, tiny_mod
 def test_a_run_survives_a_reload_and_is_stopped_and_resumed(
     tab: browser.Tab, tiny_model: Path, long_text: Path
 ) -> None:
-    run_id = start(tab, tiny_model, long_text, Sequences="8000", Tokens_each="64")
+    run_id = start(tab, tiny_model, long_text, Sequences="4000", Tokens_each="64")
     tab.shows("Step 1 of 2", browser.FOR_JOBS)
     tab.page.reload()
     tab.idle()
