@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from sleb.formats import command_line
 from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.runtime.job_processes import own_command
 
 PATIENCE_SECONDS = 900.0
 
@@ -55,7 +55,7 @@ def key_of(spec: RunSpec, job: JobSpec) -> str:
 def begin(spec: RunSpec, job: JobSpec) -> Probe:
     """Start one: `sleb search ... --dry-run --json`."""
     allowed = [f"--{name.replace('_', '-')}" for name in ("allow_pickle", "trust_remote_code") if getattr(job, name)]
-    wanted = [sys.executable, "-m", "sleb", "search", "--dry-run", "--json", *allowed]
+    wanted = own_command("search", "--dry-run", "--json", *allowed)
     output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (closed with the probe)
     rest = command_line.arguments(spec, job)[1:]
     process = subprocess.Popen([*wanted, *rest], stdin=subprocess.DEVNULL, stdout=output, stderr=errors)

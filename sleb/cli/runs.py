@@ -13,7 +13,7 @@ from sleb import api
 from sleb.cli.foreground import print_all
 from sleb.cli.options import Json, RunName
 from sleb.cli.terminal import print_runs, table
-from sleb.errors import RunError
+from sleb.errors import OptionError, RunError
 from sleb.formats.run_json import summary
 from sleb.records import Run
 from sleb.runtime import job_processes, run_folder
@@ -45,7 +45,8 @@ def delete(
 ) -> None:
     """Delete a run folder for good."""
     directory = run_folder.locate(run)
-    run_folder.refuse_sample(directory)
+    if not run_folder.is_link(directory):
+        run_folder.refuse_sample(directory)
     if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
         raise typer.Exit(1)
     job_processes.delete(directory)
@@ -54,11 +55,13 @@ def delete(
 
 def bring_in(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A run folder from elsewhere, or a recorded sample's name.")
+        str, typer.Argument(metavar="DIR", help="A run folder from elsewhere, or a recorded sample's name.")
     ],
 ) -> None:
     """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
-    typer.echo(job_processes.bring_in(folder).run_id)
+    if not folder.strip():
+        raise OptionError("sleb import takes the folder of a run, or a recorded sample's name; found an empty one.")
+    typer.echo(job_processes.bring_in(Path(folder)).run_id)
 
 
 def cache(

@@ -10,7 +10,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ import psutil
 
 from sleb.errors import OptionError, RankLost, SlebError, Stopped
 from sleb.runtime import device_queue
+from sleb.runtime.job_processes import own_command
 
 log = logging.getLogger(__name__)
 
@@ -283,7 +283,7 @@ def _store(rank: Rank, job_dir: Path) -> tuple[Any, list[subprocess.Popen[bytes]
         with open(job_dir / "log.txt", "ab") as output:
             helpers.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "sleb", "work", str(job_dir)],
+                    own_command("work", str(job_dir)),
                     env=os.environ | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -184,12 +184,17 @@ def require_idle(run: Run) -> None:
         raise RunBusy(_busy(run.run_dir))
 
 
+def own_command(*words: str) -> list[str]:
+    """This program as a process of its own: the one that is running here, whatever files the current folder holds."""
+    return [sys.executable, "-P", "-m", "sleb", *words]
+
+
 def start(job: Job) -> subprocess.Popen[bytes]:
     """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
     job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
     with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "sleb", "work", str(job.directory)],
+            own_command("work", str(job.directory)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -231,8 +236,12 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 def delete(directory: Path, *, keep_folder: bool = False) -> None:
     """Remove a run folder for good, readable or not; an empty folder stays if it is to be kept.
 
-    Raises `RunBusy` while a process executes it, and `RunError` for a recorded sample.
+    Of a link in the runs folder only the link goes. Raises `RunBusy` while a process executes it, and `RunError` for a
+    recorded sample.
     """
+    if run_folder.is_link(directory):
+        run_folder.delete(directory)
+        return
     run_folder.refuse_sample(directory)
     lock = lock_of(directory)
     with files.writing(directory):

@@ -92,7 +92,7 @@ def locate(run: str | os.PathLike[str]) -> Path:
         folder = Path(text).expanduser().absolute()
         if text and (folder / "spec.json").is_file():
             return folder
-    if (sample := _sample(text)) is not None:
+    if (sample := _sample(text.rstrip("/"))) is not None:
         return sample
     known = [each.name for each in run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
@@ -108,6 +108,11 @@ def is_sample(directory: Path) -> bool:
     """Whether it is a recorded sample: to be looked at, not to be changed."""
     real = directory.resolve()
     return real.parent == SAMPLES and _RUN_ID.fullmatch(real.name) is not None
+
+
+def is_link(directory: Path) -> bool:
+    """Whether it is a link in the runs folder: what it leads to is somebody else's to delete."""
+    return directory.is_symlink() and directory.parent == runs_folder()
 
 
 def refuse_sample(directory: Path) -> None:
@@ -177,7 +182,9 @@ def bring_in(folder: Path) -> Run:
     run = load(elsewhere(folder))
     target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
     if target.exists():
-        raise RunError(f"A run {target.name} is already there. Rename {folder}, or delete the other first.")
+        how = f"delete it first: sleb delete {target.name}" if is_sample(run.run_dir) else "delete it first"
+        instead = "Go on with that copy" if is_sample(run.run_dir) else f"Rename {folder}"
+        raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
@@ -192,10 +199,10 @@ def bring_in(folder: Path) -> Run:
 
 
 def elsewhere(folder: Path) -> Path:
-    """A run folder from elsewhere, absolute; or the recorded sample of that name, where there is no such folder."""
+    """A run folder from elsewhere, absolute; or the recorded sample of that name, where no such folder holds a run."""
     found = expanded(folder).absolute()
     with suppress(OSError, ValueError):  # names no file system takes
-        if found.exists():
+        if (found / "spec.json").is_file():
             return found
     return _sample(str(folder)) or found
 

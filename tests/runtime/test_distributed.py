@@ -53,7 +53,12 @@ def test_one_process_alone_talks_to_nobody() -> None:
     assert group.first
 
 
-def test_two_processes_find_what_one_finds(model: Path, text_file: Path) -> None:
+def test_two_processes_find_what_one_finds(
+    model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder with a `sleb.py` of its own, which is not the program."""
+    (tmp_path / "sleb.py").write_text("raise SystemExit('another program')")
+    monkeypatch.chdir(tmp_path)
     spec = spec_of(model, text_file)
     alone = execution.start(spec, specs.job_spec("search"))
     together = execution.start(spec, specs.job_spec("search", processes=2))

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import sleb
 from app import data
+from sleb import specs
 from sleb.cli.main import app
 from sleb.errors import RunError, SlebError
 from sleb.runtime import job_folder, job_processes, run_folder
@@ -119,10 +120,26 @@ def test_a_sample_is_worked_with_once_it_is_imported(home: Path) -> None:
     own = home / "runs" / NAME
     assert run_folder.load(NAME).run_dir == own  # the copy goes before the sample, as in the dashboard
     assert json.loads(command("runs", "--json")[0])["runs"][0]["run_id"] == NAME
-    assert "already there" in command("import", NAME, code=2)[1]
-    job = job_processes.next_job(run_folder.load(NAME), sleb.api.job_spec("search"))
+    assert "already exists. Go on with that copy, or delete it first" in command("import", NAME, code=2)[1]
+    job = job_processes.next_job(run_folder.load(NAME), specs.job_spec("search"))
     assert job.directory.is_relative_to(own)
     job_folder.withdraw_job(job)
     command("delete", NAME, "--yes")
     assert not own.exists()
     assert run_folder.load(NAME).run_dir == SAMPLES / NAME
+
+
+def test_a_name_means_the_same_to_every_command(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / NAME).mkdir()  # no run
+    assert json.loads(command("show", f"{NAME}/", "--json")[0])["run_id"] == NAME
+    assert command("import", f"{NAME}/")[0].strip() == NAME
+    assert "found an empty one" in command("import", "", code=2)[1]
+
+
+def test_a_link_to_a_sample_among_the_runs_is_deleted_and_the_sample_stays(home: Path) -> None:
+    (home / "runs").mkdir()
+    (home / "runs" / "link").symlink_to(SAMPLES / NAME)
+    command("delete", "link", "--yes")
+    assert not (home / "runs" / "link").is_symlink()
+    assert json.loads(command("runs", "--json")[0]) == {"runs": []}
