@@ -25,7 +25,7 @@ run: setup ## open the dashboard on localhost (ARGS="--port 8502")
 
 test: setup ## run the tests, without a network (ARGS="-m 'not demo'" leaves out the real model)
 	@$(VENV)/bin/python -m tests.support.browser
-	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)/bin/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## check style, format and types
 	$(VENV)/bin/ruff check .

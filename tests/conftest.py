@@ -22,10 +22,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out (`-n 3 --dist loadgroup`): files stay whole, and there is one browser at a time.
-
-    Three on two cores, because the one with the browser mostly waits.
-    """
+    """Where tests are shared out (`-n 2 --dist loadgroup`): files stay whole, and there is one browser at a time."""
     for item in items:
         in_browser = item.path.stem.endswith("_in_browser") or item.path.stem == "test_package"
         item.add_marker(pytest.mark.xdist_group("browser" if in_browser else str(item.path)))
