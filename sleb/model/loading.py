@@ -17,7 +17,6 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo, gguf_header, model_files
-from sleb.model.promised_weights import require_enough, require_stored
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -75,9 +74,10 @@ def load_model(
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
     if header is not None:
-        require_enough(name, config, options, header.elements)
+        model_files.require_enough(name, config, options, header.elements)
     else:
-        _loading(name, lambda: require_stored(name, config, options, _weight_files(source, options, allow_pickle)))
+        stored = _loading(name, lambda: _weight_files(source, options, allow_pickle))
+        _loading(name, lambda: model_files.require_stored(name, config, options, stored))
     chosen = _dtype(dtype, config, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
@@ -118,7 +118,7 @@ def _require_complete(name: str, report: dict[str, Any]) -> None:
         )
     unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
     if unused:
-        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, unused[0])
+        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, excerpt(unused[0]))
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -261,7 +261,7 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 def _explain(name: str, error: BaseException) -> str:
     text = str(error).strip()
-    first = excerpt(text.splitlines()[0]) if text else type(error).__name__
+    first = excerpt(text if text.split("\n")[0].endswith(":") else text.split("\n")[0]) or type(error).__name__
     if "trust_remote_code" in text:
         return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
     if "gated" in text.lower() or "401" in text:
