@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
 
+_LONGEST_NOTE = 4000  # characters
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
@@ -247,6 +248,8 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
 
     transformers_logging.disable_progress_bar()
     quieten_torchao()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_printable)
     try:
         return load()
     except SlebError:
@@ -257,6 +260,14 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
         if type(error).__name__ != "PanicException":  # of a library in Rust; it has no class to import
             raise
         raise ModelError(_explain(name, error)) from error
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """What transformers tells of a model has names in it that come from its files."""
+    text = record.getMessage()
+    record.msg = "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)[:_LONGEST_NOTE]
+    record.args = ()
+    return True
 
 
 def _explain(name: str, error: BaseException) -> str:
