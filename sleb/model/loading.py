@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Loaded = TypeVar("Loaded")
 
 _LONGEST_NOTE = 4000  # characters
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # as transformers writes them itself
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
@@ -264,7 +265,7 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
 
 def _printable(record: logging.LogRecord) -> bool:
     """What transformers tells of a model has names in it that come from its files."""
-    text = record.getMessage()
+    text = _COLOURS.sub("", record.getMessage())
     record.msg = "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)[:_LONGEST_NOTE]
     record.args = ()
     return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleb.errors import ModelError
@@ -137,3 +140,17 @@ def test_names_of_settings_that_only_sound_like_counts_may_be_large() -> None:
         "num_parameters": 7e9,
     }
     model_files.require_modest("here", config | {"time_step_limit": [0.0, float("inf")]})
+
+
+def test_what_transformers_says_of_a_file_has_no_control_characters(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["evil\x1b]0;title\x07"] = weights["model.norm.weight"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    told = io.StringIO()
+    for handler in logging.getLogger("transformers").handlers:
+        monkeypatch.setattr(handler, "stream", told)
+    load_model(str(model))
+    assert "evil" in told.getvalue()
+    assert told.getvalue().replace("\n", "").replace("\t", "").isprintable()
