@@ -45,7 +45,7 @@ def start(spec: RunSpec, job: JobSpec) -> None:
     """A new run, executed by a process of its own."""
     try:
         run = run_folder.create(spec)
-        job_processes.start(job_folder.create_job(run.run_dir, job))
+        job_processes.start(job_folder.create_job(run.run_dir, job), data.permissions_for(job))
     except SlebError as error:
         st.session_state["said"] = str(error)
         return
@@ -59,7 +59,8 @@ def act(what: str, run: Run) -> None:
         if what == "stop":
             job_processes.stop(run)
         elif what == "resume":
-            job_processes.start(job_processes.next_job(run, _as_before(run)))
+            spec = _as_before(run)
+            job_processes.start(job_processes.next_job(run, spec), data.permissions_for(spec))
         elif what == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
@@ -79,7 +80,7 @@ def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
     own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
-    last = unanswered or (own[-1] if own else data.job_spec(run.spec.kind))
+    last = unanswered.spec if unanswered else (own[-1] if own else data.job_spec(run.spec.kind))
     return last.model_copy(update=data.permissions())
 
 

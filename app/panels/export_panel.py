@@ -94,7 +94,7 @@ def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
         spec |= {"steps": steps, "out": str(folder), "replace": replace, "format": kind}
         job = job_processes.next_job(run, JobSpec.model_validate(spec))
         try:
-            job_processes.start(job)
+            job_processes.start(job, data.permissions_for(job.spec))
         except SlebError:
             job_folder.withdraw_job(job)
             raise

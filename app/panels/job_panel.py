@@ -43,7 +43,7 @@ def start(run: Run, record: type[Any], lists: Sequence[RemovalList], *, device: 
             run = job_processes.bring_in(run.run_dir)
         job = job_processes.next_job(run, spec)
         try:
-            job_processes.start(job)
+            job_processes.start(job, data.permissions_for(spec))
         except SlebError:
             job_folder.withdraw_job(job)
             raise
