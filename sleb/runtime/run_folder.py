@@ -176,17 +176,30 @@ def bring_in(folder: Path) -> Run:
         how = f"delete it first: sleb delete {target.name}" if is_sample(run.run_dir) else "delete it first"
         instead = "Go on with that copy" if is_sample(run.run_dir) else f"Rename {folder}"
         raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
+    _require_plain_files(run.run_dir)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
         try:
             ignored = shutil.ignore_patterns(".lock")
-            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False, ignore=ignored)
+            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, ignore=ignored)
+            if is_sample(run.run_dir):  # ours, wherever the program was installed from
+                origin.sign(partial)
             os.replace(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(target)
+
+
+def _require_plain_files(directory: Path) -> None:
+    """Raises `RunError` for a link, a pipe or a device anywhere in a run folder: no part of it may lie elsewhere."""
+    for folder, folders, names in os.walk(directory):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                what = "a link" if path.is_symlink() else "a pipe or a device"
+                raise RunError(f"{path} is {what}, and a run folder holds only files of its own. Delete it first.")
 
 
 def elsewhere(folder: Path) -> Path:
