@@ -80,6 +80,7 @@ def _common(
 
 def main() -> None:
     """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process below this one imports a file of the folder it starts in
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
     handler = _ToScreen()
