@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,12 @@ from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Perm
 from sleb.runtime import files, findings_folder, job_folder, job_processes, run_folder
 from sleb.runtime import run_index as outlines_of
 from sleb.runtime.dashboard_files import SAMPLES
+from sleb.runtime.listing import run_list
+from sleb.runtime.listing.run_list import RunList
 from sleb.runtime.run_index import Outline
 
+LOOKED_AT = 1000
+"""Of the runs that nothing happens to, so many are looked at each time: some milliseconds."""
 SAMPLE = "sample-smollm2-135m-metric3"
 """The one that is shown first."""
 
@@ -43,23 +48,17 @@ class TokenChoice(NamedTuple):
     without_first: bool = False
 
 
-def outlines() -> list[Outline | RunError]:
-    """All runs, newest first, then the recorded samples; an unreadable one is its error."""
-    found: list[Outline | RunError] = []
-    for folder in (run_folder.runs_folder(), SAMPLES):
-        directories = run_folder.run_dirs(folder)
-        if folder == SAMPLES:
-            directories.sort(key=_rank_of_sample)  # their times are those of the checkout
-        for directory in directories:
-            if folder == SAMPLES and (run_folder.runs_folder() / directory.name / "spec.json").is_file():
-                continue  # a copy was brought in, to be exported: it is the one that pages show
-            try:
-                each = _outline(str(directory), outlines_of.signature(directory))
-                found.append(outlines_of.watched(each))
-            except (RunError, OSError) as error:  # OSError: deleted a moment ago
-                if isinstance(error, RunError):
-                    found.append(error)
-    return found
+def outlines(first: str | None = None) -> list[Outline | RunError]:
+    """All runs, newest first, then the recorded samples; an unreadable one is its error.
+
+    Of thousands, those that nothing happens to are looked at again in turns, within some seconds; `first` always.
+    """
+    own = _runs_of(str(run_folder.home())).outlines(first, LOOKED_AT)
+    copied = {each.run_id for each in own if isinstance(each, Outline)}
+    samples = _samples().outlines()
+    samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
+    # A copy that was brought in, to be exported, is the one that pages show.
+    return [*own, *(each for each in samples if isinstance(each, RunError) or each.run_id not in copied)]
 
 
 def _rank_of_sample(directory: Path) -> tuple[int, str]:
@@ -70,7 +69,7 @@ def _rank_of_sample(directory: Path) -> tuple[int, str]:
 
 def is_sample(run: Run | Outline) -> bool:
     """Whether it is a recorded sample: to be looked at, not to be changed."""
-    return run.run_dir.parent == SAMPLES  # as `folder_of` finds it: hundreds of rows ask
+    return run.run_id in _sample_ids() and run.run_dir.parent == SAMPLES  # as `folder_of` finds it: thousands ask
 
 
 def folder_of(run_id: str) -> Path:
@@ -182,9 +181,19 @@ def _file_time(path: Path) -> int:
         return 0
 
 
-@st.cache_resource(max_entries=2000, show_spinner=False)
-def _outline(directory: str, signature: object) -> Outline:
-    return outlines_of.outline(Path(directory))
+@lru_cache(maxsize=4)
+def _runs_of(home: str) -> RunList:
+    return run_list.of_home(Path(home))
+
+
+@cache
+def _samples() -> RunList:
+    return RunList(SAMPLES)
+
+
+@cache
+def _sample_ids() -> frozenset[str]:
+    return frozenset(each.name for each in run_folder.run_dirs(SAMPLES))
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sleb import api
 from sleb.cli.foreground import print_all
 from sleb.cli.options import Json, RunName
-from sleb.cli.terminal import print_runs, table
+from sleb.cli.terminal import MOST_SHOWN, print_runs, table
 from sleb.errors import OptionError, RunError
-from sleb.formats.run_json import summary
-from sleb.records import Run
+from sleb.formats.run_json import listed_text, summary_text
 from sleb.runtime import job_processes, run_folder
+from sleb.runtime.listing import run_list
 from sleb.runtime.progress import duration
-from sleb.runtime.run_index import Outline, list_outlines
+from sleb.runtime.run_index import Outline
 
 
 def show(run: RunName, as_json: Json = False) -> None:
@@ -26,17 +26,36 @@ def show(run: RunName, as_json: Json = False) -> None:
     print_all(api.load(run), as_json)
 
 
-def runs(as_json: Json = False) -> None:
+def runs(
+    every: Annotated[bool, typer.Option("--all", help=f"On a screen, too: not only the newest {MOST_SHOWN}.")] = False,
+    as_json: Json = False,
+) -> None:
     """List all runs, newest first."""
-    found: list[Any] = list(run_folder.list_runs() if as_json else list_outlines())
+    listed = run_list.of_home(run_folder.home())
     if as_json:
-        rows = [{**summary(run), "state": job_processes.state_of(run).value} for run in found if isinstance(run, Run)]
-        typer.echo(json.dumps({"runs": rows}))
+        errors = _print_json(listed)
     else:
-        print_runs([run for run in found if isinstance(run, Outline)])
-    for error in found:
-        if isinstance(error, RunError):
-            typer.echo(f"sleb: {error}", err=True)
+        found = listed.outlines()
+        print_runs([run for run in found if isinstance(run, Outline)], every)
+        errors = [each for each in found if isinstance(each, RunError)]
+    for error in errors:
+        typer.echo(f"sleb: {error}", err=True)
+
+
+def _print_json(listed: run_list.RunList) -> list[RunError]:
+    """One object with all runs, written piece by piece: together they may be larger than the memory."""
+    errors: list[RunError] = []
+    before = ""
+    typer.echo('{"runs": [', nl=False)
+    for each in listed.summaries(summary_text):
+        if isinstance(each, RunError):
+            errors.append(each)
+        else:
+            run, text = each
+            typer.echo(before + listed_text(run, text), nl=False)
+            before = ", "
+    typer.echo("]}")
+    return errors
 
 
 def delete(

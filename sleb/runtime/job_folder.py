@@ -23,7 +23,7 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
     jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
-        number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
+        number = max((number_of(each.name) for each in job_dirs(directory)), default=0)
         while True:
             number += 1
             try:
@@ -45,7 +45,7 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
 def read_jobs(directory: Path) -> tuple[Job, ...]:
     """The run's jobs, oldest first, as they were written."""
     found = []
-    for job_dir in _job_dirs(directory):
+    for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
             continue
         try:
@@ -124,9 +124,15 @@ def withdraw_job(job: Job) -> None:
     shutil.rmtree(job.directory, ignore_errors=True)
 
 
-def _job_dirs(directory: Path) -> list[Path]:
+def job_dirs(directory: Path) -> list[Path]:
+    """The run's job folders, oldest first; one that is being created has no spec yet."""
     jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
     found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
-    return sorted(found, key=lambda each: int(each.name.split("-")[0]))
+    return sorted(found, key=lambda each: number_of(each.name))
+
+
+def number_of(job_name: str) -> int:
+    """By which a run's jobs are ordered."""
+    return int(job_name.split("-")[0])

@@ -317,12 +317,16 @@ def _deaf() -> Iterator[None]:
 
 def derived(job: Job) -> Job:
     """The job, interrupted if its status says that it runs or waits and its process is gone."""
-    status = job.status
+    status = derived_status(job.status)
+    return job if status is job.status else job.model_copy(update={"status": status})
+
+
+def derived_status(status: JobStatus) -> JobStatus:
+    """The same of a status alone."""
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
-        return job
-    lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
-    return job.model_copy(update={"status": status.model_copy(update=lost)})
+        return status
+    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."})
 
 
 def _alive(status: JobStatus) -> bool:

@@ -211,13 +211,18 @@ def elsewhere(folder: Path) -> Path:
     return _sample(str(folder)) or found
 
 
+def is_run_id(name: str) -> bool:
+    """Whether a folder of that name in the runs folder can be a run."""
+    return _RUN_ID.fullmatch(name) is not None
+
+
 def run_dirs(folder: Path | None = None) -> list[Path]:
     """Run folders in a folder (by default the runs folder), newest first."""
     found: list[tuple[float, Path]] = []
     with suppress(OSError):  # no runs folder, or none of ours
         for each in (folder or runs_folder()).iterdir():
             with suppress(OSError):  # one folder that cannot be read must not hide the others
-                if _RUN_ID.fullmatch(each.name):
+                if is_run_id(each.name):
                     found.append(((each / "spec.json").stat().st_mtime, each))
     return [each for _, each in sorted(found, reverse=True)]
 
