@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def excerpt(found: object, most: int = 200) -> str:
+    """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
+    text = str(found)[: 20 * most]
+    plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
+
+
 class SlebError(Exception):
     """Whatever can go wrong that is not a bug. `exit_code` is what the command line returns."""
 
@@ -82,6 +89,10 @@ class Stopped(SlebError):
     """The job was asked to stop, and did."""
 
     exit_code = 130
+
+
+class WorkEnded(BadInput):
+    """Work that data asked for reached a limit, or failed; the message is a clause that says which."""
 
 
 class RankLost(SlebError):

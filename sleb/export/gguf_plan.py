@@ -16,7 +16,7 @@ from typing import Any
 
 from sleb.errors import ExportError, ModelError, OptionError
 from sleb.export.smaller_config import check_removal_list
-from sleb.model import demo
+from sleb.model import demo, gguf_header
 from sleb.records import JobSpec, Run
 from sleb.runtime import files
 
@@ -269,6 +269,7 @@ def _open(path: Path) -> Any:
     from gguf import GGUFReader
 
     try:
+        gguf_header.check(path)
         return GGUFReader(path)
     except FAILURES as error:
         raise ModelError(f"{path} is no GGUF file, or damaged ({type(error).__name__}); fetch it again.") from error

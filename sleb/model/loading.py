@@ -2,44 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import struct
 import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch import nn
 
-from sleb.errors import ModelError, OptionError
-from sleb.model import demo
-from sleb.model.streamed_loading import load_within
+from sleb.errors import ModelError, OptionError, SlebError, excerpt
+from sleb.model import demo, gguf_header, model_files
+from sleb.model.promised_weights import require_enough, require_stored
+from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
 
 log = logging.getLogger(__name__)
 
-# What transformers, safetensors, gguf and the hub client raise for checkpoints that are absent, damaged or foreign.
-_FAILURES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    struct.error,
-    OverflowError,
-    UnicodeDecodeError,
-    MemoryError,
-)
+Loaded = TypeVar("Loaded")
+
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
@@ -76,18 +62,22 @@ def load_model(
     where = resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     source: str | Path = name
-    gguf = None
+    gguf, header = None, None
     if name == "demo":
         source = demo.model_folder(convert_gguf)
     elif name.lower().endswith(".gguf"):
         gguf = Path(name).expanduser()
-        _require_gguf(gguf)
+        header = _header(gguf)
         source = gguf.parent
         options["gguf_file"] = gguf.name
     elif _is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
+    if header is not None:
+        require_enough(name, config, options, header.elements)
+    else:
+        _loading(name, lambda: require_stored(name, config, options, _weight_files(source, options, allow_pickle)))
     chosen = _dtype(dtype, config, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
@@ -234,9 +224,12 @@ def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    if "gguf_file" not in options:
+        raw, _ = _loading(name, lambda: PreTrainedConfig.get_config_dict(source, **options))
+        model_files.require_modest(name, raw)
     config = _loading(name, lambda: AutoConfig.from_pretrained(source, **options))
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -248,22 +241,27 @@ def _config(source: str, name: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _loading(name: str, load: Any) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
+    """What a library makes of a model's files; what it raises for damaged or foreign ones, in a sentence."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     quieten_torchao()
     try:
         return load()
-    except (*_FAILURES, SafetensorError, StrictDataclassError) as error:
+    except SlebError:
+        raise
+    except Exception as error:  # any class there is: the data decides how far a library gets with it
+        raise ModelError(_explain(name, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; it has no class to import
+            raise
         raise ModelError(_explain(name, error)) from error
 
 
 def _explain(name: str, error: BaseException) -> str:
     text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
+    first = excerpt(text.splitlines()[0]) if text else type(error).__name__
     if "trust_remote_code" in text:
         return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
     if "gated" in text.lower() or "401" in text:
@@ -295,12 +293,8 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
         raise ModelError(f"{folder} is a file; a model is a folder with config.json, a .gguf file, or a hub name.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is an adapter, not a model. Merge it into its base model first.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json is not JSON ({error}); the folder is damaged.") from error
+    model_files.read_config(folder)
+    model_files.require_plain_files(folder)
     if list(folder.glob("*.safetensors")):
         return
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
@@ -313,22 +307,25 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
 
 
-def _require_gguf(path: Path) -> None:
+def _weight_files(source: str | Path, options: dict[str, Any], allow_pickle: bool) -> Iterable[str]:
+    """The safetensors files of a model, none where a pickle is allowed and may be all there is."""
+    if Path(source).is_dir():
+        return map(str, Path(source).glob("*.safetensors"))
+    return [] if allow_pickle else files_by_key(str(source), options).values()
+
+
+def _header(path: Path) -> gguf_header.Header:
+    """The header of a GGUF file that can be a model. Raises `ModelError` for any other."""
     if not path.is_file():
         raise ModelError(f"There is no file {path}.")
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file (it begins with {magic!r}).")
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(str(path)).tensors
-        short = not tensors
-    except _FAILURES as error:
-        raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
-    if short:
+    header = gguf_header.check(path)
+    if not header.tensors:
         raise ModelError(f"{path} holds no tensors; fetch it again.")
+    own = {
+        key.rpartition(".")[2]: value for key, value in header.settings.items() if key.startswith(header.architecture)
+    }
+    model_files.require_modest(str(path), own)
+    return header
 
 
 def quieten_torchao() -> None:

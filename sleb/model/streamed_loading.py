@@ -55,7 +55,7 @@ def load_within(
     path, _ = find_stack(model)
     places = _device_map(model, path, device)
     scratch = _scratch(scratch_home)
-    found = _files_by_key(source, options)
+    found = files_by_key(source, options)
     index = _index(model, path, dtype, found)
     if index is None:
         with _quiet("accelerate.big_modeling"):
@@ -84,7 +84,7 @@ def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, 
     return found
 
 
-def _files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
+def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
     """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 

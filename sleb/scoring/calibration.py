@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError
+from sleb.errors import CalibrationError, WorkEnded
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
+from sleb.scoring import chat_template
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any
     held = default_held_out(spec.sequences) if held_out is None else held_out
     wanted = spec.sequences + held
     documents, origin = _documents(spec, wanted, seed)
-    texts = [_rendered(document, spec, tokenizer) for document in documents]
+    texts = _rendered(documents, spec, tokenizer)
     windows = cut(SEPARATOR.join(texts), spec.sequence_length, tokenizer, vocab_size, bos, origin)
     if len(windows) < wanted:
         raise CalibrationError(
@@ -252,24 +253,23 @@ def _default_column(row: dict[str, Any], origin: str) -> str:
     raise CalibrationError(f"{origin} has no column 'text'; it has {there}. Name one after a colon.")
 
 
-def _rendered(document: Any, spec: CalibrationSpec, tokenizer: Any) -> str:
-    """A document as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
+def _rendered(documents: list[Any], spec: CalibrationSpec, tokenizer: Any) -> list[str]:
+    """Documents as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
     if not spec.chat:
-        if isinstance(document, str):
-            return document
+        if all(isinstance(document, str) for document in documents):
+            return documents
         raise CalibrationError("The column holds conversations, not text. Add --chat, or name a text column.")
-    if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
-        raise CalibrationError(
-            "--chat needs a column of conversations (a list of messages with role and content); found text. "
-            "Name that column after a colon, or leave --chat out."
-        )
+    for document in documents:
+        if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
+            raise CalibrationError(
+                "--chat needs a column of conversations (a list of messages with role and content); found text. "
+                "Name that column after a colon, or leave --chat out."
+            )
     if not tokenizer.chat_template:
         raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template([_turn(turn) for turn in document], tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        return chat_template.rendered(tokenizer, [[_turn(turn) for turn in document] for document in documents])
+    except WorkEnded as error:
         raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
 
 
