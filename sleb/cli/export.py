@@ -12,7 +12,8 @@ from sleb import api
 from sleb.cli.options import AllowPickle, Device, Format, Json, MemoryBudget, RunName, TrustRemoteCode, as_bytes
 from sleb.cli.terminal import Screen, table
 from sleb.errors import OptionError, Stopped
-from sleb.runtime import files, run_folder
+from sleb.export.destination import save_text
+from sleb.runtime import run_folder
 
 
 def export(
@@ -49,7 +50,7 @@ def export(
     if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
         if out is not None:
-            files.save_text(out, text, replace=replace)
+            save_text(out, text, replace=replace)
             typer.echo(f"Wrote {out}.", err=True)
         if as_json:
             taken = list(found.removal_list_after(steps))
@@ -111,5 +112,5 @@ def report(
     found.removal_list_after(steps)  # refused before anything is drawn
     from sleb.report import build  # plotly takes a second to import
 
-    files.save_text(out, build.of(found, steps), replace=replace)
+    save_text(out, build.of(found, steps), replace=replace)
     typer.echo(f"Wrote {out}.", err=True)

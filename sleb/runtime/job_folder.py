@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ from sleb.errors import RunError
 from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
 from sleb.runtime.files import replace_file, writing
 from sleb.runtime.record_files import read_record
+from sleb.runtime.unfinished import names
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
@@ -19,22 +22,29 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
     jobs = directory / "jobs"
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
-        number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
-        while True:
-            number += 1
-            try:
-                target = jobs / f"{number}-{spec.kind}"
-                target.mkdir()
-                break
-            except FileExistsError:
-                continue
+    partial = names.temporary(jobs / spec.kind)
     try:
-        replace_file(target / "spec.json", spec.model_dump_json(indent=1))
-        replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
-        return load_job(target)
+        replace_file(partial / "spec.json", spec.model_dump_json(indent=1))
+        replace_file(partial / "status.json", JobStatus().model_dump_json(indent=1))
+        return load_job(_numbered(directory, partial, spec.kind))
     except BaseException:  # a full disk, for one: half a job is none
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _numbered(directory: Path, partial: Path, kind: str) -> Path:
+    """Give a written job the next number that nobody has: it appears whole."""
+    number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
+    while True:
+        number += 1
+        target = partial.with_name(f"{number}-{kind}")
+        with writing(target):
+            try:
+                os.rename(partial, target)
+                return target
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
 
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
