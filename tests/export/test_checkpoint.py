@@ -314,7 +314,7 @@ def fake_proof(folder: Path, *_: Any) -> Proof:
 
 
 def test_folders_that_hold_something_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sleb.export.checkpoint.run_proof", fake_proof)
+    monkeypatch.setattr("sleb.export.proven_folder.run_proof", fake_proof)
     out = tmp_path / "out"
     out.mkdir()
     export_checkpoint(build("llama"), None, (1,), out, CARD)  # an empty folder is as good as none
