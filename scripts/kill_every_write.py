@@ -20,8 +20,8 @@ os.environ.update(
 )  # before anything is imported that reads them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.support.killing import cases  # noqa: E402
-from tests.support.killing.bench import Bench, Case, Count  # noqa: E402
+from tests.support.killing import cases
+from tests.support.killing.bench import Bench, Case, Count
 
 
 def main() -> int:

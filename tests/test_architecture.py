@@ -36,6 +36,7 @@ WITHOUT_TORCH = (
 TORCH_FREE_MODULES = (
     "sleb.model.block_count",
     "sleb.model.demo",
+    "sleb.model.presence",
     "sleb.scoring.sweep_plan",
     "sleb.analysis.block_output_cache",
     "sleb.analysis.prediction_alignment",

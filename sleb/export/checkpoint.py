@@ -78,6 +78,8 @@ def write_checkpoint(
     with saving():
         mend_generation_config(model, folder)
         streamed = streamed_blocks(model)
+        if streamed is not None:
+            streamed.forget()  # saving reads shard by shard, and has the room for itself
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             model.save_pretrained(folder, **({} if streamed is None else {"max_shard_size": streamed.budget // 3}))

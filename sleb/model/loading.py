@@ -7,7 +7,6 @@ import logging
 import re
 import struct
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError
 from sleb.model import demo
+from sleb.model.presence import is_path, not_there, require_file
 from sleb.model.streamed_loading import load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -40,7 +40,6 @@ _FAILURES = (
     UnicodeDecodeError,
     MemoryError,
 )
-_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def load_model(
         _require_gguf(gguf)
         source = gguf.parent
         options["gguf_file"] = gguf.name
-    elif _is_path(name):
+    elif is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
@@ -273,21 +272,8 @@ def _explain(name: str, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"{name} needs a library that is not installed: {first}"
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
-        return (
-            f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
-            f"({first}). Check the name, --revision and the network."
-        )
+        return str(not_there(name, first))
     return f"{name} cannot be loaded ({type(error).__name__}): {first}"
-
-
-def _is_path(name: str) -> bool:
-    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
-    with suppress(OSError, RuntimeError):  # names no file system takes
-        if Path(name).expanduser().exists():
-            return True
-    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
-        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
-    return False
 
 
 def _require_folder(folder: Path, allow_pickle: bool) -> None:
@@ -314,8 +300,7 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
 
 
 def _require_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"There is no file {path}.")
+    require_file(path)
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

@@ -13,12 +13,14 @@ from tests.support.killing.bench import Case
 
 HOW = ("--calibration", "{}/text.txt", "--sequences", "4", "--sequence-length", "24", "--dtype", "float32")
 SEARCH = ("search", "{}/model", *HOW, "--no-analysis", "--remove", "2", "--device", "cpu")
+NEW = (*SEARCH, "--run-dir", "{}/new")
+ANALYZE = ("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/new")
 SEARCHED = (*SEARCH, "--run-dir", "{}/run")
 TEXT = ("--perplexity", "{}/text.txt", "--window", "32", "--limit", "4", "--device", "cpu")
 LISTED = ("--steps", "2")
 HEAL = (
-    "heal", "{}/run", "--source", "{}/text.txt", "--sequences", "8", "--sequence-length", "24", "--batch-sequences", "4",
-    "--rank", "2", *TEXT,
+    "heal", "{}/run", "--source", "{}/text.txt", "--sequences", "8", "--sequence-length", "24",
+    "--batch-sequences", "4", "--rank", "2", *TEXT,
 )  # fmt: skip
 QUANTIZE = ("quantize", "{}/run", *TEXT)
 EXPORT = ("export", "{}/run", "--format")
@@ -96,21 +98,31 @@ def _deleted(folder: Path) -> list[str] | None:
 FINDING = ("run/evaluation", "run/healing", "run/stack.json")
 
 CASES = [
-    Case("search", (), (*SEARCH, "--run-dir", "{}/new"), again=_new_or_resumed("new", (*SEARCH, "--run-dir", "{}/new"))),
-    Case("resume", (SEARCHED,), ("resume", "{}/run"), own=("run",), prepare=_half),
     Case(
-        "analyze",
-        (),
-        ("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/new"),
-        again=_new_or_resumed("new", ("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/new")),
+        "search", (), (*SEARCH, "--run-dir", "{}/new"), again=_new_or_resumed("new", (*SEARCH, "--run-dir", "{}/new"))
     ),
+    Case("resume", (SEARCHED,), ("resume", "{}/run"), own=("run",), prepare=_half),
+    Case("analyze", (), ANALYZE, again=_new_or_resumed("new", ANALYZE)),
     Case("evaluate", (SEARCHED,), ("evaluate", "{}/run", *LISTED, *TEXT), own=FINDING),
     Case(
         "benchmark",
         (SEARCHED,),
         (
-            "benchmark", "{}/run", *LISTED, "--prompt", "1x16", "--generation", "1x2", "--generation-prompt", "4",
-            "--prompt-repetitions", "1", "--generation-repetitions", "1", "--device", "cpu",
+            "benchmark",
+            "{}/run",
+            *LISTED,
+            "--prompt",
+            "1x16",
+            "--generation",
+            "1x2",
+            "--generation-prompt",
+            "4",
+            "--prompt-repetitions",
+            "1",
+            "--generation-repetitions",
+            "1",
+            "--device",
+            "cpu",
         ),
         own=FINDING,
         measured=True,
