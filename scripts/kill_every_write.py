@@ -21,7 +21,7 @@ os.environ.update(
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.support.killing import cases
-from tests.support.killing.bench import Bench, Case, Count
+from tests.support.killing.bench import Case, Count, kill_some
 
 
 def main() -> int:
@@ -44,16 +44,9 @@ def main() -> int:
 
 def _one(case: Case, folder: Path, kills: int, draw: random.Random, total: Count) -> None:
     began = time.perf_counter()
-    bench, count = Bench(case, folder, cases.base), Count()
-    at_operations = min(bench.operations, kills - kills // 2)
-    for index in range(at_operations):
-        bench.kill(count, operation=1 + index * bench.operations // at_operations)
-    for _ in range(3 * kills):  # those that come too late are not counted
-        if count.kills >= kills:
-            break
-        bench.kill(count, seconds=draw.uniform(0.005, bench.seconds))
+    count = kill_some(case, folder, kills, draw, cases.base)
     print(
-        f"{case.name:26} {bench.operations:4} operations, {count.kills:3} kills, {count.finished:2} too late, "
+        f"{case.name:26} {count.operations:4} operations, {count.kills:3} kills, {count.finished:2} too late, "
         f"{len(count.wrong)} wrong, {time.perf_counter() - began:.0f} s",
         flush=True,
     )

@@ -268,7 +268,7 @@ def clear(home: Path, what: str) -> list[CacheEntry]:
     """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
     entries = usage(home)
     chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
-    if not chosen and what not in ("all", _FOLDER):
+    if not chosen and what not in ("all", _FOLDER, PARTIAL):
         names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
         raise OptionError(f"The cache has nothing called {what!r}; it can clear {names}.")
     if not chosen:

@@ -41,12 +41,16 @@ def everything(folder: Path) -> list[str]:
 
 
 def test_a_workspace_is_gone_afterwards_whatever_happens(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), workspace(home, tmp_path / "out") as own:
-        assert own.parent == tmp_path
-        assert names.is_unfinished(own.name)
-        assert not names.is_abandoned(own)
-        assert abandoned(home) == []
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with workspace(home, tmp_path / "out") as own:
+            assert own.parent == tmp_path
+            assert names.is_unfinished(own.name)
+            assert not names.is_abandoned(own)
+            assert abandoned(home) == []
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert everything(tmp_path) == []
     assert everything(home) == ["partial"]
 

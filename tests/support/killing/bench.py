@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -56,6 +57,8 @@ class Case:
 class Count:
     """What came of the kills."""
 
+    operations: int = 0
+    """Of the undisturbed command, on files."""
     kills: int = 0
     finished: int = 0
     """Commands that were done before their time had come."""
@@ -136,6 +139,20 @@ class Bench:
             raise RuntimeError(f"{' '.join(command)} failed: {told}")
 
 
+def kill_some(case: Case, folder: Path, kills: int, draw: random.Random, base: Callable[[Path], None]) -> Count:
+    """Half of the kills at operations, evenly over all of them, half at random moments."""
+    bench = Bench(case, folder, base)
+    count = Count(operations=bench.operations)
+    at_operations = min(bench.operations, kills - kills // 2)
+    for index in range(at_operations):
+        bench.kill(count, operation=1 + index * bench.operations // at_operations)
+    for _ in range(3 * kills):  # those that come too late are not counted
+        if count.kills >= kills:
+            break
+        bench.kill(count, seconds=draw.uniform(0.005, bench.seconds))
+    return count
+
+
 def within(path: str, folder: str) -> bool:
     """Whether a path is the folder or below it."""
     return path == folder or path.startswith(f"{folder}/")
@@ -193,9 +210,7 @@ def _in_child(
 
 def _counting(watched: str, done: list[int], operation: int | None) -> Callable[[str, tuple[Any, ...]], None]:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in EVENTS or not any(isinstance(each, str | bytes | os.PathLike) for each in arguments[:2]):
-            return
-        if not any(os.fsdecode(each).startswith(watched) for each in arguments[:2] if not isinstance(each, int | None)):
+        if event not in EVENTS or not any(path.startswith(watched) for path in _paths(event, arguments)):
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)):
             return
@@ -204,6 +219,16 @@ def _counting(watched: str, done: list[int], operation: int | None) -> Callable[
             os.kill(os.getpid(), signal.SIGKILL)
 
     return hook
+
+
+def _paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Absolute paths of what is done; names that are relative to an open folder (as `shutil.rmtree` has them) too."""
+    paths = [os.fsdecode(each) for each in arguments[:2] if isinstance(each, str | bytes | os.PathLike)]
+    folders = [each for each in arguments[1:] if isinstance(each, int) and each >= 0] if event != "open" else []
+    if folders and not any(map(os.path.isabs, paths)):
+        with contextlib.suppress(OSError):
+            return [os.path.join(os.readlink(f"/proc/self/fd/{folders[-1]}"), path) for path in paths]
+    return paths
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -217,7 +242,8 @@ def digest(path: Path, *, measured: bool = False) -> dict[str, str]:
     found = {}
     for each in files:
         name = str(each.relative_to(path)) if each != path else each.name
-        if not each.is_file() or set(Path(name).parts) & PASSING or each.name.endswith(".lock"):
+        parts = Path(name).parts
+        if not each.is_file() or set(parts) & PASSING or each.name.endswith(".lock") or any(map(is_unfinished, parts)):
             continue
         found[name] = "there" if measured and each.suffix == ".json" else _said(each)
     return found

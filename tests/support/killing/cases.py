@@ -48,17 +48,17 @@ def prove_here() -> None:
     proven_folder.run_proof = gguf_file.run_proof = prove  # type: ignore[assignment]
 
 
-def preload() -> None:
-    """Import what commands need, so that forked processes have it."""
+def preload(*, everything: bool = True) -> None:
+    """Import what commands need, so that forked processes have it; `everything`: healing and quantising as well."""
     import torch
 
     torch.set_num_threads(1)
-    import peft  # noqa: F401
-    import torchao.quantization  # noqa: F401
+    if everything:
+        import peft  # noqa: F401
+        import torchao.quantization  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import sleb.cli.main
-    import sleb.report.build
     import sleb.worker  # noqa: F401
 
     prove_here()
@@ -174,6 +174,6 @@ CASES = [
         "cache --clear",
         (("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/run"),),
         ("cache", "--clear", "all"),
-        own=("home/cache",),
+        units=("home/cache/block-outputs",),
     ),
 ]
