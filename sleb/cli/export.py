@@ -23,7 +23,8 @@ from sleb.cli.options import (
 )
 from sleb.cli.terminal import Screen, table
 from sleb.errors import OptionError, Stopped
-from sleb.runtime import files, run_folder
+from sleb.export.destination import save_text
+from sleb.runtime import run_folder
 
 
 def export(
@@ -61,7 +62,7 @@ def export(
     if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
         if out is not None:
-            files.save_text(out, text, replace=replace)
+            save_text(out, text, replace=replace)
             typer.echo(f"Wrote {out}.", err=True)
         if as_json:
             taken = list(found.removal_list_after(steps))
@@ -125,5 +126,5 @@ def report(
     found.removal_list_after(steps)  # refused before anything is drawn
     from sleb.report import build  # plotly takes a second to import
 
-    files.save_text(out, build.of(found, steps), replace=replace)
+    save_text(out, build.of(found, steps), replace=replace)
     typer.echo(f"Wrote {out}.", err=True)

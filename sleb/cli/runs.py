@@ -63,7 +63,13 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a run folder for good."""
-    directory = run_folder.locate(run)
+    try:
+        directory = run_folder.locate(run)
+    except RunError:
+        if not run_folder.delete_again(run):
+            raise
+        typer.echo(f"Deleted what was left of {run}.", err=True)
+        return
     if not run_folder.is_link(directory):
         run_folder.refuse_sample(directory)
     if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
@@ -84,10 +90,12 @@ def bring_in(
 
 
 def cache(
-    clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
+    clear: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, demo, partial.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is cached, or clear it. Runs are not touched."""
+    """Show what is cached, and what killed processes left (partial), or clear it. Runs are not touched."""
     from sleb.analysis import block_output_cache as block_cache
 
     if clear is not None:

@@ -323,4 +323,4 @@ def test_a_report_is_written_once(tmp_path: Path) -> None:
     assert str(list(run.removal_list)) in out.read_text()
     again = subprocess.run(wanted, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr

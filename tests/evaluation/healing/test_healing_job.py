@@ -379,7 +379,7 @@ def test_a_killed_job_goes_on_and_leaves_nothing_at_out(
     def failing(*_: Any, **__: Any) -> None:
         raise ExportError("The exported model is not the one that was scored: made up.")
 
-    monkeypatch.setattr("sleb.evaluation.healing.healed_folder.run_proof", failing)
+    monkeypatch.setattr("sleb.export.proven_folder.run_proof", failing)
     with pytest.raises(ExportError):
         sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto"), out=out)
     assert len(calls) == 3  # of six updates
