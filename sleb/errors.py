@@ -2,11 +2,49 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
+
+MOST_CHARACTERS = 1000
+"""Of a message: what is longer echoes a file or an option that nobody wants to read whole."""
+_ECHO = Repr()
+_ECHO.maxstring = _ECHO.maxother = _ECHO.maxlong = 100
+
+
+def printable(text: str) -> str:
+    """Text for a screen: characters that would steer a terminal, or turn the writing around, as their escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text)
+
+
+def quoted(value: object) -> str:
+    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    try:
+        return printable(_ECHO.repr(value))
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return f"a number of {type(value).__name__} that is too long to show"
+
+
+def sentence(text: str) -> str:
+    """A message on one line, printable, and cut in its middle where it is too long: its end says what to do."""
+    line = printable(" ".join(text.splitlines()))
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    end = MOST_CHARACTERS // 3
+    return f"{line[: MOST_CHARACTERS - end - 3]} … {line[-end:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class SlebError(Exception):
     """Whatever can go wrong that is not a bug. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return sentence(super().__str__())
 
 
 class BadInput(SlebError):

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError, StorageError, quoted
 from sleb.records import Record
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def limit_bytes() -> int:
     except ValueError:
         limit = math.nan
     if not 0 <= limit < 1e9:
-        raise OptionError(f"{LIMIT_VARIABLE} is {text!r}; give gigabytes, or 0 to turn the cache off.")
+        raise OptionError(f"{LIMIT_VARIABLE} is {quoted(text)}; give gigabytes, or 0 to turn the cache off.")
     return int(limit * 1e9)
 
 
@@ -262,7 +262,7 @@ def clear(home: Path, what: str) -> list[CacheEntry]:
     chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
     if not chosen and what not in ("all", _FOLDER):
         names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {what!r}; it can clear {names}.")
+        raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
     if not chosen:
         return []
     try:

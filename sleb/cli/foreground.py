@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 from sleb import execution
 from sleb.cli.findings_output import print_findings
+from sleb.cli.output import put
 from sleb.cli.terminal import Screen, print_run
 from sleb.errors import BadInput, SlebError, Stopped
 from sleb.evaluation import request
@@ -40,7 +39,7 @@ def execute_here(run: Run, job: JobSpec, as_json: bool) -> Run:
 def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
     """Write a job for `sleb work` to execute, and print its folder."""
     job = job_processes.next_job(run, spec)
-    typer.echo(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
+    put(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
 
 
 def print_all(run: Run, as_json: bool) -> None:
@@ -48,7 +47,7 @@ def print_all(run: Run, as_json: bool) -> None:
     found = findings_folder.findings(run.run_dir)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps(summary(run) | {"findings": rows}))
+        put(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)
         print_findings(found)
@@ -60,7 +59,7 @@ def execute_evaluation(run: Run, job: JobSpec, as_json: bool) -> None:
     found = request.answers(done)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
+        put(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
     else:
         print_findings(found)
 

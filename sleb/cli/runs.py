@@ -12,8 +12,9 @@ import typer
 from sleb import api
 from sleb.cli.foreground import print_all
 from sleb.cli.options import Json, RunName
+from sleb.cli.output import fail, put, say
 from sleb.cli.terminal import print_runs, table
-from sleb.errors import OptionError, RunError
+from sleb.errors import OptionError, RunError, Stopped, printable
 from sleb.formats.run_json import summary
 from sleb.records import Run
 from sleb.runtime import job_processes, run_folder
@@ -31,12 +32,12 @@ def runs(as_json: Json = False) -> None:
     found: list[Any] = list(run_folder.list_runs() if as_json else list_outlines())
     if as_json:
         rows = [{**summary(run), "state": job_processes.state_of(run).value} for run in found if isinstance(run, Run)]
-        typer.echo(json.dumps({"runs": rows}))
+        put(json.dumps({"runs": rows}))
     else:
         print_runs([run for run in found if isinstance(run, Outline)])
     for error in found:
         if isinstance(error, RunError):
-            typer.echo(f"sleb: {error}", err=True)
+            fail(str(error))
 
 
 def delete(
@@ -47,10 +48,19 @@ def delete(
     directory = run_folder.locate(run)
     if not run_folder.is_link(directory):
         run_folder.refuse_sample(directory)
-    if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        _require_yes(directory)
     job_processes.delete(directory)
-    typer.echo(f"Deleted {directory}.", err=True)
+    say(f"Deleted {directory}.")
+
+
+def _require_yes(directory: Path) -> None:
+    """Asks whether it may go. Raises `Stopped` where nobody answers, or the answer is no."""
+    try:
+        if not typer.confirm(printable(f"Delete {directory} for good?"), err=True):
+            raise typer.Exit(1)
+    except typer.Abort as error:
+        raise Stopped("Nothing was deleted, for want of an answer. Answer y, or add --yes.") from error
 
 
 def bring_in(
@@ -61,7 +71,7 @@ def bring_in(
     """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
     if not folder.strip():
         raise OptionError("sleb import takes the folder of a run, or a recorded sample's name; found an empty one.")
-    typer.echo(job_processes.bring_in(Path(folder)).run_id)
+    put(job_processes.bring_in(Path(folder)).run_id)
 
 
 def cache(
@@ -75,13 +85,13 @@ def cache(
         gone = block_cache.clear(run_folder.home(), clear)
         freed = sum(entry.bytes for entry in gone)
         if as_json:
-            typer.echo(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
-        typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
+            put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
+        say(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.")
         return
     found = block_cache.usage(run_folder.home())
     if as_json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        typer.echo(json.dumps({"entries": rows}))
+        put(json.dumps({"entries": rows}))
         return
     table(
         f"Cache in {run_folder.home() / 'cache'}",

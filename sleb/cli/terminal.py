@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
 from sleb.records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from sleb.records import Progress as Done
@@ -42,7 +43,7 @@ class _Patient(Console):
 
 def shown(text: str) -> str:
     """A name from anywhere as text: no markup, no control characters."""
-    return escape("".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text))
+    return escape(printable(text))
 
 
 class Screen:
@@ -140,7 +141,7 @@ def describe(stack: StackDescription) -> str:
     check = stack.self_check
     model = (
         f"{shown(stack.model_class)}: {stack.num_blocks} blocks of {shown(stack.block_class)} "
-        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
+        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {shown(stack.dtype)}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
     use = f"to choose by, {stack.held_out} held out" if stack.num_remove else "of it"
