@@ -19,7 +19,7 @@ from sleb import specs
 from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
 from sleb.analysis.similarity import TokenSimilarity
 from sleb.analysis.token_sample import Tokens
-from sleb.errors import RunError
+from sleb.errors import RunError, quoted
 from sleb.methods import step_evidence as evidence_of_step
 from sleb.methods.statistics import Comparison
 from sleb.model import block_count
@@ -79,7 +79,7 @@ def folder_of(run_id: str) -> Path:
             if (folder / run_id / "spec.json").is_file():
                 return folder / run_id
     raise RunError(
-        f"There is no run {run_id[:120]!r} in {run_folder.runs_folder()}: it may have been deleted or moved."
+        f"There is no run {quoted(run_id)} in {run_folder.runs_folder()}: it may have been deleted or moved."
     )
 
 

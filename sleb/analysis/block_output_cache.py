@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError, StorageError, quoted
 from sleb.records import Record
 from sleb.runtime.unfinished import workspaces
 from sleb.runtime.unfinished.names import is_unfinished, temporary
@@ -154,7 +154,7 @@ def limit_bytes() -> int:
     except ValueError:
         limit = math.nan
     if not 0 <= limit < 1e9:
-        raise OptionError(f"{LIMIT_VARIABLE} is {text!r}; give gigabytes, or 0 to turn the cache off.")
+        raise OptionError(f"{LIMIT_VARIABLE} is {quoted(text)}; give gigabytes, or 0 to turn the cache off.")
     return int(limit * 1e9)
 
 
@@ -270,7 +270,7 @@ def clear(home: Path, what: str) -> list[CacheEntry]:
     chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
     if not chosen and what not in ("all", _FOLDER, PARTIAL):
         names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {what!r}; it can clear {names}.")
+        raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
     if not chosen:
         return []
     try:

@@ -12,6 +12,7 @@ import typer
 from sleb import api
 from sleb.cli.foreground import print_all
 from sleb.cli.options import Json, RunName
+from sleb.cli.output import fail, put, require_yes, say
 from sleb.cli.terminal import MOST_SHOWN, print_runs, table
 from sleb.errors import OptionError, RunError
 from sleb.formats.run_json import listed_text, summary_text
@@ -39,22 +40,22 @@ def runs(
         print_runs([run for run in found if isinstance(run, Outline)], every)
         errors = [each for each in found if isinstance(each, RunError)]
     for error in errors:
-        typer.echo(f"sleb: {error}", err=True)
+        fail(str(error))
 
 
 def _print_json(listed: run_list.RunList) -> list[RunError]:
     """One object with all runs, written piece by piece: together they may be larger than the memory."""
     errors: list[RunError] = []
     before = ""
-    typer.echo('{"runs": [', nl=False)
+    put('{"runs": [', newline=False)
     for each in listed.summaries(summary_text):
         if isinstance(each, RunError):
             errors.append(each)
         else:
             run, text = each
-            typer.echo(before + listed_text(run, text), nl=False)
+            put(before + listed_text(run, text), newline=False)
             before = ", "
-    typer.echo("]}")
+    put("]}")
     return errors
 
 
@@ -68,14 +69,15 @@ def delete(
     except RunError:
         if not run_folder.delete_again(run):
             raise
-        typer.echo(f"Deleted what was left of {run}.", err=True)
+        say(f"Deleted what was left of {run}.")
         return
     if not run_folder.is_link(directory):
         run_folder.refuse_sample(directory)
-    if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        without = "Nothing was deleted, for want of an answer. Answer y, or add --yes."
+        require_yes(f"Delete {directory} for good?", without)
     job_processes.delete(directory)
-    typer.echo(f"Deleted {directory}.", err=True)
+    say(f"Deleted {directory}.")
 
 
 def bring_in(
@@ -86,7 +88,7 @@ def bring_in(
     """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
     if not folder.strip():
         raise OptionError("sleb import takes the folder of a run, or a recorded sample's name; found an empty one.")
-    typer.echo(job_processes.bring_in(Path(folder)).run_id)
+    put(job_processes.bring_in(Path(folder)).run_id)
 
 
 def cache(
@@ -102,13 +104,13 @@ def cache(
         gone = block_cache.clear(run_folder.home(), clear)
         freed = sum(entry.bytes for entry in gone)
         if as_json:
-            typer.echo(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
-        typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
+            put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
+        say(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.")
         return
     found = block_cache.usage(run_folder.home())
     if as_json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        typer.echo(json.dumps({"entries": rows}))
+        put(json.dumps({"entries": rows}))
         return
     table(
         f"Cache in {run_folder.home() / 'cache'}",

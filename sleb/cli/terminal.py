@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
 from sleb.records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from sleb.records import Progress as Done
@@ -45,18 +46,12 @@ class _Patient(Console):
 
 def shown(text: str) -> str:
     """A name from anywhere as text: no markup, no control characters."""
-    return escape(_printable(text))
+    return escape(printable(text))
 
 
-def _printable(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
-
-
-def _plain(text: str) -> str:
-    """The same where no markup is read, on one line."""
-    return _printable(text).replace("\n", " ")
+def _on_one_line(text: str) -> str:
+    """The same where no markup is read."""
+    return printable(text).replace("\n", " ")
 
 
 class Screen:
@@ -154,7 +149,7 @@ def describe(stack: StackDescription) -> str:
     check = stack.self_check
     model = (
         f"{shown(stack.model_class)}: {stack.num_blocks} blocks of {shown(stack.block_class)} "
-        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
+        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {shown(stack.dtype)}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
     use = f"to choose by, {stack.held_out} held out" if stack.num_remove else "of it"
@@ -341,9 +336,9 @@ def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
 
 def _print_lines(console: Console, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """The same table as plain lines that never wrap: Rich takes a millisecond for each row."""
-    cells = [tuple(_plain(cell) for cell in row) for row in (columns, *rows)]
+    cells = [tuple(_on_one_line(cell) for cell in row) for row in (columns, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    lines = [_plain(title)] if title else []
+    lines = [_on_one_line(title)] if title else []
     for row in cells:
         padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join(padded).rstrip())

@@ -138,7 +138,7 @@ def job_dirs(directory: Path) -> list[Path]:
     jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
-    found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
+    found = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
     return sorted(found, key=lambda each: number_of(each.name))
 
 

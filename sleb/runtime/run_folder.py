@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sleb.errors import RunError, StorageError
+from sleb.errors import RunError, StorageError, quoted
 from sleb.records import Analysis, Run, RunSpec, StackDescription
 from sleb.runtime import origin
 from sleb.runtime.dashboard_files import SAMPLES
@@ -100,7 +100,7 @@ def locate(run: str | os.PathLike[str]) -> Path:
         return sample
     known = [each.name for each in run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
-    raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
+    raise RunError(f"There is no run {quoted(text)}, neither by id nor as a folder with a spec.json. {hint}")
 
 
 def _sample(name: str) -> Path | None:
