@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import streamlit as st
 
+from app import access
 from sleb import specs
 from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
 from sleb.analysis.similarity import TokenSimilarity
@@ -54,6 +55,7 @@ def outlines() -> list[Outline | RunError]:
             if folder == SAMPLES and (run_folder.runs_folder() / directory.name / "spec.json").is_file():
                 continue  # a copy was brought in, to be exported: it is the one that pages show
             try:
+                access.require_run(directory)
                 each = _outline(str(directory), outlines_of.signature(directory))
                 found.append(outlines_of.watched(each))
             except (RunError, OSError) as error:  # OSError: deleted a moment ago
@@ -78,6 +80,7 @@ def folder_of(run_id: str) -> Path:
     if _RUN_ID.fullmatch(run_id):
         for folder in (run_folder.runs_folder(), SAMPLES):
             if (folder / run_id / "spec.json").is_file():
+                access.require_run(folder / run_id)
                 return folder / run_id
     raise RunError(
         f"There is no run {run_id[:120]!r} in {run_folder.runs_folder()}: it may have been deleted or moved."
@@ -153,7 +156,7 @@ def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None)
 
 def num_blocks_of(model: str) -> int | None:
     """Blocks of a model: from its files, or from an earlier run; None before anybody opened it."""
-    found = _peeked(model)
+    found = _peeked(model) if access.may_inspect(model) else None
     if found is not None:
         return found
     known = (each.num_blocks for each in outlines() if isinstance(each, Outline) and each.spec.model == model)

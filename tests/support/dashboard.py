@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from streamlit import config
 from streamlit.testing.v1 import AppTest
 
 from tests.support.paths import ROOT
+
+config.set_option("server.address", "localhost")  # as `streamlit_config.toml` has it; there is no server here
 
 
 def open_page(name: str, **query: str) -> AppTest:
