@@ -23,8 +23,8 @@ from sleb.errors import RunError
 from sleb.methods import step_evidence as evidence_of_step
 from sleb.methods.statistics import Comparison
 from sleb.model import block_count
-from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Run, Step
-from sleb.runtime import files, findings_folder, job_processes, run_folder
+from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Permissions, Run, Step
+from sleb.runtime import files, findings_folder, job_folder, job_processes, run_folder
 from sleb.runtime import run_index as outlines_of
 from sleb.runtime.dashboard_files import SAMPLES
 from sleb.runtime.run_index import Outline
@@ -148,6 +148,11 @@ def permissions() -> dict[str, bool]:
     return {name: os.environ.get(variable) == "1" for name, variable in names.items()}
 
 
+def permissions_for(job: JobSpec, *, trust_paths: bool = False) -> Permissions:
+    """What a job asked for in this server may: write where it says, and of code what the server was started with."""
+    return Permissions.of(job, trust_paths=trust_paths).model_copy(update=permissions())
+
+
 def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None) -> JobSpec:
     """How a job is to be done, with what the server was started with. Raises `OptionError` out of range."""
     allowed = permissions()
@@ -165,15 +170,7 @@ def num_blocks_of(model: str) -> int | None:
 
 def log_of(run: Run, lines: int = 200) -> str:
     """The end of the newest job's log."""
-    if not run.jobs:
-        return ""
-    try:
-        with open(run.jobs[-1].directory / "log.txt", "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 200_000))
-            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
-    except OSError:
-        return ""
+    return "\n".join(job_folder.log_end(run.jobs[-1].directory).splitlines()[-lines:]) if run.jobs else ""
 
 
 def _key(run: Run) -> tuple[str, str, bool]:
@@ -207,9 +204,9 @@ def _findings(directory: str, signature: object) -> tuple[Finding, ...]:
 def _hashes(directory: str, changed: int) -> tuple[str, str]:
     """Of the weights and of the calibration text; empty where they cannot be read."""
     try:
-        stack = files.read_json(Path(directory) / "stack.json")
+        stack = files.read_json_inside(Path(directory), "stack.json")
         return str(stack["weights_hash"]), str(stack["tokens_hash"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RunError):
         return "", ""
 
 

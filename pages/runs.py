@@ -58,7 +58,7 @@ def act(what: str, run: Run) -> None:
         if what == "stop":
             actions.stop(run)
         elif what == "resume":
-            if not foreign_names.go_on(run, _as_before(run)):
+            if not foreign_names.go_on(run, _as_before(run), again=True):
                 st.session_state["outside"] = True  # where the question is drawn
         elif what == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
@@ -79,7 +79,7 @@ def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
     own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
-    last = unanswered or (own[-1] if own else data.job_spec(run.spec.kind))
+    last = unanswered.spec if unanswered else (own[-1] if own else data.job_spec(run.spec.kind))
     return last.model_copy(update=data.permissions())
 
 

@@ -132,6 +132,11 @@ def text(name: str, value: object) -> str:
     return value
 
 
+def path_name(path: str | PathLike[str] | None) -> str | None:
+    """A folder or file to write or to read from, absolute."""
+    return None if path is None else str(files.expanded(Path(text("A path", path))).absolute())
+
+
 def _default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 

@@ -7,19 +7,19 @@ import streamlit as st
 from app import actions, data
 from app.page import choose
 from app.wording import in_fields, plain
-from sleb.errors import RunError, SlebError
+from sleb.errors import RunError, SlebError, UnconfirmedNames
 from sleb.records import JobSpec, Run
 
 _ASKED = "foreign-names"
 """In the session: runs and the jobs that wait for an answer, the first one asked about first."""
 
 
-def go_on(run: Run, job: JobSpec) -> bool:
+def go_on(run: Run, job: JobSpec, *, again: bool = False) -> bool:
     """Start a job of a run; False where the user is asked first, by `ask`. Raises `SlebError` where it cannot be."""
     try:
-        actions.go_on(run, job)
-    except actions.Unconfirmed:
-        st.session_state.setdefault(_ASKED, []).append((run.run_id, job))
+        actions.go_on(run, job, again=again)
+    except UnconfirmedNames:
+        st.session_state.setdefault(_ASKED, []).append((run.run_id, job, again))
         return False
     return True
 
@@ -33,15 +33,14 @@ def ask() -> None:
     """The question, if a job waits for its answer. Called by the page itself, never by a part of it that is drawn anew
     by its own (see `really_delete` of the Runs page)."""
     while waiting := st.session_state.get(_ASKED):
-        run_id, job = waiting[0]
+        run_id, job, again = waiting[0]
         try:
             run = data.load(run_id)
+            names = actions.unconfirmed(run, job)
         except RunError:  # deleted meanwhile
-            _answered()
-            continue
-        names = actions.unconfirmed(run, job)
+            names = ()
         if names:
-            _really_read(run, job, names)
+            _really_read(run, job, again, names)
             return
         _answered()
 
@@ -53,7 +52,7 @@ def _answered() -> None:
 
 
 @st.dialog("Read what this run names?", on_dismiss=_answered)
-def _really_read(run: Run, job: JobSpec, names: list[str]) -> None:
+def _really_read(run: Run, job: JobSpec, again: bool, names: tuple[str, ...]) -> None:
     st.markdown(
         "This run folder was written on another machine. It names what is to be read on this one; go on only if you "
         "know these models and texts:"
@@ -62,7 +61,7 @@ def _really_read(run: Run, job: JobSpec, names: list[str]) -> None:
     with st.container(horizontal=True):
         if st.button("Read them", type="primary", icon=":material/play_arrow:"):
             try:
-                actions.go_on(run, job, confirmed=True)
+                actions.go_on(run, job, again=again, seen=names)
             except SlebError as error:
                 st.error(plain(in_fields(error)), icon=":material/error:")
                 return

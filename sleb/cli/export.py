@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from sleb import api
-from sleb.cli.options import AllowPickle, Device, Format, Json, MemoryBudget, RunName, TrustRemoteCode, as_bytes
+from sleb.cli.foreground import confirm_names
+from sleb.cli.options import (
+    AllowPickle,
+    Device,
+    Format,
+    Json,
+    MemoryBudget,
+    RunName,
+    TrustPaths,
+    TrustRemoteCode,
+    as_bytes,
+)
 from sleb.cli.terminal import Screen, table
 from sleb.errors import OptionError, Stopped
 from sleb.runtime import files, run_folder
@@ -32,6 +43,7 @@ def export(
     memory_budget: MemoryBudget = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Take the removal list away, or the smaller model itself.
@@ -60,6 +72,7 @@ def export(
     if out is None:
         what = "a folder" if format is Format.HF else "a file"
         raise OptionError(f"--format {format.value} writes {what}: name it with --out.")
+    confirm_names(found, trust_paths)
     with Screen(as_json) as screen:
         try:
             proof = api.export_model(
@@ -73,6 +86,7 @@ def export(
                 memory_budget=as_bytes(memory_budget),
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,
+                trust_paths=True,
                 watcher=screen.watcher(),
             )
         except (KeyboardInterrupt, Stopped) as stopped:

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from sleb import specs
 from sleb.errors import OptionError
+from sleb.records import Permissions
 
 
 class Sampling(StrEnum):
@@ -164,7 +166,43 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
 ]
+TrustPaths = Annotated[
+    bool,
+    typer.Option(
+        "--trust-paths", rich_help_panel=HOW, help="Read the model and texts that a run folder from elsewhere names."
+    ),
+]
+JobOut = Annotated[
+    Path | None, typer.Option("--out", rich_help_panel=HOW, help="Allow the job to write this folder or file.")
+]
+JobReplace = Annotated[
+    bool,
+    typer.Option("--replace", rich_help_panel=HOW, help="Allow the job to replace what an earlier one left there."),
+]
+JobTaskFolder = Annotated[
+    Path | None,
+    typer.Option("--task-folder", metavar="DIR", rich_help_panel=HOW, help="Allow the job these task files."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
+
+
+def permissions(
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    trust_paths: bool,
+    out: Path | None = None,
+    replace: bool = False,
+    task_folder: Path | None = None,
+) -> Permissions:
+    """What the options of this command allow a job."""
+    return Permissions(
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        trust_paths=trust_paths,
+        out=specs.path_name(out),
+        replace=replace,
+        task_folder=specs.path_name(task_folder),
+    )
 
 
 def as_bytes(text: str | None) -> int | None:

@@ -13,9 +13,19 @@ from typing import Annotated
 import typer
 
 from sleb import execution, specs
-from sleb.cli.options import AllowPickle, RunName, TrustRemoteCode
+from sleb.cli.foreground import confirm_names
+from sleb.cli.options import (
+    AllowPickle,
+    JobOut,
+    JobReplace,
+    JobTaskFolder,
+    RunName,
+    TrustPaths,
+    TrustRemoteCode,
+    permissions,
+)
 from sleb.errors import OptionError, RunBusy, RunError
-from sleb.records import JobState
+from sleb.records import JobState, Permissions
 from sleb.runtime import dashboard_files, distributed, files, job_folder, job_processes, run_folder
 
 _NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
@@ -30,11 +40,19 @@ def stop(run: RunName) -> None:
 
 def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
+    out: JobOut = None,
+    replace: JobReplace = False,
+    task_folder: JobTaskFolder = None,
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start).
 
-    Under torchrun give the job folder that --prepare printed: all processes must mean the same job.
+    Under torchrun give the job folder that --prepare printed: all processes must mean the same job. What the job needs
+    to be allowed is given here: a run folder may come from anybody, and allows nothing by itself.
     """
+    allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
     directory = files.expanded(directory).absolute()
     if not directory.is_dir():
         raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
@@ -42,13 +60,15 @@ def work(
     if rank.size > 1 and directory.parent.name != "jobs":
         raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
     if rank.rank > 0:  # the first one has taken the job
-        execution.work(directory)
+        execution.work(directory, permissions=allowed)
         return
-    job_dir = _job_dir(directory)
+    job_dir = _job_dir(directory, allowed)
+    if rank.size == 1:
+        confirm_names(run_folder.load(job_dir.parent.parent), trust_paths, job_dir.name)
     try:
         with_others = f" with {rank.size} processes" if rank.size > 1 else ""
         typer.echo(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}", err=True)
-        done = execution.work(job_dir)
+        done = execution.work(job_dir, permissions=allowed)
         typer.echo(f"Finished {done.run_id}.", err=True)
     except RunBusy:  # two asked at the same moment, and the other one has it
         job_folder.withdraw_job(job_folder.load_job(job_dir))
@@ -128,7 +148,7 @@ def _require_free(address: str, port: int) -> None:
             raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
 
 
-def _job_dir(directory: Path) -> Path:
+def _job_dir(directory: Path, allowed: Permissions) -> Path:
     if directory.parent.name == "jobs":
         run = job_processes.watched(run_folder.load(directory.parent.parent))
         state = next((job.status.state for job in run.jobs if job.name == directory.name), None)
@@ -143,5 +163,9 @@ def _job_dir(directory: Path) -> Path:
     if not waiting:
         if execution.is_finished(run):
             raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {run_folder.reference(run)}")
-        return job_processes.next_job(run, specs.job_spec(run.spec.kind)).directory
+        confirm_names(run, allowed.trust_paths)
+        spec = specs.job_spec(
+            run.spec.kind, allow_pickle=allowed.allow_pickle, trust_remote_code=allowed.trust_remote_code
+        )
+        return job_processes.next_job(run, spec).directory
     return waiting[-1].directory

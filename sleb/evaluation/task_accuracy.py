@@ -12,13 +12,10 @@ import json
 import logging
 import math
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +28,8 @@ from sleb.methods.statistics import mean_and_error
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import EvaluateSpec, RemovalList, TaskAccuracy
 from sleb.runtime import findings_folder
-from sleb.runtime.files import replace_file
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, parse_json, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -331,23 +329,25 @@ def _changes(after: TaskAccuracy, before: TaskAccuracy) -> dict[str, float]:
     return {name: value - before.metrics[name] for name, value in after.metrics.items() if name in before.metrics}
 
 
-def _values_file(subject: Subject, finding: TaskAccuracy) -> Path:
-    return subject.run.run_dir / findings_folder.FOLDER / f"examples-{finding.question.removeprefix('accuracy-')}.npz"
+def _values_file(finding: TaskAccuracy) -> tuple[str, str]:
+    """Where it lies in the run folder."""
+    return findings_folder.FOLDER, f"examples-{finding.question.removeprefix('accuracy-')}.npz"
 
 
 def _write_values(subject: Subject, finding: TaskAccuracy, values: Mapping[str, np.ndarray]) -> None:
     """What each example counts: a later list is compared with the baseline example by example."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, *values.values(), names=np.array(json.dumps(list(values))))
-    replace_file(_values_file(subject, finding), buffer.getvalue())
+    replace_file(inside(subject.run.run_dir, *_values_file(finding)), buffer.getvalue())
 
 
 def _read_values(subject: Subject, finding: TaskAccuracy) -> dict[str, np.ndarray]:
     """Nothing where the file is missing or damaged: then a change has no standard error."""
-    path = _values_file(subject, finding)
+    parts = _values_file(finding)
     try:
-        with np.load(path) as arrays:
-            return {name: arrays[f"arr_{index}"] for index, name in enumerate(json.loads(str(arrays["names"])))}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("%s cannot be read: %s", path, error)
+        arrays = read_arrays(subject.run.run_dir, *parts)
+        names = parse_json(str(arrays["names"]).encode())
+        return {name: arrays[f"arr_{index}"] for index, name in enumerate(names)}
+    except NO_ARRAYS as error:
+        log.warning("%s cannot be read: %s", subject.run.run_dir.joinpath(*parts), error)
         return {}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from sleb.errors import RunError
 from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
-from sleb.runtime.files import replace_file, writing
+from sleb.runtime import origin
+from sleb.runtime.files import inside, open_regular, open_to_append, read_json_inside, replace_file, writing
 from sleb.runtime.record_files import read_record
+
+LOG, RESULT = "log.txt", "result.json"
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
     """The next numbered job folder of a run."""
-    jobs = directory / "jobs"
+    jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
         number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
@@ -30,6 +34,7 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
                 continue
     try:
         replace_file(target / "spec.json", spec.model_dump_json(indent=1))
+        origin.sign(directory, "jobs", target.name)
         replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
         return load_job(target)
     except BaseException:  # a full disk, for one: half a job is none
@@ -55,30 +60,63 @@ def read_jobs(directory: Path) -> tuple[Job, ...]:
 
 def load_job(directory: Path) -> Job:
     """One job folder, read as it was written; `job_processes.watched` derives what a dead process could not write."""
-    attempt = directory / "attempt.json"
-    status = directory / "status.json"
+    run_dir, parts = run_and_parts(directory)
+    has_status, has_attempt = ((directory / name).exists() for name in ("status.json", "attempt.json"))
     return Job(
         name=directory.name,
         directory=directory,
-        spec=read_record(directory / "spec.json", JobSpec),
-        status=read_record(status, JobStatus) if status.exists() else JobStatus(),
-        attempt=read_record(attempt, Attempt) if attempt.exists() else None,
+        spec=read_record(JobSpec, run_dir, *parts, "spec.json"),
+        status=read_record(JobStatus, run_dir, *parts, "status.json") if has_status else JobStatus(),
+        attempt=read_record(Attempt, run_dir, *parts, "attempt.json") if has_attempt else None,
     )
+
+
+def run_and_parts(job_dir: Path) -> tuple[Path, tuple[str, str]]:
+    """The run folder of a job folder, and the names that lead from there to it."""
+    return job_dir.parent.parent, (job_dir.parent.name, job_dir.name)
+
+
+def _file(job_dir: Path, name: str) -> Path:
+    """A file of a job folder, no part of whose path below the run folder is a link."""
+    run_dir, parts = run_and_parts(job_dir)
+    return inside(run_dir, *parts, name)
+
+
+def open_log(job_dir: Path) -> IO[bytes]:
+    """The job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
+    run_dir, parts = run_and_parts(job_dir)
+    return open_to_append(run_dir, *parts, LOG)
+
+
+def log_end(job_dir: Path, most_bytes: int = 200_000) -> str:
+    """The end of the job's log; empty where there is none that can be read."""
+    try:
+        with os.fdopen(open_regular(_file(job_dir, LOG), os.O_RDONLY), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+            return file.read(most_bytes).decode("utf-8", "replace")
+    except (OSError, ValueError, RunError):
+        return ""
+
+
+def read_result(job_dir: Path) -> Any:
+    """What `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
+    run_dir, parts = run_and_parts(job_dir)
+    return read_json_inside(run_dir, *parts, RESULT)
 
 
 def write_status(job_dir: Path, status: JobStatus) -> None:
     """Only the holder of the run's lock calls this."""
-    replace_file(job_dir / "status.json", status.model_dump_json(indent=1), make_folder=False)
+    replace_file(_file(job_dir, "status.json"), status.model_dump_json(indent=1), make_folder=False)
 
 
 def write_attempt(job_dir: Path, attempt: Attempt) -> None:
     """How this try is made."""
-    replace_file(job_dir / "attempt.json", attempt.model_dump_json(indent=1), make_folder=False)
+    replace_file(_file(job_dir, "attempt.json"), attempt.model_dump_json(indent=1), make_folder=False)
 
 
 def write_result(job_dir: Path, result: dict[str, Any]) -> None:
     """What a job that is no search found."""
-    replace_file(job_dir / "result.json", json.dumps(result, indent=1))
+    replace_file(_file(job_dir, RESULT), json.dumps(result, indent=1))
 
 
 def withdraw_job(job: Job) -> None:
@@ -87,7 +125,7 @@ def withdraw_job(job: Job) -> None:
 
 
 def _job_dirs(directory: Path) -> list[Path]:
-    jobs = directory / "jobs"
+    jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
     found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]

@@ -23,8 +23,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
-from sleb.records import Job, JobSpec, JobState, JobStatus, Progress, Run
-from sleb.runtime import device_queue, files, job_folder, run_folder
+from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
+from sleb.runtime import device_queue, files, job_folder, origin, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _close_failed(reporter: Reporter, message: str) -> None:
 
 def lock_of(run_dir: Path) -> FileLock:
     """The lock whose holder executes the run."""
-    return FileLock(run_dir / ".lock")
+    return FileLock(files.inside(run_dir, ".lock"))
 
 
 def watched(run: Run) -> Run:
@@ -152,8 +152,8 @@ def state_of(run: Run) -> JobState:
     return own[-1].status.state if own else JobState.QUEUED
 
 
-def unanswered(run: Run) -> JobSpec | None:
-    """What a job was to judge that did not come to its end, the newest first: asked again, it goes on where it was.
+def unanswered(run: Run) -> Job | None:
+    """The newest job whose question about lists was not answered to its end: asked again, it goes on where it was.
 
     Of those that failed only the very last: what it failed of may be the question itself.
     """
@@ -162,7 +162,7 @@ def unanswered(run: Run) -> JobSpec | None:
     for job in reversed(own):
         broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED)
         if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
-            return job.spec
+            return job
     return None
 
 
@@ -184,17 +184,29 @@ def require_idle(run: Run) -> None:
         raise RunBusy(_busy(run.run_dir))
 
 
+def require_allowed(job: Job, permissions: Permissions) -> None:
+    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it."""
+    permissions.granted(job.spec)
+    if not permissions.trust_paths:
+        origin.require_confirmed(job.directory.parent.parent, job.name)
+
+
 def own_command(*words: str) -> list[str]:
     """This program as a process of its own: the one that is running here, whatever files the current folder holds."""
     return [sys.executable, "-P", "-m", "sleb", *words]
 
 
-def start(job: Job) -> subprocess.Popen[bytes]:
-    """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
+def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[bytes]:
+    """Execute a job in a process of its own that outlives this one; its output goes to the job's log.
+
+    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it asks for more.
+    """
+    permissions = permissions or Permissions()
+    require_allowed(job, permissions)
     job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
-    with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
+    with files.writing(job.directory), job_folder.open_log(job.directory) as output:
         return subprocess.Popen(
-            own_command("work", str(job.directory)),
+            own_command("work", *permissions.arguments, "--", str(job.directory)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from sleb.errors import RunError
 from sleb.records import Analysis, Run, RunSpec, StackDescription
+from sleb.runtime import origin
 from sleb.runtime.dashboard_files import SAMPLES
-from sleb.runtime.files import expanded, replace_file, writing
+from sleb.runtime.files import expanded, inside, read_regular, replace_file, writing
 from sleb.runtime.job_folder import read_jobs
+from sleb.runtime.places import home as home
 from sleb.runtime.record_files import read_record, read_record_or_none, read_spec
 from sleb.runtime.trace_file import read_trace
 
@@ -28,16 +30,6 @@ log = logging.getLogger(__name__)
 
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-
-
-def home() -> Path:
-    """Where runs and cache live: `SLEB_HOME`, or a per-user data folder."""
-    chosen = os.environ.get("SLEB_HOME")
-    if chosen:
-        return expanded(Path(chosen)).absolute()
-    from platformdirs import user_data_path
-
-    return user_data_path("sleb", appauthor=False)
 
 
 def reference(run: Run) -> str:
@@ -66,6 +58,7 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
         directory.mkdir(parents=True, exist_ok=True)
     try:
         replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
+        origin.sign(directory)
         return load(str(directory))
     except BaseException:
         discard(directory, keep_folder=was_there)
@@ -129,9 +122,7 @@ def load(run: str | os.PathLike[str]) -> Run:
     """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
     directory = locate(run)
     jobs = read_jobs(directory)  # first: what a finished job wrote is then there to be read
-    analysis = directory / "analysis" / "analysis.json"
-    unavailable = directory / "analysis" / "unavailable.txt"
-    stack = read_record(directory / "stack.json", StackDescription) if (directory / "stack.json").exists() else None
+    stack = read_record(StackDescription, directory, "stack.json") if (directory / "stack.json").exists() else None
     trace = read_trace(directory)
     if trace is not None and stack is None:
         raise RunError(f"{directory} has a trace but no stack.json; it is damaged. Restore it, or delete the run.")
@@ -148,8 +139,8 @@ def load(run: str | os.PathLike[str]) -> Run:
         spec=read_spec(directory),
         stack=stack,
         trace=trace,
-        analysis=_fitting(read_record_or_none(analysis, Analysis), stack, analysis),
-        analysis_unavailable=_sentence(unavailable),
+        analysis=_fitting(read_record_or_none(Analysis, directory, "analysis", "analysis.json"), stack, directory),
+        analysis_unavailable=_sentence(directory, "analysis", "unavailable.txt"),
         jobs=jobs,
     )
 
@@ -218,7 +209,7 @@ def run_dirs(folder: Path | None = None) -> list[Path]:
     return [each for _, each in sorted(found, reverse=True)]
 
 
-def _fitting(analysis: Analysis | None, stack: StackDescription | None, path: Path) -> Analysis | None:
+def _fitting(analysis: Analysis | None, stack: StackDescription | None, directory: Path) -> Analysis | None:
     """The analysis, if it is of a model with as many blocks."""
     if analysis is None or stack is None:
         return analysis
@@ -232,16 +223,17 @@ def _fitting(analysis: Analysis | None, stack: StackDescription | None, path: Pa
     sizes += [len(token.top) for token in analysis.passage.tokens]
     if all(size == blocks for size in sizes):
         return analysis
-    log.warning("%s is of another model than stack.json; it is left out.", path)
+    log.warning("The analysis in %s is of another model than stack.json; it is left out.", directory)
     return None
 
 
-def _sentence(path: Path) -> str | None:
-    """A file with one sentence in it, if it is there."""
+def _sentence(directory: Path, *parts: str) -> str | None:
+    """A file of a run folder with one sentence in it, if it exists."""
+    path = inside(directory, *parts)
     try:
-        return path.read_text(errors="replace")[:2000] if path.is_file() else None
-    except OSError as error:
-        return f"{path} cannot be read ({error.strerror})."
+        return read_regular(path).decode(errors="replace")[:2000] if path.exists() else None
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read ({error})."
 
 
 def _new_run_id(spec: RunSpec) -> str:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sleb.errors import RunError
 from sleb.records import Baseline, Job, JobState, RunSpec, Step
 from sleb.runtime import findings_folder, job_folder, job_processes, record_files, run_folder
-from sleb.runtime.files import parse_json, read_json
+from sleb.runtime.files import inside, parse_json, read_json_inside, read_regular
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def outline(directory: Path) -> Outline:
     spec = record_files.read_spec(directory)
     own = [job for job in job_folder.read_jobs(directory) if job.spec.is_own(spec)]
     job = job_processes.derived(own[-1]) if own else None
-    baseline, last, finished, seconds = _ends(directory / "trace.jsonl")
+    baseline, last, finished, seconds = _ends(directory)
     num_blocks = None
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        num_blocks = int(read_json(directory / "stack.json")["num_blocks"])
+    with suppress(OSError, ValueError, KeyError, TypeError, RunError):
+        num_blocks = int(read_json_inside(directory, "stack.json")["num_blocks"])
     return Outline(
         run_id=directory.name,
         run_dir=directory,
@@ -84,11 +84,11 @@ def watched(found: Outline) -> Outline:
     return replace(found, job=job, state=job.status.state)
 
 
-def _ends(path: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
+def _ends(directory: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
     """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
     try:
-        data = path.read_bytes() if path.is_file() else b""
-    except OSError:
+        data = read_regular(inside(directory, "trace.jsonl"))
+    except (OSError, ValueError, RunError):
         return None, None, False, None
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     try:

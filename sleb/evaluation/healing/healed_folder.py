@@ -32,6 +32,7 @@ from sleb.formats.list_formats import display_name, in_words, public_name
 from sleb.formats.model_card import PAPER, code, escaped
 from sleb.model.block_stack import BlockStack
 from sleb.records import Healing, Proof, RemovalList
+from sleb.runtime import origin
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,10 @@ def _require_same(folder: Path, adapted: Any, smaller: nn.Module) -> None:
 
 
 def _exported(subject: Subject, removal: Removal) -> Path | None:
-    """The newest folder that the run exported without these blocks and that is still there."""
+    """The newest folder that the run exported here without these blocks and that still exists."""
     for each in reversed(finished_exports.read_exports(subject.run)):
-        if each.proof.kept_blocks == removal.kept and (each.out / proof_process.PROOF).is_file():
+        ours = origin.is_written_here(subject.run.run_dir, "jobs", each.job.name) and each.job.spec.out == str(each.out)
+        if ours and each.proof.kept_blocks == removal.kept and (each.out / proof_process.PROOF).is_file():
             return each.out
     return None
 
