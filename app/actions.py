@@ -60,7 +60,8 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
         origin.confirm(run.run_dir, *_strangers(run, job))
     made = job_processes.next_job(run, job)
     try:
-        job_processes.start(made, Permissions(**data.permissions()) if again else data.permissions_for(job))
+        of_server = Permissions.model_validate(data.permissions())
+        job_processes.start(made, of_server if again else data.permissions_for(job))
     except NotPermitted as error:
         job_folder.withdraw_job(made)
         how = shown(f"sleb resume {run_folder.reference(run)} {error.options}")

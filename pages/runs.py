@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ from app.wording import (
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
-from sleb.runtime import job_processes
+from sleb.runtime import job_processes, origin
 from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 1.5
@@ -77,10 +78,15 @@ def act(what: str, run: Run) -> None:
 
 def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
-    own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
+    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
-    last = unanswered.spec if unanswered else (own[-1] if own else data.job_spec(run.spec.kind))
-    return last.model_copy(update=data.permissions())
+    last = unanswered or (own[-1] if own else None)
+    if last is None:
+        return data.job_spec(run.spec.kind)
+    changes: dict[str, Any] = dict(data.permissions())
+    if not origin.is_written_here(run.run_dir, "jobs", last.name):  # a stranger's thousand processes are not started
+        changes["processes"] = min(last.spec.processes, os.cpu_count() or 1)
+    return last.spec.model_copy(update=changes)
 
 
 def head() -> None:
@@ -317,6 +323,8 @@ def ask() -> None:
 
 def say() -> None:
     """What an action could not do."""
+    if st.session_state.get("outside"):  # the page is about to be drawn once more
+        return
     said = st.session_state.pop("said", None)
     if said:
         st.error(plain(said), icon=":material/error:")
