@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import streamlit as st
 
+from app import access
 from sleb import specs
 from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
 from sleb.analysis.similarity import TokenSimilarity
@@ -58,7 +59,17 @@ def outlines(first: str | None = None) -> list[Outline | RunError]:
     samples = _samples().outlines()
     samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
     # A copy that was brought in, to be exported, is the one that pages show.
-    return [*own, *(each for each in samples if isinstance(each, RunError) or each.run_id not in copied)]
+    return [*map(_allowed, own), *(each for each in samples if isinstance(each, RunError) or each.run_id not in copied)]
+
+
+def _allowed(found: Outline | RunError) -> Outline | RunError:
+    """The run, or why this server does not show it: a link in the runs folder may lead out of what it was given."""
+    try:
+        if isinstance(found, Outline):
+            access.require_run(found.run_dir)
+    except RunError as error:
+        return error
+    return found
 
 
 def _rank_of_sample(directory: Path) -> tuple[int, str]:
@@ -77,6 +88,7 @@ def folder_of(run_id: str) -> Path:
     if _RUN_ID.fullmatch(run_id):
         for folder in (run_folder.runs_folder(), SAMPLES):
             if (folder / run_id / "spec.json").is_file():
+                access.require_run(folder / run_id)
                 return folder / run_id
     raise RunError(
         f"There is no run {quoted(run_id)} in {run_folder.runs_folder()}: it may have been deleted or moved."
@@ -157,7 +169,7 @@ def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None)
 
 def num_blocks_of(model: str) -> int | None:
     """Blocks of a model: from its files, or from an earlier run; None before anybody opened it."""
-    found = _peeked(model)
+    found = _peeked(model) if access.may_inspect(model) else None
     if found is not None:
         return found
     known = (each.num_blocks for each in outlines() if isinstance(each, Outline) and each.spec.model == model)

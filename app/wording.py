@@ -27,12 +27,19 @@ STATES: dict[JobState, tuple[str, str, Colour]] = {
 # the first characters of each stops that.
 _EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
 
+_OPTION = re.compile(r"--(?!(?:allow-path|read-only|allow-pickle|trust-remote-code)\b)")
+
 
 def plain(text: object) -> str:
     """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
     shown = "".join(char if char.isprintable() else " " for char in str(text))
     shown = _EAGER.sub("\\g<0>\N{WORD JOINER}", shown)
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
+
+
+def in_fields(error: object) -> str:
+    """A sentence for a page, where options are fields; those of the server keep their name."""
+    return _OPTION.sub("", str(error))
 
 
 def run_label(run: Outline) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import sys
@@ -81,18 +82,34 @@ def dashboard(
     address: Annotated[
         str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
     ] = "localhost",
+    allow_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Read and write only below this folder, besides SLEB_HOME; may be given again. On another address "
+            "than localhost no path is taken without it.",
+        ),
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Only show: start, stop, change and delete nothing.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Open the dashboard: start runs and watch them, look at the evidence, take the list or the model away.
 
-    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code: only the two
-    options here can, for all runs started from it.
+    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code, or reach other
+    folders: only the options here can, for all runs started from it.
     """
     _require_dashboard()
+    folders = [str(_allowed(each)) for each in allow_path or ()]
     _require_free(address, port)
     allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
+    allowed[dashboard_files.READ_ONLY] = read_only
     os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
+    os.environ[dashboard_files.ALLOW_PATH] = json.dumps(folders)
+    if not folders and not dashboard_files.is_local(address):
+        typer.echo("Beyond localhost the dashboard takes no path but from --allow-path DIR; none was given.", err=True)
     settings = [f"--server.port={port}", f"--server.address={address}"]
     os.execv(sys.executable, dashboard_files.command([*settings, *context.args]))
 
@@ -101,6 +118,14 @@ def _require_dashboard() -> None:
     """Whether it is there, which it is wherever the package was installed whole."""
     if not dashboard_files.MAIN.is_file():
         raise OptionError(_NO_DASHBOARD)
+
+
+def _allowed(folder: Path) -> Path:
+    """A folder that may be used, absolute and with its links followed."""
+    found = files.expanded(folder).absolute()
+    if not found.is_dir():
+        raise OptionError(f"There is no folder {found}; --allow-path takes one that exists.")
+    return found.resolve()
 
 
 def _require_free(address: str, port: int) -> None:

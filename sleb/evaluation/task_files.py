@@ -341,7 +341,7 @@ def _parsed(path: Path, refuse: bool) -> dict[str, Any]:
     text = _text(path)
     _require_small(path, yaml, yaml.parse(text, Loader=safe))
 
-    class Loader(safe):  # type: ignore[misc]
+    class Loader(safe):
         pass
 
     def function(loader: Any, node: Any) -> str:

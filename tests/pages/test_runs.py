@@ -75,7 +75,7 @@ def test_resume_goes_on_as_the_last_try_did(runs: Path, monkeypatch: pytest.Monk
     last = job_folder.create_job(run.run_dir, spec)
     job_folder.write_status(last.directory, run_folder.load(run.run_dir).jobs[0].status)
     started: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", started.append)  # what it would execute is all that is asked
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: started.append(job))
     app = open_page("runs", run="stopped")
     press(app, "Resume")
     assert not app.exception
@@ -106,7 +106,7 @@ def test_a_run_id_from_the_url_cannot_leave_the_store(run_id: str, home: Path) -
 def test_the_demo_is_started_by_one_click(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Path] = []
     monkeypatch.setattr(
-        job_processes, "start", lambda job: started.append(job.directory)
+        job_processes, "start", lambda job, permissions: started.append(job.directory)
     )  # its process is tested elsewhere
     app = open_page("runs")
     press(app, "Run the demo")
@@ -117,7 +117,7 @@ def test_the_demo_is_started_by_one_click(runs: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_form_asks_for_what_it_says(runs: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
-    monkeypatch.setattr(job_processes, "start", lambda job: None)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: None)
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     assert "20,392 block evaluations" in words(app)  # the demo's, counted before anything runs
@@ -139,7 +139,7 @@ def test_the_form_asks_for_what_it_says(runs: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_form_asks_for_swaps_after_metric3_only(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_processes, "start", lambda job: None)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: None)
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     without = next(line for line in words(app).splitlines() if "block evaluations" in line)
