@@ -1,7 +1,7 @@
 """The index of runs: a file beside the runs that says again what their files said. Knows SQLite, and no run folder.
 
-It is a cache and never a truth. Whatever is wrong with the file (damaged, locked, of another version, on a disk that cannot be
-written), its readers get nothing, its writers keep nothing, and neither says a word.
+It is a cache and never a truth. Whatever is wrong with the file (damaged, locked, of another version, on a disk that
+cannot be written), its readers get nothing, its writers keep nothing, and neither says a word.
 """
 
 from __future__ import annotations

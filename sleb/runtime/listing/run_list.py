@@ -1,4 +1,4 @@
-"""All runs of a folder, newest first: read once, and again only where a file changed. Knows run folders and their index."""
+"""All runs of a folder, newest first: read once, and again where a file changed. Knows run folders and their index."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class RunList:
         """All runs, newest first; an unreadable one is its error.
 
         `at_most`: how many of the runs that nothing is known to happen to are looked at again this time. Each has its
-        turn within a few calls, and at once after a pause. New and deleted runs, running ones and `first` are always seen.
+        turn within a few calls, and at once after a pause. New, deleted and running runs and `first` are always seen.
         """
         with self._lock:
             names = self._names()
@@ -193,5 +193,5 @@ def _may_change(reading: Reading) -> bool:
 
 
 def _signature(reading: Reading) -> str:
-    """The same for as long as none of the run's files changes: a summary is made of those that an outline is made of."""
+    """Changes with any of the run's files from which a summary is made: those of an outline."""
     return blake2b(repr(sorted(reading.stamps.items())).encode(), digest_size=16).hexdigest()

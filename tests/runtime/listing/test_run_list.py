@@ -1,4 +1,4 @@
-"""A list of runs says the same with its index, without one and with one that cannot be trusted, and follows each change."""
+"""A list of runs says the same with its index, without one and with a damaged one, and follows each change."""
 
 from __future__ import annotations
 
