@@ -1,4 +1,4 @@
-"""All runs of a folder, newest first: read once, and again only where a file changed. Knows run folders and their index."""
+"""All runs of a folder, newest first: read once, and again where a file changed. Knows run folders and their index."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class RunList:
         self._known: dict[str, Reading] | None = None
         self._shown: dict[str, Outline | RunError] = {}
         self._order: tuple[str, ...] = ()
+        self._live: set[str] = set()
+        """Names of runs with which something is going on, or was a moment ago."""
         self._cursor = 0
         """How many of the names were looked at in this round."""
         self._round_ended = -_ROUND_SECONDS
@@ -64,7 +66,7 @@ class RunList:
         """All runs, newest first; an unreadable one is its error.
 
         `at_most`: how many of the runs that nothing is known to happen to are looked at again this time. Each has its
-        turn within a few calls, and at once after a pause. New and deleted runs, running ones and `first` are always seen.
+        turn within a few calls, and at once after a pause. New, deleted and running runs and `first` are always seen.
         """
         with self._lock:
             names = self._names()
@@ -121,8 +123,8 @@ class RunList:
         if at_most is None or len(names) <= at_most or now - self._round_ended > _ROUND_SECONDS:
             self._round_ended, self._cursor = now, 0
             return names
-        due = {name for name in names if name == first or name not in known or _may_change(known[name])}
-        due |= set(names[self._cursor : self._cursor + at_most])
+        here = set(names)
+        due = (here - known.keys()) | (here & {*self._live, first}) | set(names[self._cursor : self._cursor + at_most])
         self._cursor += at_most
         if self._cursor >= len(names):
             self._round_ended, self._cursor = now, 0
@@ -145,7 +147,8 @@ class RunList:
                 known[name] = reading
                 if reading.settled and isinstance(reading.found, Contents):
                     fresh[name] = _Kept(stamps=reading.stamps, contents=reading.found).model_dump_json()
-            if reading is not before or name not in self._shown or _may_change(reading):
+            (self._live.add if _may_change(reading) else self._live.discard)(name)
+            if reading is not before or name not in self._shown or name in self._live:
                 self._shown[name] = reading.outline(self._folder / name)
             if len(fresh) >= _AT_ONCE:
                 self._keep(fresh, ())
@@ -153,6 +156,7 @@ class RunList:
         for name in gone:
             del known[name]
             self._shown.pop(name, None)
+            self._live.discard(name)
         self._keep(fresh, gone)
         if moved or gone:
             self._order = tuple(sorted(known, key=lambda name: (known[name].changed, name), reverse=True))
@@ -189,5 +193,5 @@ def _may_change(reading: Reading) -> bool:
 
 
 def _signature(reading: Reading) -> str:
-    """The same for as long as none of the run's files changes: a summary is made of those that an outline is made of."""
+    """Changes with any of the run's files from which a summary is made: those of an outline."""
     return blake2b(repr(sorted(reading.stamps.items())).encode(), digest_size=16).hexdigest()
