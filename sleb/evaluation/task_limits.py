@@ -133,7 +133,7 @@ def tried(work: Callable[[], object]) -> None:
         ended = os.waitstatus_to_exitcode(status)
         if -ended in (signal.SIGXCPU, signal.SIGKILL):
             raise WorkEnded(f"it took more than {SECONDS} seconds, or more memory than there is")
-        raise WorkEnded(f"its process ended with exit code {ended}")
+        raise WorkEnded(f"the process that tried it ended with exit code {ended}")
 
 
 def _heard(reading: int, until: float) -> bytes:

@@ -370,8 +370,8 @@ def test_lm_evals_own_task_without_functions_can_be_included(folder: Path) -> No
 
 
 OWN_FOLDERS = (
-    "hellaswag", "winogrande", "arc", "piqa", "mmlu", "lambada", "openbookqa", "super_glue", "gsm8k", "triviaqa", "sciq",
-    "truthfulqa",
+    "hellaswag", "winogrande", "arc", "piqa", "mmlu", "lambada", "openbookqa", "super_glue", "gsm8k", "triviaqa",
+    "sciq", "truthfulqa",
 )  # fmt: skip
 OWN_EXAMPLES: dict[str, dict[str, Any]] = {
     "hellaswag": {"query": " A man is [x]", "choices": ["a", "b"], "label": "1"},
@@ -538,13 +538,13 @@ def test_what_a_task_asks_for_ends(
 
 def test_what_hears_no_signal_is_ended_by_the_system(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two lists that hold themselves twice, fifty deep: comparing them is one call into C."""
-    monkeypatch.setattr(task_limits, "SECONDS", 6)
+    monkeypatch.setattr(task_limits, "SECONDS", 3)
     monkeypatch.setattr(task_limits, "SECONDS_EACH", 1)
     grown = "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(50) %}{% set n.a = [n.a, n.a] %}"
     grown += "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}"
     write(folder, doc_to_text=grown)
     start = time.monotonic()
-    refused(folder, match=r"Tasks of .* cannot be loaded \(questions\): it took more than 6 seconds")
+    refused(folder, match=r"Tasks of .* cannot be loaded \(questions\): it took more than 3 seconds")
     assert time.monotonic() - start < 90
 
 
