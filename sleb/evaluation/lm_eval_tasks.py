@@ -1,6 +1,6 @@
 """lm-eval's tasks by name, with their examples. Knows tasks; never sees a model.
 
-Those of a --task-folder are data (`task_files`); before they are loaded here, a process that can be ended does the same.
+Those of a --task-folder are data (`task_files`); before they are loaded here, a process that can be ended does so.
 
 What lm-eval and the libraries below it print, draw, seed and warn about reaches nobody else (`apart`, `seeded`).
 """
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import threading
 import warnings
@@ -54,6 +55,7 @@ _FAILURES = (
     AssertionError,
     ArithmeticError,
     MemoryError,
+    re.error,
 )
 _LONGEST = 200  # characters of a version or a name
 _TELLING = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers")  # libraries that log while they work
@@ -139,6 +141,8 @@ def _tried(ask: EvaluateSpec, files: TaskFiles) -> None:
             with told(files, leaf.name, "cannot be put as questions"):
                 leaf.task.set_fewshot_seed(DEFAULT_OTHER_SEED)
                 leaf.task.build_all_requests(limit=leaf.limit)
+                for made in (each for ensemble in leaf.task._filters for each in ensemble.filters):
+                    made()
 
 
 def _loaded(ask: EvaluateSpec, files: TaskFiles) -> Tasks:

@@ -167,7 +167,7 @@ class TaskFiles:
                 )
             if not known and os.path.exists(name):
                 raise OptionError(
-                    f"Metric {excerpt(name, 80)!r} would be run from the current folder; start elsewhere."
+                    f"Metric {excerpt(name, 80)!r} is a file of this folder, which would be run; start elsewhere."
                 )
             return lm_evals(name, hf_evaluate_metric)
 
@@ -385,9 +385,7 @@ def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
                 raise OptionError(f"The task file {path} has a number of {len(event.value):,} digits.")
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in opened):
-                raise OptionError(
-                    f"The task file {path} has an alias that repeats itself, {excerpt(event.anchor, 40)}."
-                )
+                raise OptionError(f"The task file {path} has an alias of itself, {excerpt(event.anchor, 40)}.")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             total += 1
