@@ -36,9 +36,9 @@ def call(
     """`work(*arguments)`, done in a process of its own, which costs about a second.
 
     `work` is a function at the top of a module, its arguments can be pickled, and what it returns can be written as
-    JSON of at most `answer` bytes. `seconds` of processor time and `memory` bytes are what it may take beyond what
-    importing its module takes. Raises `WorkEnded` where a limit was reached or the work failed; its message is a
-    clause, such as "it took more than 10 seconds". Can be called from any thread.
+    JSON of at most `answer` bytes (dates and the like become text). `seconds` of processor time and `memory` bytes are
+    what it may take beyond what importing its module takes. Raises `WorkEnded` where a limit was reached or the work
+    failed; its message is a clause, such as "it took more than 10 seconds". Can be called from any thread.
     """
     try:
         given = pickle.dumps((seconds, memory, answer, work, arguments))
@@ -82,7 +82,9 @@ def _limit(seconds: float, memory: int) -> None:
 def _answered(seconds: float, memory: int, most: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     _limit(seconds, memory)
     try:
-        said = json.dumps({"answer": work(*arguments)}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        said = json.dumps({"answer": work(*arguments)}, ensure_ascii=False, default=str).encode(
+            "utf-8", "surrogatepass"
+        )
     except WorkEnded as error:
         failed = excerpt(error)
     except MemoryError:

@@ -31,7 +31,6 @@ def test_it_can_be_called_from_any_thread() -> None:
     ("work", "arguments", "reason"),
     [
         (all, (itertools.repeat(1),), "more than 1 seconds"),  # a loop in C, which hears no signal handler
-        (operator.pow, (10, 10**9), "more than 1 seconds"),
         (operator.mul, ("a", 10**11), "memory"),
         (operator.mul, ("a", 1 << 21), "more than 1 MB"),
         (int, ("four\x1b[31m" * 1000,), "ValueError: invalid literal"),

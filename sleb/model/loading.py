@@ -17,7 +17,6 @@ from torch import nn
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo, gguf_header, model_files
 from sleb.model.presence import is_path, not_there, require_file
-from sleb.model.promised_weights import require_enough, require_stored
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -25,6 +24,9 @@ from sleb.runtime import run_folder
 log = logging.getLogger(__name__)
 
 Loaded = TypeVar("Loaded")
+
+_LONGEST_NOTE = 4000  # characters
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # as transformers writes them itself
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ def load_model(
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
     if header is not None:
-        require_enough(name, config, options, header.elements)
+        model_files.require_enough(name, config, options, header.elements)
     else:
-        _loading(name, lambda: require_stored(name, config, options, _weight_files(source, options, allow_pickle)))
+        stored = _loading(name, lambda: _weight_files(source, options, allow_pickle))
+        _loading(name, lambda: model_files.require_stored(name, config, options, stored))
     chosen = _dtype(dtype, config, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
@@ -116,7 +119,7 @@ def _require_complete(name: str, report: dict[str, Any]) -> None:
         )
     unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
     if unused:
-        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, unused[0])
+        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, excerpt(unused[0]))
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -245,6 +248,8 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
 
     transformers_logging.disable_progress_bar()
     quieten_torchao()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_printable)
     try:
         return load()
     except SlebError:
@@ -257,9 +262,17 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
         raise ModelError(_explain(name, error)) from error
 
 
+def _printable(record: logging.LogRecord) -> bool:
+    """What transformers tells of a model has names in it that come from its files."""
+    text = _COLOURS.sub("", record.getMessage())
+    record.msg = "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)[:_LONGEST_NOTE]
+    record.args = ()
+    return True
+
+
 def _explain(name: str, error: BaseException) -> str:
     text = str(error).strip()
-    first = excerpt(text.splitlines()[0]) if text else type(error).__name__
+    first = excerpt(text if text.split("\n")[0].endswith(":") else text.split("\n")[0]) or type(error).__name__
     if "trust_remote_code" in text:
         return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
     if "gated" in text.lower() or "401" in text:

@@ -1,15 +1,19 @@
-"""What a model's folder says, checked before any library believes it. Reads JSON and names; no torch, no weights."""
+"""What a model's files say, checked before a library believes it. Reads JSON, names and sizes; loads no weight."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError, excerpt
+
+log = logging.getLogger(__name__)
 
 CONFIG_BYTES = 8 << 20
 """A config.json with the settings of thousands of quantised matrices has a hundredth."""
@@ -33,6 +37,11 @@ kinds of blocks, before anything tells them that there are no weights for them. 
 the widest mixtures 512 experts."""
 _MOST_MODULES = 1 << 17
 """Blocks times experts; the largest models have a quarter."""
+
+_TIMES, _SPARE = 2, 1 << 24
+"""A config may ask for so many times the weights that are stored, and for some more: those that are tied, or made."""
+_BUFFER_BYTES = 1 << 28  # masks and positions of older families
+_PACKED_PER_BYTE = 8  # weights, in the densest quantisation
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -85,6 +94,39 @@ def require_plain_files(folder: Path) -> None:
             _require_own_shards(path)
 
 
+def require_stored(name: str, config: Any, options: dict[str, Any], files: Iterable[str]) -> None:
+    """The safetensors files hold the weights that the config asks for, as far as their number tells.
+
+    Raises `ModelError` where it asks for more than twice as many; a few that are missing are told after loading.
+    """
+    from safetensors import safe_open
+
+    paths = [Path(each) for each in dict.fromkeys(files)]
+    if not paths:
+        return
+    stored = 0
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    if getattr(config, "quantization_config", None):
+        stored = max(stored, _PACKED_PER_BYTE * sum(path.stat().st_size for path in paths))
+    require_enough(name, config, options, stored)
+
+
+def require_enough(name: str, config: Any, options: dict[str, Any], stored: int) -> None:
+    """So many stored weights are about those of the model that the config describes. Raises `ModelError`."""
+    skeleton = _skeleton(config, bool(options.get("trust_remote_code")))
+    if skeleton is None:
+        return
+    promised = sum(parameter.numel() for parameter in skeleton.parameters())
+    buffers = sum(buffer.nbytes for buffer in skeleton.buffers())
+    if promised > _TIMES * stored + _SPARE or buffers > 8 * _TIMES * stored + _BUFFER_BYTES:
+        raise ModelError(
+            f"{name} asks in its config for {promised:,} weights and {buffers:,} bytes beside them, and its files hold "
+            f"{stored:,} weights: the config belongs to another model, or is damaged."
+        )
+
+
 def _require_own_shards(index: Path) -> None:
     listing = _json(index, _TEXT_BYTES)
     shards = listing.get("weight_map") if isinstance(listing, dict) else None
@@ -118,3 +160,16 @@ def _numbers(settings: Any) -> Iterator[tuple[str, float]]:
             left += [(key, each) for each in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield key, value
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model without memory; None where it cannot be built so, which loading it will tell, too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what a model's code makes of a foreign config
+        log.debug("No skeleton: %s", error)
+        return None

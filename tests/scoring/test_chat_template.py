@@ -27,8 +27,7 @@ def with_template(template: Any) -> Any:
     return tokenizer
 
 
-@pytest.mark.parametrize("reply", [False, True])
-@pytest.mark.parametrize("template", [tiny.CHAT, REAL, {"default": REAL, "tools": "no"}])
+@pytest.mark.parametrize(("template", "reply"), [(REAL, True), ({"default": tiny.CHAT, "tools": "no"}, False)])
 def test_the_text_is_that_of_the_tokenizer_itself(template: Any, reply: bool) -> None:
     tokenizer = with_template(template)
     expected = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=reply) for each in TALK]
@@ -39,14 +38,10 @@ def test_the_text_is_that_of_the_tokenizer_itself(template: Any, reply: bool) ->
     ("template", "reason"),
     [
         ("{{ 'a' * 10**11 }}", "memory"),
-        ("{{ 'a' * 10**8 }}", "more than 1 MB"),
         ("{% for i in range(99999) %}{{ 'ab' * 99 }}{% endfor %}", "more than 1 MB"),
         ("{{ raise_exception('no \x1b[31musers ' + 'x' * 5000) }}", "^no .31musers x{150,}"),
-        ("{% for", "unexpected"),
         ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "nested too deeply"),
         ({"tools": "no"}, "default"),
-        ("{{ messages[5].content.x }}", "no element 5|undefined"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
         (5, "TypeError"),
     ],
 )
