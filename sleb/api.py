@@ -155,6 +155,7 @@ def resume(
     """
     found = _found(run)
     run_folder.refuse_sample(found.run_dir)
+    run_folder.tidy(found.run_dir)
     if is_finished(found):
         unanswered = job_processes.unanswered(found)
         return found if unanswered is None else execute(found, unanswered, watcher)

@@ -232,6 +232,7 @@ def resume(
     """Go on after the last finished step, or with a stopped evaluation; a finished run is printed."""
     found = run_folder.load(run)
     run_folder.refuse_sample(found.run_dir)
+    run_folder.tidy(found.run_dir)
     if execution.is_finished(found):
         unanswered = job_processes.unanswered(found)
         if prepare and unanswered is None:
