@@ -16,9 +16,8 @@ from tests.support.paths import ROOT
 SAMPLE = """
 import os, random, sys
 from pathlib import Path
-from sleb.export import destination
 from tests.support.killing import cases
-from tests.support.killing.bench import kill_some
+from tests.support.killing.bench import Bench, Count, kill_some
 
 cases.preload(everything=False)
 draw = random.Random()
@@ -28,13 +27,16 @@ for case in cases.CASES:
         print("careful", found.kills, *found.wrong, sep="|")
 
 def carelessly(source, target, really=os.replace):
-    if str(target).endswith("list.json"):
+    if str(target).endswith("list.json") and os.path.exists(target):
         os.remove(target)
     really(source, target)
 
 os.replace = carelessly
 (case,) = (case for case in cases.CASES if case.name == "export json --replace")
-print("careless", *kill_some(case, Path(sys.argv[1], "careless"), 60, draw, cases.base).wrong, sep="|")
+bench, count = Bench(case, Path(sys.argv[1], "careless"), cases.base), Count()
+for operation in range(1, bench.operations + 1):
+    bench.kill(count, operation=operation)
+print("careless", *count.wrong, sep="|")
 """
 
 

@@ -250,6 +250,7 @@ def resume(
     found = run_folder.load(run)
     run_folder.refuse_sample(found.run_dir)
     allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
+    run_folder.tidy(found.run_dir)
     if execution.is_finished(found):
         unanswered = job_processes.unanswered(found)
         if prepare and unanswered is None:

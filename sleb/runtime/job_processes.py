@@ -25,7 +25,6 @@ from filelock import FileLock, Timeout
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
 from sleb.runtime import device_queue, files, job_folder, origin, run_folder
-from sleb.runtime.unfinished import workspaces
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def executing(
         except Timeout as error:  # an OSError, but no refusal of the disk's
             raise RunBusy(_busy(run_dir)) from error
     try:
-        workspaces.sweep_below(run_dir)  # nobody else is writing: what is there was left by those who were killed
+        run_folder.tidy(run_dir)
         reporter = Reporter(job_dir)
         spec = job_folder.load_job(job_dir).spec
 

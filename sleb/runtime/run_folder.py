@@ -25,7 +25,7 @@ from sleb.runtime.places import home as home
 from sleb.runtime.record_files import read_record, read_record_or_none, read_spec
 from sleb.runtime.trace_file import read_trace
 from sleb.runtime.unfinished import names
-from sleb.runtime.unfinished.workspaces import NEW, remove, sweep, workspace
+from sleb.runtime.unfinished.workspaces import NEW, remove, sweep, sweep_below, workspace
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +182,11 @@ def delete(directory: Path) -> None:
             for each in sorted(directory.iterdir(), key=lambda each: each.name == "spec.json"):
                 shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
             directory.rmdir()
+
+
+def tidy(directory: Path) -> None:
+    """Remove temporary files of killed processes from a run folder."""
+    sweep_below(directory)
 
 
 def delete_again(run: str) -> bool:

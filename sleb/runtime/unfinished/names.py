@@ -21,6 +21,9 @@ from sleb.runtime.device_queue import alive
 FOREIGN_SECONDS = 24 * 3600.0
 """What another host's writer has not touched for so long is abandoned: its process cannot be asked."""
 
+CLOCK_SECONDS = 600.0
+"""By so much the clock can be set while a writer lives, whose beginning it tells: that makes nobody dead."""
+
 SUFFIX = ".partial"
 _MOST_BYTES = 80  # of the name it will have: file systems take 255 for all
 _NAME = re.compile(
@@ -56,7 +59,7 @@ def is_abandoned(path: Path) -> bool:
     if found is None:
         return False
     if found["host"] == _host():
-        return not alive(int(found["pid"]), int(found["started"]) / 100)
+        return not alive(int(found["pid"]), int(found["started"]) / 100, CLOCK_SECONDS)
     try:
         return time.time() - path.lstat().st_mtime > FOREIGN_SECONDS
     except OSError:

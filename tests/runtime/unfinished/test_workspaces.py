@@ -159,6 +159,15 @@ def test_temporary_files_of_the_dead_are_removed_below_a_folder(tmp_path: Path) 
     assert set((tmp_path / "deep").iterdir()) == {mine, foreign, tmp_path / "deep" / ".mine.partial"}
 
 
+def test_a_writer_is_not_dead_because_the_clock_was_set(tmp_path: Path) -> None:
+    mine = names.temporary(tmp_path / "out").name
+    head, _, rest = mine.rpartition("-")
+    started, _, tail = rest.partition(".")
+    for seconds, is_dead in ((-300, False), (300, False), (-7200, True)):  # two hours: another one has its number
+        path = tmp_path / f"{head}-{int(started) + 100 * seconds}.{tail}"
+        assert names.is_abandoned(path) is is_dead
+
+
 def test_names_of_any_length_and_script_can_be_written(home: Path, tmp_path: Path) -> None:
     for name in ("x" * 250, "Ж" * 120, "a.b", ".hidden", "with\nline"):
         replace_file(tmp_path / name, "text")

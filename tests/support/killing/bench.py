@@ -28,7 +28,7 @@ EVENTS = {
     "open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "os.utime", "os.link",
     "os.symlink",
 }  # fmt: skip
-VOLATILE = {"seconds", "finished", "started", "heartbeat", "created", "xxh3", "age", "process_started"}
+VOLATILE = {"seconds", "finished", "started", "heartbeat", "created", "xxh3", "age", "process_started", "cached"}
 """Keys of JSON files that differ from one run of a command to the next."""
 PASSING = {".lock", "jobs", "queue", "log.txt"}
 """Names that say how something was executed, not what was found."""
