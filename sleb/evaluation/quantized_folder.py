@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import proof_process
 from sleb.export.checkpoint import mend_generation_config
-from sleb.export.destination import move, require_free, workspace
+from sleb.export.destination import move, require_free, workspace, writing_into
 from sleb.export.proven_folder import expect, run_proof, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words, public_name
@@ -115,12 +115,10 @@ def write(
         forget_quantisation(smaller)
         smaller.config.quantization_config = _config(smaller, quantised.stack.path, quantised.bits)
         card = _card(subject, quantised, removal_list, measured)
-        try:
+        with writing_into(folder):
             mend_generation_config(smaller, folder)
             smaller.save_pretrained(folder, state_dict=tensors)
             subject.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
         # A reload counts words and scales until its first forward pass; the numbers of the model are put in below.
         write_expectation(folder, removal, expectation, _stored(folder), subject.loaded.dtype)
         del smaller, tensors
@@ -132,9 +130,10 @@ def write(
                 "versions": proof.versions | {"compressed-tensors": version("compressed-tensors")},
             }
         )
-        (folder / proof_process.EXPECTED).unlink()
-        (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_with_proof(card, proof), encoding="utf-8")
+        with writing_into(folder):
+            (folder / proof_process.EXPECTED).unlink()
+            (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(_with_proof(card, proof), encoding="utf-8")
         move(folder, out, allow_existing)
     return proof
 

@@ -12,8 +12,6 @@ import json
 import logging
 import math
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -346,8 +344,8 @@ def _read_values(subject: Subject, finding: TaskAccuracy) -> dict[str, np.ndarra
     """Nothing where the file is missing or damaged: then a change has no standard error."""
     path = _values_file(subject, finding)
     try:
-        with np.load(path) as arrays:
-            return {name: arrays[f"arr_{index}"] for index, name in enumerate(json.loads(str(arrays["names"])))}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_arrays(path)
+        return {name: arrays[f"arr_{index}"] for index, name in enumerate(json.loads(str(arrays["names"])))}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read: %s", path, error)
         return {}

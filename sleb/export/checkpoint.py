@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from sleb.errors import StorageError
 from sleb.export import proof_process
-from sleb.export.destination import move, require_free, workspace
+from sleb.export.destination import move, require_free, workspace, writing_into
 from sleb.export.proven_folder import Expectation, expect, let_go, run_proof, write_expectation
 from sleb.export.removal import Removal, carry_out, plan_removal
 from sleb.export.smaller_config import check_removal_list
@@ -66,8 +65,9 @@ def export_checkpoint(
         let_go(model)
         progress("Reloading it in a new process, to compare")
         proof = run_proof(folder, device, trust_remote_code, memory_budget)
-        (folder / proof_process.EXPECTED).unlink()
-        (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
+        with writing_into(folder):
+            (folder / proof_process.EXPECTED).unlink()
+            (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
         move(folder, out, allow_existing)
     return proof
 
@@ -78,7 +78,7 @@ def write_checkpoint(
     """Remove the blocks and write the model, with what its proof needs, into an existing folder."""
     carry_out(model, removal)
     forget_quantisation(model)
-    try:
+    with writing_into(folder):
         mend_generation_config(model, folder)
         streamed = streamed_blocks(model)
         with warnings.catch_warnings():
@@ -87,8 +87,6 @@ def write_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_expectation(folder, removal, expectation, parameters, str(model.dtype).removeprefix("torch."))
 

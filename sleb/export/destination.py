@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sleb.errors import OptionError, StorageError
 
 PROOF = "proof.json"
@@ -62,3 +64,20 @@ def move(folder: Path, out: Path, allow_existing: bool) -> None:
         folder.rename(out)
     except OSError as error:
         raise StorageError(f"The exported model could not be moved to {out} ({error.strerror}).") from error
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Turns what a disk refuses into one sentence, in whichever library's words it comes."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(_not_written(folder, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # nothing narrower comes from the tokenizers library
+            raise
+        raise StorageError(_not_written(folder, error)) from error
+
+
+def _not_written(folder: Path, error: Exception) -> str:
+    return f"The model could not be written to {folder.parent} ({error}); free some disk space, or name another folder."

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
-from sleb.export.destination import workspace
+from sleb.export.destination import workspace, writing_into
 from sleb.export.gguf_plan import (
     BLOCKS_BEFORE,
     FILE_BYTES,
@@ -142,7 +141,7 @@ def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str =
     writer.add_uint64(FILE_BYTES, 0)
     for name, tensor in cut.tensors:
         writer.add_tensor_info(name, tensor.data.shape, tensor.data.dtype, tensor.n_bytes, tensor.tensor_type)
-    with _writing():
+    with writing_into(target.parent):
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -182,14 +181,6 @@ def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[i
         if len(left) == cut.num_blocks:
             return before, [*earlier, *(left[block] for block in removal_list)]
     return cut.num_blocks, list(removal_list)
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"The file could not be written ({error}); free some disk space.") from error
 
 
 def _require_copied(cut: Cut, written: Any) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from sleb.errors import ExportError, StorageError
+from sleb.errors import ExportError
 from sleb.export import proof_process
+from sleb.export.destination import writing_into
 from sleb.export.removal import Removal
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
@@ -117,10 +117,8 @@ def write_expectation(
         "prompt": expectation.prompt.clone(),
         "generated": torch.tensor(expectation.generated),
     }
-    try:
+    with writing_into(folder):
         save_file(tensors, folder / proof_process.EXPECTED, metadata={"facts": json.dumps(facts)})
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
 
 
 def run_proof(

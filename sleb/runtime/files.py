@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -14,13 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sleb.errors import OptionError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ARRAYS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+_NO_ARRAYS = (
+    KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError, SyntaxError,
+    RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What reading an `.npz` file that is missing or damaged raises."""
+"""What reading an `.npz` file that is damaged, or was made to do damage, raises beside `ValueError`."""
+MOST_BYTES = 64 << 20
+"""Of a record: none that a program wrote comes near, and no longer one is read."""
+MOST_ARRAY_BYTES = 512 << 20
+"""Of the arrays in one file, unpacked."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -62,9 +70,32 @@ def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) 
 
 def read_json(path: Path) -> Any:
     """A JSON file from anywhere. Raises `ValueError` for what is none, or holds what nobody wrote, else `OSError`."""
+    return parse_json(read_bytes(path))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """A whole file from anywhere. Raises `ValueError` for what is none, or far too long to be ours, else `OSError`."""
     if not path.is_file() and path.exists():
         raise ValueError("it is no regular file")  # a pipe would never end
-    return parse_json(path.read_bytes())
+    with open(path, "rb") as file:
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        raise ValueError(f"it is longer than {most >> 20} MiB")
+    return data
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz` file from anywhere. Raises `ValueError` where they are damaged or too many, or `OSError`."""
+    file = io.BytesIO(read_bytes(path, MOST_ARRAY_BYTES))
+    try:
+        with zipfile.ZipFile(file) as packed:
+            unpacked = sum(each.file_size for each in packed.infolist())
+        if unpacked > MOST_ARRAY_BYTES:
+            raise ValueError(f"its arrays are longer than {MOST_ARRAY_BYTES >> 20} MiB")
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except _NO_ARRAYS as error:
+        raise ValueError(f"it holds no arrays ({type(error).__name__})") from error
 
 
 def parse_json(data: bytes) -> Any:

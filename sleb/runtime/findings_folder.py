@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from sleb.records import AnyFinding, EvaluatedText, Finding, RemovalList
-from sleb.runtime.files import NO_ARRAYS, read_json, replace_file
+from sleb.runtime.files import read_arrays, read_json, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +53,14 @@ class Table:
     def read(self) -> dict[RemovalList, np.ndarray]:
         """Removal list -> float64 (windows,); nothing where it is missing or damaged: then it is made anew."""
         try:
-            with np.load(self._path) as arrays:
-                lists, nats = json.loads(str(arrays["lists"])), arrays["nats"]
+            arrays = read_arrays(self._path)
+            lists, nats = json.loads(str(arrays["lists"])), arrays["nats"]
             if nats.ndim != 2 or nats.dtype != np.float64 or nats.shape[1] != self._windows:
                 raise ValueError("it is no table of nats")
             return {tuple(map(int, each)): row for each, row in zip(lists, nats, strict=True)}
         except FileNotFoundError:
             return {}
-        except NO_ARRAYS as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s cannot be read, and is made anew: %s", self._path, error)
             return {}
 

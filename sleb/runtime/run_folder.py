@@ -239,7 +239,10 @@ def _fitting(analysis: Analysis | None, stack: StackDescription | None, path: Pa
 def _sentence(path: Path) -> str | None:
     """A file with one sentence in it, if it is there."""
     try:
-        return path.read_text(errors="replace")[:2000] if path.is_file() else None
+        if not path.is_file():
+            return None
+        with open(path, errors="replace") as file:
+            return file.read(2000)
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})."
 

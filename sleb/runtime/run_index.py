@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from sleb.errors import RunError
 from sleb.records import Baseline, Job, JobState, RunSpec, Step
-from sleb.runtime import findings_folder, job_folder, job_processes, record_files, run_folder
-from sleb.runtime.files import parse_json, read_json
+from sleb.runtime import findings_folder, job_folder, job_processes, record_files, run_folder, trace_file
+from sleb.runtime.files import parse_json, read_bytes, read_json
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def watched(found: Outline) -> Outline:
 def _ends(path: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
     """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
     try:
-        data = path.read_bytes() if path.is_file() else b""
-    except OSError:
+        data = read_bytes(path, trace_file.MOST_TRACE_BYTES) if path.is_file() else b""
+    except (OSError, ValueError):
         return None, None, False, None
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     try:

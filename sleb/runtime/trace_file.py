@@ -17,8 +17,11 @@ from pydantic import ValidationError
 
 from sleb.errors import RunError
 from sleb.records import FORMAT_VERSION, Baseline, Step, Trace
-from sleb.runtime.files import NO_ARRAYS, parse_json, replace_file, writing
+from sleb.runtime.files import parse_json, read_arrays, read_bytes, replace_file, writing
 from sleb.runtime.record_files import other_version, require_run
+
+MOST_TRACE_BYTES = 512 << 20
+"""Of a trace: each swap of a long list brings thousands of candidates."""
 
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
@@ -37,9 +40,8 @@ def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
     """What `write_scores` wrote. Raises `RunError` where it is missing or damaged."""
     path = directory / "scores" / f"{name}.npz"
     try:
-        with np.load(path) as arrays:
-            return dict(arrays)
-    except NO_ARRAYS as error:
+        return read_arrays(path)
+    except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read; it is missing or damaged.") from error
 
 
@@ -62,11 +64,11 @@ def read_trace(directory: Path) -> Trace | None:
     """The trace as far as it was written; None before the baseline."""
     path = directory / "trace.jsonl"
     try:
-        if path.exists() and not path.is_file():
-            raise RunError(f"{path} is no regular file; it is damaged. Restore it, or delete the run.")
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_TRACE_BYTES)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Restore it, or delete the run.") from error
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     lines = data[: data.rfind(b"\n") + 1].splitlines()  # what follows the last newline was torn off

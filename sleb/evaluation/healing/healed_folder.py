@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from sleb.errors import ExportError, StorageError
+from sleb.errors import ExportError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import finished_exports, proof_process
 from sleb.export.checkpoint import mend_generation_config
-from sleb.export.destination import move, require_free, workspace
+from sleb.export.destination import move, require_free, workspace, writing_into
 from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words, public_name
@@ -83,7 +82,7 @@ def write_adapter(
         meter.phase("Writing the adapter")
         adapted.peft_config["default"].base_model_name_or_path = str(base or out / "base")
         card = _card(subject, removal_list, measured, adapter=True, base=base)
-        try:
+        with writing_into(folder):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -91,8 +90,6 @@ def write_adapter(
             (folder / "README.md").write_text(card, encoding="utf-8")
             if base is None:
                 (folder / "base").mkdir()
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"The adapter could not be written ({error}); free some disk space.") from error
         meter.phase("Loading it again, to compare")
         _require_same(folder, adapted, streamlined(subject.model, removal_list))
         if base is None:
@@ -123,19 +120,18 @@ def _write_proven(
     expectation = expect(whole, subject.tokenizer, removal)
     meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
-    try:
+    with writing_into(folder):
         mend_generation_config(smaller, folder)
         smaller.save_pretrained(folder)
         subject.tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
     write_expectation(folder, removal, expectation, parameters, subject.loaded.dtype)
     let_go(smaller)
     let_go(whole)
     meter.phase("Reloading it in a new process, to compare")
     proof = run_proof(folder, device, subject.job.trust_remote_code)
-    (folder / proof_process.EXPECTED).unlink()
-    (folder / "README.md").write_text(_with_proof(card, proof, what), encoding="utf-8")
+    with writing_into(folder):
+        (folder / proof_process.EXPECTED).unlink()
+        (folder / "README.md").write_text(_with_proof(card, proof, what), encoding="utf-8")
     return proof
 
 
