@@ -60,6 +60,7 @@ def _require_yes(directory: Path) -> None:
         if not typer.confirm(printable(f"Delete {directory} for good?"), err=True):
             raise typer.Exit(1)
     except typer.Abort as error:
+        say("")  # under the question
         raise Stopped("Nothing was deleted, for want of an answer. Answer y, or add --yes.") from error
 
 

@@ -29,7 +29,7 @@ from sleb.methods.statistics import mean_and_error
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import EvaluateSpec, RemovalList, TaskAccuracy
 from sleb.runtime import findings_folder
-from sleb.runtime.files import replace_file
+from sleb.runtime.files import read_arrays, replace_file
 
 log = logging.getLogger(__name__)
 

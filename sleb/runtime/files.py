@@ -85,7 +85,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` file from anywhere. Raises `ValueError` where they are damaged or too many, or `OSError`."""
+    """Arrays of an `.npz` file from anywhere. Raises `ValueError` for what is damaged or too large, else `OSError`."""
     file = io.BytesIO(read_bytes(path, MOST_ARRAY_BYTES))
     try:
         with zipfile.ZipFile(file) as packed:

@@ -95,7 +95,7 @@ class Sandbox:
     def _guarded(self, may_write: Sequence[Path]) -> Iterator[None]:
         elsewhere: list[str] = []
         settings = {"SLEB_HOME": str(self.home), "HOME": str(self.root), "TERM": "dumb"}
-        _Guard.allowed = [str(self.home), *map(str, may_write)]
+        _Guard.allowed = [str(self.home), *(os.path.abspath(each) for each in may_write)]
         _Guard.elsewhere = elsewhere
         with contextlib.chdir(self.here), _environment(settings), _limits(), _alarm():
             _Guard.active = True
@@ -149,9 +149,12 @@ def _note(path: object) -> None:
     text = os.path.abspath(os.fsdecode(path))
     if "__pycache__" in text or text.startswith(("/dev/", "/proc/")):
         return
-    named = any(text == place or text.startswith(place + os.sep) for place in _Guard.allowed)
-    # A new file beside the one that was named becomes it when it is whole.
-    if not named and all(os.path.dirname(text) != os.path.dirname(place) for place in _Guard.allowed[1:]):
+    for place in _Guard.allowed:
+        folder, name = os.path.split(place)
+        # What has its name, or is made beside it to become it when it is whole, is meant; and so are new folders above.
+        if text == place or text.startswith((place + os.sep, os.path.join(folder, f".{name}."))):
+            return
+    if not any(place.startswith(text + os.sep) for place in _Guard.allowed):
         _Guard.elsewhere.append(text)
 
 

@@ -47,8 +47,8 @@ class Bench:
 
     @cached_property
     def model(self) -> Path:
-        """A random Llama of two blocks."""
-        return tiny.save(self.sandbox.root / "model", num_blocks=2)
+        """A random Llama of four blocks."""
+        return tiny.save(self.sandbox.root / "model", num_blocks=4)
 
     @cached_property
     def gguf(self) -> Path:
@@ -131,6 +131,39 @@ def specs(data: values.Draws, bench: Bench) -> None:
         bench.sandbox.call(call, made, **given)
 
 
+_SMALL: dict[str, tuple[str, ...]] = {
+    "search": ("--calibration", "TEXT", "--remove", "1", "--sequences", "2", "--sequence-length", "16",
+               "--no-analysis"),
+    "analyze": ("--calibration", "TEXT", "--sequences", "2", "--sequence-length", "16"),
+    "evaluate": ("--removal-list", "[1]", "--perplexity", "TEXT", "--limit", "1", "--window", "16"),
+    "benchmark": ("--removal-list", "[1]", "--prompt", "1x4", "--generation", "1x2", "--generation-prompt", "2",
+                  "--prompt-repetitions", "1", "--generation-repetitions", "1"),
+    "quantize": ("--removal-list", "[1]", "--perplexity", "TEXT", "--limit", "1", "--window", "16"),
+    "heal": ("--removal-list", "[1]", "--perplexity", "TEXT", "--limit", "1", "--window", "16", "--source", "TEXT",
+             "--sequences", "2", "--sequence-length", "16", "--batch-sequences", "1"),
+    "generate": ("--removal-list", "[1]", "--prompt", "ab", "--tokens", "2"),
+}  # fmt: skip
+_AMOUNTS = {"epochs", "prompt_repetitions", "generation_repetitions", "processes", "help", "trust_remote_code"}
+"""Options by which a user may ask for years of work, and gets them; and those with which an example tries nothing."""
+
+
+def work(data: values.Draws, bench: Bench) -> None:
+    """A command that works on a real model, with any value for one of its options; the others are small."""
+    name = data.draw(st.sampled_from(sorted(_SMALL)), label="command")
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    known = [each for each in command.params if each.param_type_name == "option" and each.name not in _AMOUNTS]
+    option = data.draw(st.sampled_from(known), label="option")
+    value = st.one_of(values.option_values, st.sampled_from(bench.places))
+    given = None if getattr(option, "is_flag", False) else data.draw(value, label="value")
+    words = [str(bench.text) if word == "TEXT" else word for word in _SMALL[name]]
+    words += ["--dtype", "float32", "--device", "cpu", option.opts[0] if given is None else f"{option.opts[0]}={given}"]
+    written = [] if given is None else [(bench.sandbox.here / given).absolute()]
+    bench.sandbox.command([name, str(bench.model), *words], written)
+    for each in bench.runs.iterdir():
+        if each.name != "whole":
+            shutil.rmtree(each)
+
+
 def models(data: values.Draws, bench: Bench) -> None:
     """Loading a model folder of which config, tokenizer or weights were changed."""
     from sleb.model.loading import load_model
@@ -181,6 +214,7 @@ TARGETS: dict[str, Target] = {
     "options": options,
     "run folders": run_folders,
     "specs": specs,
+    "work": work,
     "models": models,
     "gguf headers": gguf_headers,
     "task files": task_files,

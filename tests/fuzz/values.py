@@ -34,7 +34,8 @@ NUMBERS = (
 TEXTS = (
     "", " ", "\t", "\n", "x" * 5000, "é" * 300, "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b[2J", "\x9b31m", "a\rb",
     "\u202egnp.exe", "\u2066x", "\u2028", "\x7f", "\udc80\udcff", "[bold]x[/bold]", "[/]", "%s%n", "{0}", "$(id)",
-    "a:b", "a:b:c:d", ":", "::::", "none", "null", "true", "~", "~no-such-user/x", "..", "../..", "a/../b", "-", "--", "*",
+    "a:b", "a:b:c:d", ":", "::::", "none", "null", "true", "~", "~no-such-user/x",
+    "..", "../..", "a/../b", "-", "--", "*",
     "\\",
 )  # fmt: skip
 SHAPES = (
