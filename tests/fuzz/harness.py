@@ -21,7 +21,7 @@ from typing import Any
 from sleb.cli.main import main
 from sleb.errors import MOST_CHARACTERS, SlebError
 
-SECONDS = 30
+SECONDS = 60
 """Of a clock on the wall, for one example: a hang, on however busy a machine."""
 MEMORY = 3 << 30
 """Address space that one example may take in addition."""
