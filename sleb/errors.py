@@ -28,7 +28,7 @@ def quoted(value: object) -> str:
 
 def sentence(text: str) -> str:
     """A message on one line, printable, and cut in its middle where it is too long: its end says what to do."""
-    line = printable(" ".join(text.splitlines()))
+    line = printable(" ".join(text.split("\n")))
     if len(line) <= MOST_CHARACTERS:
         return line
     end = MOST_CHARACTERS // 3

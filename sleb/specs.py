@@ -60,6 +60,8 @@ def run_spec(
     if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
         raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
     protect = None if protect is None else tuple(protect)
+    if protect is not None and not all(isinstance(block, int) for block in protect):
+        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
     if protect is not None and len(set(protect)) != len(protect):
         raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
     names = [each.value for each in Method]

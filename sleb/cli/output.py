@@ -25,6 +25,7 @@ def require_yes(question: str, otherwise: str) -> None:
         if not typer.confirm(printable(question), err=True):
             raise typer.Exit(1)
     except typer.Abort as error:
+        say("")  # under the question
         raise Stopped(otherwise) from error
 
 

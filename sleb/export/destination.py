@@ -85,11 +85,16 @@ def require_free(out: Path, allow_existing: bool) -> None:
 
 @contextmanager
 def saving(what: str = "model") -> Iterator[None]:
-    """Turns what a disk can refuse while a model is written into one sentence."""
+    """Turns what a disk refuses while a model is written into one sentence, in whichever library's words it comes."""
+    sentence = "The {} could not be written ({}); free some disk space, or name another folder."
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"The {what} could not be written ({error}); free some disk space.") from error
+        raise StorageError(sentence.format(what, error)) from error
+    except Exception as error:
+        if type(error) is not Exception:  # nothing narrower comes from the tokenizers library
+            raise
+        raise StorageError(sentence.format(what, error)) from error
 
 
 def save_text(path: Path, text: str, *, replace: bool) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from sleb.errors import RunError
 from sleb.records import Baseline, JobState, JobStatus, Measured, RunSpec, Step
 from sleb.records.base import Record
-from sleb.runtime import findings_folder, job_folder, job_processes, record_files
+from sleb.runtime import findings_folder, job_folder, job_processes, record_files, trace_file
 from sleb.runtime.files import inside, parse_json, read_json_inside, read_regular
 
 
@@ -199,7 +199,7 @@ def _stamp(path: str) -> Stamp:
 def _ends(directory: Path) -> tuple[Standing | None, Standing | None, bool, float | None]:
     """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
     try:
-        data = read_regular(inside(directory, "trace.jsonl"))
+        data = read_regular(inside(directory, "trace.jsonl"), trace_file.MOST_TRACE_BYTES)
     except (OSError, ValueError, RunError):
         return None, None, False, None
     lines = data[: data.rfind(b"\n") + 1].splitlines()
