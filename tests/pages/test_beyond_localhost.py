@@ -129,7 +129,7 @@ def test_a_link_in_the_runs_folder_is_named_and_not_followed(allow: Allow, home:
     assert "leads out of the folders" in said(open_page("runs", run="linked"))
 
 
-@pytest.mark.parametrize("page", ["runs", "similarity", "alignment", "steps", "compare", "evaluate", "export"])
+@pytest.mark.parametrize("page", ["runs", "evaluate", "export"])
 def test_a_dashboard_that_only_shows_offers_nothing_else(page: str, allow: Allow, home: Path) -> None:
     run = write_run(home / "runs" / "one", 12, 4, done=2, state=JobState.STOPPED)
     judged.keep(run, judged.everything(run))
