@@ -9,12 +9,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from app import data
+from app import actions, data
 from app.wording import STATES, duration, plain
 from sleb.errors import SlebError
 from sleb.records import Job, JobState, Run
 from sleb.report.figures import style
-from sleb.runtime import job_processes
 
 
 def badge(state: JobState) -> None:
@@ -40,7 +39,7 @@ def stop_job(run: Run) -> None:
     """Stop what is executing the run and draw the page anew, or say why that could not be done."""
     try:
         with st.spinner("Stopping"):
-            job_processes.stop(run)
+            actions.stop(run)
     except SlebError as error:
         st.error(plain(error))
     else:

@@ -11,7 +11,7 @@ from sleb.formats.list_formats import display_name
 from sleb.records import Baseline, JobState, Run, RunSpec, Step
 from sleb.report.figures import style
 from sleb.runtime import progress
-from sleb.runtime.run_index import Outline
+from sleb.runtime.run_index import Outline, Standing
 
 Colour = Literal["gray", "blue", "green", "red", "orange"]
 STATES: dict[JobState, tuple[str, str, Colour]] = {
@@ -27,12 +27,19 @@ STATES: dict[JobState, tuple[str, str, Colour]] = {
 # the first characters of each stops that.
 _EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
 
+_OPTION = re.compile(r"--(?!(?:allow-path|read-only|allow-pickle|trust-remote-code)\b)")
+
 
 def plain(text: object) -> str:
     """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
     shown = "".join(char if char.isprintable() else " " for char in str(text))
     shown = _EAGER.sub("\\g<0>\N{WORD JOINER}", shown)
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
+
+
+def in_fields(error: object) -> str:
+    """A sentence for a page, where options are fields; those of the server keep their name."""
+    return _OPTION.sub("", str(error))
 
 
 def run_label(run: Outline) -> str:
@@ -79,7 +86,7 @@ def share_of_parameters(run: Run) -> float:
     return 1 - run.stack.parameters_without(run.removal_list) / run.stack.total_parameters
 
 
-def rise(before: Baseline, after: Step) -> str | None:
+def rise(before: Baseline | Standing, after: Step | Standing) -> str | None:
     """How much worse the held-out text is predicted, with its standard error: in per cent, or how many times."""
     first, last = before.held_out.perplexity, after.held_out.perplexity
     if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:

@@ -10,7 +10,7 @@ import streamlit as st
 from app import data
 from app.components import side_by_side
 from app.page import run_page
-from app.panels import evaluation_forms, gate_controls, job_panel, other_calibration
+from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
 from app.widgets import chart, empty
 from app.wording import number, plain
 from sleb.records import Finding, Generation, Healing, Quantization, Run
@@ -33,6 +33,7 @@ TABS = ("Measure", "Side by side", "Another calibration set", "Quantise", "Heal"
 def main() -> None:
     """The screen, from top to bottom."""
     run = run_page("Evaluate", "What does each list cost, what does it buy, and which one can you take?")
+    foreign_names.ask()
     if run.stack is None and run.spec.kind != "evaluate":
         empty("Not opened yet", "This run has not loaded its model. Start or resume it on the **Runs** page.")
         st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from app.page import run_page
-from app.panels import export_panel
+from app.panels import export_panel, foreign_names
 from app.widgets import chart, empty
 from app.wording import number, plain, rise
 from sleb.errors import SlebError
@@ -55,6 +55,7 @@ FORMATS = {
 def main() -> None:
     """The screen, from top to bottom."""
     run = run_page("Export", "Take the removal list, or the smaller model itself, to where you use it.")
+    foreign_names.ask()
     try:
         run.require_trace()
     except SlebError as error:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from app import data, page
+from app import access, actions, data, page
 from app.components.copy_link import copy_link
 from app.page import choose
-from app.panels import run_form
+from app.panels import foreign_names, run_form
 from app.widgets import badge, empty, progress
 from app.wording import (
     duration,
@@ -27,7 +28,7 @@ from app.wording import (
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_processes, origin
 from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 1.5
@@ -44,8 +45,7 @@ _PAGES = {
 def start(spec: RunSpec, job: JobSpec) -> None:
     """A new run, executed by a process of its own."""
     try:
-        run = run_folder.create(spec)
-        job_processes.start(job_folder.create_job(run.run_dir, job))
+        run = actions.begin(spec, job)
     except SlebError as error:
         st.session_state["said"] = str(error)
         return
@@ -57,9 +57,10 @@ def act(what: str, run: Run) -> None:
     """A button of the panel: what it does to the run, or the sentence that says why not."""
     try:
         if what == "stop":
-            job_processes.stop(run)
+            actions.stop(run)
         elif what == "resume":
-            job_processes.start(job_processes.next_job(run, _as_before(run)))
+            if not foreign_names.go_on(run, _as_before(run), again=True):
+                st.session_state["outside"] = True  # where the question is drawn
         elif what == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
@@ -67,7 +68,7 @@ def act(what: str, run: Run) -> None:
             st.session_state["deleting"] = run.run_id
             st.session_state["outside"] = True
         elif what == "delete":
-            job_processes.delete(run.run_dir)
+            actions.delete(run)
             st.session_state.pop("chosen_run", None)
             st.query_params.pop("run", None)
     except SlebError as error:
@@ -77,10 +78,15 @@ def act(what: str, run: Run) -> None:
 
 def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
-    own = [job.spec for job in run.jobs if job.spec.kind == run.spec.kind]
+    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
-    last = unanswered or (own[-1] if own else data.job_spec(run.spec.kind))
-    return last.model_copy(update=data.permissions())
+    last = unanswered or (own[-1] if own else None)
+    if last is None:
+        return data.job_spec(run.spec.kind)
+    changes: dict[str, Any] = dict(data.permissions())
+    if not origin.is_written_here(run.run_dir, "jobs", last.name):  # a stranger's thousand processes are not started
+        changes["processes"] = min(last.spec.processes, os.cpu_count() or 1)
+    return last.spec.model_copy(update=changes)
 
 
 def head() -> None:
@@ -89,18 +95,25 @@ def head() -> None:
     with left:
         page.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
     with right, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
-        spec, job = specs.run_spec("demo"), data.job_spec("search")
-        st.button(
-            "Run the demo",
-            icon=":material/play_arrow:",
-            type="primary",
-            on_click=start,
-            args=(spec, job),
-            help="SLEB on a real model of 135 million parameters and a real text that come with the installation: "
-            "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
-        )
-        st.toggle("New run", persist_state="session", key="form", help="Your own model, text and number of blocks.")
+        if access.rule().read_only:
+            st.badge("Only shows", icon=":material/lock:", color="gray", help=access.SHOWS_ONLY)
+        else:
+            _ways_to_start()
         copy_link()
+
+
+def _ways_to_start() -> None:
+    spec, job = specs.run_spec("demo"), data.job_spec("search")
+    st.button(
+        "Run the demo",
+        icon=":material/play_arrow:",
+        type="primary",
+        on_click=start,
+        args=(spec, job),
+        help="SLEB on a real model of 135 million parameters and a real text that come with the installation: "
+        "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
+    )
+    st.toggle("New run", persist_state="session", key="form", help="Your own model, text and number of blocks.")
 
 
 def form() -> None:
@@ -124,8 +137,25 @@ def form() -> None:
         run_form.equivalent(asked)
 
 
+def matching(rows: list[Outline]) -> list[Outline]:
+    """The runs that the table shows: all, or of thousands the newest of those that have the words asked for."""
+    if len(rows) <= page.MOST_SHOWN:
+        return rows
+    wanted = st.text_input("Find", key="find-run", placeholder="Part of a run's id, its model or method")
+    words = (wanted or "").lower().split()
+    found = [each for each in rows if not words or _has(each, words)]
+    shown = page.newest(found)
+    st.caption(f"{len(shown):,} of {len(found):,} runs{' found' if words else ''}, the newest first.")
+    return shown
+
+
+def _has(each: Outline, words: list[str]) -> bool:
+    text = f"{each.run_id} {each.spec.model} {method_name(each.spec)} {state_word(each.state)}".lower()
+    return all(word in text for word in words)
+
+
 def table(rows: list[Outline]) -> None:
-    """All runs, newest first; a click chooses one."""
+    """Runs, newest first; a click chooses one."""
 
     def chosen() -> None:
         picked = st.session_state["runs-table"]["selection"]["rows"]
@@ -133,7 +163,8 @@ def table(rows: list[Outline]) -> None:
             choose(rows[picked[0]].run_id)
 
     shown = pd.DataFrame([_row(each) for each in rows])
-    current = [i for i, each in enumerate(rows) if each.run_id == st.session_state.get("chosen_run")]
+    chosen_run = st.session_state.get("chosen_run")
+    current = [i for i, each in enumerate(rows) if each.run_id == chosen_run]
     st.dataframe(
         shown,
         key="runs-table",
@@ -186,7 +217,8 @@ def panel(run: Run) -> None:
             st.badge("Recorded sample", icon=":material/science:") if sample else badge(state)
             st.caption(plain(run.run_id))
             st.space("stretch")
-            actions(run, job, sample)
+            if not access.rule().read_only:
+                buttons(run, job, sample)
         if job is not None:
             progress(job)
         elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
@@ -252,7 +284,7 @@ def _from_to(before: float | None, after: float | None) -> str:
     return number(before) + (f" → {number(after)}" if after is not None else "")
 
 
-def actions(run: Run, job: Job | None, sample: bool) -> None:
+def buttons(run: Run, job: Job | None, sample: bool) -> None:
     """What can be done with the run."""
 
     def button(word: str, icon: str, help: str, **options: Any) -> bool:
@@ -309,6 +341,8 @@ def ask() -> None:
 
 def say() -> None:
     """What an action could not do."""
+    if st.session_state.get("outside"):  # the page is about to be drawn once more
+        return
     said = st.session_state.pop("said", None)
     if said:
         st.error(plain(said), icon=":material/error:")
@@ -318,25 +352,27 @@ def main() -> None:
     """Everything below the form, drawn anew while something is going on."""
     if st.session_state.pop("outside", False):  # a button in here changed what is drawn out there
         st.rerun()
-    found = data.outlines()
+    found = data.outlines(st.session_state.get("chosen_run"))
     rows = [each for each in found if isinstance(each, Outline)]
     for error in found:
         if isinstance(error, RunError):
             st.warning(plain(error), icon=":material/broken_image:")
     run_id = page.asked(rows) if rows else None
     if run_id is None:
-        empty("No runs yet", "**Run the demo** needs no download and no GPU.")
+        empty("No runs yet", access.SHOWS_ONLY if access.rule().read_only else "**Run the demo** needs no download.")
         return
     try:
         panel(data.load(run_id))
     except RunError as error:
         empty("This run cannot be read", plain(error), icon=":material/broken_image:")
-    table(rows)
+    table(matching(rows))
 
 
 head()
 say()
-if st.session_state.get("form"):
+if st.session_state.get("form") and not access.rule().read_only:
     form()
 ask()
+if "deleting" not in st.session_state:  # one question at a time
+    foreign_names.ask()
 st.fragment(main, run_every=LIVE_SECONDS)()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sleb import specs
 from sleb.errors import OptionError
-from sleb.evaluation.request import RunOrModel, answers, ask_of, folder_name, job_of, lists_of, subject_run, text_name
+from sleb.evaluation.request import RunOrModel, answers, ask_of, job_of, lists_of, subject_run, text_name
 from sleb.execution import as_before, execute, is_finished, start
 from sleb.export import finished_exports
 from sleb.records import (
@@ -20,6 +20,7 @@ from sleb.records import (
     HealSpec,
     JobSpec,
     Method,
+    Permissions,
     Proof,
     QuantizeSpec,
     Run,
@@ -147,22 +148,40 @@ def resume(
     speedups: Literal["auto", "off"] = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    trust_paths: bool = False,
+    out: str | PathLike[str] | None = None,
+    replace: bool = False,
+    task_folder: str | PathLike[str] | None = None,
     watcher: Watcher | None = None,
 ) -> Run:
     """Go on after the last finished step, or with a stopped evaluation; a finished run is returned as it is.
 
-    `processes` and `memory_budget` are those of the last try unless others are given.
+    `processes` and `memory_budget` are those of the last try here unless others are given. What a stopped evaluation
+    asked to be allowed is given again (`out`, `replace`, `task_folder`, code and pickles), and `trust_paths` confirms
+    the model and texts that a run folder from elsewhere names. Raises `NotPermitted` or `UnconfirmedNames` without.
     """
     found = _found(run)
     run_folder.refuse_sample(found.run_dir)
+    allowed = Permissions(
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        trust_paths=trust_paths,
+        out=specs.path_name(out),
+        replace=replace,
+        task_folder=specs.path_name(task_folder),
+    )
+    run_folder.tidy(found.run_dir)
     if is_finished(found):
         unanswered = job_processes.unanswered(found)
-        return found if unanswered is None else execute(found, unanswered, watcher)
+        if unanswered is None:
+            return found
+        job_processes.require_allowed(unanswered, allowed)
+        return execute(found, unanswered.spec, watcher, allowed)
     processes, memory_budget = as_before(found, processes, memory_budget)
     job = job_spec(
         found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
     )
-    return execute(found, job, watcher)
+    return execute(found, job, watcher, allowed)
 
 
 def export_model(
@@ -177,6 +196,7 @@ def export_model(
     memory_budget: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    trust_paths: bool = False,
     watcher: Watcher | None = None,
 ) -> Proof:
     """Write the smaller model to the folder `out` and prove it: reloaded in a fresh process, equal, smaller.
@@ -184,7 +204,8 @@ def export_model(
     With `format="gguf"` to the file `out`: the blocks are cut out of the GGUF file that the run searched (or of `gguf`,
     a file of the same model), and everything else of it is copied as it is, quantised weights included.
 
-    Raises `ExportError` where the architecture cannot express the removal, or the proof fails.
+    `trust_paths` confirms the model that a run folder from elsewhere names. Raises `ExportError` where the architecture
+    cannot express the removal, or the proof fails.
     """
     found = _found(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
@@ -194,7 +215,7 @@ def export_model(
     source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
     what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
     job = validated(JobSpec, job.model_dump() | what)
-    done = execute(found, job, watcher)
+    done = execute(found, job, watcher, Permissions.of(job, trust_paths=trust_paths))
     return finished_exports.read_proof(done)
 
 
@@ -238,11 +259,11 @@ def evaluate(
         tasks: of lm-eval, by name; `task_folder` adds some in lm-eval's own YAML. `shots` in the prompt.
         limit: at most so many windows of each text and examples of each task: an estimate.
         how: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
-            `revision`, `run_dir`.
+            `revision`, `run_dir`; `trust_paths` for a run folder from elsewhere, whose model is not read without.
 
     Returns what answers the question, whether it was known already or found now. Raises `SlebError`.
     """
-    folder = folder_name(task_folder)
+    folder = specs.path_name(task_folder)
     settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
     ask = dict(settings, texts=tuple(text_name(name) for name in perplexity))
     return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
@@ -302,7 +323,7 @@ def quantize(
         limit=limit,
         window=window,
         group_size=group_size,
-        out=folder_name(out),
+        out=specs.path_name(out),
         replace=replace,
     )
     return _judged(QuantizeSpec, ask, subject, removal_list, steps, False, watcher, how)
@@ -327,7 +348,7 @@ def heal(
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:
         own["source"] = specs.absolute(own["source"])
-    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=folder_name(out))
+    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=specs.path_name(out))
     return _judged(HealSpec, ask, subject, removal_list, steps, False, watcher, settings)
 
 
@@ -364,8 +385,9 @@ def _judged(
     how: dict[str, Any],
 ) -> list[Finding]:
     ask_of(record, **settings)  # refused before a run is made
+    trust_paths = how.pop("trust_paths", False)
     own = {name: how.pop(name) for name in ("dtype", "revision", "run_dir") if name in how}
     run = subject_run(subject, removal_list, **own)
     lists = lists_of(run, removal_list, steps, all_steps)
     job = job_of(ask_of(record, lists=lists, **settings), **how)
-    return answers(execute(run, job, watcher))
+    return answers(execute(run, job, watcher, Permissions.of(job, trust_paths=trust_paths)))

@@ -2,6 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from reprlib import Repr
+
+MOST_CHARACTERS = 1000
+"""Of a message: what is longer echoes a file or an option that nobody wants to read whole."""
+_ECHO = Repr()
+_ECHO.maxstring = _ECHO.maxother = _ECHO.maxlong = 100
+
+
+def printable(text: str) -> str:
+    """Text for a screen: characters that would steer a terminal, or turn the writing around, as their escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text)
+
+
+def quoted(value: object) -> str:
+    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    try:
+        return printable(_ECHO.repr(value))
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return f"a number of {type(value).__name__} that is too long to show"
+
+
+def sentence(text: str) -> str:
+    """A message on one line, printable, and cut in its middle where it is too long: its end says what to do."""
+    line = printable(" ".join(text.split("\n")))
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    end = MOST_CHARACTERS // 3
+    return f"{line[: MOST_CHARACTERS - end - 3]} … {line[-end:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 def excerpt(found: object, most: int = 200) -> str:
     """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
@@ -14,6 +50,9 @@ class SlebError(Exception):
     """Whatever can go wrong that is not a bug. `exit_code` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return sentence(super().__str__())
 
 
 class BadInput(SlebError):
@@ -36,6 +75,29 @@ class OptionError(BadInput):
 
 class RunError(BadInput):
     """A run folder is missing, damaged, of another version, or not in the state that was needed."""
+
+
+class NotPermitted(BadInput):
+    """A job asks for what only the command that executes it can allow; `options` are the ones to give."""
+
+    def __init__(self, kind: str, options: str) -> None:
+        self.options = options
+        super().__init__(
+            f"This {kind} job asks for more than a run folder can allow by itself; read it, and if you agree give the "
+            f"command again with: {options}"
+        )
+
+
+class UnconfirmedNames(RunError):
+    """A run folder that this machine did not write names a model or texts that nobody has confirmed yet."""
+
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        listed = ", ".join(map(quoted, names))
+        super().__init__(
+            f"{folder} was not written here, and names what would be read: {listed}. If you agree, confirm it "
+            "with --trust-paths (in a notebook: trust_paths=True)."
+        )
 
 
 class RunBusy(RunError):

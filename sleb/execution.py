@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from sleb.errors import RunBusy
-from sleb.records import Forecast, JobSpec, JobState, Run, RunSpec
-from sleb.runtime import distributed, job_folder, job_processes, run_folder
-from sleb.runtime.progress import Watcher
+from sleb.model import presence
+from sleb.records import Forecast, JobSpec, JobState, Permissions, Run, RunSpec
+from sleb.runtime import distributed, job_folder, job_processes, origin, run_folder
+from sleb.runtime.progress import WaitingWatcher, Watcher
 from sleb.specs import job_spec
 
 
 def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
-    """What was given, or else what the last try of the same kind had: it did not fit otherwise."""
-    last = next((job.spec for job in reversed(run.jobs) if job.spec.kind == run.spec.kind), None)
+    """What was given, or else what the last try of the same kind here had: it did not fit otherwise."""
+    ours = (job for job in reversed(run.jobs) if origin.is_written_here(run.run_dir, "jobs", job.name))
+    last = next((job.spec for job in ours if job.spec.kind == run.spec.kind), None)
     if last is None:
         return processes or 1, memory_budget
     return processes or last.processes, last.memory_budget if memory_budget is None else memory_budget
@@ -25,8 +28,9 @@ def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tup
 def start(
     spec: RunSpec, job: JobSpec, run_dir: str | PathLike[str] | None = None, watcher: Watcher | None = None
 ) -> Run:
-    """Create a run and execute its first job here."""
-    return execute(run_folder.create(spec, Path(run_dir) if run_dir is not None else None), job, watcher)
+    """Create a run and execute its first job here, with the permissions that the caller's job asks for."""
+    run = run_folder.create(spec, Path(run_dir) if run_dir is not None else None)
+    return execute(run, job, watcher, Permissions.of(job, trust_paths=True))
 
 
 def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
@@ -47,36 +51,53 @@ def is_finished(run: Run) -> bool:
     return analysed or (run.spec.kind == "search" and not run.spec.analysis)
 
 
-def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None) -> Run:
-    """Execute a new job of a run in this process. Raises `RunBusy` while another process does."""
+def execute(run: Run, spec: JobSpec, watcher: Watcher | None = None, permissions: Permissions | None = None) -> Run:
+    """Execute a new job of a run in this process. Without `permissions` it has none.
+
+    Raises `RunBusy` while another process executes the run, `NotPermitted` or `UnconfirmedNames` where the job or the
+    run folder asks for more than it may.
+    """
+    permissions = permissions or Permissions()
+    permissions.granted(spec)  # refused before there is a job
+    if not permissions.trust_paths:
+        origin.require_confirmed(run.run_dir)
     job = job_processes.next_job(run, spec)
     try:
-        return job_processes.watched(work(job.directory, watcher))
+        return job_processes.watched(work(job.directory, watcher, permissions))
     except RunBusy:
         job_folder.withdraw_job(job)
         raise
 
 
-def work(job_dir: Path, watcher: Watcher | None = None) -> Run:
+def work(job_dir: Path, watcher: Watcher | None = None, permissions: Permissions | None = None) -> Run:
     """Execute a job that is waiting, in this process, once the device is free. Imports torch.
 
-    Raises a `SlebError` with one sentence, after writing it down.
+    Raises a `SlebError` with one sentence, after writing it down. What the job may is `permissions`, and nothing
+    without them: its own file only says what it asks for.
     """
+    permissions = permissions or Permissions()
+    job_processes.require_allowed(job_folder.load_job(job_dir), permissions)
     # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    watcher = watcher or Watcher()
+    watcher = watcher or WaitingWatcher()
     rank = distributed.rank_here()
     if rank.rank > 0:
-        _assist(job_dir)
+        _assist(job_dir, permissions)
         return run_folder.load(job_dir.parent.parent)
-    with job_processes.executing(job_dir, watcher.progress, rank.local_size if rank.size > 1 else None) as reporter:
+    local = rank.local_size if rank.size > 1 else None
+    with job_processes.executing(job_dir, watcher.progress, local, partial(_require_model, job_dir)) as reporter:
         from sleb.worker import execute as execute_job  # torch: not before it is this job's turn
 
-        execute_job(job_dir, reporter, watcher)
+        execute_job(job_dir, reporter, watcher, permissions)
     return run_folder.load(job_dir.parent.parent)
 
 
-def _assist(job_dir: Path) -> None:
+def _require_model(job_dir: Path) -> None:
+    """Whether there is a model to wait for."""
+    presence.require_there(run_folder.load(job_dir.parent.parent), job_folder.load_job(job_dir).spec)
+
+
+def _assist(job_dir: Path, permissions: Permissions) -> None:
     """One of several processes, but not the first: it begins when that one has its turn."""
     distributed.die_with_the_first()
     while (job := job_folder.load_job(job_dir)).status.state is JobState.QUEUED:
@@ -84,4 +105,4 @@ def _assist(job_dir: Path) -> None:
     if job.status.state is JobState.RUNNING:
         from sleb.worker import assist
 
-        assist(job_dir)
+        assist(job_dir, permissions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import platform
 import resource
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -19,7 +20,7 @@ from sleb.export import export_job
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import load_run_model
 from sleb.model.streaming import streamed_blocks
-from sleb.records import Attempt, Job, JobSpec, Run
+from sleb.records import Attempt, Job, JobSpec, Permissions, Run
 from sleb.runtime import distributed, job_folder, job_processes, run_folder
 from sleb.runtime.progress import Meter, Watcher
 from sleb.scoring import calibration
@@ -28,10 +29,10 @@ from sleb.search_job import Session
 log = logging.getLogger(__name__)
 
 
-def execute(job_dir: Path, reporter: job_processes.Reporter, watcher: Watcher) -> None:
-    """Do what the job says; the caller holds the run (`job_processes.executing`)."""
-    job = job_folder.load_job(job_dir)
-    with _logging_to(job_dir / "log.txt"):
+def execute(job_dir: Path, reporter: job_processes.Reporter, watcher: Watcher, permissions: Permissions) -> None:
+    """Do what the job asks within its permissions; the caller holds the run (`job_processes.executing`)."""
+    job = _granted(job_dir, permissions)
+    with _logging_to(job_dir):
         run = run_folder.load(job_dir.parent.parent)
         meter = Meter(reporter.progress, watcher.progress)
         attempt = _AttemptFile(job_dir, job.spec)
@@ -39,7 +40,7 @@ def execute(job_dir: Path, reporter: job_processes.Reporter, watcher: Watcher) -
         try:
             evaluator = evaluation_job.evaluator_of(job.spec)
             if evaluator is not None:
-                evaluator.require(job.spec.ask)  # refused before minutes of loading, as below
+                evaluation_job.require(job.spec)  # refused before minutes of loading, as below
                 loaded = _opened(run, job, meter, attempt, watcher)
                 evaluator.work(evaluation_job.subject_of(run, job, loaded, meter, watcher), job.spec.ask)
             elif job.spec.kind == "export":
@@ -49,7 +50,7 @@ def execute(job_dir: Path, reporter: job_processes.Reporter, watcher: Watcher) -
             else:
                 calibration.require_there(run.spec.calibration)
                 meter.phase("Loading the model")
-                with distributed.joined(job_dir, job.spec.processes, job.spec.device) as group:
+                with distributed.joined(job_dir, job.spec.processes, job.spec.device, permissions) as group:
                     session = _session(run, job.spec, group, meter, watcher)
                     attempt.loaded(session.loaded, watcher, processes=group.size)
                     session.go()
@@ -68,12 +69,22 @@ def _opened(
     return loaded
 
 
-def assist(job_dir: Path) -> None:
+def _granted(job_dir: Path, permissions: Permissions) -> Job:
+    """The job with what it may. Raises `NotPermitted` or `UnconfirmedNames` where it asks for more."""
+    job = job_folder.load_job(job_dir)
+    job_processes.require_allowed(job, permissions)
+    return job.model_copy(update={"spec": permissions.granted(job.spec)})
+
+
+def assist(job_dir: Path, permissions: Permissions) -> None:
     """Compute a share of what the first process of a job executes; writes nothing."""
-    job = job_folder.load_job(job_dir).spec
+    job = _granted(job_dir, permissions).spec
     run = run_folder.load(job_dir.parent.parent)
     logging.getLogger("sleb").setLevel(logging.ERROR)  # the first one says it
-    with job_processes.stopping_on_sigterm(), distributed.joined(job_dir, job.processes, job.device) as group:
+    with (
+        job_processes.stopping_on_sigterm(),
+        distributed.joined(job_dir, job.processes, job.device, permissions) as group,
+    ):
         _session(run, job, group, Meter(), Watcher()).go()
 
 
@@ -137,14 +148,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-class _Log(logging.FileHandler):
+class _Log(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
         """A log that cannot be written must not end the work it tells of."""
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    handler = _Log(path, delay=True)
+def _logging_to(job_dir: Path) -> Iterator[None]:
+    raw = job_folder.open_log(job_dir)
+    file = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
+    handler = _Log(file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("sleb")
     root.addHandler(handler)
@@ -156,4 +169,4 @@ def _logging_to(path: Path) -> Iterator[None]:
         root.setLevel(before)
         root.removeHandler(handler)
         with suppress(OSError):  # a full disk
-            handler.close()
+            file.close()

@@ -38,6 +38,7 @@ TORCH_FREE_MODULES = (
     "sleb.model.demo",
     "sleb.model.gguf_header",
     "sleb.model.model_files",
+    "sleb.model.presence",
     "sleb.scoring.sweep_plan",
     "sleb.analysis.block_output_cache",
     "sleb.analysis.prediction_alignment",

@@ -8,9 +8,11 @@ from typing import Any
 
 import streamlit as st
 
+from app import access
 from app.page import choose
-from app.panels import job_panel
+from app.panels import foreign_names, job_panel
 from app.panels.gate_controls import in_order_of_removal
+from app.wording import plain
 from sleb import specs
 from sleb.evaluation import request
 from sleb.records import (
@@ -38,6 +40,8 @@ _DEVICE = "auto, cpu, cuda:0 …"
 
 def measure(run: Run, found: Curves, busy: bool) -> None:
     """The two forms that fill the panels."""
+    if _only_shows():
+        return
     left, right = st.columns(2, gap="large")
     with left:
         _evaluate(run, found, busy)
@@ -98,6 +102,8 @@ def _benchmark(run: Run, found: Curves, busy: bool) -> None:
 
 def generate(run: Run, blocks: RemovalList, busy: bool) -> None:
     """Prompt, number of tokens, chat."""
+    if _only_shows():
+        return
     prompt = st.text_area(
         "Prompt", "The capital of France is", key="prompt", height=90, max_chars=20_000, persist_state="session",
         help="What both models go on from, greedily.",
@@ -119,6 +125,8 @@ def generate(run: Run, blocks: RemovalList, busy: bool) -> None:
 
 def quantize(run: Run, blocks: RemovalList, busy: bool) -> None:
     """Schemes and texts."""
+    if _only_shows():
+        return
     schemes = st.segmented_control(
         "Weights as", ["int8", "int4"], selection_mode="multi", default=["int8"], key="quantize-schemes",
         persist_state="session", help="Weight-only, by torchao; for the unmodified model and for the list.",
@@ -140,6 +148,8 @@ def quantize(run: Run, blocks: RemovalList, busy: bool) -> None:
 
 def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     """How, on what and for how long."""
+    if _only_shows():
+        return
     how = st.segmented_control(
         "How", ["lora", "linear", "both"], required=True, default="lora", key="heal-how", persist_state="session",
         format_func=lambda each: {"lora": "LoRA", "linear": "Least squares", "both": "Both"}[each],
@@ -148,7 +158,7 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     )  # fmt: skip
     source = st.text_input(
         "Text to heal on", run.spec.calibration.source, key=f"heal-source-{run.run_id}",
-        help="As a search's calibration text: wikitext2, c4, demo, or a file on the server.",
+        help="As a search's calibration text: wikitext2, c4, demo, or a file on the server." + access.explained(),
     )  # fmt: skip
     first, second, third = st.columns(3)
     sequences = first.number_input("Sequences", 1, 1_000_000, 32, key="heal-sequences", persist_state="session")
@@ -169,6 +179,14 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
             texts=named(texts, known_files(run)), limit=limit,
         )  # fmt: skip
         _go(run, HealSpec, (blocks,), ask)
+
+
+def _only_shows() -> bool:
+    """Whether the server starts nothing, said where a form would be."""
+    shows_only = access.rule().read_only
+    if shows_only:
+        st.caption(plain(access.SHOWS_ONLY))
+    return shows_only
 
 
 def _how_much(limit: int) -> str:
@@ -205,7 +223,7 @@ def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
         label, list(known), [short(last[-1])] if last else ["wikitext2"], key=f"{key}-{run.run_id}",
         accept_new_options=True, placeholder="None",
         help="wikitext2 and c4 by their published protocols, or type the path of a file on the server: .raw as "
-        "WikiText rows, .jsonl as documents, any other as one text.",
+        "WikiText rows, .jsonl as documents, any other as one text." + access.explained(),
     )  # fmt: skip
 
 
@@ -248,7 +266,7 @@ def _protocol() -> dict[str, Any]:
 def known_files(*runs: Run) -> dict[str, str]:
     """Files that were asked for before, by name: findings do not say where a text lies."""
     asked = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
-    return {short(each): each for each in asked if each not in NAMED_TEXTS}
+    return {short(each): each for each in asked if short(each) not in NAMED_TEXTS}
 
 
 def named(texts: Sequence[str], known: dict[str, str]) -> tuple[str, ...]:
@@ -269,4 +287,6 @@ def _go(run: Run, record: type[Any], lists: Sequence[RemovalList], ask: dict[str
     """Start it, and draw the page anew with its progress."""
     if job_panel.start(run, record, lists, device=device, **ask):
         choose(run.run_id)
+        st.rerun()
+    if foreign_names.is_asked():
         st.rerun()

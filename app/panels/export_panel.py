@@ -11,8 +11,9 @@ from pathlib import Path
 
 import streamlit as st
 
-from app import data
+from app import access, data
 from app.page import choose
+from app.panels import foreign_names
 from app.widgets import badge, log_of, stop_job
 from app.wording import duration, plain, state_word
 from sleb.errors import OptionError, SlebError
@@ -35,24 +36,10 @@ def checkpoint(run: Run, steps: int) -> None:
     """Kind, folder or file, button, the job while it runs, how it ended, and the proof of what was written."""
     st.subheader("The smaller checkpoint", anchor=False)
     active = job_processes.active(run)
-    kind = _kind(run, active is not None)
-    st.markdown(_ABOUT[kind])
-    ending = ".gguf" if kind == GGUF else ""
-    out = st.text_input(
-        "File" if kind == GGUF else "Folder", f"~/sleb-exports/{name_of(run, steps)}{ending}",
-        key=f"out-{run.run_id}-{steps}{ending}",
-        help="On the machine that runs this dashboard; made if it is not there.", disabled=active is not None,
-    )  # fmt: skip
-    replace = st.toggle(
-        "Replace an earlier export", key="replace", disabled=active is not None,
-        help="Only what an earlier export wrote can be replaced, never anything else.",
-    )  # fmt: skip
-    pressed = st.button(
-        "Write the smaller model", type="primary", icon=":material/save:", disabled=active is not None,
-        help="Starts a process of its own: you may leave this page meanwhile. Needs memory for the whole model.",
-    )  # fmt: skip
-    if pressed:
-        _start(run, steps, out or "", replace, kind)
+    if access.rule().read_only:
+        st.caption(plain(access.SHOWS_ONLY))
+    else:
+        _form(run, steps, active is not None)
     if active is not None and active.spec.kind == "export":
         _watch(run)
     elif active is not None:
@@ -65,6 +52,32 @@ def checkpoint(run: Run, steps: int) -> None:
         _proof_card(done[-1])
     if len(exports) > 1:
         _all_exports(run, exports)
+
+
+def _form(run: Run, steps: int, busy: bool) -> None:
+    """What to write, where, and the button."""
+    kind = _kind(run, busy)
+    st.markdown(_ABOUT[kind])
+    ending = ".gguf" if kind == GGUF else ""
+    place = access.folder_for_exports()
+    off = busy or place is None
+    out = st.text_input(
+        "File" if kind == GGUF else "Folder", f"{place}/{name_of(run, steps)}{ending}" if place else "",
+        key=f"out-{run.run_id}-{steps}{ending}", disabled=off,
+        help="On the machine that runs this dashboard; made if it is not there." + access.explained(),
+    )  # fmt: skip
+    replace = st.toggle(
+        "Replace an earlier export", key="replace", disabled=off,
+        help="Only what an earlier export wrote can be replaced, never anything else.",
+    )  # fmt: skip
+    pressed = st.button(
+        "Write the smaller model", type="primary", icon=":material/save:", disabled=off,
+        help="Starts a process of its own: you may leave this page meanwhile. Needs memory for the whole model.",
+    )  # fmt: skip
+    if place is None:
+        st.caption(plain(access.explained().strip()))
+    if pressed:
+        _start(run, steps, out or "", replace, kind)
 
 
 def name_of(run: Run, steps: int) -> str:
@@ -88,16 +101,9 @@ def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     """A process that exports, or the sentence that says why not."""
     try:
         folder = _checked_file(out, replace) if kind == GGUF else _checked(out, replace)
-        if data.is_sample(run):  # samples are never changed: the export belongs to a copy in the store
-            run = job_processes.bring_in(run.run_dir)
         spec = data.job_spec("export", "cpu").model_dump()
         spec |= {"steps": steps, "out": str(folder), "replace": replace, "format": kind}
-        job = job_processes.next_job(run, JobSpec.model_validate(spec))
-        try:
-            job_processes.start(job)
-        except SlebError:
-            job_folder.withdraw_job(job)
-            raise
+        foreign_names.go_on(run, JobSpec.model_validate(spec))
     except SlebError as error:
         st.error(plain(error))
         return
@@ -112,6 +118,7 @@ def _checked(out: str, replace: bool) -> Path:
     if not out.isprintable():
         raise OptionError("The folder's name has characters that no file system takes; type it anew.")
     folder = files.expanded(Path(out.strip())).absolute()
+    access.require_destination(str(folder))
     try:
         above = next((each for each in folder.parents if each.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -135,6 +142,7 @@ def _checked_file(out: str, replace: bool) -> Path:
     if not out.isprintable():
         raise OptionError("The file's name has characters that no file system takes; type it anew.")
     path = files.expanded(Path(out.strip())).absolute()
+    access.require_destination(str(path))
     try:
         above = next((each for each in path.parents if each.exists()), path)
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -163,7 +171,7 @@ def _watch(run: Run) -> None:
             if started is not None:
                 st.caption(duration(max(0.0, time.time() - started)))
         st.caption(f"{_removed(run, job)} blocks removed, into {plain(job.spec.out)}")
-        if st.button(
+        if not access.rule().read_only and st.button(
             "Stop", icon=":material/stop:", help="Nothing is left behind: what is written appears at the end only."
         ):
             stop_job(run)
@@ -228,7 +236,7 @@ def _proof_card(export: Export) -> None:
             f"- Reloaded with {plain(versions)}."
         )
         st.code(str(export.out), language=None, wrap_lines=True)
-        if not export.out.exists():
+        if access.allows(export.out) and not export.out.exists():
             st.caption(f"The {'folder' if before is None else 'file'} is no longer there: it was moved or deleted.")
         st.code(build.snippet(export.out), language="python", wrap_lines=True)
 

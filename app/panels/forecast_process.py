@@ -10,6 +10,7 @@ from typing import IO
 
 from pydantic import ValidationError
 
+from app import access
 from sleb.formats import command_line
 from sleb.records import Forecast, JobSpec, RunSpec
 from sleb.runtime.job_processes import own_command
@@ -53,7 +54,8 @@ def key_of(spec: RunSpec, job: JobSpec) -> str:
 
 
 def begin(spec: RunSpec, job: JobSpec) -> Probe:
-    """Start one: `sleb search ... --dry-run --json`."""
+    """Start one: `sleb search ... --dry-run --json`. Raises `NotAllowed`."""
+    access.require_start(spec, job)
     allowed = [f"--{name.replace('_', '-')}" for name in ("allow_pickle", "trust_remote_code") if getattr(job, name)]
     wanted = own_command("search", "--dry-run", "--json", *allowed)
     output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115 (closed with the probe)

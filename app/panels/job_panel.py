@@ -11,9 +11,10 @@ from typing import Any
 
 import streamlit as st
 
-from app import data
+from app import access, data
+from app.panels import foreign_names
 from app.widgets import badge, log_of, progress, stop_job
-from app.wording import duration, plain, state_word
+from app.wording import duration, in_fields, plain, state_word
 from sleb.errors import SlebError
 from sleb.evaluation import request
 from sleb.records import Job, JobState, RemovalList, Run
@@ -39,18 +40,10 @@ def start(run: Run, record: type[Any], lists: Sequence[RemovalList], *, device: 
     try:
         ask = request.ask_of(record, lists=tuple(each for each in lists if each), **settings)
         spec = request.job_of(ask, device=device.strip() or "auto", **data.permissions())
-        if data.is_sample(run):  # samples are never changed: what is found belongs to a copy in the store
-            run = job_processes.bring_in(run.run_dir)
-        job = job_processes.next_job(run, spec)
-        try:
-            job_processes.start(job)
-        except SlebError:
-            job_folder.withdraw_job(job)
-            raise
+        return foreign_names.go_on(run, spec)
     except SlebError as error:
-        st.error(plain(_for_the_page(str(error))), icon=":material/error:")
+        st.error(plain(in_fields(error)), icon=":material/error:")
         return False
-    return True
 
 
 def bar(run: Run) -> None:
@@ -80,7 +73,9 @@ def _watch(run: Run) -> None:
             if job.status.started is not None:
                 st.caption(duration(max(0.0, time.time() - job.status.started)))
         with right:
-            if st.button("Stop", icon=":material/stop:", help="What was found so far is kept.", width="stretch"):
+            if not access.rule().read_only and st.button(
+                "Stop", icon=":material/stop:", help="What was found so far is kept.", width="stretch"
+            ):
                 stop_job(run)
         progress(job)
 
@@ -97,7 +92,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
     state = job.status.state
     if state is JobState.FINISHED:
         return
-    message = plain(_for_the_page(job.status.message or "It ended without a word."))
+    message = plain(in_fields(job.status.message or "It ended without a word."))
     what = WORDS[job.spec.kind]
     if state is JobState.FAILED:
         st.error(f"{what} failed: {message}", icon=":material/error:")
@@ -108,8 +103,3 @@ def _how_it_ended(run: Run, job: Job) -> None:
         why = "" if job.status.message == "Stopped on request." else f": {message}"
         st.warning(f"{what} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
     log_of(run, job)
-
-
-def _for_the_page(sentence: str) -> str:
-    """Options are fields here."""
-    return sentence.replace("--", "")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from app import data
-from app.panels import evaluation_forms, job_panel
+from app import access, data
+from app.panels import evaluation_forms, foreign_names, job_panel
 from app.widgets import empty
 from app.wording import method_name, plain, text_name
 from sleb.errors import RunError
@@ -83,6 +83,9 @@ def _table(sides: list[evaluate.Side]) -> None:
 
 def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> None:
     """One form for both runs, with what makes the numbers compare: the same texts, windows and limit."""
+    if access.rule().read_only:
+        st.caption(plain(access.SHOWS_ONLY))
+        return
     busy = busy or job_processes.active(other) is not None
     known = evaluation_forms.known_files(run, other)
     texts = evaluate.texts_of(sides)
@@ -93,7 +96,7 @@ def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> No
             chosen = st.multiselect(
                 "Measure both lists on", [*NAMED_TEXTS, *known], list(dict.fromkeys(asked)) or ["wikitext2"],
                 key=f"other-texts-{run.run_id}-{other.run_id}", accept_new_options=True,
-                help="Names, or paths of files on the server.",
+                help="Names, or paths of files on the server." + access.explained(),
             )  # fmt: skip
         part = next((each.windows for each in texts if not each.is_whole), None)
         key = f"other-limit-{run.run_id}-{other.run_id}"
@@ -113,7 +116,7 @@ def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> No
                 job_panel.start(each, EvaluateSpec, (side.removal_list,), texts=names, limit=limit)
                 for each, side in missing
             ]
-            if started and all(started):
+            if (started and all(started)) or foreign_names.is_asked():
                 st.rerun()
         if job_processes.active(other) is not None:
             st.caption(f"Run {plain(other.run_id)} is being measured; its numbers appear when it is done.")

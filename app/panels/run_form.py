@@ -10,11 +10,11 @@ from typing import Any
 
 import streamlit as st
 
-from app import data
+from app import access, data
 from app.panels import forecast_process
-from app.wording import duration, plain
+from app.wording import duration, in_fields, plain
 from sleb import specs
-from sleb.errors import CalibrationError, SlebError
+from sleb.errors import CalibrationError, SlebError, quoted
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
 from sleb.records import Forecast, JobSpec, Method, RunSpec
@@ -108,9 +108,11 @@ def draw() -> Asked | None:
     if last is not None and _key("model") not in st.session_state:  # they were hidden, and forgot
         _begin_with(last)
     try:
-        return _controls()
+        asked = _controls()
+        access.require_start(asked.spec, asked.job)
+        return asked
     except SlebError as error:
-        st.error(plain(_for_the_form(str(error))), icon=":material/error:")
+        st.error(plain(in_fields(error)), icon=":material/error:")
         return None
     finally:
         st.session_state["form-last"] = {name: st.session_state.get(_key(name), _first(name)) for name in _FIELDS}
@@ -129,7 +131,7 @@ def forecast(asked: Asked) -> None:
         try:
             cost, removing = cost_of_spec(asked.spec, num_blocks)
         except SlebError as error:
-            st.error(plain(_for_the_form(str(error))), icon=":material/error:")
+            st.error(plain(in_fields(error)), icon=":material/error:")
             return
         calibration = asked.spec.calibration
         tokens = calibration.sequences * calibration.sequence_length
@@ -202,7 +204,7 @@ def _controls() -> Asked:
         value=_first("model"),
         key=_key("model"),
         help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
-        "a real model of 135 million parameters that comes with the installation.",
+        "a real model of 135 million parameters that comes with the installation." + access.explained(),
     )
     method = method_column.selectbox(
         "Method",
@@ -278,7 +280,8 @@ def _calibration(source: str) -> Callable[[], str | None]:
             "File or data set",
             value=_first("other"),
             key=_key("other"),
-            help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub.",
+            help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub."
+            + access.explained(),
         )
         return lambda: _named(name)
     if source == "upload":
@@ -303,6 +306,7 @@ def _uploaded(given: Any) -> str:
 
 def keep_upload(name: str, content: bytes) -> Any:
     """Check an uploaded text and keep it under a name of its own; returns its path. Raises `CalibrationError`."""
+    access.require_changes()
     if len(content) > UPLOAD_BYTES:
         raise CalibrationError(
             f"The upload has {len(content) / 1e6:.1f} MB; at most {UPLOAD_BYTES >> 20} MB are taken. Put the file "
@@ -479,13 +483,8 @@ def _blocks(text: str) -> tuple[int, ...] | None:
         return ()
     parts = text.replace(",", " ").split()
     if not all(part.isdecimal() and part.isascii() for part in parts):
-        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {text!r}.")
+        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {quoted(text)}.")
     return tuple(int(part) for part in parts)
-
-
-def _for_the_form(sentence: str) -> str:
-    """Options are fields here."""
-    return sentence.replace("--", "")
 
 
 def _key(name: str) -> str:

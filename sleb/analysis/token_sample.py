@@ -7,15 +7,14 @@ years. So it takes some tokens along, and pages can always ask for another choic
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from sleb.analysis import block_output_cache
-from sleb.runtime.files import replace_file
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, replace_file
 
 FILE = "tokens.npz"
 SAMPLE_BYTES = 1 << 20  # about a megabyte, before compression
@@ -69,15 +68,15 @@ def write(run_dir: Path, tokens: Tokens) -> None:
         sequence=tokens.sequence,
         position=tokens.position,
     )
-    replace_file(run_dir / "analysis" / FILE, buffer.getvalue())
+    replace_file(inside(run_dir, "analysis", FILE), buffer.getvalue())
 
 
 def read(run_dir: Path, num_blocks: int) -> Tokens | None:
     """What `write` kept, or None where there is nothing, or nothing that fits the run."""
     try:
-        with np.load(run_dir / "analysis" / FILE) as arrays:
-            stored = {name: arrays[name] for name in ("cosine", "predictions", "sequence", "position")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = read_arrays(run_dir, "analysis", FILE)
+        stored = {name: arrays[name] for name in ("cosine", "predictions", "sequence", "position")}
+    except NO_ARRAYS:
         return None
     integers = all(stored[name].dtype.kind in "iu" for name in stored)
     if not integers or stored["sequence"].ndim != 1 or stored["cosine"].dtype != np.uint16:

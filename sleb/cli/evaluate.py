@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from sleb import specs
-from sleb.cli.foreground import execute_evaluation
+from sleb.cli.foreground import confirm_names, execute_evaluation
 from sleb.cli.options import (
+    INDEX,
     AllowPickle,
     BatchSize,
     Chat,
@@ -25,12 +26,13 @@ from sleb.cli.options import (
     Revision,
     RunDir,
     Seed,
+    TrustPaths,
     TrustRemoteCode,
     as_bytes,
 )
-from sleb.errors import BadInput, OptionError, RunBusy, RunError
+from sleb.errors import BadInput, OptionError, RunBusy, RunError, quoted
 from sleb.evaluation import request
-from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, JobSpec, QuantizeSpec
+from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, JobSpec, Permissions, QuantizeSpec
 from sleb.runtime import files, findings_folder, job_processes, run_folder
 
 WHICH, WHAT = "Which list", "What is measured"
@@ -118,6 +120,7 @@ def evaluate(
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """What a removal list costs: perplexity by the published protocols, accuracy by lm-eval.
@@ -128,7 +131,7 @@ def evaluate(
     ask = dict(
         texts=_texts(perplexity),
         tasks=_names(tasks),
-        task_folder=request.folder_name(task_folder),
+        task_folder=specs.path_name(task_folder),
         shots=shots,
         limit=limit,
         window=window,
@@ -137,7 +140,18 @@ def evaluate(
     if ask["texts"] == () and not ask["tasks"]:
         raise OptionError("Nothing to evaluate: name a text with --perplexity, or tasks with --tasks.")
     job = _job(device, batch_size, memory_budget, allow_pickle, trust_remote_code)
-    _go(EvaluateSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+    _go(
+        EvaluateSpec,
+        ask,
+        subject,
+        removal_list,
+        steps,
+        all_steps,
+        (dtype, revision, run_dir),
+        job,
+        trust_paths,
+        as_json,
+    )
 
 
 def benchmark(
@@ -162,6 +176,7 @@ def benchmark(
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """What a removal list buys: seconds of prompt processing and of generation, memory, parameters.
@@ -178,7 +193,18 @@ def benchmark(
     if ask["prompt"] is None and ask["generation"] is None:
         raise OptionError("Nothing to measure: give --prompt or --generation a shape such as 1x2048.")
     job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(BenchmarkSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+    _go(
+        BenchmarkSpec,
+        ask,
+        subject,
+        removal_list,
+        steps,
+        all_steps,
+        (dtype, revision, run_dir),
+        job,
+        trust_paths,
+        as_json,
+    )
 
 
 def quantize(
@@ -208,6 +234,7 @@ def quantize(
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Quantise weights to int8 or int4: perplexity before and after, unmodified and without the list."""
@@ -217,11 +244,11 @@ def quantize(
         texts=_texts(perplexity),
         limit=limit,
         window=window,
-        out=request.folder_name(out),
+        out=specs.path_name(out),
         replace=replace,
     )
     job = _job(device, batch_size, None, allow_pickle, trust_remote_code)
-    _go(QuantizeSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, as_json)
+    _go(QuantizeSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, trust_paths, as_json)
 
 
 def heal(
@@ -263,6 +290,7 @@ def heal(
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune the smaller model a little (LoRA), or mend its cuts without training: perplexity before and after.
@@ -283,12 +311,12 @@ def heal(
         texts=_texts(perplexity),
         limit=limit,
         window=window,
-        out=request.folder_name(out),
+        out=specs.path_name(out),
         adapter=adapter,
         replace=replace,
     )
     job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(HealSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, as_json)
+    _go(HealSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, trust_paths, as_json)
 
 
 def generate(
@@ -305,12 +333,24 @@ def generate(
     run_dir: RunDir = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """The unmodified model and the smaller one side by side on a prompt, and which predictions flipped."""
     ask = dict(prompt=prompt, tokens=tokens, chat=chat)
     job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(GenerateSpec, ask, subject, removal_list, steps, all_steps, (dtype, revision, run_dir), job, as_json)
+    _go(
+        GenerateSpec,
+        ask,
+        subject,
+        removal_list,
+        steps,
+        all_steps,
+        (dtype, revision, run_dir),
+        job,
+        trust_paths,
+        as_json,
+    )
 
 
 def _go(
@@ -322,6 +362,7 @@ def _go(
     all_steps: bool,
     of_model: tuple[Dtype, str | None, Path | None],
     job_for: Callable[[Any], JobSpec],
+    trust_paths: bool,
     as_json: bool,
 ) -> None:
     """Find or make the run, execute the job here, print what answers it."""
@@ -338,7 +379,9 @@ def _go(
     is_new = not run.jobs and run.spec.kind == "evaluate" and run.run_dir not in before
     try:
         lists = request.lists_of(run, blocks, steps, all_steps)
-        execute_evaluation(run, job_for(request.ask_of(record, lists=lists, **settings)), as_json)
+        confirm_names(run, trust_paths)
+        job = job_for(request.ask_of(record, lists=lists, **settings))
+        execute_evaluation(run, job, Permissions.of(job, trust_paths=True), as_json)
     except RunBusy:  # somebody else found it at the same moment, and has it
         raise
     except BadInput:
@@ -375,8 +418,8 @@ def _blocks(text: str | None) -> list[int] | None:
     parts = [part.strip() for part in (found[1] or found[2] or "").split(",")] if found else ["?"]
     if parts == [""]:
         return []
-    if not all(re.fullmatch(r"-?\d{1,15}", part) for part in parts):
-        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {text!r}.")
+    if not all(INDEX.fullmatch(part) for part in parts):
+        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {quoted(text)}.")
     return [int(part) for part in parts]
 
 
@@ -397,11 +440,8 @@ def _shape(option: str, text: str) -> tuple[int, int] | None:
     """`1x2048` -> (1, 2048)."""
     if text.strip() == "none":
         return None
-    first, _, second = text.lower().partition("x")
-    try:
-        found = int(first), int(second)
-    except ValueError:
-        found = 0, 0
-    if min(found) < 1:
-        raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {text!r}.")
-    return found
+    found = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)
+    shape = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(shape) < 1:
+        raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {quoted(text)}.")
+    return shape

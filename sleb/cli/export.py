@@ -9,10 +9,23 @@ from typing import Annotated
 import typer
 
 from sleb import api
-from sleb.cli.options import AllowPickle, Device, Format, Json, MemoryBudget, RunName, TrustRemoteCode, as_bytes
+from sleb.cli.foreground import confirm_names
+from sleb.cli.options import (
+    AllowPickle,
+    Device,
+    Format,
+    Json,
+    MemoryBudget,
+    RunName,
+    TrustPaths,
+    TrustRemoteCode,
+    as_bytes,
+)
+from sleb.cli.output import put, say
 from sleb.cli.terminal import Screen, table
 from sleb.errors import OptionError, Stopped
-from sleb.runtime import files, run_folder
+from sleb.export.destination import save_text
+from sleb.runtime import run_folder
 
 
 def export(
@@ -32,6 +45,7 @@ def export(
     memory_budget: MemoryBudget = None,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
     """Take the removal list away, or the smaller model itself.
@@ -49,17 +63,18 @@ def export(
     if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
         if out is not None:
-            files.save_text(out, text, replace=replace)
-            typer.echo(f"Wrote {out}.", err=True)
+            save_text(out, text, replace=replace)
+            say(f"Wrote {out}.")
         if as_json:
             taken = list(found.removal_list_after(steps))
-            typer.echo(json.dumps({"format": format.value, "removal_list": taken, "text": text}))
+            put(json.dumps({"format": format.value, "removal_list": taken, "text": text}))
         elif out is None:
-            typer.echo(text, nl=False)
+            put(text, newline=False)
         return
     if out is None:
         what = "a folder" if format is Format.HF else "a file"
         raise OptionError(f"--format {format.value} writes {what}: name it with --out.")
+    confirm_names(found, trust_paths)
     with Screen(as_json) as screen:
         try:
             proof = api.export_model(
@@ -73,12 +88,13 @@ def export(
                 memory_budget=as_bytes(memory_budget),
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,
+                trust_paths=True,
                 watcher=screen.watcher(),
             )
         except (KeyboardInterrupt, Stopped) as stopped:
             raise Stopped(f"Stopped; nothing was written to {out}.") from stopped
     if as_json:
-        typer.echo(proof.model_dump_json())
+        put(proof.model_dump_json())
         return
     table(
         f"Wrote and proved {out}",
@@ -93,7 +109,7 @@ def export(
             ),
         ],
     )
-    typer.echo(
+    put(
         f"Reloaded in a fresh process: logits of {proof.tokens} tokens differ by at most "
         f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
         "equal with and without cache."
@@ -111,5 +127,5 @@ def report(
     found.removal_list_after(steps)  # refused before anything is drawn
     from sleb.report import build  # plotly takes a second to import
 
-    files.save_text(out, build.of(found, steps), replace=replace)
-    typer.echo(f"Wrote {out}.", err=True)
+    save_text(out, build.of(found, steps), replace=replace)
+    say(f"Wrote {out}.")

@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import json
-
-import typer
+import shlex
+import sys
 
 from sleb import execution
 from sleb.cli.findings_output import print_findings
+from sleb.cli.output import put, require_yes, say
 from sleb.cli.terminal import Screen, print_run
-from sleb.errors import BadInput, SlebError, Stopped
+from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames, quoted
 from sleb.evaluation import request
 from sleb.formats.run_json import finding, summary
-from sleb.records import JobSpec, Run
-from sleb.runtime import findings_folder, job_processes, run_folder
+from sleb.records import JobSpec, Permissions, Run
+from sleb.runtime import findings_folder, job_processes, origin, run_folder
 
 
-def execute_here(run: Run, job: JobSpec, as_json: bool) -> Run:
+def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:
+    """Show what a run folder from elsewhere, and these jobs of it, would make this machine read; ask, and remember.
+
+    Raises `UnconfirmedNames` where nobody can be asked.
+    """
+    names = origin.unconfirmed(run.run_dir, *jobs)
+    if not names:
+        return
+    if not trust_paths:
+        if not sys.stdin.isatty():
+            raise UnconfirmedNames(str(run.run_dir), names)
+        say(f"{run.run_dir} was not written here. To go on, these are read:")
+        for name in names:
+            say(f"  {quoted(name)}")
+        require_yes("Read them?", "Nothing was read, for want of an answer. Answer y, or add --trust-paths.")
+    origin.confirm(run.run_dir, *jobs)
+
+
+def execute_here(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> Run:
     """Execute a job with its progress on the screen; what ends it early says how to go on."""
     with Screen(as_json) as screen:
         screen.begin(run)
         try:
-            done = execution.execute(run, job, screen.watcher())
+            done = execution.execute(run, job, screen.watcher(), permissions)
         except (KeyboardInterrupt, Stopped) as stopped:
             now = run_folder.load(run.run_dir)
             count = len(now.trace.steps) if now.trace else 0
@@ -38,9 +57,11 @@ def execute_here(run: Run, job: JobSpec, as_json: bool) -> Run:
 
 
 def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
-    """Write a job for `sleb work` to execute, and print its folder."""
+    """Write a job for `sleb work` to execute, and print its folder; what it needs to be allowed is said."""
     job = job_processes.next_job(run, spec)
-    typer.echo(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
+    if needed := Permissions.of(spec).arguments:
+        say(f"Give sleb work these options as well: {shlex.join(needed)}")
+    put(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
 
 
 def print_all(run: Run, as_json: bool) -> None:
@@ -48,27 +69,27 @@ def print_all(run: Run, as_json: bool) -> None:
     found = findings_folder.findings(run.run_dir)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps(summary(run) | {"findings": rows}))
+        put(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)
         print_findings(found)
 
 
-def execute_evaluation(run: Run, job: JobSpec, as_json: bool) -> None:
+def execute_evaluation(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> None:
     """Execute a job that judges lists here, and print what answers it."""
-    done = _evaluated(run, job, as_json)
+    done = _evaluated(run, job, permissions, as_json)
     found = request.answers(done)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
+        put(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
     else:
         print_findings(found)
 
 
-def _evaluated(run: Run, job: JobSpec, as_json: bool) -> Run:
+def _evaluated(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> Run:
     with Screen(as_json) as screen:
         screen.begin(run)
         try:
-            return execution.execute(run, job, screen.watcher())
+            return execution.execute(run, job, screen.watcher(), permissions)
         except (KeyboardInterrupt, Stopped) as stopped:
             raise Stopped("Stopped; what was found is kept, and the same command goes on from there.") from stopped

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from sleb.errors import OptionError
+from sleb import specs
+from sleb.errors import OptionError, quoted
+from sleb.records import Permissions
 
 
 class Sampling(StrEnum):
@@ -72,6 +74,8 @@ class Format(StrEnum):
 
 
 TEXT, CHOICE, HOW = "Which text", "Which blocks", "How"
+INDEX = re.compile(r"-?[0-9]{1,15}")
+"""A block's index as it is typed: digits of other scripts, which Python reads as numbers too, are none."""
 
 Model = Annotated[
     str,
@@ -164,14 +168,51 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
 ]
+TrustPaths = Annotated[
+    bool,
+    typer.Option(
+        "--trust-paths", rich_help_panel=HOW, help="Read the model and texts that a run folder from elsewhere names."
+    ),
+]
+JobOut = Annotated[
+    Path | None, typer.Option("--out", rich_help_panel=HOW, help="Allow the job to write this folder or file.")
+]
+JobReplace = Annotated[
+    bool,
+    typer.Option("--replace", rich_help_panel=HOW, help="Allow the job to replace what an earlier one left there."),
+]
+JobTaskFolder = Annotated[
+    Path | None,
+    typer.Option("--task-folder", metavar="DIR", rich_help_panel=HOW, help="Allow the job these task files."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
+
+
+def permissions(
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    trust_paths: bool,
+    out: Path | None = None,
+    replace: bool = False,
+    task_folder: Path | None = None,
+) -> Permissions:
+    """What the options of this command allow a job."""
+    return Permissions(
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        trust_paths=trust_paths,
+        out=specs.path_name(out),
+        replace=replace,
+        task_folder=specs.path_name(task_folder),
+    )
 
 
 def as_bytes(text: str | None) -> int | None:
     """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", text, re.IGNORECASE)
+    size = r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(?:([kmgt])(i?)b?|b)\s*"
+    found = re.fullmatch(size, text, re.IGNORECASE | re.ASCII)
     if not found or not float(found[1]):
-        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
+        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {quoted(text)}.")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()))

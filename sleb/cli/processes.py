@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import sys
@@ -12,9 +13,20 @@ from typing import Annotated
 import typer
 
 from sleb import execution, specs
-from sleb.cli.options import AllowPickle, RunName, TrustRemoteCode
-from sleb.errors import OptionError, RunBusy, RunError
-from sleb.records import JobState
+from sleb.cli.foreground import confirm_names
+from sleb.cli.options import (
+    AllowPickle,
+    JobOut,
+    JobReplace,
+    JobTaskFolder,
+    RunName,
+    TrustPaths,
+    TrustRemoteCode,
+    permissions,
+)
+from sleb.cli.output import say
+from sleb.errors import OptionError, RunBusy, RunError, quoted
+from sleb.records import JobState, Permissions
 from sleb.runtime import dashboard_files, distributed, files, job_folder, job_processes, run_folder
 
 _NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
@@ -24,16 +36,24 @@ def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
     found = run_folder.load(run)
     job_processes.stop(found)
-    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}", err=True)
+    say(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}")
 
 
 def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
+    allow_pickle: AllowPickle = False,
+    trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
+    out: JobOut = None,
+    replace: JobReplace = False,
+    task_folder: JobTaskFolder = None,
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start).
 
-    Under torchrun give the job folder that --prepare printed: all processes must mean the same job.
+    Under torchrun give the job folder that --prepare printed: all processes must mean the same job. What the job needs
+    to be allowed is given here: a run folder may come from anybody, and allows nothing by itself.
     """
+    allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
     directory = files.expanded(directory).absolute()
     if not directory.is_dir():
         raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
@@ -41,14 +61,16 @@ def work(
     if rank.size > 1 and directory.parent.name != "jobs":
         raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
     if rank.rank > 0:  # the first one has taken the job
-        execution.work(directory)
+        execution.work(directory, permissions=allowed)
         return
-    job_dir = _job_dir(directory)
+    job_dir = _job_dir(directory, allowed)
+    if rank.size == 1:
+        confirm_names(run_folder.load(job_dir.parent.parent), trust_paths, job_dir.name)
     try:
         with_others = f" with {rank.size} processes" if rank.size > 1 else ""
-        typer.echo(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}", err=True)
-        done = execution.work(job_dir)
-        typer.echo(f"Finished {done.run_id}.", err=True)
+        say(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}")
+        done = execution.work(job_dir, permissions=allowed)
+        say(f"Finished {done.run_id}.")
     except RunBusy:  # two asked at the same moment, and the other one has it
         job_folder.withdraw_job(job_folder.load_job(job_dir))
         raise
@@ -60,18 +82,34 @@ def dashboard(
     address: Annotated[
         str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
     ] = "localhost",
+    allow_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Read and write only below this folder, besides SLEB_HOME; may be given again. On another address "
+            "than localhost no path is taken without it.",
+        ),
+    ] = None,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Only show: start, stop, change and delete nothing.")
+    ] = False,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Open the dashboard: start runs and watch them, look at the evidence, take the list or the model away.
 
-    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code: only the two
-    options here can, for all runs started from it.
+    More options go to Streamlit. Nothing in the browser can turn on pickled weights or remote code, or reach other
+    folders: only the options here can, for all runs started from it.
     """
     _require_dashboard()
+    folders = [str(_allowed(each)) for each in allow_path or ()]
     _require_free(address, port)
     allowed = {"SLEB_DASHBOARD_ALLOW_PICKLE": allow_pickle, "SLEB_DASHBOARD_TRUST_REMOTE_CODE": trust_remote_code}
+    allowed[dashboard_files.READ_ONLY] = read_only
     os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
+    os.environ[dashboard_files.ALLOW_PATH] = json.dumps(folders)
+    if not folders and not dashboard_files.is_local(address):
+        typer.echo("Beyond localhost the dashboard takes no path but from --allow-path DIR; none was given.", err=True)
     settings = [f"--server.port={port}", f"--server.address={address}"]
     os.execv(sys.executable, dashboard_files.command([*settings, *context.args]))
 
@@ -82,6 +120,14 @@ def _require_dashboard() -> None:
         raise OptionError(_NO_DASHBOARD)
 
 
+def _allowed(folder: Path) -> Path:
+    """A folder that may be used, absolute and with its links followed."""
+    found = files.expanded(folder).absolute()
+    if not found.is_dir():
+        raise OptionError(f"There is no folder {found}; --allow-path takes one that exists.")
+    return found.resolve()
+
+
 def _require_free(address: str, port: int) -> None:
     """Whether the dashboard can listen there, said before it starts."""
     try:
@@ -89,7 +135,9 @@ def _require_free(address: str, port: int) -> None:
             raise OSError
         family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise OptionError(f"--address {address!r} is no address; use localhost, or one of this machine.") from error
+        raise OptionError(
+            f"--address {quoted(address)} is no address; use localhost, or one of this machine."
+        ) from error
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -100,10 +148,12 @@ def _require_free(address: str, port: int) -> None:
                 raise OptionError(
                     f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{how}."
                 ) from error
-            raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
+            raise OptionError(
+                f"The dashboard cannot listen on {quoted(address)}, port {port} ({error.strerror})."
+            ) from error
 
 
-def _job_dir(directory: Path) -> Path:
+def _job_dir(directory: Path, allowed: Permissions) -> Path:
     if directory.parent.name == "jobs":
         run = job_processes.watched(run_folder.load(directory.parent.parent))
         state = next((job.status.state for job in run.jobs if job.name == directory.name), None)
@@ -118,5 +168,9 @@ def _job_dir(directory: Path) -> Path:
     if not waiting:
         if execution.is_finished(run):
             raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {run_folder.reference(run)}")
-        return job_processes.next_job(run, specs.job_spec(run.spec.kind)).directory
+        confirm_names(run, allowed.trust_paths)
+        spec = specs.job_spec(
+            run.spec.kind, allow_pickle=allowed.allow_pickle, trust_remote_code=allowed.trust_remote_code
+        )
+        return job_processes.next_job(run, spec).directory
     return waiting[-1].directory

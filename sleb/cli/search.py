@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sleb import execution, specs
-from sleb.cli.foreground import execute_evaluation, execute_here, prepare_job, print_all
+from sleb.cli.foreground import confirm_names, execute_evaluation, execute_here, prepare_job, print_all
 from sleb.cli.options import (
     CHOICE,
     HOW,
+    INDEX,
     AllowPickle,
     BatchSize,
     Bos,
@@ -22,6 +25,9 @@ from sleb.cli.options import (
     Dtype,
     DtypeOption,
     HeldOut,
+    JobOut,
+    JobReplace,
+    JobTaskFolder,
     Json,
     MemoryBudget,
     Model,
@@ -40,12 +46,15 @@ from sleb.cli.options import (
     SequenceLength,
     Sequences,
     Speedups,
+    TrustPaths,
     TrustRemoteCode,
     as_bytes,
+    permissions,
 )
+from sleb.cli.output import put
 from sleb.cli.terminal import table
-from sleb.errors import BadInput, OptionError, RunError
-from sleb.records import Forecast, JobSpec, Method, RunSpec
+from sleb.errors import BadInput, OptionError, RunError, quoted
+from sleb.records import Forecast, JobSpec, Method, Permissions, RunSpec
 from sleb.runtime import files, job_processes, run_folder
 from sleb.runtime.progress import duration
 
@@ -226,23 +235,35 @@ def resume(
     speedups: Speedups = True,
     allow_pickle: AllowPickle = False,
     trust_remote_code: TrustRemoteCode = False,
+    trust_paths: TrustPaths = False,
+    out: JobOut = None,
+    replace: JobReplace = False,
+    task_folder: JobTaskFolder = None,
     prepare: Prepare = False,
     as_json: Json = False,
 ) -> None:
-    """Go on after the last finished step, or with a stopped evaluation; a finished run is printed."""
+    """Go on after the last finished step, or with a stopped evaluation; a finished run is printed.
+
+    What a job needs to be allowed (code, pickles, task files, a place to write to) is given again: a run folder may
+    come from anybody, and allows nothing by itself.
+    """
     found = run_folder.load(run)
     run_folder.refuse_sample(found.run_dir)
+    allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
+    run_folder.tidy(found.run_dir)
     if execution.is_finished(found):
         unanswered = job_processes.unanswered(found)
         if prepare and unanswered is None:
             raise RunError(f"Run {found.run_id} is finished; there is nothing to prepare.")
-        if prepare and unanswered is not None:
-            prepare_job(found, unanswered, as_json)
-            return
         if unanswered is not None:
-            execute_evaluation(found, unanswered, as_json)
+            confirm_names(found, trust_paths, unanswered.name)
+            if prepare:
+                prepare_job(found, unanswered.spec, as_json)
+            else:
+                execute_evaluation(found, unanswered.spec, allowed, as_json)
             return
     if not execution.is_finished(found):
+        confirm_names(found, trust_paths)
         number, budget = execution.as_before(found, processes, as_bytes(memory_budget))
         job = specs.job_spec(
             found.spec.kind,
@@ -257,7 +278,7 @@ def resume(
         if prepare:
             prepare_job(found, job, as_json)
             return
-        found = execute_here(found, job, as_json)
+        found = execute_here(found, job, allowed, as_json)
         if not as_json:
             return
     print_all(found, as_json)
@@ -265,7 +286,7 @@ def resume(
 
 def _print_forecast(spec: RunSpec, job: JobSpec, found: Forecast, as_json: bool) -> None:
     if as_json:
-        typer.echo(found.model_dump_json())
+        put(found.model_dump_json())
         return
     sequences = f"{spec.calibration.sequences} sequences of {spec.calibration.sequence_length} tokens"
     table(
@@ -292,7 +313,7 @@ def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> 
     had_folder = run_dir is not None and files.expanded(run_dir).is_dir()
     run = run_folder.create(spec, run_dir)
     try:
-        done = execute_here(run, job, as_json)
+        done = execute_here(run, job, Permissions.of(job, trust_paths=True), as_json)
     except BadInput:
         if run_folder.load(run.run_dir).trace is None:  # it never began: there is nothing to keep
             job_processes.delete(run.run_dir, keep_folder=had_folder)
@@ -304,20 +325,17 @@ def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> 
 def _blocks(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        return [int(part) for part in text.replace(" ", "").split(",") if part]
-    except ValueError as error:
-        raise OptionError(f"--protect takes block indices such as 0,29; found {text!r}.") from error
+    parts = [part for part in text.replace(" ", "").split(",") if part]
+    if not all(INDEX.fullmatch(part) for part in parts):
+        raise OptionError(f"--protect takes block indices such as 0,29; found {quoted(text)}.")
+    return [int(part) for part in parts]
 
 
 def _share(text: str | None) -> float | None:
     if text is None:
         return None
-    try:
-        number = text.strip().removeprefix("+")
-        value = float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
-    except ValueError as error:
-        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.") from error
-    if not 0 <= value < 1e6 or (value > 1 and not text.strip().endswith("%")):
-        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.")
+    found = re.fullmatch(r"\s*\+?([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%?)\s*", text, re.ASCII)
+    value = float(found[1]) / (100 if found[2] else 1) if found else math.inf
+    if not 0 <= value < 1e6 or (value > 1 and found and not found[2]):
+        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {quoted(text)}.")
     return value

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError, OptionError
+from sleb.errors import CalibrationError, OptionError, quoted
 from sleb.methods.statistics import mean_and_error
 from sleb.model import demo
 from sleb.records import NAMED_TEXTS, EvaluatedText, RemovalList
@@ -54,7 +54,7 @@ def require_there(names: Sequence[str]) -> None:
         except (OSError, ValueError):  # names no file system takes
             there = False
         if not there:
-            raise CalibrationError(f"There is no text {name[:200]!r}: give {', '.join(NAMED_TEXTS)}, or a file.")
+            raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
 
 
 def windows(

@@ -14,10 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from sleb import specs
-from sleb.errors import OptionError, RunError
+from sleb.errors import OptionError, RunError, quoted
 from sleb.records import NAMED_TEXTS, Ask, Finding, JobSpec, RemovalList, Run, RunSpec, sorted_list
-from sleb.runtime import files, findings_folder, run_folder
-from sleb.runtime.files import read_json
+from sleb.runtime import files, findings_folder, job_folder, run_folder
 
 RunOrModel = str | PathLike[str] | Run
 
@@ -41,7 +40,7 @@ def subject_run(
             raise
         if removal_list is None:
             raise RunError(
-                f"There is no run {str(subject)!r}. For a model, say which blocks: --removal-list '[14, 23]', "
+                f"There is no run {quoted(str(subject))}. For a model, say which blocks: --removal-list '[14, 23]', "
                 "or '[]' for the unmodified one."
             ) from error
     else:
@@ -104,7 +103,7 @@ def answers(run: Run) -> list[Finding]:
     own = [job for job in run.jobs if job.spec.ask is not None]
     if not own:
         return []
-    questions = read_json(own[-1].directory / "result.json")["findings"]
+    questions = job_folder.read_result(own[-1].directory)["findings"]
     found = {each.question: each for each in findings_folder.findings(run.run_dir)}
     return [found[each] for each in questions if each in found]
 
@@ -113,7 +112,7 @@ def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
     blocks = tuple(removal_list)
     wrong = [block for block in blocks if not isinstance(block, int) or isinstance(block, bool) or block < 0]
     if wrong:
-        raise OptionError(f"A removal list holds block indices from 0 on; found {wrong[0]!r}.")
+        raise OptionError(f"A removal list holds block indices from 0 on; found {quoted(wrong[0])}.")
     twice = [block for block in blocks if blocks.count(block) > 1]
     if twice:
         raise OptionError(f"The removal list names block {twice[0]} twice.")
@@ -124,8 +123,3 @@ def text_name(name: str) -> str:
     """Files are kept absolute, so that a job finds them from any directory."""
     name = specs.text("A text", name)
     return name if name in NAMED_TEXTS else str(files.expanded(Path(name)).absolute())
-
-
-def folder_name(out: str | PathLike[str] | None) -> str | None:
-    """A folder to write or to read from, absolute."""
-    return None if out is None else str(files.expanded(Path(specs.text("A folder", out))).absolute())

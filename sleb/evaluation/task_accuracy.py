@@ -12,13 +12,10 @@ import json
 import logging
 import math
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,31 +23,38 @@ import torch
 
 from sleb.errors import OptionError, ScoringError
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, first_line, load, seeded
+from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, load, seeded, told
 from sleb.methods.statistics import mean_and_error
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import EvaluateSpec, RemovalList, TaskAccuracy
 from sleb.runtime import findings_folder
-from sleb.runtime.files import replace_file
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, parse_json, replace_file
 
 log = logging.getLogger(__name__)
 
 _BOOTSTRAPS = 100_000  # lm-eval's own number, for metrics whose standard error has no formula
 _SKETCH = 256  # tokens that an example is taken for where memory is short
 
-_ready: dict[EvaluateSpec, Tasks] = {}
+_ready: dict[tuple[EvaluateSpec, bool], Tasks] = {}
 """What `require` has loaded, until `work` takes it: reading some tasks' examples takes a minute."""
 
 
-def require(ask: EvaluateSpec) -> None:
+def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
     """Load the tasks, so that what is missing is said before minutes of loading the model. Raises `OptionError`."""
     _ready.clear()
-    _ready[ask] = load(ask)
+    _ready[ask, trust_remote_code] = load(ask, trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:
     """Every task and group, for the baseline and its lists; each finding is kept as soon as it is there."""
-    tasks = _ready.pop(ask, None) or load(ask)
+    trusted = subject.job.trust_remote_code
+    tasks = _ready.pop((ask, trusted), None) or load(ask, trusted)
+    with tasks.files.as_data():
+        _work(subject, ask, tasks)
+
+
+def _work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
     wanted = tuple(dict.fromkeys([(), *ask.lists]))
     have = {each.question: each for each in subject.known(TaskAccuracy)}
 
@@ -77,7 +81,8 @@ def work(subject: Subject, ask: EvaluateSpec) -> None:
                     _require_possible(lm, leaf, removed, subject)
                     tell(leaf, removed, 0.0)
                     start = time.perf_counter()
-                    found = _evaluated(lm, leaf, partial(tell, leaf, removed))
+                    with told(tasks.files, leaf.name, "cannot be evaluated with this model"):
+                        found = _evaluated(lm, leaf, partial(tell, leaf, removed))
                     done += leaf.count
                     answer = _kept(subject, removed, leaf, found, time.perf_counter() - start, have)
                     have[answer.question] = answer
@@ -89,7 +94,8 @@ def work(subject: Subject, ask: EvaluateSpec) -> None:
             answer = known(removed, asked)
             if answer is None:
                 of_baseline = None if not removed else known((), asked)
-                answer = _aggregated(subject, removed, group, asked, [each for each in parts if each], of_baseline)
+                with told(tasks.files, group.name, "cannot be aggregated"):
+                    answer = _aggregated(subject, removed, group, asked, [each for each in parts if each], of_baseline)
                 have[answer.question] = answer
                 subject.keep(answer)
             else:
@@ -195,11 +201,7 @@ def _evaluated(lm: Any, leaf: Leaf, tell: Callable[[float], None]) -> _Result:
                 return _result(found, leaf.name)
             except failures() as error:
                 if not is_out_of_memory(error):
-                    log.info("Task %s", leaf.name, exc_info=True)
-                    raise OptionError(
-                        f"Task {leaf.name!r} cannot be evaluated with this model ({type(error).__name__}: "
-                        f"{first_line(error)})."
-                    ) from error
+                    raise
                 if lm.batch_size_per_gpu == 1:
                     raise ScoringError(
                         f"Out of memory with one example of task {leaf.name!r}; choose a smaller --dtype."
@@ -331,23 +333,25 @@ def _changes(after: TaskAccuracy, before: TaskAccuracy) -> dict[str, float]:
     return {name: value - before.metrics[name] for name, value in after.metrics.items() if name in before.metrics}
 
 
-def _values_file(subject: Subject, finding: TaskAccuracy) -> Path:
-    return subject.run.run_dir / findings_folder.FOLDER / f"examples-{finding.question.removeprefix('accuracy-')}.npz"
+def _values_file(finding: TaskAccuracy) -> tuple[str, str]:
+    """Where it lies in the run folder."""
+    return findings_folder.FOLDER, f"examples-{finding.question.removeprefix('accuracy-')}.npz"
 
 
 def _write_values(subject: Subject, finding: TaskAccuracy, values: Mapping[str, np.ndarray]) -> None:
     """What each example counts: a later list is compared with the baseline example by example."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, *values.values(), names=np.array(json.dumps(list(values))))
-    replace_file(_values_file(subject, finding), buffer.getvalue())
+    replace_file(inside(subject.run.run_dir, *_values_file(finding)), buffer.getvalue())
 
 
 def _read_values(subject: Subject, finding: TaskAccuracy) -> dict[str, np.ndarray]:
     """Nothing where the file is missing or damaged: then a change has no standard error."""
-    path = _values_file(subject, finding)
+    parts = _values_file(finding)
     try:
-        with np.load(path) as arrays:
-            return {name: arrays[f"arr_{index}"] for index, name in enumerate(json.loads(str(arrays["names"])))}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        log.warning("%s cannot be read: %s", path, error)
+        arrays = read_arrays(subject.run.run_dir, *parts)
+        names = parse_json(str(arrays["names"]).encode())
+        return {name: arrays[f"arr_{index}"] for index, name in enumerate(names)}
+    except NO_ARRAYS as error:
+        log.warning("%s cannot be read: %s", subject.run.run_dir.joinpath(*parts), error)
         return {}

@@ -8,18 +8,18 @@ from pathlib import Path
 
 from sleb.errors import RunError
 from sleb.records import Job, Proof, Run
-from sleb.runtime.files import read_json
+from sleb.runtime import job_folder
+from sleb.runtime.job_folder import RESULT
 
 log = logging.getLogger(__name__)
 
 
 def read_proof(run: Run) -> Proof:
     """The proof of the run's newest export."""
-    results = [job.directory / "result.json" for job in run.jobs if job.spec.kind == "export"]
-    found = [path for path in results if path.exists()]
-    if not found:
+    done = [job.directory for job in run.jobs if job.spec.kind == "export" and (job.directory / RESULT).exists()]
+    if not done:
         raise RunError(f"Run {run.run_id} has no finished export.")
-    return Proof.model_validate(read_json(found[-1])["proof"])
+    return Proof.model_validate(job_folder.read_result(done[-1])["proof"])
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def read_exports(run: Run) -> list[Export]:
     for job in run.jobs:
         if job.spec.kind == "export":
             try:
-                result = read_json(job.directory / "result.json")
+                result = job_folder.read_result(job.directory)
                 found.append(Export(job, Path(result["out"]), Proof.model_validate(result["proof"])))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RunError) as error:
                 log.debug("No export in %s: %s", job.directory, error)
     return found

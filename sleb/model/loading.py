@@ -6,7 +6,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,7 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo, gguf_header, model_files
+from sleb.model.presence import is_path, not_there, require_file
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -27,7 +27,6 @@ Loaded = TypeVar("Loaded")
 
 _LONGEST_NOTE = 4000  # characters
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # as transformers writes them itself
-_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def load_model(
         header = _header(gguf)
         source = gguf.parent
         options["gguf_file"] = gguf.name
-    elif _is_path(name):
+    elif is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
@@ -283,21 +282,8 @@ def _explain(name: str, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"{name} needs a library that is not installed: {first}"
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
-        return (
-            f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
-            f"({first}). Check the name, --revision and the network."
-        )
+        return str(not_there(name, first))
     return f"{name} cannot be loaded ({type(error).__name__}): {first}"
-
-
-def _is_path(name: str) -> bool:
-    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
-    with suppress(OSError, RuntimeError):  # names no file system takes
-        if Path(name).expanduser().exists():
-            return True
-    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
-        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
-    return False
 
 
 def _require_folder(folder: Path, allow_pickle: bool) -> None:
@@ -328,8 +314,7 @@ def _weight_files(source: str | Path, options: dict[str, Any], allow_pickle: boo
 
 def _header(path: Path) -> gguf_header.Header:
     """The header of a GGUF file that can be a model. Raises `ModelError` for any other."""
-    if not path.is_file():
-        raise ModelError(f"There is no file {path}.")
+    require_file(path)
     header = gguf_header.check(path)
     if not header.tensors:
         raise ModelError(f"{path} holds no tensors; fetch it again.")

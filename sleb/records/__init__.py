@@ -26,6 +26,7 @@ from sleb.records.findings import (
     Timing,
 )
 from sleb.records.job import Attempt, Job, JobKind, JobSpec, JobState, JobStatus, Progress
+from sleb.records.permissions import Permissions
 from sleb.records.requests import (
     NAMED_TEXTS,
     Ask,
@@ -76,6 +77,7 @@ __all__ = [
     "Method",
     "Passage",
     "PassageToken",
+    "Permissions",
     "Progress",
     "Proof",
     "Quantization",

@@ -16,7 +16,7 @@ JobKind = Literal["search", "analyze", "export", "evaluate", "benchmark", "quant
 
 
 class JobSpec(Record):
-    """What one process is to do with a run, and what it may: permissions live here, never in what is shared."""
+    """What one process is asked to do with a run. What it may is for `Permissions` to say."""
 
     format_version: int = FORMAT_VERSION
     kind: JobKind

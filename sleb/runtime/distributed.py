@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from sleb.errors import OptionError, RankLost, SlebError, Stopped
-from sleb.runtime import device_queue
+from sleb.records import Permissions
+from sleb.runtime import device_queue, job_folder
 from sleb.runtime.job_processes import own_command
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class Group:
 
 
 @contextmanager
-def joined(job_dir: Path, processes: int, device: str) -> Iterator[Group]:
+def joined(job_dir: Path, processes: int, device: str, permissions: Permissions) -> Iterator[Group]:
     """The processes of a job, met. The first rank starts the others, unless torchrun did.
 
     Raises `RankLost` where one of them is gone, `OptionError` for a device that they cannot share.
@@ -207,7 +208,7 @@ def joined(job_dir: Path, processes: int, device: str) -> Iterator[Group]:
                 dist.init_process_group(backend, timeout=MEETING)
                 store = dist.distributed_c10d._get_default_store()
             else:
-                store, helpers = _store(rank, job_dir)
+                store, helpers = _store(rank, job_dir, permissions)
                 _await(store, helpers)
                 dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.size, timeout=MEETING)
             group = Group(rank, dist.new_group(backend="gloo", timeout=PATIENCE), store)
@@ -259,7 +260,7 @@ def die_with_the_first() -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _store(rank: Rank, job_dir: Path) -> tuple[Any, list[subprocess.Popen[bytes]]]:
+def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, list[subprocess.Popen[bytes]]]:
     """Where the processes of one host find each other; the first one opens it, and starts the others."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -280,10 +281,10 @@ def _store(rank: Rank, job_dir: Path) -> tuple[Any, list[subprocess.Popen[bytes]
             "MASTER_PORT": store.port,
             _PARENT: os.getpid(),
         }
-        with open(job_dir / "log.txt", "ab") as output:
+        with job_folder.open_log(job_dir) as output:
             helpers.append(
                 subprocess.Popen(
-                    own_command("work", str(job_dir)),
+                    own_command("work", *permissions.arguments, "--", str(job_dir)),
                     env=os.environ | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=output,

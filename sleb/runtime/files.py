@@ -1,4 +1,8 @@
-"""Writing files so that nothing is lost: whole or not at all, and what a disk refuses in one sentence."""
+"""Writing files so that nothing is lost, and reading and opening those of a folder that anybody may have made.
+
+A file is written whole or not at all, and what a disk refuses is one sentence. In a run folder, which may be a
+stranger's, no link is followed, nothing but a regular file is opened, and no more is read than a file of ours can hold.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,18 @@ import errno
 import json
 import math
 import os
-import tempfile
-import zipfile
-import zlib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError, RunError, StorageError
+from sleb.runtime.unfinished import names
 
+MOST_BYTES = 2**28
+"""Size in bytes above which a JSON or text file is not read: far above all that is written here."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_ARRAYS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
-"""What reading an `.npz` file that is missing or damaged raises."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -47,24 +48,68 @@ def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) 
     with writing(path):
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = names.temporary(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
+def inside(root: Path, *parts: str) -> Path:
+    """A path in a folder that anybody may have made, provided that no part of it below `root` is a link.
+
+    Raises `RunError` for a link: what it leads to is not part of the folder.
+    """
+    path = root
+    for part in parts:
+        path /= part
+        if path.is_symlink():
+            raise RunError(f"{path} is a link, and a run folder holds none. Delete it, or put the file itself there.")
+    return path
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """A descriptor of a regular file that is not a link. Raises `OSError`, and `ValueError` for a pipe or device."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a regular file")  # a pipe would never end
+    return descriptor
+
+
+def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file that is not a link. Raises `OSError`, and `ValueError` for one above `most` bytes."""
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return data
+
+
+def open_to_append(root: Path, *parts: str) -> IO[bytes]:
+    """A file of a run folder, unbuffered, to be read and appended to. Raises `StorageError` or `RunError`."""
+    path = inside(root, *parts)
+    try:
+        with writing(path):
+            return os.fdopen(open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT), "ab+", buffering=0)
+    except ValueError as error:
+        raise RunError(f"{path} is not a regular file; delete it.") from error
+
+
 def read_json(path: Path) -> Any:
-    """A JSON file from anywhere. Raises `ValueError` for what is none, or holds what nobody wrote, else `OSError`."""
-    if not path.is_file() and path.exists():
-        raise ValueError("it is no regular file")  # a pipe would never end
-    return parse_json(path.read_bytes())
+    """A JSON file that a user named, links followed. Raises `ValueError` for what is not sound JSON, else `OSError`."""
+    return parse_json(read_regular(path.resolve()))
+
+
+def read_json_inside(root: Path, *parts: str) -> Any:
+    """A JSON file of a run folder. Raises `ValueError` for what is not sound JSON, `OSError`, or `RunError`."""
+    return parse_json(read_regular(inside(root, *parts)))
 
 
 def parse_json(data: bytes) -> Any:
@@ -89,20 +134,6 @@ def _finite(text: str) -> float:
 
 def _bounded(text: str) -> int:
     return int(text) if len(text) <= 19 else _refused(text)
-
-
-def save_text(path: Path, text: str, *, replace: bool) -> None:
-    """Write a file that somebody named. Raises `OptionError` where that would lose one, unless it may go."""
-    target = expanded(path)
-    if target.is_dir() or str(path).endswith(os.sep):
-        raise OptionError(f"{path} is a folder; name a file.")
-    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
-        with writing(target), open(target, "w", encoding="utf-8") as file:
-            file.write(text)
-        return
-    if target.exists() and not replace:
-        raise OptionError(f"{path} is there already; name another file, or add --replace.")
-    replace_file(target.resolve(), text)
 
 
 def expanded(path: Path) -> Path:

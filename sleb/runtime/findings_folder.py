@@ -12,8 +12,10 @@ from typing import TypeVar
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from sleb.errors import RunError
 from sleb.records import AnyFinding, EvaluatedText, Finding, RemovalList
-from sleb.runtime.files import NO_ARRAYS, read_json, replace_file
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, parse_json, read_json_inside, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,16 @@ FOLDER = "evaluation"
 
 def keep(run_dir: Path, finding: Finding) -> None:
     """Write one down; an earlier answer to the same question is replaced."""
-    replace_file(run_dir / FOLDER / f"{finding.question}.json", finding.model_dump_json(indent=1))
+    replace_file(inside(run_dir, FOLDER, f"{finding.question}.json"), finding.model_dump_json(indent=1))
 
 
 def findings(run_dir: Path) -> list[Finding]:
     """All of a run that can be read, oldest first."""
     found: list[Finding] = []
-    for path in sorted((run_dir / FOLDER).glob("*-*.json")):
+    for path in sorted(inside(run_dir, FOLDER).glob("*-*.json")):
         try:
-            found.append(_ANY.validate_python(read_json(path)))
-        except (OSError, ValueError, ValidationError) as error:
+            found.append(_ANY.validate_python(read_json_inside(run_dir, FOLDER, path.name)))
+        except (OSError, ValueError, ValidationError, RunError) as error:
             log.warning("%s cannot be read, and is left out: %s", path, str(error).splitlines()[0])
     return sorted(found, key=lambda each: each.finished)
 
@@ -48,24 +50,24 @@ class Table:
 
     def __init__(self, run_dir: Path, text: EvaluatedText, dtype: str) -> None:
         self._windows = text.windows
-        self._path = run_dir / FOLDER / f"windows-{text.tokens_hash[:20]}-{text.window}-{dtype}.npz"
+        self._run_dir, self._name = run_dir, f"windows-{text.tokens_hash[:20]}-{text.window}-{dtype}.npz"
 
     def read(self) -> dict[RemovalList, np.ndarray]:
         """Removal list -> float64 (windows,); nothing where it is missing or damaged: then it is made anew."""
         try:
-            with np.load(self._path) as arrays:
-                lists, nats = json.loads(str(arrays["lists"])), arrays["nats"]
+            arrays = read_arrays(self._run_dir, FOLDER, self._name)
+            lists, nats = parse_json(str(arrays["lists"]).encode()), arrays["nats"]
             if nats.ndim != 2 or nats.dtype != np.float64 or nats.shape[1] != self._windows:
                 raise ValueError("it is no table of nats")
             return {tuple(map(int, each)): row for each, row in zip(lists, nats, strict=True)}
         except FileNotFoundError:
             return {}
         except NO_ARRAYS as error:
-            log.warning("%s cannot be read, and is made anew: %s", self._path, error)
+            log.warning("%s cannot be read, and is made anew: %s", self._run_dir / FOLDER / self._name, error)
             return {}
 
     def write(self, rows: dict[RemovalList, np.ndarray]) -> None:
         """All rows, in place of what was there."""
         buffer = io.BytesIO()
         np.savez(buffer, lists=np.array(json.dumps(list(rows))), nats=np.stack(list(rows.values())))
-        replace_file(self._path, buffer.getvalue())
+        replace_file(inside(self._run_dir, FOLDER, self._name), buffer.getvalue())

@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import IO, Any, get_args
 
 from sleb.errors import RunError
 from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
-from sleb.runtime.files import replace_file, writing
+from sleb.runtime import origin
+from sleb.runtime.files import inside, open_regular, open_to_append, read_json_inside, replace_file, writing
 from sleb.runtime.record_files import read_record
+from sleb.runtime.unfinished import names
+
+LOG, RESULT = "log.txt", "result.json"
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
     """The next numbered job folder of a run."""
-    jobs = directory / "jobs"
+    jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
-        number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
-        while True:
-            number += 1
-            try:
-                target = jobs / f"{number}-{spec.kind}"
-                target.mkdir()
-                break
-            except FileExistsError:
-                continue
+    partial = names.temporary(jobs / spec.kind)
     try:
-        replace_file(target / "spec.json", spec.model_dump_json(indent=1))
-        replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
-        return load_job(target)
+        replace_file(partial / "spec.json", spec.model_dump_json(indent=1))
+        origin.sign(directory, "jobs", partial.name)
+        replace_file(partial / "status.json", JobStatus().model_dump_json(indent=1))
+        return load_job(_numbered(directory, partial, spec.kind))
     except BaseException:  # a full disk, for one: half a job is none
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _numbered(directory: Path, partial: Path, kind: str) -> Path:
+    """Give a written job the next number that nobody has: it appears whole."""
+    number = max((number_of(each.name) for each in job_dirs(directory)), default=0)
+    while True:
+        number += 1
+        target = partial.with_name(f"{number}-{kind}")
+        with writing(target):
+            try:
+                os.rename(partial, target)
+                return target
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
 
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
     """The run's jobs, oldest first, as they were written."""
     found = []
-    for job_dir in _job_dirs(directory):
+    for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
             continue
         try:
@@ -55,30 +69,63 @@ def read_jobs(directory: Path) -> tuple[Job, ...]:
 
 def load_job(directory: Path) -> Job:
     """One job folder, read as it was written; `job_processes.watched` derives what a dead process could not write."""
-    attempt = directory / "attempt.json"
-    status = directory / "status.json"
+    run_dir, parts = run_and_parts(directory)
+    has_status, has_attempt = ((directory / name).exists() for name in ("status.json", "attempt.json"))
     return Job(
         name=directory.name,
         directory=directory,
-        spec=read_record(directory / "spec.json", JobSpec),
-        status=read_record(status, JobStatus) if status.exists() else JobStatus(),
-        attempt=read_record(attempt, Attempt) if attempt.exists() else None,
+        spec=read_record(JobSpec, run_dir, *parts, "spec.json"),
+        status=read_record(JobStatus, run_dir, *parts, "status.json") if has_status else JobStatus(),
+        attempt=read_record(Attempt, run_dir, *parts, "attempt.json") if has_attempt else None,
     )
+
+
+def run_and_parts(job_dir: Path) -> tuple[Path, tuple[str, str]]:
+    """The run folder of a job folder, and the names that lead from there to it."""
+    return job_dir.parent.parent, (job_dir.parent.name, job_dir.name)
+
+
+def _file(job_dir: Path, name: str) -> Path:
+    """A file of a job folder, no part of whose path below the run folder is a link."""
+    run_dir, parts = run_and_parts(job_dir)
+    return inside(run_dir, *parts, name)
+
+
+def open_log(job_dir: Path) -> IO[bytes]:
+    """The job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
+    run_dir, parts = run_and_parts(job_dir)
+    return open_to_append(run_dir, *parts, LOG)
+
+
+def log_end(job_dir: Path, most_bytes: int = 200_000) -> str:
+    """The end of the job's log; empty where there is none that can be read."""
+    try:
+        with os.fdopen(open_regular(_file(job_dir, LOG), os.O_RDONLY), "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
+            return file.read(most_bytes).decode("utf-8", "replace")
+    except (OSError, ValueError, RunError):
+        return ""
+
+
+def read_result(job_dir: Path) -> Any:
+    """What `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
+    run_dir, parts = run_and_parts(job_dir)
+    return read_json_inside(run_dir, *parts, RESULT)
 
 
 def write_status(job_dir: Path, status: JobStatus) -> None:
     """Only the holder of the run's lock calls this."""
-    replace_file(job_dir / "status.json", status.model_dump_json(indent=1), make_folder=False)
+    replace_file(_file(job_dir, "status.json"), status.model_dump_json(indent=1), make_folder=False)
 
 
 def write_attempt(job_dir: Path, attempt: Attempt) -> None:
     """How this try is made."""
-    replace_file(job_dir / "attempt.json", attempt.model_dump_json(indent=1), make_folder=False)
+    replace_file(_file(job_dir, "attempt.json"), attempt.model_dump_json(indent=1), make_folder=False)
 
 
 def write_result(job_dir: Path, result: dict[str, Any]) -> None:
     """What a job that is no search found."""
-    replace_file(job_dir / "result.json", json.dumps(result, indent=1))
+    replace_file(_file(job_dir, RESULT), json.dumps(result, indent=1))
 
 
 def withdraw_job(job: Job) -> None:
@@ -86,9 +133,15 @@ def withdraw_job(job: Job) -> None:
     shutil.rmtree(job.directory, ignore_errors=True)
 
 
-def _job_dirs(directory: Path) -> list[Path]:
-    jobs = directory / "jobs"
+def job_dirs(directory: Path) -> list[Path]:
+    """The run's job folders, oldest first; one that is being created has no spec yet."""
+    jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
-    found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
-    return sorted(found, key=lambda each: int(each.name.split("-")[0]))
+    found = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
+    return sorted(found, key=lambda each: number_of(each.name))
+
+
+def number_of(job_name: str) -> int:
+    """By which a run's jobs are ordered."""
+    return int(job_name.split("-")[0])

@@ -23,8 +23,8 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
-from sleb.records import Job, JobSpec, JobState, JobStatus, Progress, Run
-from sleb.runtime import device_queue, files, job_folder, run_folder
+from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
+from sleb.runtime import device_queue, files, job_folder, origin, run_folder
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +84,16 @@ class Reporter:
 
 @contextlib.contextmanager
 def executing(
-    job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None, processes: int | None = None
+    job_dir: Path,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    processes: int | None = None,
+    require: Callable[[], None] = lambda: None,
 ) -> Iterator[Reporter]:
     """Hold the run's lock, wait for the device, keep the status, and write how it ended.
 
     Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
-    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says.
+    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says. What `require`
+    refuses is refused before the waiting.
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
@@ -99,6 +103,7 @@ def executing(
         except Timeout as error:  # an OSError, but no refusal of the disk's
             raise RunBusy(_busy(run_dir)) from error
     try:
+        run_folder.tidy(run_dir)
         reporter = Reporter(job_dir)
         spec = job_folder.load_job(job_dir).spec
 
@@ -110,6 +115,7 @@ def executing(
 
         try:
             with stopping_on_sigterm(), contextlib.ExitStack() as stack:
+                require()
                 for device in device_queue.devices(
                     spec.device, processes or spec.processes
                 ):  # all ask in the same order
@@ -138,7 +144,7 @@ def _close_failed(reporter: Reporter, message: str) -> None:
 
 def lock_of(run_dir: Path) -> FileLock:
     """The lock whose holder executes the run."""
-    return FileLock(run_dir / ".lock")
+    return FileLock(files.inside(run_dir, run_folder.LOCK))
 
 
 def watched(run: Run) -> Run:
@@ -152,8 +158,8 @@ def state_of(run: Run) -> JobState:
     return own[-1].status.state if own else JobState.QUEUED
 
 
-def unanswered(run: Run) -> JobSpec | None:
-    """What a job was to judge that did not come to its end, the newest first: asked again, it goes on where it was.
+def unanswered(run: Run) -> Job | None:
+    """The newest job whose question about lists was not answered to its end: asked again, it goes on where it was.
 
     Of those that failed only the very last: what it failed of may be the question itself.
     """
@@ -162,7 +168,7 @@ def unanswered(run: Run) -> JobSpec | None:
     for job in reversed(own):
         broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED)
         if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
-            return job.spec
+            return job
     return None
 
 
@@ -174,7 +180,7 @@ def active(run: Run) -> Job | None:
 def is_active(job: Job) -> bool:
     """Whether a process executes it, waits with it, or is about to take it up; of a job as `derived` gives it."""
     if job.status.state is JobState.QUEUED and job.status.pid is None:
-        return time.time() - (job.status.heartbeat or 0.0) < STARTING_SECONDS
+        return _silence(job.status) < STARTING_SECONDS
     return job.status.state in (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -184,17 +190,29 @@ def require_idle(run: Run) -> None:
         raise RunBusy(_busy(run.run_dir))
 
 
+def require_allowed(job: Job, permissions: Permissions) -> None:
+    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it."""
+    permissions.granted(job.spec)
+    if not permissions.trust_paths:
+        origin.require_confirmed(job.directory.parent.parent, job.name)
+
+
 def own_command(*words: str) -> list[str]:
     """This program as a process of its own: the one that is running here, whatever files the current folder holds."""
     return [sys.executable, "-P", "-m", "sleb", *words]
 
 
-def start(job: Job) -> subprocess.Popen[bytes]:
-    """Execute a job in a process of its own that outlives this one; its output goes to the job's log."""
+def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[bytes]:
+    """Execute a job in a process of its own that outlives this one; its output goes to the job's log.
+
+    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it asks for more.
+    """
+    permissions = permissions or Permissions()
+    require_allowed(job, permissions)
     job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
-    with files.writing(job.directory), open(job.directory / "log.txt", "ab") as output:
+    with files.writing(job.directory), job_folder.open_log(job.directory) as output:
         return subprocess.Popen(
-            own_command("work", str(job.directory)),
+            own_command("work", *permissions.arguments, "--", str(job.directory)),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -216,13 +234,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
             f"Run {run.run_id} is being executed on {job.status.host} (process {job.status.pid}); stop it there."
         )
     lock = lock_of(run.run_dir)
-    process = psutil.Process(job.status.pid)
-    process.send_signal(signal.SIGTERM)
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        process.kill()
-        lock.acquire(timeout=patience)
+    _end(run, job.status.pid, lock, patience)
     try:
         now = job_folder.load_job(job.directory)
         if now.status.state in (JobState.RUNNING, JobState.QUEUED):  # it could not say so itself
@@ -231,6 +243,20 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
         return job_folder.load_job(job.directory)
     finally:
         lock.release()
+
+
+def _end(run: Run, pid: int, lock: FileLock, patience: float) -> None:
+    """Hold the run's lock, once the process that has it is gone. A folder from elsewhere can name any process."""
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)  # nobody executes the run: there is no process to end, whatever its status says
+        return
+    try:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end meanwhile
+            psutil.Process(pid).send_signal(signal.SIGTERM)
+        lock.acquire(timeout=patience)
+    except Timeout:
+        psutil.Process(pid).kill()
+        lock.acquire(timeout=patience)
 
 
 def delete(directory: Path, *, keep_folder: bool = False) -> None:
@@ -305,18 +331,27 @@ def _deaf() -> Iterator[None]:
 
 def derived(job: Job) -> Job:
     """The job, interrupted if its status says that it runs or waits and its process is gone."""
-    status = job.status
+    status = derived_status(job.status)
+    return job if status is job.status else job.model_copy(update={"status": status})
+
+
+def derived_status(status: JobStatus) -> JobStatus:
+    """The same of a status alone."""
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
-        return job
-    lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
-    return job.model_copy(update={"status": status.model_copy(update=lost)})
+        return status
+    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."})
 
 
 def _alive(status: JobStatus) -> bool:
     if status.host != socket.gethostname():
-        return time.time() - (status.heartbeat or 0.0) < SILENCE_SECONDS
+        return _silence(status) < SILENCE_SECONDS
     return status.pid is not None and device_queue.alive(status.pid, status.process_started or 0.0)
+
+
+def _silence(status: JobStatus) -> float:
+    """Seconds from or to the last heartbeat: one that is far in the future says no more than one long ago."""
+    return abs(time.time() - (status.heartbeat or 0.0))
 
 
 def _busy(run_dir: Path) -> str:

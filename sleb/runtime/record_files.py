@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from sleb.errors import RunError
 from sleb.records import FORMAT_VERSION, Analysis, RunSpec, StackDescription
-from sleb.runtime.files import read_json, replace_file
+from sleb.runtime.files import inside, read_json_inside, replace_file
 
 R = TypeVar("R", bound=BaseModel)
 log = logging.getLogger(__name__)
@@ -18,22 +18,22 @@ log = logging.getLogger(__name__)
 
 def write_stack(directory: Path, stack: StackDescription) -> None:
     """What the run settled on with its model; written once."""
-    replace_file(directory / "stack.json", stack.model_dump_json(indent=1))
+    replace_file(inside(directory, "stack.json"), stack.model_dump_json(indent=1))
 
 
 def write_analysis(directory: Path, analysis: Analysis) -> None:
     """Both analyses, as pages draw them."""
-    replace_file(directory / "analysis" / "analysis.json", analysis.model_dump_json())
+    replace_file(inside(directory, "analysis", "analysis.json"), analysis.model_dump_json())
 
 
 def write_no_analysis(directory: Path, reason: str) -> None:
     """Why this model cannot be analysed: the run is finished without."""
-    replace_file(directory / "analysis" / "unavailable.txt", reason)
+    replace_file(inside(directory, "analysis", "unavailable.txt"), reason)
 
 
 def read_spec(directory: Path) -> RunSpec:
     """What was asked. Raises `RunError` where it is damaged or of another version."""
-    return read_record(directory / "spec.json", RunSpec)
+    return read_record(RunSpec, directory, "spec.json")
 
 
 def require_run(directory: Path) -> None:
@@ -42,10 +42,11 @@ def require_run(directory: Path) -> None:
         raise RunError(f"The run folder {directory} is gone: it was moved or deleted. Resume it where it is now.")
 
 
-def read_record(path: Path, record: type[R]) -> R:
-    """A record from its file. Raises `RunError` where it is missing, damaged or of another version."""
+def read_record(record: type[R], root: Path, *parts: str) -> R:
+    """A record from its file in a run folder. Raises `RunError` where it is missing, damaged or of another version."""
+    path = root.joinpath(*parts)
     try:
-        data = read_json(path)
+        data = read_json_inside(root, *parts)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -61,10 +62,10 @@ def read_record(path: Path, record: type[R]) -> R:
         raise RunError(f"{path} is damaged: {where}: {first['msg']}. Restore it, or delete the run.") from error
 
 
-def read_record_or_none(path: Path, record: type[R]) -> R | None:
+def read_record_or_none(record: type[R], root: Path, *parts: str) -> R | None:
     """What can be made again is made again when it cannot be read."""
     try:
-        return read_record(path, record) if path.exists() else None
+        return read_record(record, root, *parts) if root.joinpath(*parts).exists() else None
     except RunError as error:
         log.warning("%s", error)
         return None

@@ -17,14 +17,18 @@ from pydantic import ValidationError
 
 from sleb.errors import RunError
 from sleb.records import FORMAT_VERSION, Baseline, Step, Trace
-from sleb.runtime.files import NO_ARRAYS, parse_json, replace_file, writing
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, open_to_append, parse_json, read_regular, replace_file, writing
 from sleb.runtime.record_files import other_version, require_run
+
+MOST_TRACE_BYTES = 512 << 20
+"""Of a trace: each swap of a long list brings thousands of candidates."""
 
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
     """Per-sequence sums of a step or of the baseline, beside the trace and before its line."""
     require_run(directory)
-    path = directory / "scores" / f"{name}.npz"
+    path = inside(directory, "scores", f"{name}.npz")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.SpooledTemporaryFile() as buffer:
@@ -35,12 +39,10 @@ def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
 
 def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
     """What `write_scores` wrote. Raises `RunError` where it is missing or damaged."""
-    path = directory / "scores" / f"{name}.npz"
     try:
-        with np.load(path) as arrays:
-            return dict(arrays)
+        return read_arrays(directory, "scores", f"{name}.npz")
     except NO_ARRAYS as error:
-        raise RunError(f"{path} cannot be read; it is missing or damaged.") from error
+        raise RunError(f"{directory}/scores/{name}.npz cannot be read; it is missing or damaged.") from error
 
 
 def append_baseline(directory: Path, baseline: Baseline) -> None:
@@ -60,15 +62,15 @@ def append_finished(directory: Path, reason: str) -> None:
 
 def read_trace(directory: Path) -> Trace | None:
     """The trace as far as it was written; None before the baseline."""
-    path = directory / "trace.jsonl"
+    path = inside(directory, "trace.jsonl")
     try:
-        if path.exists() and not path.is_file():
-            raise RunError(f"{path} is no regular file; it is damaged. Restore it, or delete the run.")
-        data = path.read_bytes()
+        data = read_regular(path, MOST_TRACE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Restore it, or delete the run.") from error
     lines = data[: data.rfind(b"\n") + 1].splitlines()  # what follows the last newline was torn off
     baseline, finished = None, None
     steps: list[Step] = []
@@ -105,7 +107,7 @@ def _append(directory: Path, entry: dict[str, Any]) -> None:
     require_run(directory)
     path = directory / "trace.jsonl"
     line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    with writing(path), open(path, "ab+", buffering=0) as file:  # a buffer would be written again on closing
+    with writing(path), open_to_append(directory, "trace.jsonl") as file:  # a buffer would be written again on closing
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)  # a torn last line would swallow the next one

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 
 from sleb import bounded
-from sleb.errors import CalibrationError, WorkEnded, excerpt
+from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
 from sleb.scoring import chat_template
@@ -178,7 +178,7 @@ def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: in
             return _parquet(path, column, spec, needed, seed)
         else:
             if column is not None:
-                raise CalibrationError(f"{path} is a text and has no columns; leave out {column!r}.")
+                raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(column)}.")
             return [read_text(path)]
         return _drawn(rows, column, needed, spec, seed, path.name)
     except UnicodeDecodeError as error:
@@ -273,14 +273,15 @@ def _drawn(
         column = column or _default_column(row, origin)
         if column not in row:
             raise CalibrationError(
-                f"{origin} has no column {column!r}; it has {_columns(row)}. Name one after a colon."
+                f"{origin} has no column {quoted(column)}; it has {_columns(row)}. Name one after a colon."
             )
         value = row[column]
         if value is None or value == "" or value == []:
             continue
         if not isinstance(value, str | list):
             raise CalibrationError(
-                f"Column {column!r} of {origin} holds {type(value).__name__}, not text. Name another one after a colon."
+                f"Column {quoted(column)} of {origin} holds {type(value).__name__}, not text. "
+                "Name another one after a colon."
             )
         found.append(value)
         characters += len(value) if isinstance(value, str) else sum(len(str(turn)) for turn in value)
@@ -363,7 +364,7 @@ def _local(source: str) -> tuple[Path | None, str | None]:
 def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
     parts = [part or None for part in source.split(":")]
     if len(parts) > 4 or not parts[0]:
-        raise CalibrationError(f"{source!r} is no data set; write name:config:split:column, or a local file.")
+        raise CalibrationError(f"{quoted(source)} is no data set; write name:config:split:column, or a local file.")
     name, config, split, column = (*parts, None, None, None)[:4]
     assert name is not None
     return name, config, split, column
@@ -379,6 +380,6 @@ def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise CalibrationError(
-            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or name a "
+            f"The data set {quoted(name)} could not be loaded ({first}). Check its name and the network, or name a "
             "local .txt or .jsonl file instead, or demo."
         ) from error

@@ -245,7 +245,7 @@ def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> Non
     out = tmp_path / "out.gguf"
     require_free(out, False, source)
     write_cut(plan_cut(source, (1,)), out, (1,))
-    refused(out, "there already", allow_existing=False)
+    refused(out, "already exists", allow_existing=False)
     require_free(out, True, source)
     with pytest.raises(OptionError, match="is the model itself"):
         require_free(out, True, out)

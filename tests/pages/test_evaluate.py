@@ -25,6 +25,7 @@ from sleb.records import (
     JobSpec,
     JobState,
     JobStatus,
+    Permissions,
     Progress,
     QuantizeSpec,
     Run,
@@ -50,7 +51,7 @@ def runs(home: Path) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Jobs that would have been started: their process is tested elsewhere."""
     found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", found.append)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
     return found
 
 
@@ -309,7 +310,7 @@ def test_a_sample_is_judged_in_a_copy(runs: Path, started: list[Job]) -> None:
 
 
 def test_a_process_that_cannot_be_started_leaves_no_job(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(job: Job) -> None:
+    def refuse(job: Job, permissions: Permissions) -> None:
         raise StorageError("The disk is *full*.")
 
     monkeypatch.setattr(job_processes, "start", refuse)

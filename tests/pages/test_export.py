@@ -11,7 +11,7 @@ from app import data
 from sleb.errors import StorageError
 from sleb.export import finished_exports
 from sleb.formats.list_formats import FORMATS, in_words, render
-from sleb.records import Job, JobState, Progress, RunSpec
+from sleb.records import Job, JobState, Permissions, Progress, RunSpec
 from sleb.report import build
 from sleb.runtime import job_folder, job_processes, run_folder
 from tests.support.dashboard import charts, open_page, press, words
@@ -30,7 +30,7 @@ def runs(home: Path) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Jobs that would have been started: their process is tested elsewhere."""
     found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", found.append)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
     return found
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(
 def test_a_process_that_cannot_be_started_leaves_no_job(
     runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def refuse(job: Job) -> None:
+    def refuse(job: Job, permissions: Permissions) -> None:
         raise StorageError("The disk is *full*.")
 
     monkeypatch.setattr(job_processes, "start", refuse)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app import data
+from app import data, page
 from app.panels import run_form
 from app.wording import plain
 from sleb import specs
@@ -75,7 +75,7 @@ def test_resume_goes_on_as_the_last_try_did(runs: Path, monkeypatch: pytest.Monk
     last = job_folder.create_job(run.run_dir, spec)
     job_folder.write_status(last.directory, run_folder.load(run.run_dir).jobs[0].status)
     started: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", started.append)  # what it would execute is all that is asked
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: started.append(job))
     app = open_page("runs", run="stopped")
     press(app, "Resume")
     assert not app.exception
@@ -106,7 +106,7 @@ def test_a_run_id_from_the_url_cannot_leave_the_store(run_id: str, home: Path) -
 def test_the_demo_is_started_by_one_click(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Path] = []
     monkeypatch.setattr(
-        job_processes, "start", lambda job: started.append(job.directory)
+        job_processes, "start", lambda job, permissions: started.append(job.directory)
     )  # its process is tested elsewhere
     app = open_page("runs")
     press(app, "Run the demo")
@@ -117,7 +117,7 @@ def test_the_demo_is_started_by_one_click(runs: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_form_asks_for_what_it_says(runs: Path, monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
-    monkeypatch.setattr(job_processes, "start", lambda job: None)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: None)
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     assert "20,392 block evaluations" in words(app)  # the demo's, counted before anything runs
@@ -139,7 +139,7 @@ def test_the_form_asks_for_what_it_says(runs: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_form_asks_for_swaps_after_metric3_only(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_processes, "start", lambda job: None)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: None)
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     without = next(line for line in words(app).splitlines() if "block evaluations" in line)
@@ -230,6 +230,27 @@ def test_an_upload_keeps_no_name_from_outside(home: Path) -> None:
     assert path.parent == home / "uploads"
     assert path.read_text() == "some text"
     assert run_form.keep_upload("b.jsonl", b'{"text": "some text"}\n').suffix == ".jsonl"
+
+
+def test_of_more_runs_than_are_drawn_the_newest_are_and_any_is_found(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_many(runs, 8, 6, 2)
+    monkeypatch.setattr(page, "MOST_SHOWN", 3)
+    app = open_page("runs")
+    assert not app.exception
+    samples = 5
+    assert list(app.dataframe[0].value["Run"])[:4][:3] == ["run-0000", "run-0001", "run-0002"]
+    assert len(app.dataframe[0].value) == 3 + samples
+    assert "8 of 13 runs, the newest first." in words(app)
+    app.text_input(key="find-run").input("0006 Metric3").run()
+    assert list(app.dataframe[0].value["Run"]) == ["run-0006"]
+    assert "1 of 1 runs found" in words(app)
+    steps = open_page("steps", run="run-0006")
+    assert not steps.exception
+    offered = steps.selectbox[0].options
+    assert len(offered) == 3 + 1 + samples
+    assert steps.selectbox[0].value == "run-0006"
 
 
 def test_hundreds_of_runs_are_listed(runs: Path) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import pytest
+from streamlit import config
 from streamlit.testing.v1 import AppTest
 
+from sleb.runtime import dashboard_files
 from tests.support.paths import ROOT
+
+config.set_option("server.address", "localhost")  # as `streamlit_config.toml` has it; there is no server here
 
 
 def open_page(name: str, **query: str) -> AppTest:
@@ -22,6 +30,27 @@ def open_page(name: str, **query: str) -> AppTest:
             app.query_params[key] = value
         app.run()
     return app
+
+
+Allow = Callable[..., None]
+"""What `started_with` gives: folders, `address` and `read_only`."""
+
+
+@contextmanager
+def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allow]:
+    """Pages of a server that was started with other folders, at another address, or only to show."""
+
+    def start(*folders: Path, address: str | None = "0.0.0.0", read_only: bool = False) -> None:
+        config.set_option("server.address", address)
+        monkeypatch.setenv(dashboard_files.ALLOW_PATH, json.dumps([str(each) for each in folders]))
+        monkeypatch.setenv(dashboard_files.READ_ONLY, "1" if read_only else "0")
+
+    before = config.get_option("server.address")
+    start(address="localhost")
+    try:
+        yield start
+    finally:
+        config.set_option("server.address", before)
 
 
 def charts(app: AppTest) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
 from sleb.runtime import findings_folder
-from sleb.runtime.files import replace_file
+from sleb.runtime.files import inside, replace_file
 from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
 
@@ -130,7 +130,7 @@ class _Healing:
         self.asked = ask.model_copy(update=nothing)
         question = [self.asked.model_dump(mode="json"), self.removal_list, subject.loaded.dtype, self.text.tokens_hash]
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
-        self.folder = subject.run.run_dir / "healing" / key
+        self.folder = inside(subject.run.run_dir, "healing", key)
         self._found: tuple[dict[str, torch.Tensor], _Facts] | None = None
         self._healed: Healed | None = None
 
@@ -250,9 +250,13 @@ class _Healing:
             held_out_tokens=self.text.held_out * (length - 1),
         )
         _store(self._path, tensors, asdict(facts))
+        self._tidy()
+        return tensors, facts
+
+    def _tidy(self) -> None:
+        """What a training goes on from is needed no longer."""
         for path in (self._checkpoint, self._before_training):
             path.unlink(missing_ok=True)
-        return tensors, facts
 
     def _trained(self, mended: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[float, ...], float]:
         """Adapters, losses and seconds."""
@@ -297,15 +301,15 @@ class _Healing:
 
     @property
     def _path(self) -> Path:
-        return self.folder / "healed.safetensors"
+        return inside(self.folder, "healed.safetensors")
 
     @property
     def _checkpoint(self) -> Path:
-        return self.folder / "checkpoint.safetensors"
+        return inside(self.folder, "checkpoint.safetensors")
 
     @property
     def _before_training(self) -> Path:
-        return self.folder / "mended.safetensors"
+        return inside(self.folder, "mended.safetensors")
 
     def _read(self) -> tuple[dict[str, torch.Tensor], _Facts] | None:
         """What an earlier job found; nothing where it is missing or damaged: then it is found anew."""
@@ -313,7 +317,9 @@ class _Healing:
         if found is None:
             return None
         try:
-            return found[0], _Facts(**found[1] | {"losses": tuple(found[1]["losses"])})
+            facts = _Facts(**found[1] | {"losses": tuple(found[1]["losses"])})
+            self._tidy()
+            return found[0], facts
         except (KeyError, TypeError) as error:
             log.warning("%s cannot be read, and is made anew: %s", self._path, error)
             return None

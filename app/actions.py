@@ -1,0 +1,86 @@
+"""What the dashboard does to runs: start, go on, stop, delete. The only module of it that does; draws nothing.
+
+Every function asks `access` first, so that no page, link or message of a browser gets past the server's rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from app import access, data
+from sleb.errors import NotPermitted, SlebError, UnconfirmedNames, printable
+from sleb.records import JobSpec, Permissions, Run, RunSpec
+from sleb.runtime import job_folder, job_processes, origin, run_folder
+
+
+def begin(spec: RunSpec, job: JobSpec) -> Run:
+    """A new run, executed by a process of its own."""
+    access.require_start(spec, job)
+    run = run_folder.create(spec)
+    job_processes.start(job_folder.create_job(run.run_dir, job), data.permissions_for(job))
+    return run
+
+
+def unconfirmed(run: Run, job: JobSpec) -> tuple[str, ...]:
+    """Models and texts that a run folder from elsewhere names, which this job of it would read. Raises `RunError`."""
+    if data.is_sample(run):  # it came with the program
+        return ()
+    return origin.unconfirmed(run.run_dir, *_strangers(run, job))
+
+
+def _strangers(run: Run, job: JobSpec) -> list[str]:
+    """Jobs in the folder that this machine did not write, and that name something which this job names too."""
+    own = _names(job)
+    return [
+        each.name
+        for each in run.jobs
+        if own & _names(each.spec) and not origin.is_written_here(run.run_dir, "jobs", each.name)
+    ]
+
+
+def _names(job: JobSpec) -> set[str]:
+    named = (*getattr(job.ask, "texts", ()), getattr(job.ask, "source", None), job.gguf)
+    return {each for each in named if each is not None}
+
+
+def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = ()) -> Run:
+    """One more job of a run, by a process of its own; the run it belongs to.
+
+    Samples are never changed: what is found or written belongs to a copy in the store. `again` says that the job is
+    one of the run folder's: then it may write nowhere and read no task files, whoever wrote it there. `seen` are the
+    names that a user has seen and confirmed; raises `UnconfirmedNames` where there are others.
+    """
+    access.require_start(run.spec, job, run)
+    if data.is_sample(run):
+        run = job_processes.bring_in(run.run_dir)
+        origin.confirm(run.run_dir)
+    elif names := unconfirmed(run, job):
+        if set(names) - set(seen):
+            raise UnconfirmedNames(str(run.run_dir), names)
+        origin.confirm(run.run_dir, *_strangers(run, job))
+    made = job_processes.next_job(run, job)
+    try:
+        of_server = Permissions.model_validate(data.permissions())
+        job_processes.start(made, of_server if again else data.permissions_for(job))
+    except NotPermitted as error:
+        job_folder.withdraw_job(made)
+        how = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
+        raise access.NotAllowed(f"What this job asks for no page can allow; go on from a terminal: {how}") from error
+    except SlebError:
+        job_folder.withdraw_job(made)
+        raise
+    return run
+
+
+def stop(run: Run) -> None:
+    """End what is executing the run."""
+    access.require_changes()
+    access.require_run(run.run_dir)
+    job_processes.stop(run)
+
+
+def delete(run: Run) -> None:
+    """Remove the run folder for good; of a link only the link."""
+    access.require_changes()
+    access.require_run(run.run_dir)
+    job_processes.delete(run.run_dir)

@@ -1,0 +1,77 @@
+"""The question before a job reads what a run folder from elsewhere names: shown, and confirmed by whoever presses."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import actions, data
+from app.page import choose
+from app.wording import in_fields, plain
+from sleb.errors import RunError, SlebError, UnconfirmedNames
+from sleb.records import JobSpec, Run
+
+_ASKED = "foreign-names"
+"""In the session: runs and the jobs that wait for an answer, the first one asked about first."""
+
+
+def go_on(run: Run, job: JobSpec, *, again: bool = False) -> bool:
+    """Start a job of a run; False where the user is asked first, by `ask`. Raises `SlebError` where it cannot be."""
+    try:
+        actions.go_on(run, job, again=again)
+    except UnconfirmedNames:
+        st.session_state.setdefault(_ASKED, []).append((run.run_id, job, again))
+        return False
+    return True
+
+
+def is_asked() -> bool:
+    """Whether a question waits for its answer."""
+    return bool(st.session_state.get(_ASKED))
+
+
+def ask() -> None:
+    """The question, if a job waits for its answer. Called by the page itself, never by a part of it that is drawn anew
+    by its own (see `really_delete` of the Runs page)."""
+    while waiting := st.session_state.get(_ASKED):
+        run_id, job, again = waiting[0]
+        try:
+            run = data.load(run_id)
+            names = actions.unconfirmed(run, job)
+        except RunError:  # deleted meanwhile
+            names = ()
+        if names:
+            _really_read(run, job, again, names)
+            return
+        _answered()
+
+
+def _answered() -> None:
+    """However the question goes away, it is not asked again."""
+    if st.session_state.get(_ASKED):
+        st.session_state[_ASKED].pop(0)
+
+
+@st.dialog("Read what this run names?", on_dismiss=_answered)
+def _really_read(run: Run, job: JobSpec, again: bool, names: tuple[str, ...]) -> None:
+    st.markdown(
+        "This run folder was written on another machine. It names what is to be read on this one; go on only if you "
+        "know these models and texts:"
+    )
+    st.code("\n".join(map(_on_one_line, names)), language=None, wrap_lines=True)
+    with st.container(horizontal=True):
+        if st.button("Read them", type="primary", icon=":material/play_arrow:"):
+            try:
+                actions.go_on(run, job, again=again, seen=names)
+            except SlebError as error:
+                st.error(plain(in_fields(error)), icon=":material/error:")
+                return
+            _answered()
+            choose(run.run_id)
+            st.rerun()
+        if st.button("Leave it"):
+            _answered()
+            st.rerun()
+
+
+def _on_one_line(name: str) -> str:
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in name)
