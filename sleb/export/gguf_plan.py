@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import ExportError, ModelError, OptionError
+from sleb.errors import ExportError, ModelError, OptionError, excerpt
 from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
 from sleb.model import demo, gguf_header
@@ -119,10 +119,19 @@ def plan_cut(source: Path, removal_list: Sequence[int]) -> Cut:
     """What the file becomes without these blocks. Raises `ExportError` where it cannot be said in a GGUF file,
     `ModelError` for a file that is no whole model, `OptionError` for a removal list that does not fit it.
     """
+    try:
+        return _planned(source, removal_list)
+    except (*FAILURES, ArithmeticError) as error:  # a setting of another type than it should be, for one
+        raise ModelError(
+            f"{source} says what no model does ({type(error).__name__}: {excerpt(error)}); fetch it again."
+        ) from error
+
+
+def _planned(source: Path, removal_list: Sequence[int]) -> Cut:
     reader = _read(source)
     architecture = value_of(reader, "general.architecture")
     total = value_of(reader, f"{architecture}.block_count")
-    if not isinstance(total, int) or total < 1:
+    if not isinstance(architecture, str) or not isinstance(total, int) or total < 1:
         raise ModelError(f"{source} does not say how many blocks it has ({architecture}.block_count); fetch it again.")
     if value_of(reader, "general.type") not in (None, "model"):
         raise ModelError(f"{source} is no model but a file of type {value_of(reader, 'general.type')!r}.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError, excerpt
+from sleb.model import model_files
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -77,7 +78,10 @@ def check(path: Path) -> Header:
         raise ModelError(f"{path} cannot be read as GGUF: {error}; fetch it again.") from error
     except _FAILURES as error:
         raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
-    return Header(settings, tensors)
+    header = Header(settings, tensors)
+    own = ((key, value) for key, value in settings.items() if key.startswith(header.architecture))
+    model_files.require_modest(str(path), {key.rpartition(".")[2]: value for key, value in own})
+    return header
 
 
 def settings(path: Path) -> dict[str, Any]:
