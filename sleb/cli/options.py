@@ -162,7 +162,7 @@ AllowPickle = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
+    typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model, or with tasks."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
 

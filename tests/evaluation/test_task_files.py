@@ -369,6 +369,21 @@ def test_lm_evals_own_task_without_functions_can_be_included(folder: Path) -> No
     assert leaf.task.doc_to_text(rows[0]) == "Question: boil\nAnswer:"
 
 
+def test_lm_evals_own_tasks_run_no_program_of_the_current_folder(marker: Path) -> None:
+    """A metric that their functions fetch by name is looked for there first."""
+    script = Path("code_eval")
+    script.mkdir()
+    (script / "code_eval.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    with (
+        task_files.TaskFiles(None).as_data(),
+        pytest.raises(OptionError, match=r"'code_eval/code_eval\.py' is a program"),
+    ):
+        lm_eval.tasks._yaml_loader._load_module_with_cache(LM_EVALS / "humaneval" / "utils.py")
+    with task_files.TaskFiles(None).as_data(), pytest.raises(OptionError, match="'code_eval' is a file of this folder"):
+        lm_eval.api.task.get_metric("code_eval", True)
+    assert not marker.exists()
+
+
 OWN_FOLDERS = (
     "hellaswag", "winogrande", "arc", "piqa", "mmlu", "lambada", "openbookqa", "super_glue", "gsm8k", "triviaqa",
     "sciq", "truthfulqa",
