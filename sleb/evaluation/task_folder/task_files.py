@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import OptionError, WorkEnded, excerpt
-from sleb.evaluation.task_limits import within
+from sleb.evaluation.task_folder.task_limits import within
 
 LARGEST = 4 << 20
 """Bytes of a task file; lm-eval's own largest has 63,000."""
@@ -387,13 +387,14 @@ def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
     opened: list[tuple[str | None, int]] = []
     total = 0
     for event in events:
-        before = total
+        before, anchor = total, None
         if isinstance(event, yaml.ScalarEvent):
+            anchor = event.anchor
             total += 1 + len(event.value) // 64
             if len(event.value) > 1_000 and event.implicit[0] and re.fullmatch(r"[-+0-9_:.,]+", event.value):
                 raise OptionError(f"The task file {path} has a number of {len(event.value):,} digits.")
         elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in opened):
+            if any(each == event.anchor for each, _ in opened):
                 raise OptionError(f"The task file {path} has an alias of itself, {excerpt(event.anchor, 40)}.")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -401,11 +402,8 @@ def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
             opened.append((event.anchor, before))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = opened.pop()
-        anchored = event.anchor if isinstance(event, yaml.ScalarEvent) else None
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchored = anchor
-        if anchored is not None:
-            sizes[anchored] = total - before
+        if anchor is not None:
+            sizes[anchor] = total - before
         if total > _WIDEST or len(opened) > _DEEPEST:
             raise OptionError(
                 f"The task file {path} becomes too much: at most {_WIDEST:,} values, {_DEEPEST} deep, with all that "
