@@ -54,13 +54,13 @@ def call(
     try:
         said, _ = child.communicate(given, timeout=_STARTING_SECONDS + 4 * seconds)
     except subprocess.TimeoutExpired as error:
-        raise WorkEnded(f"it took more than {seconds:g} seconds") from error
+        raise WorkEnded(f"it took more than {seconds:.0f} seconds") from error
     finally:
         if child.poll() is None:
             child.kill()
             child.communicate()
     if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise WorkEnded(f"it took more than {seconds:g} seconds, or more memory than there is")
+        raise WorkEnded(f"it took more than {seconds:.0f} seconds, or more memory than there is")
     try:
         found = json.loads(said)
     except ValueError as error:

@@ -39,7 +39,7 @@ def test_the_text_is_that_of_the_tokenizer_itself(template: Any, reply: bool) ->
     [
         ("{{ 'a' * 10**11 }}", "memory"),
         ("{% for i in range(99999) %}{{ 'ab' * 99 }}{% endfor %}", "more than 1 MB"),
-        ("{{ raise_exception('no \x1b[31musers ' + 'x' * 5000) }}", "^no .31musers x{150,}"),
+        ("{{ raise_exception('no \x1b[31musers ' + 'x' * 5000) }}", r"^no .{1,4}\[31musers x{100,}"),
         ("{{ " + "(" * 10_000 + "1" + ")" * 10_000 + " }}", "nested too deeply"),
         ({"tools": "no"}, "default"),
         (5, "TypeError"),
@@ -55,7 +55,7 @@ def test_a_template_without_bounds_is_refused_in_a_clause(template: Any, reason:
 def test_a_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sleb.bounded.SECONDS", 1.0)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(WorkEnded, match=r"more than 1\.006 seconds"):
+    with pytest.raises(WorkEnded, match="more than 1 seconds"):
         chat_template.rendered(with_template(loop), TALK)
 
 
