@@ -46,6 +46,7 @@ TORCH_FREE_MODULES = (
     "sleb.analysis.token_sample",
     "sleb.export.destination",
     "sleb.export.finished_exports",
+    "sleb.export.gguf_plan",
     "sleb.evaluation.request",
 )
 """Modules of the other packages that pages, the command line and notebooks import."""

@@ -17,6 +17,8 @@ from app.panels import foreign_names
 from app.widgets import badge, log_of, stop_job
 from app.wording import duration, plain, state_word
 from sleb.errors import OptionError, SlebError
+from sleb.export import gguf_plan
+from sleb.export.destination import Destination
 from sleb.export.finished_exports import Export, read_exports
 from sleb.records import Job, JobSpec, JobState, Run
 from sleb.report import build
@@ -123,13 +125,7 @@ def _checked(out: str, replace: bool) -> Path:
         above = next((each for each in folder.parents if each.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise OptionError(f"Nothing can be written in {above}; name another folder.")
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise OptionError(f"{folder} is a link or a file; name a folder that does not exist yet.")
-        if folder.is_dir() and any(folder.iterdir()):
-            if not replace:
-                raise OptionError(f"{folder} is not empty; name another folder, or replace an earlier export.")
-            if not (folder / "proof.json").is_file():
-                raise OptionError(f"{folder} holds something other than an earlier export; name another one.")
+        Destination(folder, replace).require_free()
     except (OSError, ValueError) as error:  # no permission to look, or no name for a file
         raise OptionError(f"{folder} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
     return folder
@@ -147,10 +143,8 @@ def _checked_file(out: str, replace: bool) -> Path:
         above = next((each for each in path.parents if each.exists()), path)
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise OptionError(f"Nothing can be written in {above}; name another file.")
-        if path.is_symlink() or path.is_dir() or path.suffix.lower() != ".gguf":
-            raise OptionError(f"{path} is a link, a folder, or does not end in .gguf; name a file that does.")
-        if path.exists() and not replace:
-            raise OptionError(f"{path} is there already; name another file, or replace an earlier export.")
+        gguf_plan.require_name(path)
+        Destination(path, replace, gguf_plan.FILE, lambda _: True).require_free()
     except (OSError, ValueError) as error:
         raise OptionError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
     return path

@@ -99,12 +99,17 @@ def source_of(run: Run, job: JobSpec) -> Path:
     return path
 
 
-def destination_of(out: Path, allow_existing: bool, source: Path) -> Destination:
-    """Where the smaller file goes. Raises `OptionError` for what is not a GGUF file's name, or is the model itself."""
+def require_name(out: Path) -> None:
+    """Whether a GGUF file can be called so. Raises `OptionError`."""
     if out.is_dir() and not out.is_symlink():
         raise OptionError(f"{out} is a folder; name a file that ends in .gguf.")
     if out.suffix.lower() != ".gguf":
         raise OptionError(f"{out} does not end in .gguf, by which programs know such files; name one that does.")
+
+
+def destination_of(out: Path, allow_existing: bool, source: Path) -> Destination:
+    """Where the smaller file goes. Raises `OptionError` for what is not a GGUF file's name, or is the model itself."""
+    require_name(out)
     if out.exists() and source.exists() and out.samefile(source):
         raise OptionError(f"{out} is the model itself; name another file.")
     return Destination(out, allow_existing, FILE, _is_export)

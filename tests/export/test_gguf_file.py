@@ -387,7 +387,7 @@ def test_a_folder_needs_a_gguf_file_of_the_same_model(source: Path, text_file: P
     seven = gguf_files.write(tmp_path / "seven.gguf", num_blocks=7)
     with pytest.raises(OptionError, match="it has 7 blocks, and the model has 6"):
         sleb.export_model(run, out, format="gguf", gguf=seven)
-    with pytest.raises(OptionError, match="There is no file"):
+    with pytest.raises(ModelError, match="There is no file"):
         sleb.export_model(run, out, format="gguf", gguf=tmp_path / "nothing.gguf")
     with pytest.raises(OptionError, match="--gguf"):
         sleb.export_model(run, tmp_path / "out", gguf=source)

@@ -17,7 +17,6 @@ from sleb import execution
 from sleb.errors import ModelError, RunBusy
 from sleb.records import JobSpec, JobState, JobStatus, Run, RunSpec
 from sleb.runtime import device_queue, job_folder, job_processes, run_folder
-from tests.support import tiny
 from tests.support.command import run as command
 
 
@@ -70,9 +69,8 @@ def test_a_model_that_is_not_there_is_refused_without_waiting(name: str, home: P
     assert not (tmp_path / "other").exists()
 
 
-def test_a_call_from_a_notebook_says_that_it_waits(home: Path, tmp_path: Path) -> None:
-    model = tiny.save(tmp_path / "model")
-    code = f"import sleb; sleb.search({str(model)!r}, device='cpu')"
+def test_a_call_from_a_notebook_says_that_it_waits(home: Path, tiny_model: Path) -> None:
+    code = f"import sleb; sleb.search({str(tiny_model)!r}, device='cpu')"
     with device_queue.turn(home, "cpu", lambda _: None):
         waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
         try:
