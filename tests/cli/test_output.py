@@ -90,11 +90,11 @@ def test_what_libraries_log_and_warn_of_steers_no_terminal() -> None:
         "from sleb.cli.main import main\n"
         "sys.argv = ['sleb', '--version']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "logging.getLogger('another').warning('a model called %s', '\\x1b[31mred')\n"
+        "logging.getLogger('another').warning('\\x1b[1ma model\\x1b[0m called %s', '\\x1b]0;title')\n"
         "warnings.warn('\\x1b[31m' * 1000)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "WARNING: a model called \\x1b[31mred\n" in done.stderr
+    assert "WARNING: a model called \\x1b]0;title\n" in done.stderr
     assert "\x1b" not in done.stderr
     assert max(map(len, done.stderr.splitlines())) <= MOST_CHARACTERS
 
