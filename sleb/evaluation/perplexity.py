@@ -21,7 +21,7 @@ from sleb.errors import CalibrationError, OptionError, quoted
 from sleb.methods.statistics import mean_and_error
 from sleb.model import demo
 from sleb.records import NAMED_TEXTS, EvaluatedText, RemovalList
-from sleb.runtime.files import expanded
+from sleb.runtime.files import expanded, read_text
 from sleb.scoring.calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset
 from sleb.scoring.sweep import Scorer
 
@@ -146,11 +146,13 @@ def _text(name: str) -> tuple[str, str, int | None]:
         return SEPARATOR.join(demo.documents()), "the demo text (Wikipedia sample)", None
     path = expanded(Path(name))
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise CalibrationError(f"{path} cannot be read: {error}.") from error
     kind = path.suffix.lower()
     if kind == ".raw":
         lines = text.removesuffix("\n").split("\n")

@@ -27,6 +27,8 @@ _NO_ARRAYS = (
 """What reading an `.npz` file that is damaged, or was made to do damage, raises beside `ValueError`."""
 MOST_BYTES = 64 << 20
 """Of a record: none that a program wrote comes near, and no longer one is read."""
+MOST_TEXT_BYTES = 2 << 30
+"""Of a text that is read whole."""
 MOST_ARRAY_BYTES = 512 << 20
 """Of the arrays in one file, unpacked."""
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -84,6 +86,13 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     return data
 
 
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """A text that somebody named. Raises `ValueError` where it is longer than any that is used whole, or `OSError`."""
+    if path.stat().st_size > MOST_TEXT_BYTES:
+        raise ValueError(f"it is longer than {MOST_TEXT_BYTES >> 30} GiB")
+    return path.read_text(encoding=encoding)
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Arrays of an `.npz` file from anywhere. Raises `ValueError` for what is damaged or too large, else `OSError`."""
     file = io.BytesIO(read_bytes(path, MOST_ARRAY_BYTES))
@@ -93,9 +102,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         if unpacked > MOST_ARRAY_BYTES:
             raise ValueError(f"its arrays are longer than {MOST_ARRAY_BYTES >> 20} MiB")
         with np.load(file) as arrays:
-            return dict(arrays)
+            found = dict(arrays)
     except _NO_ARRAYS as error:
         raise ValueError(f"it holds no arrays ({type(error).__name__})") from error
+    if not all(isinstance(each, np.ndarray) for each in found.values()):  # another file comes as its bytes
+        raise ValueError("it holds something other than arrays")
+    return found
 
 
 def parse_json(data: bytes) -> Any:

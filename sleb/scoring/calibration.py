@@ -17,6 +17,7 @@ import xxhash
 from sleb.errors import CalibrationError, quoted
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
+from sleb.runtime.files import MOST_BYTES, read_text
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: in
         else:
             if column is not None:
                 raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(column)}.")
-            return [path.read_text(encoding="utf-8")]
+            return [read_text(path)]
         return _drawn(rows, column, needed, spec, seed, path.name)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
@@ -187,7 +188,9 @@ def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: in
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES), ""), 1):
+            if len(line) == MOST_BYTES:
+                raise CalibrationError(f"Line {number} of {path} is longer than {MOST_BYTES >> 20} MiB; split it.")
             if not line.strip():
                 continue
             try:
