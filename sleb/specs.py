@@ -6,13 +6,16 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from sleb.errors import OptionError, quoted
-from sleb.records import CalibrationSpec, JobKind, JobSpec, Method, RunSpec
+from sleb.records import CalibrationSpec, JobKind, JobSpec, Method, Record, RunSpec
 from sleb.runtime import files
+
+R = TypeVar("R", bound=Record)
 
 PAPER_SEQUENCES = 128
 PAPER_SEQUENCE_LENGTH = 2048
@@ -68,7 +71,7 @@ def run_spec(
     if str(method) not in names:
         raise OptionError(f"There is no method {quoted(str(method))}; use one of {', '.join(names)}.")
     try:
-        return RunSpec(
+        made = RunSpec(
             kind=kind,
             model=absolute(model),
             revision=revision,
@@ -96,6 +99,7 @@ def run_spec(
         )
     except ValidationError as error:
         raise OptionError(sentence(error)) from error
+    return writable(made)
 
 
 def job_spec(
@@ -115,12 +119,30 @@ def job_spec(
     return validated(JobSpec, settings | scale | permissions)
 
 
-def validated(record: type[JobSpec], settings: dict[str, Any]) -> JobSpec:
-    """A job as it is asked, checked. Raises `OptionError` with one sentence."""
+def validated(record: type[R], settings: dict[str, Any]) -> R:
+    """What is asked, checked. Raises `OptionError` with one sentence."""
     try:
-        return record.model_validate(settings)
+        return writable(record.model_validate(settings))
     except ValidationError as error:
         raise OptionError(sentence(error)) from error
+
+
+def writable(record: R) -> R:
+    """The record, which a file will hold. Raises `OptionError` for bytes of a command line that are no UTF-8 text."""
+    try:
+        record.model_dump_json()
+    except PydanticSerializationError as error:
+        parts = {name: value if isinstance(value, tuple) else (value,) for name, value in record}
+        names = [
+            name for name, own in parts.items() if not all(_is_text(each) for each in own if isinstance(each, str))
+        ]
+        named = ", ".join("--" + name.replace("_", "-") for name in names)
+        raise OptionError(f"{named or 'An option'} is no UTF-8 text; rename the file, or spell it anew.") from error
+    return record
+
+
+def _is_text(value: str) -> bool:
+    return value == value.encode("utf-8", "ignore").decode()
 
 
 def text(name: str, value: object) -> str:
@@ -129,7 +151,7 @@ def text(name: str, value: object) -> str:
         value = fspath(value)
     if not isinstance(value, str):
         raise OptionError(f"{name} takes a name or a path; found {quoted(value)}.")
-    if not value.isprintable() and not value.encode("utf-8", "ignore").decode() == value:
+    if not _is_text(value):
         raise OptionError(f"{name} {quoted(value)} is no UTF-8 text; rename the file.")
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -80,6 +81,7 @@ def _common(
     """What comes before any command."""
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RefusedUsage: type[Exception] = typer.BadParameter.__bases__[0]
 """What typer raises for options and commands that it cannot take."""
 
@@ -134,7 +136,7 @@ def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
     """A log record, of any library, whose text steers no terminal: logs are shown on screens, too."""
     record = logging.LogRecord(*arguments, **options)
     with suppress(TypeError, ValueError):  # arguments that do not fit: logging reports them itself
-        record.msg, record.args = printable(record.getMessage()), ()
+        record.msg, record.args = printable(_COLOUR.sub("", record.getMessage())), ()
     return record
 
 

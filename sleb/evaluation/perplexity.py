@@ -150,6 +150,8 @@ def _text(name: str) -> tuple[str, str, int | None]:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise CalibrationError(f"{path} cannot be read: {error}.") from error
     kind = path.suffix.lower()
     if kind == ".raw":
         lines = text.removesuffix("\n").split("\n")

@@ -93,10 +93,7 @@ def job_of(ask: Ask, **how: Any) -> JobSpec:
 
 def ask_of(record: type[Any], **settings: Any) -> Any:
     """A question, checked. Raises `OptionError` out of range."""
-    try:
-        return record.model_validate(settings)
-    except ValidationError as error:
-        raise OptionError(specs.sentence(error)) from error
+    return specs.validated(record, settings)
 
 
 def answers(run: Run) -> list[Finding]:

@@ -38,6 +38,10 @@ from tests.support.stores import write_run
         (["heal", "x", "--removal-list", "[1]", "--rank", "999999999999"], "--rank"),
         (["heal", "x", "--removal-list", "[1]", "--learning-rate", "1e99"], "--learning-rate"),
         (["heal", "x", "--removal-list", "[1]", "--learning-rate", "1e-320"], "--learning-rate"),
+        (["search", "x", "--revision", "\udcff"], "--revision is no UTF-8 text"),
+        (["heal", "x", "--removal-list", "[1]", "--source", "\udcff"], "--source is no UTF-8 text"),
+        (["evaluate", "x", "--removal-list", "[1]", "--tasks", "\udcff"], "--tasks is no UTF-8 text"),
+        (["benchmark", "x", "--removal-list", "[1]", "--device", "\udcff"], "UTF-8 text"),
         (["show", "\x1b[31m" * 1000], "no run"),
         (["search", "x", "--protect", "\u202e" * 5000], "block indices"),
         (["search", "x", f"--{'y' * 5000}"], "No such option"),
@@ -90,11 +94,11 @@ def test_what_libraries_log_and_warn_of_steers_no_terminal() -> None:
         "from sleb.cli.main import main\n"
         "sys.argv = ['sleb', '--version']\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "logging.getLogger('another').warning('a model called %s', '\\x1b[31mred')\n"
+        "logging.getLogger('another').warning('\\x1b[1ma model\\x1b[0m called %s', '\\x1b]0;title')\n"
         "warnings.warn('\\x1b[31m' * 1000)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "WARNING: a model called \\x1b[31mred\n" in done.stderr
+    assert "WARNING: a model called \\x1b]0;title\n" in done.stderr
     assert "\x1b" not in done.stderr
     assert max(map(len, done.stderr.splitlines())) <= MOST_CHARACTERS
 

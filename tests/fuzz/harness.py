@@ -60,7 +60,7 @@ class Sandbox:
                 code: Any = 0
             except SystemExit as ended:
                 code = ended.code or 0
-        self._judge(code, out.getvalue(), err.getvalue())
+        self.judge(code, out.getvalue(), err.getvalue())
         self.counts[f"exit code {code}"] += 1
 
     def call(self, function: Callable[..., object], *arguments: object, **options: object) -> None:
@@ -72,11 +72,12 @@ class Sandbox:
                 refusal = ""
             except SlebError as error:
                 refusal = str(error)
-        self._judge(1 if refusal else 0, "", f"sleb: {refusal}\n" if refusal else "")  # the streams are main's to keep
+        self.judge(1 if refusal else 0, "", f"sleb: {refusal}\n" if refusal else "")  # the streams are main's to keep
         self.counts["refused" if refusal else "accepted"] += 1
 
     @staticmethod
-    def _judge(code: object, out: str, err: str) -> None:
+    def judge(code: object, out: str, err: str) -> None:
+        """Raises `Breach` for what a command must not end with, or say."""
         shown = out + err
         if code not in EXIT_CODES:
             raise Breach(f"exit code {code!r}: {shown[-500:]}")

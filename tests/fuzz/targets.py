@@ -171,6 +171,7 @@ def models(data: values.Draws, bench: Bench) -> None:
 
     folder = bench.fresh_model()
     files = sorted(path.relative_to(folder) for path in folder.iterdir())
+    files += 3 * [Path("config.json")]
     values.change_file(data, folder / data.draw(st.sampled_from(files), label="file"), bench.sandbox.places)
     bench.sandbox.call(load_model, str(folder), dtype="float32", device="cpu")
 

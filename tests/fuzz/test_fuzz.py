@@ -34,7 +34,6 @@ def test_the_fuzzer_sees_what_it_forbids(tmp_path: Path) -> None:
     """The test of the test: each kind of breach is found."""
     sandbox = Bench(tmp_path).sandbox
     watch_files()
-    print_ = print
 
     def divide() -> None:
         1 / 0  # noqa: B018
@@ -42,9 +41,16 @@ def test_the_fuzzer_sees_what_it_forbids(tmp_path: Path) -> None:
     for function, sentence in (
         (divide, "ZeroDivisionError"),
         (lambda: (tmp_path / "elsewhere").write_text("x"), "written elsewhere"),
-        (lambda: print_("\x1b[31m"), "control characters"),
-        (lambda: print_("Traceback (most recent call last)"), "a traceback"),
         (lambda: bytearray(1 << 40), "MemoryError"),
     ):
         with pytest.raises(Breach, match=sentence):
             sandbox.call(function)
+    for code, out, err, sentence in (
+        (3, "", "sleb: x", "exit code 3"),
+        (1, "", "", "without a sentence"),
+        (0, "\x1b[31m", "", "control characters"),
+        (1, "", "Traceback (most recent call last):", "a traceback"),
+        (1, "", f"sleb: {'x' * 1100}", "a sentence of 1106 characters"),
+    ):
+        with pytest.raises(Breach, match=sentence):
+            sandbox.judge(code, out, err)

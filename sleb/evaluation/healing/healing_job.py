@@ -346,6 +346,6 @@ def _stored(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None
         with safe_open(path, framework="pt") as file:
             facts = json.loads(file.metadata()["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         log.warning("%s cannot be read, and is made anew: %s", path, error)
         return None

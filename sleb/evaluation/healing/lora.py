@@ -293,7 +293,7 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
         }
         if any(each.shape != parameters[name].shape for name, own in found.items() for each in own):
             raise ValueError("it is of other adapters")
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         log.warning("%s cannot be read, and training begins anew: %s", path, error)
         return Progress()
     for name, (weight, *moments) in found.items():
