@@ -64,7 +64,7 @@ def _form(run: Run, steps: int, busy: bool) -> None:
     out = st.text_input(
         "File" if kind == GGUF else "Folder", f"{place}/{name_of(run, steps)}{ending}" if place else "",
         key=f"out-{run.run_id}-{steps}{ending}", disabled=off,
-        help="On the machine that runs this dashboard; made if it is not there." + access.explained(),
+        help="On the machine that runs this dashboard; made if it is not there." + plain(access.explained()),
     )  # fmt: skip
     replace = st.toggle(
         "Replace an earlier export", key="replace", disabled=off,
