@@ -9,11 +9,11 @@ STAMP := $(VENV)/.setup-done
 PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# More arguments for run, test, bench and comparison, as in: make test ARGS="-k sweep"
+# More arguments for run, test, fuzz, bench and comparison, as in: make test ARGS="-k sweep"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format bench comparison sample screenshots hooks clean
+.PHONY: help setup run test fuzz lint format bench comparison sample screenshots hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ run: setup ## open the dashboard on localhost (ARGS="--port 8502")
 test: setup ## run the tests, without a network (ARGS="-m 'not demo'" leaves out the real model)
 	@$(VENV)/bin/python -m tests.support.browser
 	@HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+fuzz: setup ## try inputs that nobody means, and count (ARGS="--examples 5000")
+	@$(VENV)/bin/python scripts/fuzz.py $(ARGS)
 
 lint: setup ## check style, format and types
 	$(VENV)/bin/ruff check .

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app import access, data
-from sleb.errors import NotPermitted, SlebError, UnconfirmedNames, shown
+from sleb.errors import NotPermitted, SlebError, UnconfirmedNames, printable
 from sleb.records import JobSpec, Permissions, Run, RunSpec
 from sleb.runtime import job_folder, job_processes, origin, run_folder
 
@@ -64,7 +64,7 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
         job_processes.start(made, of_server if again else data.permissions_for(job))
     except NotPermitted as error:
         job_folder.withdraw_job(made)
-        how = shown(f"sleb resume {run_folder.reference(run)} {error.options}")
+        how = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
         raise access.NotAllowed(f"What this job asks for no page can allow; go on from a terminal: {how}") from error
     except SlebError:
         job_folder.withdraw_job(made)

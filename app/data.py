@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from sleb import specs
 from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
 from sleb.analysis.similarity import TokenSimilarity
 from sleb.analysis.token_sample import Tokens
-from sleb.errors import RunError
+from sleb.errors import RunError, quoted
 from sleb.methods import step_evidence as evidence_of_step
 from sleb.methods.statistics import Comparison
 from sleb.model import block_count
@@ -27,8 +28,12 @@ from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Perm
 from sleb.runtime import files, findings_folder, job_folder, job_processes, run_folder
 from sleb.runtime import run_index as outlines_of
 from sleb.runtime.dashboard_files import SAMPLES
+from sleb.runtime.listing import run_list
+from sleb.runtime.listing.run_list import RunList
 from sleb.runtime.run_index import Outline
 
+LOOKED_AT = 1000
+"""Of the runs that nothing happens to, so many are looked at each time: some milliseconds."""
 SAMPLE = "sample-smollm2-135m-metric3"
 """The one that is shown first."""
 
@@ -44,23 +49,26 @@ class TokenChoice(NamedTuple):
     without_first: bool = False
 
 
-def outlines() -> list[Outline | RunError]:
-    """All runs, newest first, then the recorded samples; an unreadable one is its error."""
-    found: list[Outline | RunError] = []
-    for folder in (run_folder.runs_folder(), SAMPLES):
-        directories = run_folder.run_dirs(folder)
-        if folder == SAMPLES:
-            directories.sort(key=_rank_of_sample)  # their times are those of the checkout
-        for directory in directories:
-            if folder == SAMPLES and (run_folder.runs_folder() / directory.name / "spec.json").is_file():
-                continue  # a copy was brought in, to be exported: it is the one that pages show
-            try:
-                access.require_run(directory)
-                each = _outline(str(directory), outlines_of.signature(directory))
-                found.append(outlines_of.watched(each))
-            except (RunError, OSError) as error:  # OSError: deleted a moment ago
-                if isinstance(error, RunError):
-                    found.append(error)
+def outlines(first: str | None = None) -> list[Outline | RunError]:
+    """All runs, newest first, then the recorded samples; an unreadable one is its error.
+
+    Of thousands, those that nothing happens to are looked at again in turns, within some seconds; `first` always.
+    """
+    own = _runs_of(str(run_folder.home())).outlines(first, LOOKED_AT)
+    copied = {each.run_id for each in own if isinstance(each, Outline)}
+    samples = _samples().outlines()
+    samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
+    # A copy that was brought in, to be exported, is the one that pages show.
+    return [*map(_allowed, own), *(each for each in samples if isinstance(each, RunError) or each.run_id not in copied)]
+
+
+def _allowed(found: Outline | RunError) -> Outline | RunError:
+    """The run, or why this server does not show it: a link in the runs folder may lead out of what it was given."""
+    try:
+        if isinstance(found, Outline):
+            access.require_run(found.run_dir)
+    except RunError as error:
+        return error
     return found
 
 
@@ -72,7 +80,7 @@ def _rank_of_sample(directory: Path) -> tuple[int, str]:
 
 def is_sample(run: Run | Outline) -> bool:
     """Whether it is a recorded sample: to be looked at, not to be changed."""
-    return run.run_dir.parent == SAMPLES  # as `folder_of` finds it: hundreds of rows ask
+    return run.run_id in _sample_ids() and run.run_dir.parent == SAMPLES  # as `folder_of` finds it: thousands ask
 
 
 def folder_of(run_id: str) -> Path:
@@ -83,7 +91,7 @@ def folder_of(run_id: str) -> Path:
                 access.require_run(folder / run_id)
                 return folder / run_id
     raise RunError(
-        f"There is no run {run_id[:120]!r} in {run_folder.runs_folder()}: it may have been deleted or moved."
+        f"There is no run {quoted(run_id)} in {run_folder.runs_folder()}: it may have been deleted or moved."
     )
 
 
@@ -185,9 +193,19 @@ def _file_time(path: Path) -> int:
         return 0
 
 
-@st.cache_resource(max_entries=2000, show_spinner=False)
-def _outline(directory: str, signature: object) -> Outline:
-    return outlines_of.outline(Path(directory))
+@lru_cache(maxsize=4)
+def _runs_of(home: str) -> RunList:
+    return run_list.of_home(Path(home))
+
+
+@cache
+def _samples() -> RunList:
+    return RunList(SAMPLES)
+
+
+@cache
+def _sample_ids() -> frozenset[str]:
+    return frozenset(each.name for each in run_folder.run_dirs(SAMPLES))
 
 
 @st.cache_resource(max_entries=32, show_spinner=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import streamlit as st
 
 from app import data
@@ -12,11 +14,21 @@ from sleb.errors import RunError
 from sleb.records import Run
 from sleb.runtime.run_index import Outline
 
+MOST_SHOWN = 500
+"""Runs in a table or a list to choose from: drawing thousands takes longer than finding them."""
+
 
 def title(text: str, caption: str) -> None:
     """The page's name, and one sentence that says what it answers."""
     st.title(text, anchor=False)
     st.caption(caption)
+
+
+def newest(rows: list[Outline], also: Collection[str] = ()) -> list[Outline]:
+    """What a list to choose from offers of thousands of runs: the newest, those named, and the samples."""
+    if len(rows) <= MOST_SHOWN:
+        return rows
+    return [each for i, each in enumerate(rows) if i < MOST_SHOWN or each.run_id in also or data.is_sample(each)]
 
 
 def run_page(name: str, caption: str) -> Run:
@@ -35,13 +47,15 @@ def run_page(name: str, caption: str) -> Run:
         st.stop()
     run_id = asked(rows)
     with middle:
-        labels = {each.run_id: run_label(each) for each in rows}
+        offered = newest(rows, {run_id})
+        labels = {each.run_id: run_label(each) for each in offered}
         picked = st.selectbox(
             "Run",
             list(labels),
             index=list(labels).index(run_id),
             format_func=lambda each: labels[each],
-            help="Every page shows one run; the address bar names it. Start new ones on the Runs page.",
+            help="Every page shows one run; the address bar names it. Start new ones on the Runs page."
+            + ("" if len(offered) == len(rows) else f" Of {len(rows):,} runs the newest are here; find others there."),
         )
     with right:
         copy_link()

@@ -11,7 +11,7 @@ from sleb.formats.list_formats import display_name
 from sleb.records import Baseline, JobState, Run, RunSpec, Step
 from sleb.report.figures import style
 from sleb.runtime import progress
-from sleb.runtime.run_index import Outline
+from sleb.runtime.run_index import Outline, Standing
 
 Colour = Literal["gray", "blue", "green", "red", "orange"]
 STATES: dict[JobState, tuple[str, str, Colour]] = {
@@ -95,7 +95,7 @@ def share_of_parameters(run: Run) -> float:
     return 1 - run.stack.parameters_without(run.removal_list) / run.stack.total_parameters
 
 
-def rise(before: Baseline, after: Step) -> str | None:
+def rise(before: Baseline | Standing, after: Step | Standing) -> str | None:
     """How much worse the held-out text is predicted, with its standard error: in per cent, or how many times."""
     first, last = before.held_out.perplexity, after.held_out.perplexity
     if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:

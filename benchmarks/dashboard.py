@@ -137,10 +137,11 @@ def memory(address: str, visits: int) -> None:
 
 
 def listing() -> None:
-    """Cold, in this process: outlines against loading every run whole."""
-    from sleb.runtime import run_folder, run_index
+    """Without an index, in this process: outlines against loading every run whole."""
+    from sleb.runtime import run_folder
+    from sleb.runtime.listing import run_list
 
-    short = timed(run_index.list_outlines)
+    short = timed(lambda: run_list.list_outlines(run_folder.runs_folder()))
     whole = timed(run_folder.list_runs)
     show("list 500 runs, cold", short, 1.0)
     print(f"{'  the same by loading each whole':<48} {whole:7.2f} s   ratio {whole / short:.1f}")

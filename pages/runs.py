@@ -137,8 +137,25 @@ def form() -> None:
         run_form.equivalent(asked)
 
 
+def matching(rows: list[Outline]) -> list[Outline]:
+    """The runs that the table shows: all, or of thousands the newest of those that have the words asked for."""
+    if len(rows) <= page.MOST_SHOWN:
+        return rows
+    wanted = st.text_input("Find", key="find-run", placeholder="Part of a run's id, its model or method")
+    words = (wanted or "").lower().split()
+    found = [each for each in rows if not words or _has(each, words)]
+    shown = page.newest(found)
+    st.caption(f"{len(shown):,} of {len(found):,} runs{' found' if words else ''}, the newest first.")
+    return shown
+
+
+def _has(each: Outline, words: list[str]) -> bool:
+    text = f"{each.run_id} {each.spec.model} {method_name(each.spec)} {state_word(each.state)}".lower()
+    return all(word in text for word in words)
+
+
 def table(rows: list[Outline]) -> None:
-    """All runs, newest first; a click chooses one."""
+    """Runs, newest first; a click chooses one."""
 
     def chosen() -> None:
         picked = st.session_state["runs-table"]["selection"]["rows"]
@@ -146,7 +163,8 @@ def table(rows: list[Outline]) -> None:
             choose(rows[picked[0]].run_id)
 
     shown = pd.DataFrame([_row(each) for each in rows])
-    current = [i for i, each in enumerate(rows) if each.run_id == st.session_state.get("chosen_run")]
+    chosen_run = st.session_state.get("chosen_run")
+    current = [i for i, each in enumerate(rows) if each.run_id == chosen_run]
     st.dataframe(
         shown,
         key="runs-table",
@@ -334,7 +352,7 @@ def main() -> None:
     """Everything below the form, drawn anew while something is going on."""
     if st.session_state.pop("outside", False):  # a button in here changed what is drawn out there
         st.rerun()
-    found = data.outlines()
+    found = data.outlines(st.session_state.get("chosen_run"))
     rows = [each for each in found if isinstance(each, Outline)]
     for error in found:
         if isinstance(error, RunError):
@@ -348,7 +366,7 @@ def main() -> None:
         panel(data.load(run_id))
     except RunError as error:
         empty("This run cannot be read", plain(error), icon=":material/broken_image:")
-    table(rows)
+    table(matching(rows))
 
 
 head()

@@ -4,25 +4,31 @@
     run = sleb.search("demo", remove=3)
     run.trace.removal_list
 
-Importing this module imports no torch; the functions do when they need a model.
+Importing this module imports next to nothing: its names are fetched when they are used, and torch when a model is
+needed.
 """
 
-from sleb.api import (
-    analyze,
-    benchmark,
-    evaluate,
-    export_model,
-    findings_of,
-    generate,
-    heal,
-    load,
-    quantize,
-    resume,
-    runs,
-    search,
-)
-from sleb.errors import SlebError
-from sleb.records import Run, RunSpec, Step, Trace
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sleb.api import (
+        analyze,
+        benchmark,
+        evaluate,
+        export_model,
+        findings_of,
+        generate,
+        heal,
+        load,
+        quantize,
+        resume,
+        runs,
+        search,
+    )
+    from sleb.errors import SlebError
+    from sleb.records import Run, RunSpec, Step, Trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -45,3 +51,19 @@ __all__ = [
     "runs",
     "search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that defines it: a command can be stopped before its imports are through."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sleb import api, errors, records
+
+    for module in (api, errors, records):
+        if name in vars(module):
+            globals()[name] = vars(module)[name]
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -170,6 +170,7 @@ def resume(
         replace=replace,
         task_folder=specs.path_name(task_folder),
     )
+    run_folder.tidy(found.run_dir)
     if is_finished(found):
         unanswered = job_processes.unanswered(found)
         if unanswered is None:

@@ -3,6 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from reprlib import Repr
+
+MOST_CHARACTERS = 1000
+"""Of a message: what is longer echoes a file or an option that nobody wants to read whole."""
+_ECHO = Repr()
+_ECHO.maxstring = _ECHO.maxother = _ECHO.maxlong = 100
+
+
+def printable(text: str) -> str:
+    """Text for a screen: characters that would steer a terminal, or turn the writing around, as their escapes."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else _escaped(each) for each in text)
+
+
+def quoted(value: object) -> str:
+    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    try:
+        return printable(_ECHO.repr(value))
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return f"a number of {type(value).__name__} that is too long to show"
+
+
+def sentence(text: str) -> str:
+    """A message on one line, printable, and cut in its middle where it is too long: its end says what to do."""
+    line = printable(" ".join(text.split("\n")))
+    if len(line) <= MOST_CHARACTERS:
+        return line
+    end = MOST_CHARACTERS // 3
+    return f"{line[: MOST_CHARACTERS - end - 3]} … {line[-end:]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def excerpt(found: object, most: int = 200) -> str:
+    """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
+    text = str(found)[: 20 * most]
+    plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
 
 class SlebError(Exception):
@@ -10,11 +51,8 @@ class SlebError(Exception):
 
     exit_code = 1
 
-
-def shown(text: object, most: int = 200) -> str:
-    """Text from outside as it may stand in a sentence: on one line, without control characters, and cut."""
-    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text)[: most + 1])
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    def __str__(self) -> str:
+        return sentence(super().__str__())
 
 
 class BadInput(SlebError):
@@ -55,7 +93,7 @@ class UnconfirmedNames(RunError):
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        listed = ", ".join(map(shown, names))
+        listed = ", ".join(map(quoted, names))
         super().__init__(
             f"{folder} was not written here, and names what would be read: {listed}. If you agree, confirm it "
             "with --trust-paths (in a notebook: trust_paths=True)."
@@ -82,6 +120,10 @@ class Stopped(SlebError):
     """The job was asked to stop, and did."""
 
     exit_code = 130
+
+
+class WorkEnded(BadInput):
+    """Work that data asked for reached a limit, or failed; the message is a clause that says which."""
 
 
 class RankLost(SlebError):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
 from sleb.errors import RunBusy
+from sleb.model import presence
 from sleb.records import Forecast, JobSpec, JobState, Permissions, Run, RunSpec
 from sleb.runtime import distributed, job_folder, job_processes, origin, run_folder
-from sleb.runtime.progress import Watcher
+from sleb.runtime.progress import WaitingWatcher, Watcher
 from sleb.specs import job_spec
 
 
@@ -77,16 +79,22 @@ def work(job_dir: Path, watcher: Watcher | None = None, permissions: Permissions
     job_processes.require_allowed(job_folder.load_job(job_dir), permissions)
     # Threads that spin while they wait cost nothing on idle cores and half the speed on busy ones.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    watcher = watcher or Watcher()
+    watcher = watcher or WaitingWatcher()
     rank = distributed.rank_here()
     if rank.rank > 0:
         _assist(job_dir, permissions)
         return run_folder.load(job_dir.parent.parent)
-    with job_processes.executing(job_dir, watcher.progress, rank.local_size if rank.size > 1 else None) as reporter:
+    local = rank.local_size if rank.size > 1 else None
+    with job_processes.executing(job_dir, watcher.progress, local, partial(_require_model, job_dir)) as reporter:
         from sleb.worker import execute as execute_job  # torch: not before it is this job's turn
 
         execute_job(job_dir, reporter, watcher, permissions)
     return run_folder.load(job_dir.parent.parent)
+
+
+def _require_model(job_dir: Path) -> None:
+    """Whether there is a model to wait for."""
+    presence.require_there(run_folder.load(job_dir.parent.parent), job_folder.load_job(job_dir).spec)
 
 
 def _assist(job_dir: Path, permissions: Permissions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -15,12 +15,12 @@ from sleb.analysis.measure import analyze
 from sleb.analysis.similarity import block_influence
 from sleb.errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
 from sleb.methods.cost_forecast import cost_of_search
-from sleb.methods.problem import Decision, Problem, number_to_remove, require_possible
+from sleb.methods.problem import Decision, Problem, Score, number_to_remove, require_possible
 from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel, weights_hash
-from sleb.records import Baseline, JobSpec, Run, StackDescription, Step
+from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
 from sleb.runtime import record_files, run_folder, trace_file
 from sleb.runtime.distributed import Group
 from sleb.runtime.progress import Meter, Watcher
@@ -28,6 +28,7 @@ from sleb.scoring import calibration, speedups
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of
 from sleb.scoring.sweep import Scorer
+from sleb.scoring.sweep_plan import SkipSet
 
 log = logging.getLogger(__name__)
 
@@ -256,14 +257,19 @@ class Session:
             )
 
     def _steps(self, problem: Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
+        again = bool(steps)  # what Metric1 and Metric2 measure before their first step was counted with that step
+
         def influence() -> np.ndarray:
-            scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
+            if not again:
+                scorer.block_evaluations += len(self.stack) * len(problem.calibration)  # one forward pass
             part = self.group.part(len(problem.calibration))
             sums = np.zeros((len(self.stack), len(problem.calibration)))
             sums[:, part] = block_influence(self.stack, self.text.ids[problem.calibration[part]], scorer.batch_size)
             return self.group.sum(sums)
 
-        score = scorer.diverge if self.spec.objective == "kl" else scorer.score
+        score: Score = scorer.diverge if self.spec.objective == "kl" else scorer.score
+        if again and self.spec.method is Method.METRIC2:
+            score = _uncounted(scorer, score)
         decisions = search(self.spec.method, problem, score, first, tuple(steps), influence, judge=scorer.score)
         while True:
             if len(steps) < problem.num_remove:
@@ -328,6 +334,18 @@ class Session:
         )
         token_sample.write(self.run.run_dir, sample)
         record_files.write_analysis(self.run.run_dir, found)
+
+
+def _uncounted(scorer: Scorer, score: Score) -> Score:
+    """Scores that a resumed run takes once more, and that are on record as taken."""
+
+    def again(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
+        before = scorer.block_evaluations, scorer.head_evaluations
+        scores = score(skip_sets, sequences)
+        scorer.block_evaluations, scorer.head_evaluations = before
+        return scores
+
+    return again
 
 
 def _require_positions(config: Any, length: int) -> None:

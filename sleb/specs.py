@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from sleb.errors import OptionError
+from sleb.errors import OptionError, quoted
 from sleb.records import CalibrationSpec, JobKind, JobSpec, Method, RunSpec
 from sleb.runtime import files
 
@@ -49,7 +49,7 @@ def run_spec(
 ) -> RunSpec:
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
-        raise OptionError(f"There is no run of kind {kind!r}; search and analyze are the two.")
+        raise OptionError(f"There is no run of kind {quoted(kind)}; search and analyze are the two.")
     model, calibration = text("model", model), None if calibration is None else text("calibration", calibration)
     is_demo = model == "demo"
     if remove is None and ratio is None and until_perplexity is None:
@@ -58,13 +58,15 @@ def run_spec(
         raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
     given: object = protect
     if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
-        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {given!r}.")
+        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
     protect = None if protect is None else tuple(protect)
+    if protect is not None and not all(isinstance(block, int) for block in protect):
+        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
     if protect is not None and len(set(protect)) != len(protect):
         raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
     names = [each.value for each in Method]
     if str(method) not in names:
-        raise OptionError(f"There is no method {str(method)!r}; use one of {', '.join(names)}.")
+        raise OptionError(f"There is no method {quoted(str(method))}; use one of {', '.join(names)}.")
     try:
         return RunSpec(
             kind=kind,
@@ -126,9 +128,9 @@ def text(name: str, value: object) -> str:
     if isinstance(value, PathLike):
         value = fspath(value)
     if not isinstance(value, str):
-        raise OptionError(f"{name} takes a name or a path; found {value!r}.")
+        raise OptionError(f"{name} takes a name or a path; found {quoted(value)}.")
     if not value.isprintable() and not value.encode("utf-8", "ignore").decode() == value:
-        raise OptionError(f"{name} {value!r} is no UTF-8 text; rename the file.")
+        raise OptionError(f"{name} {quoted(value)} is no UTF-8 text; rename the file.")
     return value
 
 
@@ -164,4 +166,4 @@ def sentence(error: ValidationError) -> str:
     option = {"--num-remove": "--remove", "--protected": "--protect"}.get(where, where)
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
-    return f"{option}: found {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}."
+    return f"{option}: found {quoted(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}."

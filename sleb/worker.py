@@ -40,7 +40,7 @@ def execute(job_dir: Path, reporter: job_processes.Reporter, watcher: Watcher, p
         try:
             evaluator = evaluation_job.evaluator_of(job.spec)
             if evaluator is not None:
-                evaluator.require(job.spec.ask)  # refused before minutes of loading, as below
+                evaluation_job.require(job.spec)  # refused before minutes of loading, as below
                 loaded = _opened(run, job, meter, attempt, watcher)
                 evaluator.work(evaluation_job.subject_of(run, job, loaded, meter, watcher), job.spec.ask)
             elif job.spec.kind == "export":

@@ -28,6 +28,7 @@ import sleb
 from sleb.analysis import block_output_cache
 from sleb.export import gguf_file, proof_process
 from sleb.records import Proof
+from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
 from tests.support.paths import DATA, ROOT
 
@@ -84,6 +85,7 @@ def going_on(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resumed(going_on: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The copy for tests that go on with one run and leave the others alone."""
     monkeypatch.setenv("SLEB_HOME", str(going_on / "home"))
+    confirm_all(going_on)
     return going_on
 
 
@@ -92,7 +94,14 @@ def fresh(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the test's own."""
     folder = copied(tmp_path / "it")
     monkeypatch.setenv("SLEB_HOME", str(folder / "home"))
+    confirm_all(folder)
     return folder
+
+
+def confirm_all(folder: Path) -> None:
+    """Runs of versions that signed nothing are asked about once: somebody said yes to all."""
+    for run in run_folder.run_dirs(folder / "home" / "runs"):
+        origin.confirm(run, *(each.name for each in (run / "jobs").iterdir() if (each / "spec.json").exists()))
 
 
 def expected_of(folder: Path, name: str) -> dict[str, Any]:
@@ -281,6 +290,14 @@ def test_a_search_goes_on_to_what_an_undisturbed_one_found(name: str, resumed: P
     assert_ends_like(done, twin)
 
 
+def test_a_run_of_a_version_that_signed_nothing_is_asked_about_once(fresh: Path) -> None:
+    name, folder = "metric3-stopped", fresh / "home" / "runs"
+    (folder / name / origin.SIGNATURE).unlink()
+    assert "--trust-paths" in command("resume", name, code=2)[1]
+    command("resume", name, "--trust-paths")
+    assert origin.unconfirmed(folder / name) == ()
+
+
 def test_a_finished_run_is_returned_as_it_is(resumed: Path) -> None:
     run = sleb.load("metric3")
     assert sleb.resume("metric3") == run
@@ -319,7 +336,8 @@ def test_a_stopped_evaluation_asks_only_what_is_not_known(
     folder = resumed / "home" / "runs" / name / "evaluation"
     before, known = files_of(folder), findings_by_question(name)
     assert before
-    command("resume", name, "--json")
+    allowed = ["--task-folder", resumed / "tasks"] if name == "tasks-stopped" else []
+    command("resume", name, "--json", *allowed)
     assert sleb.load(name).jobs[-1].status.state.value == "finished"
     assert {key: value for key, value in files_of(folder).items() if key in before} == before
     now, twin = findings_by_question(name), findings_by_question("evaluation")

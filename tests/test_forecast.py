@@ -21,6 +21,7 @@ from sleb.methods.cost_forecast import cost_of_spec
 from sleb.model import block_count
 from sleb.records import JobState, Method, RunSpec
 from sleb.runtime import run_folder, run_index, trace_file
+from sleb.runtime.listing import run_list
 from tests.support.stores import write_run
 
 
@@ -126,8 +127,13 @@ def test_an_outline_says_what_the_whole_run_does(tmp_path: Path) -> None:
     run = write_run(tmp_path / "whole", 12, 4)
     found = run_index.outline(run.run_dir)
     assert run.trace is not None
-    assert found.last == run.trace.steps[-1]
-    assert found.baseline == run.trace.baseline
+    last = run.trace.steps[-1]
+    assert found.last is not None
+    assert found.baseline is not None
+    for shown, whole in ((found.last, last), (found.baseline, run.trace.baseline)):
+        assert (shown.calibration, shown.held_out) == (whole.calibration, whole.held_out)
+    assert found.last.removal_list == found.removal_list == last.removal_list
+    assert found.last.held_out_standard_error == last.held_out_standard_error
     assert (found.num_blocks, found.finished, found.state) == (12, True, JobState.FINISHED)
     assert found.seconds == pytest.approx(2.0 + 4 * 1.5)
     stopped = run_index.outline(write_run(tmp_path / "part", 12, 4, done=2, state=JobState.STOPPED).run_dir)
@@ -138,7 +144,7 @@ def test_outlines_are_newest_first_and_name_what_cannot_be_read(home: Path) -> N
     new = run_folder.create(RunSpec(model="demo"))
     broken = run_folder.create(RunSpec(model="demo"))
     (broken.run_dir / "spec.json").write_text("{")
-    found = run_index.list_outlines()
+    found = run_list.list_outlines()
     assert {type(each) for each in found} == {RunError, run_index.Outline}
     assert [each.run_id for each in found if isinstance(each, run_index.Outline)] == [new.run_id]
 

@@ -1,10 +1,7 @@
-"""Runs survive: the worker is killed at random moments, and resuming gives what an undisturbed run gives."""
+"""Runs that are stopped keep what they finished, and say how to go on. What kills leave is in `test_kills.py`."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,99 +11,8 @@ from pathlib import Path
 import pytest
 
 import sleb
-from sleb import execution, specs
-from sleb.records import JobSpec, JobState
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.records import JobState
 from tests.support import tiny
-
-KILLS = 20
-
-
-def execute(job_dir: Path, home: str) -> None:
-    """In the forked child: what `sleb work` does."""
-    import torch
-
-    os.environ["SLEB_HOME"] = home
-    torch.set_num_threads(1)
-    from sleb import execution
-
-    execution.work(job_dir)
-
-
-@pytest.fixture(scope="module")
-def forking() -> multiprocessing.context.ForkServerContext:
-    """Processes forked after the imports: importing torch takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sleb.worker", "transformers.models.llama.modeling_llama"])
-    return context
-
-
-def test_a_worker_killed_at_random_moments_loses_no_finished_step(
-    forking: multiprocessing.context.ForkServerContext, tmp_path: Path, home: Path
-) -> None:
-    model = tiny.save(tmp_path / "model", num_blocks=14)
-    text = tmp_path / "text.txt"
-    text.write_text(tiny.text(20_000))
-    spec = specs.run_spec(
-        str(model),
-        calibration=str(text),
-        sequences=12,
-        sequence_length=48,
-        remove=6,
-        dtype="float32",
-        analysis=False,
-    )
-    undisturbed = execution.start(spec, JobSpec(kind="search"), tmp_path / "undisturbed")
-    began = time.perf_counter()
-    first = run_folder.create(spec, tmp_path / "timed")
-    _start(forking, first, home).join()
-    duration = time.perf_counter() - began
-    draw = random.Random(20)
-    kills = runs = 0
-    interrupted_steps: set[int] = set()
-    while kills < KILLS:
-        runs += 1
-        run = run_folder.create(spec, tmp_path / f"run-{runs}")
-        while True:
-            process = _start(forking, run, home)
-            process.join(draw.uniform(0.0, 0.8 * duration))
-            if process.is_alive():
-                process.kill()
-                process.join()
-                kills += 1
-            before = (run.run_dir / "trace.jsonl").read_bytes() if (run.run_dir / "trace.jsonl").exists() else b""
-            now = sleb.load(run.run_dir)
-            whole = before[: before.rfind(b"\n") + 1]
-            interrupted_steps.add(len(now.trace.steps) if now.trace else -1)
-            if api_finished(now):
-                break
-            assert job_processes.state_of(now) in (JobState.INTERRUPTED, JobState.QUEUED)
-            if kills >= KILLS or draw.random() < 0.4:
-                sleb.resume(run.run_dir)
-                break
-        done = sleb.load(run.run_dir)
-        assert (run.run_dir / "trace.jsonl").read_bytes().startswith(whole)
-        assert done.removal_list == undisturbed.removal_list
-        assert _evidence(done) == _evidence(undisturbed)
-    assert len(interrupted_steps) >= 3, "the kills should land in different places"
-
-
-def _start(forking, run: sleb.Run, home: Path):
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
-    process = forking.Process(target=execute, args=(job.directory, str(home)))
-    process.start()
-    return process
-
-
-def api_finished(run: sleb.Run) -> bool:
-    return execution.is_finished(run)
-
-
-def _evidence(run: sleb.Run) -> list[dict]:
-    """Everything that was found, to the last bit, without the seconds."""
-    assert run.trace is not None
-    found = [run.trace.baseline.model_dump(exclude={"seconds"})]
-    return found + [step.model_dump(exclude={"seconds"}) for step in run.trace.steps]
 
 
 @pytest.fixture

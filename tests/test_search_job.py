@@ -494,3 +494,22 @@ def test_a_search_by_divergence_removes_what_changes_the_predictions_least(tiny_
         assert step.calibration.nll_sum == pytest.approx(plain, rel=1e-6)  # what it costs is a perplexity all the same
     with pytest.raises(OptionError, match="Metric1 compares hidden states"):
         sleb.search(str(tiny_model), **options(text_file, objective="kl", method="metric1"))
+
+
+@pytest.mark.parametrize("method", ["metric1", "metric2"])
+def test_what_is_measured_once_is_counted_once_by_a_search_that_is_resumed(
+    method: str, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    whole = sleb.search(
+        str(tiny_model), method=method, remove=3, calibration=str(text_file), sequences=4, sequence_length=24,
+        dtype="float32", analysis=False, run_dir=tmp_path / "whole",
+    )  # fmt: skip
+    shutil.copytree(whole.run_dir, tmp_path / "cut off")
+    trace = tmp_path / "cut off" / "trace.jsonl"
+    trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:2]))  # the baseline and a step
+    resumed = sleb.resume(tmp_path / "cut off")
+    assert whole.trace is not None
+    assert resumed.trace is not None
+    assert resumed.removal_list == whole.removal_list
+    assert resumed.trace.block_evaluations == whole.trace.block_evaluations
+    assert resumed.trace.head_evaluations == whole.trace.head_evaluations

@@ -36,7 +36,7 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
         st.query_params["runs"] = ",".join(known)
     chosen = st.multiselect(
         "Runs",
-        list(by_id),
+        [each.run_id for each in page.newest(searches, known)],
         format_func=lambda each: _run_label(by_id[each]),
         key="compare-runs",
         on_change=_remember_runs,

@@ -14,7 +14,7 @@ from app import access, data
 from app.panels import forecast_process
 from app.wording import duration, in_fields, plain
 from sleb import specs
-from sleb.errors import CalibrationError, SlebError
+from sleb.errors import CalibrationError, SlebError, quoted
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
 from sleb.records import Forecast, JobSpec, Method, RunSpec
@@ -483,7 +483,7 @@ def _blocks(text: str) -> tuple[int, ...] | None:
         return ()
     parts = text.replace(",", " ").split()
     if not all(part.isdecimal() and part.isascii() for part in parts):
-        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {text!r}.")
+        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {quoted(text)}.")
     return tuple(int(part) for part in parts)
 
 

@@ -15,9 +15,8 @@ import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError, StorageError, quoted
 from sleb.records import Record
+from sleb.runtime.unfinished import workspaces
+from sleb.runtime.unfinished.names import is_unfinished, temporary
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,10 @@ LARGEST_SHARE = 4  # an entry takes at most one in so many parts of the limit
 
 _FOLDER = "block-outputs"
 _META = "meta.json"  # its modification time is the entry's last use
-_UNFINISHED = ".tmp-"
+_UNFINISHED = ".tmp-"  # as earlier versions named what they were writing
+_SCRATCH = "offload"  # weights that streaming had to convert: their process's own, as long as it lives
+PARTIAL = "partial"
+"""What `sleb cache` calls that which killed processes left, wherever it is."""
 _LOCK_SECONDS = 600.0
 _FILES: dict[str, tuple[str, ...]] = {
     "outputs.safetensors": ("outputs",),
@@ -150,7 +154,7 @@ def limit_bytes() -> int:
     except ValueError:
         limit = math.nan
     if not 0 <= limit < 1e9:
-        raise OptionError(f"{LIMIT_VARIABLE} is {text!r}; give gigabytes, or 0 to turn the cache off.")
+        raise OptionError(f"{LIMIT_VARIABLE} is {quoted(text)}; give gigabytes, or 0 to turn the cache off.")
     return int(limit * 1e9)
 
 
@@ -208,15 +212,15 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
             log.warning("The block outputs are not cached: %s.", sizes)
         return False
     root = _root(home)
-    temporary = root / f"{_UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}"
+    partial = temporary(root / key)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(home):
             _make_room(root, limit - size, spare=key)
-            temporary.mkdir()
+            partial.mkdir()
             checks = {}
             for file, names in _FILES.items():
-                path = temporary / file
+                path = partial / file
                 save_file({name: arrays[name] for name in names}, path)
                 checks[file] = _FileCheck(bytes=path.stat().st_size, xxh3=_hash_file(path))
             meta = _Meta(
@@ -234,41 +238,48 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
             )
             content = meta.model_dump(mode="json")
             text = json.dumps({"content": content, "xxh3": _hash_json(content)}, indent=1)
-            (temporary / _META).write_text(text, encoding="utf-8")
+            (partial / _META).write_text(text, encoding="utf-8")
             _remove(root / key)
-            os.replace(temporary, root / key)
+            os.replace(partial, root / key)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         log.warning("The block outputs could not be cached in %s: %s", root, error)
         return False
     return True
 
 
 def usage(home: Path) -> list[CacheEntry]:
-    """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole."""
+    """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole.
+
+    And whatever killed processes left, there or where they were writing.
+    """
     found: list[CacheEntry] = []
     cache = home / "cache"
     for child in sorted(cache.iterdir()) if cache.is_dir() else []:
-        if child.name == _FOLDER:
-            found += [_describe(entry, _FOLDER) for entry in sorted(child.iterdir()) if entry.is_dir()]
-        else:
+        if child.name in (_FOLDER, _SCRATCH):
+            entries = [entry for entry in sorted(child.iterdir()) if entry.is_dir()]
+            found += [_describe(entry, child.name) for entry in entries if not is_unfinished(entry.name)]
+        elif not is_unfinished(child.name):
             found.append(_describe(child, child.name))
-    return found
+    return found + [replace(_describe(path, PARTIAL), name=str(path)) for path in workspaces.abandoned(home)]
 
 
 def clear(home: Path, what: str) -> list[CacheEntry]:
     """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
     entries = usage(home)
     chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
-    if not chosen and what not in ("all", _FOLDER):
+    if not chosen and what not in ("all", _FOLDER, PARTIAL):
         names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {what!r}; it can clear {names}.")
+        raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
     if not chosen:
         return []
     try:
         _root(home).mkdir(parents=True, exist_ok=True)
         with _lock(home):
+            workspaces.sweep(home)  # partial ones, and what a killed clearing left
             for entry in chosen:
+                if entry.folder == PARTIAL:
+                    continue
                 if entry.path.is_dir() and not entry.path.is_symlink():
                     _remove(entry.path)
                 else:
@@ -351,7 +362,7 @@ def _make_room(root: Path, room: int, *, spare: str) -> None:
     """Under the lock: evict the least recently used entries until the rest fits into `room` bytes."""
     entries = []
     for child in root.iterdir():
-        if child.name.startswith(_UNFINISHED):
+        if is_unfinished(child.name) or child.name.startswith(_UNFINISHED):
             shutil.rmtree(child, ignore_errors=True)  # its writer died: the living one is us
         elif child.is_dir() and child.name != spare:
             entries.append(_describe(child, _FOLDER))
@@ -368,7 +379,7 @@ def _remove(path: Path) -> None:
     """Take a folder away in one move, so that nobody sees half of it, then delete it."""
     if not path.is_dir():
         return
-    trash = path.with_name(f"{_UNFINISHED}{os.getpid()}-{uuid.uuid4().hex}")
+    trash = temporary(path)
     os.replace(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
 

@@ -14,6 +14,7 @@ import typer
 from sleb import specs
 from sleb.cli.foreground import confirm_names, execute_evaluation
 from sleb.cli.options import (
+    INDEX,
     AllowPickle,
     BatchSize,
     Chat,
@@ -29,7 +30,7 @@ from sleb.cli.options import (
     TrustRemoteCode,
     as_bytes,
 )
-from sleb.errors import BadInput, OptionError, RunBusy, RunError
+from sleb.errors import BadInput, OptionError, RunBusy, RunError, quoted
 from sleb.evaluation import request
 from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, JobSpec, Permissions, QuantizeSpec
 from sleb.runtime import files, findings_folder, job_processes, run_folder
@@ -417,8 +418,8 @@ def _blocks(text: str | None) -> list[int] | None:
     parts = [part.strip() for part in (found[1] or found[2] or "").split(",")] if found else ["?"]
     if parts == [""]:
         return []
-    if not all(re.fullmatch(r"-?\d{1,15}", part) for part in parts):
-        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {text!r}.")
+    if not all(INDEX.fullmatch(part) for part in parts):
+        raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {quoted(text)}.")
     return [int(part) for part in parts]
 
 
@@ -439,11 +440,8 @@ def _shape(option: str, text: str) -> tuple[int, int] | None:
     """`1x2048` -> (1, 2048)."""
     if text.strip() == "none":
         return None
-    first, _, second = text.lower().partition("x")
-    try:
-        found = int(first), int(second)
-    except ValueError:
-        found = 0, 0
-    if min(found) < 1:
-        raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {text!r}.")
-    return found
+    found = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)
+    shape = (int(found[1]), int(found[2])) if found else (0, 0)
+    if min(shape) < 1:
+        raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {quoted(text)}.")
+    return shape

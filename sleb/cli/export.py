@@ -21,9 +21,11 @@ from sleb.cli.options import (
     TrustRemoteCode,
     as_bytes,
 )
+from sleb.cli.output import put, say
 from sleb.cli.terminal import Screen, table
 from sleb.errors import OptionError, Stopped
-from sleb.runtime import files, run_folder
+from sleb.export.destination import save_text
+from sleb.runtime import run_folder
 
 
 def export(
@@ -61,13 +63,13 @@ def export(
     if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
         if out is not None:
-            files.save_text(out, text, replace=replace)
-            typer.echo(f"Wrote {out}.", err=True)
+            save_text(out, text, replace=replace)
+            say(f"Wrote {out}.")
         if as_json:
             taken = list(found.removal_list_after(steps))
-            typer.echo(json.dumps({"format": format.value, "removal_list": taken, "text": text}))
+            put(json.dumps({"format": format.value, "removal_list": taken, "text": text}))
         elif out is None:
-            typer.echo(text, nl=False)
+            put(text, newline=False)
         return
     if out is None:
         what = "a folder" if format is Format.HF else "a file"
@@ -92,7 +94,7 @@ def export(
         except (KeyboardInterrupt, Stopped) as stopped:
             raise Stopped(f"Stopped; nothing was written to {out}.") from stopped
     if as_json:
-        typer.echo(proof.model_dump_json())
+        put(proof.model_dump_json())
         return
     table(
         f"Wrote and proved {out}",
@@ -107,7 +109,7 @@ def export(
             ),
         ],
     )
-    typer.echo(
+    put(
         f"Reloaded in a fresh process: logits of {proof.tokens} tokens differ by at most "
         f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
         "equal with and without cache."
@@ -125,5 +127,5 @@ def report(
     found.removal_list_after(steps)  # refused before anything is drawn
     from sleb.report import build  # plotly takes a second to import
 
-    files.save_text(out, build.of(found, steps), replace=replace)
-    typer.echo(f"Wrote {out}.", err=True)
+    save_text(out, build.of(found, steps), replace=replace)
+    say(f"Wrote {out}.")

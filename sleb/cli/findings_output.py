@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from sleb.cli.terminal import shown, table
+from sleb.cli.output import put
+from sleb.cli.terminal import table
+from sleb.errors import printable
 from sleb.formats.findings_tables import in_order, tables_of
 from sleb.records import Finding, Generation
 from sleb.runtime.findings_folder import of_kind
@@ -19,13 +21,13 @@ def print_findings(found: Sequence[Finding]) -> None:
     for each in tables_of(found):
         _titled(each.title, each.columns, each.rows)
         for note in (*each.notes, *(f"Written, and proven then: {folder}" for folder in each.folders)):
-            print(shown_text(note))
+            put(printable(note))
     _generations(of_kind(in_order(found), Generation))
 
 
 def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A title above the table may be longer than the table is wide."""
-    print(f"\n{shown_text(title)}")
+    put(f"\n{printable(title)}")
     table("", columns, rows)
 
 
@@ -34,10 +36,10 @@ def _generations(found: Sequence[Generation]) -> None:
     for ask in dict.fromkeys(each.ask for each in found):
         own = [each for each in found if each.ask == ask]
         first = own[0]
-        print(
-            f"\nTo the prompt {_quoted(ask.prompt)}\n\n"
+        put(
+            f"\nTo the prompt {printable(_quoted(ask.prompt))}\n\n"
             f"The unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
-            f"{shown_text(first.baseline_text)}"
+            f"{printable(first.baseline_text)}"
         )
         for each in own:
             if each.removal_list:
@@ -46,9 +48,9 @@ def _generations(found: Sequence[Generation]) -> None:
 
 def _generation(found: Generation) -> None:
     without = ", ".join(map(str, found.removal_list))
-    print(
+    put(
         f"\nWithout {without} ({_spoken(len(found.tokens), found.list_seconds)}, {_parting(found)}):\n"
-        f"{shown_text(found.text)}"
+        f"{printable(found.text)}"
     )
     share = f" ({len(found.flips) / found.compared:.0%})" if found.compared else ""
     title = (
@@ -66,11 +68,11 @@ def _generation(found: Generation) -> None:
         for each in found.flips[:_FLIPS_SHOWN]
     ]
     if not rows:
-        print(f"\n{title}.")
+        put(f"\n{title}.")
         return
     _titled(title, ("at", "after", "unmodified", "without"), rows)
     if len(found.flips) > len(rows):
-        print(f"and {len(found.flips) - len(rows)} more; --json has all of them")
+        put(f"and {len(found.flips) - len(rows)} more; --json has all of them")
 
 
 def _parting(found: Generation) -> str:
@@ -89,8 +91,3 @@ def _spoken(tokens: int, seconds: float) -> str:
 def _quoted(text: str) -> str:
     """A piece of text in a cell, its spaces and line ends to be seen."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def shown_text(text: str) -> str:
-    """What a model says, without control characters."""
-    return shown(text).replace("\\[", "[")

@@ -6,12 +6,11 @@ import json
 import shlex
 import sys
 
-import typer
-
 from sleb import execution
 from sleb.cli.findings_output import print_findings
+from sleb.cli.output import put, require_yes, say
 from sleb.cli.terminal import Screen, print_run
-from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames, shown
+from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames, quoted
 from sleb.evaluation import request
 from sleb.formats.run_json import finding, summary
 from sleb.records import JobSpec, Permissions, Run
@@ -29,10 +28,10 @@ def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:
     if not trust_paths:
         if not sys.stdin.isatty():
             raise UnconfirmedNames(str(run.run_dir), names)
-        typer.echo(f"{run.run_dir} was not written here. To go on, these are read:", err=True)
+        say(f"{run.run_dir} was not written here. To go on, these are read:")
         for name in names:
-            typer.echo(f"  {shown(name)}", err=True)
-        typer.confirm("Read them?", err=True, abort=True)
+            say(f"  {quoted(name)}")
+        require_yes("Read them?", "Nothing was read, for want of an answer. Answer y, or add --trust-paths.")
     origin.confirm(run.run_dir, *jobs)
 
 
@@ -61,8 +60,8 @@ def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
     """Write a job for `sleb work` to execute, and print its folder; what it needs to be allowed is said."""
     job = job_processes.next_job(run, spec)
     if needed := Permissions.of(spec).arguments:
-        typer.echo(f"Give sleb work these options as well: {shlex.join(needed)}", err=True)
-    typer.echo(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
+        say(f"Give sleb work these options as well: {shlex.join(needed)}")
+    put(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
 
 
 def print_all(run: Run, as_json: bool) -> None:
@@ -70,7 +69,7 @@ def print_all(run: Run, as_json: bool) -> None:
     found = findings_folder.findings(run.run_dir)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps(summary(run) | {"findings": rows}))
+        put(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)
         print_findings(found)
@@ -82,7 +81,7 @@ def execute_evaluation(run: Run, job: JobSpec, permissions: Permissions, as_json
     found = request.answers(done)
     if as_json:
         rows = [finding(each) for each in found]
-        typer.echo(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
+        put(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
     else:
         print_findings(found)
 

@@ -7,16 +7,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
 
 import typer
 
 from sleb.cli.evaluate import benchmark, evaluate, generate, heal, quantize
 from sleb.cli.export import export, report
+from sleb.cli.output import fail, put, say
 from sleb.cli.processes import dashboard, stop, work
 from sleb.cli.runs import bring_in, cache, delete, runs, show
 from sleb.cli.search import analyze, resume, search
-from sleb.errors import SlebError
+from sleb.errors import SlebError, printable, sentence
 
 app = typer.Typer(
     name="sleb",
@@ -65,7 +67,7 @@ def _say_version(wanted: bool) -> None:
     if wanted:
         from sleb import __version__
 
-        typer.echo(f"sleb {__version__}")
+        put(f"sleb {__version__}")
         raise typer.Exit
 
 
@@ -78,34 +80,66 @@ def _common(
     """What comes before any command."""
 
 
+_RefusedUsage: type[Exception] = typer.BadParameter.__bases__[0]
+"""What typer raises for options and commands that it cannot take."""
+
+
 def main() -> None:
-    """Entry point: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    """One command: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process below this one imports a file of the folder it starts in
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
     handler = _ToScreen()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.captureWarnings(True)  # of other libraries, which write to stderr themselves
+    logging.setLogRecordFactory(_printable_record)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not end a search
     try:
-        app(prog_name="sleb", standalone_mode=True)
+        code = app(prog_name="sleb", standalone_mode=False)  # else typer would print what it refuses as it came
+        if code == 130:
+            fail("Stopped on request.")
+        sys.exit(code)
     except SlebError as error:
-        typer.echo(f"sleb: {error}", err=True)
+        fail(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _RefusedUsage as error:
+        _explain_usage(error)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        fail("Stopped on request.")
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more, and Python flushes once again
         sys.exit(1)
     except (OSError, UnicodeError) as error:
-        typer.echo(f"sleb: {error}", err=True)
+        fail(str(error))
         sys.exit(1)
+
+
+def _explain_usage(error: Any) -> None:
+    """How the command is used, and what was wrong with this use of it; a command alone has shown its help instead."""
+    message = error.format_message()
+    if not message:
+        return
+    if error.ctx is not None:
+        say(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.")
+    fail(message)
+
+
+def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
+    """A log record, of any library, whose text steers no terminal: logs are shown on screens, too."""
+    record = logging.LogRecord(*arguments, **options)
+    with suppress(TypeError, ValueError):  # arguments that do not fit: logging reports them itself
+        record.msg, record.args = printable(record.getMessage()), ()
+    return record
 
 
 class _ToScreen(logging.Handler):
     """Warnings go to stderr as it is when they come: a live progress bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        say(sentence(self.format(record)))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from sleb import specs
-from sleb.errors import OptionError
+from sleb.errors import OptionError, quoted
 from sleb.records import Permissions
 
 
@@ -74,6 +74,8 @@ class Format(StrEnum):
 
 
 TEXT, CHOICE, HOW = "Which text", "Which blocks", "How"
+INDEX = re.compile(r"-?[0-9]{1,15}")
+"""A block's index as it is typed: digits of other scripts, which Python reads as numbers too, are none."""
 
 Model = Annotated[
     str,
@@ -209,7 +211,8 @@ def as_bytes(text: str | None) -> int | None:
     """`24GB` -> 24 billion; decimal units, and GiB and so on where they are meant."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?)b?|b)\s*", text, re.IGNORECASE)
+    size = r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(?:([kmgt])(i?)b?|b)\s*"
+    found = re.fullmatch(size, text, re.IGNORECASE | re.ASCII)
     if not found or not float(found[1]):
-        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {text!r}.")
+        raise OptionError(f"--memory-budget takes a size such as 24GB or 500MB; found {quoted(text)}.")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index((found[2] or " ").lower()))

@@ -24,7 +24,8 @@ from sleb.cli.options import (
     TrustRemoteCode,
     permissions,
 )
-from sleb.errors import OptionError, RunBusy, RunError
+from sleb.cli.output import say
+from sleb.errors import OptionError, RunBusy, RunError, quoted
 from sleb.records import JobState, Permissions
 from sleb.runtime import dashboard_files, distributed, files, job_folder, job_processes, run_folder
 
@@ -35,7 +36,7 @@ def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
     found = run_folder.load(run)
     job_processes.stop(found)
-    typer.echo(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}", err=True)
+    say(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}")
 
 
 def work(
@@ -67,9 +68,9 @@ def work(
         confirm_names(run_folder.load(job_dir.parent.parent), trust_paths, job_dir.name)
     try:
         with_others = f" with {rank.size} processes" if rank.size > 1 else ""
-        typer.echo(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}", err=True)
+        say(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}")
         done = execution.work(job_dir, permissions=allowed)
-        typer.echo(f"Finished {done.run_id}.", err=True)
+        say(f"Finished {done.run_id}.")
     except RunBusy:  # two asked at the same moment, and the other one has it
         job_folder.withdraw_job(job_folder.load_job(job_dir))
         raise
@@ -134,7 +135,9 @@ def _require_free(address: str, port: int) -> None:
             raise OSError
         family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
-        raise OptionError(f"--address {address!r} is no address; use localhost, or one of this machine.") from error
+        raise OptionError(
+            f"--address {quoted(address)} is no address; use localhost, or one of this machine."
+        ) from error
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -145,7 +148,9 @@ def _require_free(address: str, port: int) -> None:
                 raise OptionError(
                     f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{how}."
                 ) from error
-            raise OptionError(f"The dashboard cannot listen on {address}, port {port} ({error.strerror}).") from error
+            raise OptionError(
+                f"The dashboard cannot listen on {quoted(address)}, port {port} ({error.strerror})."
+            ) from error
 
 
 def _job_dir(directory: Path, allowed: Permissions) -> Path:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sleb import api
 from sleb.cli.foreground import print_all
 from sleb.cli.options import Json, RunName
-from sleb.cli.terminal import print_runs, table
+from sleb.cli.output import fail, put, require_yes, say
+from sleb.cli.terminal import MOST_SHOWN, print_runs, table
 from sleb.errors import OptionError, RunError
-from sleb.formats.run_json import summary
-from sleb.records import Run
+from sleb.formats.run_json import listed_text, summary_text
 from sleb.runtime import job_processes, run_folder
+from sleb.runtime.listing import run_list
 from sleb.runtime.progress import duration
-from sleb.runtime.run_index import Outline, list_outlines
+from sleb.runtime.run_index import Outline
 
 
 def show(run: RunName, as_json: Json = False) -> None:
@@ -26,17 +27,36 @@ def show(run: RunName, as_json: Json = False) -> None:
     print_all(api.load(run), as_json)
 
 
-def runs(as_json: Json = False) -> None:
+def runs(
+    every: Annotated[bool, typer.Option("--all", help=f"On a screen, too: not only the newest {MOST_SHOWN}.")] = False,
+    as_json: Json = False,
+) -> None:
     """List all runs, newest first."""
-    found: list[Any] = list(run_folder.list_runs() if as_json else list_outlines())
+    listed = run_list.of_home(run_folder.home())
     if as_json:
-        rows = [{**summary(run), "state": job_processes.state_of(run).value} for run in found if isinstance(run, Run)]
-        typer.echo(json.dumps({"runs": rows}))
+        errors = _print_json(listed)
     else:
-        print_runs([run for run in found if isinstance(run, Outline)])
-    for error in found:
-        if isinstance(error, RunError):
-            typer.echo(f"sleb: {error}", err=True)
+        found = listed.outlines()
+        print_runs([run for run in found if isinstance(run, Outline)], every)
+        errors = [each for each in found if isinstance(each, RunError)]
+    for error in errors:
+        fail(str(error))
+
+
+def _print_json(listed: run_list.RunList) -> list[RunError]:
+    """One object with all runs, written piece by piece: together they may be larger than the memory."""
+    errors: list[RunError] = []
+    before = ""
+    put('{"runs": [', newline=False)
+    for each in listed.summaries(summary_text):
+        if isinstance(each, RunError):
+            errors.append(each)
+        else:
+            run, text = each
+            put(before + listed_text(run, text), newline=False)
+            before = ", "
+    put("]}")
+    return errors
 
 
 def delete(
@@ -44,13 +64,20 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a run folder for good."""
-    directory = run_folder.locate(run)
+    try:
+        directory = run_folder.locate(run)
+    except RunError:
+        if not run_folder.delete_again(run):
+            raise
+        say(f"Deleted what was left of {run}.")
+        return
     if not run_folder.is_link(directory):
         run_folder.refuse_sample(directory)
-    if not yes and not typer.confirm(f"Delete {directory} for good?", err=True):
-        raise typer.Exit(1)
+    if not yes:
+        without = "Nothing was deleted, for want of an answer. Answer y, or add --yes."
+        require_yes(f"Delete {directory} for good?", without)
     job_processes.delete(directory)
-    typer.echo(f"Deleted {directory}.", err=True)
+    say(f"Deleted {directory}.")
 
 
 def bring_in(
@@ -61,27 +88,29 @@ def bring_in(
     """Copy a run folder into the runs folder, so that it has an id, is listed, and can be worked with."""
     if not folder.strip():
         raise OptionError("sleb import takes the folder of a run, or a recorded sample's name; found an empty one.")
-    typer.echo(job_processes.bring_in(Path(folder)).run_id)
+    put(job_processes.bring_in(Path(folder)).run_id)
 
 
 def cache(
-    clear: Annotated[str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, or demo.")] = None,
+    clear: Annotated[
+        str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, demo, partial.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is cached, or clear it. Runs are not touched."""
+    """Show what is cached, and what killed processes left (partial), or clear it. Runs are not touched."""
     from sleb.analysis import block_output_cache as block_cache
 
     if clear is not None:
         gone = block_cache.clear(run_folder.home(), clear)
         freed = sum(entry.bytes for entry in gone)
         if as_json:
-            typer.echo(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
-        typer.echo(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.", err=True)
+            put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
+        say(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.")
         return
     found = block_cache.usage(run_folder.home())
     if as_json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
-        typer.echo(json.dumps({"entries": rows}))
+        put(json.dumps({"entries": rows}))
         return
     table(
         f"Cache in {run_folder.home() / 'cache'}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +14,7 @@ from sleb.cli.foreground import confirm_names, execute_evaluation, execute_here,
 from sleb.cli.options import (
     CHOICE,
     HOW,
+    INDEX,
     AllowPickle,
     BatchSize,
     Bos,
@@ -48,8 +51,9 @@ from sleb.cli.options import (
     as_bytes,
     permissions,
 )
+from sleb.cli.output import put
 from sleb.cli.terminal import table
-from sleb.errors import BadInput, OptionError, RunError
+from sleb.errors import BadInput, OptionError, RunError, quoted
 from sleb.records import Forecast, JobSpec, Method, Permissions, RunSpec
 from sleb.runtime import files, job_processes, run_folder
 from sleb.runtime.progress import duration
@@ -246,6 +250,7 @@ def resume(
     found = run_folder.load(run)
     run_folder.refuse_sample(found.run_dir)
     allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
+    run_folder.tidy(found.run_dir)
     if execution.is_finished(found):
         unanswered = job_processes.unanswered(found)
         if prepare and unanswered is None:
@@ -281,7 +286,7 @@ def resume(
 
 def _print_forecast(spec: RunSpec, job: JobSpec, found: Forecast, as_json: bool) -> None:
     if as_json:
-        typer.echo(found.model_dump_json())
+        put(found.model_dump_json())
         return
     sequences = f"{spec.calibration.sequences} sequences of {spec.calibration.sequence_length} tokens"
     table(
@@ -320,20 +325,17 @@ def _start(spec: RunSpec, job: JobSpec, run_dir: Path | None, as_json: bool) -> 
 def _blocks(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    try:
-        return [int(part) for part in text.replace(" ", "").split(",") if part]
-    except ValueError as error:
-        raise OptionError(f"--protect takes block indices such as 0,29; found {text!r}.") from error
+    parts = [part for part in text.replace(" ", "").split(",") if part]
+    if not all(INDEX.fullmatch(part) for part in parts):
+        raise OptionError(f"--protect takes block indices such as 0,29; found {quoted(text)}.")
+    return [int(part) for part in parts]
 
 
 def _share(text: str | None) -> float | None:
     if text is None:
         return None
-    try:
-        number = text.strip().removeprefix("+")
-        value = float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
-    except ValueError as error:
-        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.") from error
-    if not 0 <= value < 1e6 or (value > 1 and not text.strip().endswith("%")):
-        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {text!r}.")
+    found = re.fullmatch(r"\s*\+?([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%?)\s*", text, re.ASCII)
+    value = float(found[1]) / (100 if found[2] else 1) if found else math.inf
+    if not 0 <= value < 1e6 or (value > 1 and found and not found[2]):
+        raise OptionError(f"--until-perplexity takes a rise such as +10%; found {quoted(text)}.")
     return value

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
 from sleb.records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from sleb.records import Progress as Done
@@ -21,6 +23,8 @@ from sleb.runtime.progress import Watcher, duration
 from sleb.runtime.run_index import Outline
 
 _TIED_SHOWN = 6
+MOST_SHOWN = 500
+"""Runs that are listed on a screen. More are not read there, and laying them out takes longer than finding them."""
 
 
 class _Patient(Console):
@@ -42,7 +46,12 @@ class _Patient(Console):
 
 def shown(text: str) -> str:
     """A name from anywhere as text: no markup, no control characters."""
-    return escape("".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text))
+    return escape(printable(text))
+
+
+def _on_one_line(text: str) -> str:
+    """The same where no markup is read."""
+    return printable(text).replace("\n", " ")
 
 
 class Screen:
@@ -140,7 +149,7 @@ def describe(stack: StackDescription) -> str:
     check = stack.self_check
     model = (
         f"{shown(stack.model_class)}: {stack.num_blocks} blocks of {shown(stack.block_class)} "
-        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {stack.dtype}"
+        f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {shown(stack.dtype)}"
     )
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
     use = f"to choose by, {stack.held_out} held out" if stack.num_remove else "of it"
@@ -285,10 +294,11 @@ def print_run(run: Run, console: Console | None = None) -> None:
         console.print(describe_end(run))
 
 
-def print_runs(found: Sequence[Outline]) -> None:
-    """A line a run, newest first."""
+def print_runs(found: Sequence[Outline], every: bool) -> None:
+    """A line a run, newest first; on a screen the newest only, unless all are asked for."""
+    shown_runs = found if every or not Console().is_terminal else found[:MOST_SHOWN]
     rows = []
-    for run in found:
+    for run in shown_runs:
         first = run.baseline.perplexity if run.baseline else None
         last = run.last.perplexity if run.last else None
         rows.append(
@@ -305,19 +315,34 @@ def print_runs(found: Sequence[Outline]) -> None:
         Console(stderr=True).print("There are no runs yet. Start one with: sleb search demo")
         return
     table("", ("run", "state", "model", "method", "removal list", "perplexity"), rows)
+    if len(rows) < len(found):
+        said = f"The newest {len(rows):,} of {len(found):,} runs. All of them: sleb runs --all"
+        Console(stderr=True, highlight=False).print(said)
 
 
 def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table on stdout; cells are shown as they are, never as markup."""
+    console = Console(highlight=False)
+    if not console.is_terminal or len(rows) > MOST_SHOWN:  # a file has no edge to wrap at
+        _print_lines(console, title, columns, rows)
+        return
     grid = Table(title=shown(title) or None, box=None, pad_edge=False, title_justify="left")
     for index, column in enumerate(columns):
         grid.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         grid.add_row(*(shown(cell) for cell in row))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=240)  # a file has no edge to wrap at
     console.print(grid)
+
+
+def _print_lines(console: Console, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """The same table as plain lines that never wrap: Rich takes a millisecond for each row."""
+    cells = [tuple(_on_one_line(cell) for cell in row) for row in (columns, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    lines = [_on_one_line(title)] if title else []
+    for row in cells:
+        padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    console.out("\n".join(lines))
 
 
 def _describe_analysis(run: Run) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from sleb.errors import ModelError, OptionError, ScoringError
+from sleb.errors import ModelError, OptionError, ScoringError, WorkEnded
 from sleb.evaluation.evaluated_model import Subject
 from sleb.model.generation import continued, positions_of, require_resident
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import Flip, GenerateSpec, Generation, RemovalList
+from sleb.scoring import chat_template
 
 log = logging.getLogger(__name__)
 
@@ -146,13 +147,11 @@ def _prompt_ids(subject: Subject, ask: GenerateSpec) -> list[int]:
 def _turn_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         raise OptionError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
-    from jinja2 import TemplateError
-
-    turns = [{"role": "user", "content": prompt}]
     try:
-        return list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        text = chat_template.rendered(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0]
+    except WorkEnded as error:
         raise OptionError(f"--chat: the tokenizer's chat template refuses a user's turn ({error}).") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _said(subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int) -> _Said:

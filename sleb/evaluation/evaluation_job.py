@@ -11,7 +11,7 @@ from sleb.evaluation.healing import healing_job
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_weights
-from sleb.records import Job, JobSpec, Run
+from sleb.records import EvaluateSpec, Job, JobSpec, Run
 from sleb.runtime import record_files
 from sleb.runtime.progress import Meter, Watcher
 from sleb.scoring.stack_description import describe
@@ -33,6 +33,14 @@ def evaluator_of(job: JobSpec) -> Any:
             raise RunError(f"The job's spec.json does not say what to {job.kind}; it is damaged.")
         return None
     return EVALUATORS[job.ask.kind]
+
+
+def require(job: JobSpec) -> None:
+    """What can be refused before minutes of loading; files of tasks may run code where the job may."""
+    if isinstance(job.ask, EvaluateSpec):
+        perplexity_and_accuracy.require(job.ask, job.trust_remote_code)
+    elif job.ask is not None:
+        evaluator_of(job).require(job.ask)
 
 
 def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> Subject:

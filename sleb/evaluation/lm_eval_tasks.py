@@ -1,5 +1,7 @@
 """lm-eval's tasks by name, with their examples. Knows tasks; never sees a model.
 
+Those of a --task-folder are data (`task_files`); before they are loaded here, a process that can be ended does so.
+
 What lm-eval and the libraries below it print, draw, seed and warn about reaches nobody else (`apart`, `seeded`).
 """
 
@@ -15,6 +17,7 @@ import json
 import logging
 import os
 import random
+import re
 import signal
 import threading
 import warnings
@@ -30,7 +33,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sleb.errors import OptionError
+from sleb.errors import OptionError, WorkEnded, excerpt
+from sleb.evaluation import task_limits
+from sleb.evaluation.task_files import TaskFiles
 from sleb.records import EvaluateSpec
 from sleb.runtime.files import expanded
 
@@ -50,7 +55,9 @@ _FAILURES = (
     AssertionError,
     ArithmeticError,
     MemoryError,
+    re.error,
 )
+_LONGEST = 200  # characters of a version or a name
 _TELLING = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers")  # libraries that log while they work
 
 
@@ -71,7 +78,7 @@ class Leaf:
     @property
     def asked(self) -> dict[str, Any]:
         """What makes the question."""
-        of_task = f"{self.task.VERSION}, lm-eval {version('lm_eval')}"
+        of_task = f"{str(self.task.VERSION)[:_LONGEST]}, lm-eval {version('lm_eval')}"
         return dict(task=self.name, shots=self.shots, limit=self.limit, version=of_task, examples_hash=self.digest)
 
 
@@ -81,6 +88,8 @@ class Tasks:
 
     leaves: dict[str, Leaf]
     groups: tuple[Any, ...]
+    files: TaskFiles
+    """Where they come from: what is put and scored later is so within `files.as_data`."""
 
     def asked(self, group: Any) -> dict[str, Any]:
         """What makes the question of a group's aggregate."""
@@ -91,7 +100,7 @@ class Tasks:
             task=group.name,
             shots=shots.pop() if len(shots) == 1 else None,
             limit=max((each for each in limits if each is not None), default=None),
-            version=f"{group.version}, lm-eval {version('lm_eval')}",
+            version=f"{group.version[:_LONGEST]}, lm-eval {version('lm_eval')}",
             examples_hash=digest,
             subtasks=tuple(leaf.name for leaf in leaves),
         )
@@ -101,8 +110,8 @@ class Tasks:
         return [self.leaves[task.task_name] for task in group.get_all_tasks()]
 
 
-def load(ask: EvaluateSpec) -> Tasks:
-    """The tasks by name, with their examples. Raises `OptionError`."""
+def load(ask: EvaluateSpec, trust_remote_code: bool = False) -> Tasks:
+    """The tasks by name, with their examples; a folder's run code only where that is trusted. Raises `OptionError`."""
     folder = None if ask.task_folder is None else expanded(Path(ask.task_folder))
     if folder is not None and not folder.is_dir():
         raise OptionError(
@@ -112,25 +121,49 @@ def load(ask: EvaluateSpec) -> Tasks:
         from lm_eval.tasks import TaskManager  # noqa: F401
     except ImportError as error:
         raise OptionError(f"Accuracy on tasks needs lm-eval: pip install 'sleb[tasks]' ({error}).") from error
+    files = TaskFiles(folder, trust_remote_code)
+    with apart(), seeded(), files.as_data():
+        if files.restricted:
+            try:
+                task_limits.tried(partial(_tried, ask, files))
+            except WorkEnded as error:
+                names = excerpt(", ".join(ask.tasks), 80)
+                raise OptionError(f"Tasks of {folder} cannot be loaded ({names}): {error}.") from error
+        return _loaded(ask, files)
+
+
+def _tried(ask: EvaluateSpec, files: TaskFiles) -> None:
+    """All that will be done with a folder's tasks but for the model's part, in a process that is ended at a limit."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    for leaf in _loaded(ask, files).leaves.values():
+        if not files.is_own(leaf.task):
+            with told(files, leaf.name, "cannot be put as questions"):
+                leaf.task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+                leaf.task.build_all_requests(limit=leaf.limit)
+                for made in (each for ensemble in leaf.task._filters for each in ensemble.filters):
+                    made()
+
+
+def _loaded(ask: EvaluateSpec, files: TaskFiles) -> Tasks:
     leaves: dict[str, Leaf] = {}
     groups: dict[str, Any] = {}
     grouped: set[str] = set()
-    with apart(), seeded():
-        manager = _manager(ask.tasks, folder)
-        for name in ask.tasks:
-            found = _found(manager, name, folder)
-            inside = {task.task_name for group in found["groups"].values() for task in group.get_all_tasks()}
-            for task in found["tasks"].values():
-                twice = task.task_name in leaves
-                if twice and task.task_name in inside | grouped:  # a group may put the same task differently
-                    raise OptionError(f"Task {task.task_name!r} is asked for twice, the second time by {name!r}.")
-                if not twice:
-                    leaves[task.task_name] = _leaf(task, ask)
-            grouped |= inside
-            for group in found["groups"].values():
-                groups.setdefault(group.name, group)
+    manager = _manager(ask.tasks, files.folder)
+    for name in ask.tasks:
+        found = _found(manager, name, files)
+        inside = {task.task_name for group in found["groups"].values() for task in group.get_all_tasks()}
+        for task in found["tasks"].values():
+            twice = task.task_name in leaves
+            if twice and task.task_name in inside | grouped:  # a group may put the same task differently
+                raise OptionError(f"Task {task.task_name!r} is asked for twice, the second time by {name!r}.")
+            if not twice:
+                leaves[task.task_name] = _leaf(task, ask, files)
+        grouped |= inside
+        for group in found["groups"].values():
+            groups.setdefault(group.name, group)
     inner_first = sorted(groups.values(), key=lambda group: len(group.get_all_groups()))
-    return Tasks(leaves, tuple(group for group in inner_first if group.has_aggregation))
+    return Tasks(leaves, tuple(group for group in inner_first if group.has_aggregation), files)
 
 
 def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
@@ -140,18 +173,29 @@ def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
 
     if folder is None:
         return _own()
-    alone = TaskManager(include_path=str(folder), include_defaults=False)
-    if all(_is_complete(alone.task_index, name) for name in names):
-        return alone
-    return TaskManager(include_path=str(folder))
+    try:
+        alone = TaskManager(include_path=str(folder), include_defaults=False)
+        if all(_is_complete(alone.task_index, name, set()) for name in names):
+            return alone
+        return TaskManager(include_path=str(folder))
+    except failures() as error:
+        raise OptionError(
+            f"The tasks in {folder} cannot be listed ({type(error).__name__}: {first_line(error)}). Names of tasks, "
+            "groups and tags must be text."
+        ) from error
 
 
-def _is_complete(index: Any, name: str) -> bool:
-    """Whether a task is in an index, or a group with all its members."""
+def _is_complete(index: Any, name: str, seen: set[str]) -> bool:
+    """Whether a task is in an index, or a group with all its members. A name that was seen is not looked at again."""
+    if name in seen:
+        return True
+    seen.add(name)
     if name not in index:
         return False
     members = (index[name].cfg or {}).get("task")
-    return not isinstance(members, list) or all(isinstance(each, str) and _is_complete(index, each) for each in members)
+    return not isinstance(members, list) or all(
+        isinstance(each, str) and _is_complete(index, each, seen) for each in members
+    )
 
 
 @cache
@@ -161,40 +205,53 @@ def _own() -> Any:
     return TaskManager()
 
 
-def _found(manager: Any, name: str, folder: Path | None) -> Any:
+def _found(manager: Any, name: str, files: TaskFiles) -> Any:
     """Tasks and groups of one name. Raises `OptionError` where there are none, or their examples are not there."""
+    folder = files.folder
     if name not in manager.task_index:
         where = "" if folder is None else f" and {folder}"
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        nearest = f"; the nearest are {', '.join(near)}" if near else ""
+        nearest = f"; the nearest are {', '.join(excerpt(each, 60) for each in near)}" if near else ""
         command = "lm-eval ls tasks" + ("" if folder is None else f" --include_path {folder}")
         unread = "" if folder is None else _unreadable(folder)
         raise OptionError(
             f"There is no task {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
         )
+    files.require_loadable(manager.task_index, name)
+    with told(files, name, "cannot be loaded", "Check its YAML, the files it names and the libraries it needs."):
+        try:
+            found = manager.load([name])
+        except ConnectionError as error:  # the hub's, as datasets puts it
+            raise OptionError(
+                f"The examples of task {name!r} could not be fetched ({first_line(error)}): they come from the Hugging "
+                "Face hub. Check the network, or run it once where there is one and bring its cache along (HF_HOME); a "
+                "task with examples in local files goes into a --task-folder."
+            ) from error
+    if not found["tasks"]:
+        raise OptionError(f"{name!r} is a group without tasks.")
+    return found
+
+
+@contextmanager
+def told(files: TaskFiles, name: str, cannot: str, check: str = "") -> Iterator[None]:
+    """What a task's YAML, template, function or data set raises, as a sentence."""
+    from jinja2.exceptions import SecurityError
+
     try:
-        found = manager.load([name])
-        if not found["tasks"]:
-            raise OptionError(f"{name!r} is a group without tasks.")
-        return found
-    except OptionError:
-        raise
-    except ConnectionError as error:  # the hub's, as datasets puts it
-        raise OptionError(
-            f"The examples of task {name!r} could not be fetched ({first_line(error)}): they come from the Hugging "
-            "Face hub. Check the network, or run it once where there is one and bring its cache along (HF_HOME); a "
-            "task with examples in local files goes into a --task-folder."
-        ) from error
+        yield
+    except SecurityError as error:
+        raise files.refusal(name, error) from error
+    except WorkEnded as error:
+        raise OptionError(f"Task {name[:_LONGEST]!r} {cannot}: {error}.") from error
     except failures() as error:
         log.info("Task %s", name, exc_info=True)
         raise OptionError(
-            f"Task {name!r} cannot be loaded ({type(error).__name__}: {first_line(error)}). Check its YAML, the files "
-            "it names and the libraries it needs."
+            f"Task {name[:_LONGEST]!r} {cannot} ({type(error).__name__}: {first_line(error)}). {check}".rstrip()
         ) from error
 
 
 def _unreadable(folder: Path) -> str:
-    """The first file that lm-eval passed over in silence because it is no YAML."""
+    """The first file that lm-eval passed over in silence because it is no YAML, or none that may be read."""
     from lm_eval.tasks import TaskManager
     from yaml import YAMLError
 
@@ -214,12 +271,20 @@ def _unreadable(folder: Path) -> str:
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
-    errors = [args for args in passed if len(args) == 2 and isinstance(args[1], YAMLError)]
-    return f" {errors[0][0]} is no YAML that it could read ({first_line(errors[0][1])})." if errors else ""
+    errors = [args for args in passed if len(args) == 2 and isinstance(args[1], YAMLError | OptionError)]
+    if not errors:
+        return ""
+    path, error = errors[0]
+    return (
+        f" {error}"
+        if isinstance(error, OptionError)
+        else f" {path} is no YAML that it could read ({first_line(error)})."
+    )
 
 
-def _leaf(task: Any, ask: EvaluateSpec) -> Leaf:
+def _leaf(task: Any, ask: EvaluateSpec, files: TaskFiles) -> Leaf:
     name = task.task_name
+    files.require_bounded(task)
     if getattr(task, "UNSAFE_CODE", False):
         raise OptionError(f"Task {name!r} runs code that the model has written, which is not done here.")
     if getattr(task, "MULTIMODAL", False):
@@ -239,7 +304,7 @@ def _leaf(task: Any, ask: EvaluateSpec) -> Leaf:
         digest = _digest([_config(task), docs, shown])
     except failures() as error:
         raise OptionError(
-            f"The examples of task {name!r} cannot be read ({type(error).__name__}: {first_line(error)})."
+            f"The examples of task {name[:_LONGEST]!r} cannot be read ({type(error).__name__}: {first_line(error)})."
         ) from error
     return Leaf(
         task=task,
@@ -365,4 +430,4 @@ def failures() -> tuple[type[Exception], ...]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return excerpt((str(error).strip().splitlines() or [type(error).__name__])[0], 300)

@@ -7,7 +7,6 @@ reference (and in SparseGPT's evaluation, where it comes from).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError, OptionError
+from sleb.errors import CalibrationError, OptionError, quoted
 from sleb.methods.statistics import mean_and_error
 from sleb.model import demo
 from sleb.records import NAMED_TEXTS, EvaluatedText, RemovalList
 from sleb.runtime.files import expanded
-from sleb.scoring.calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset
+from sleb.scoring.calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset, parse_line, read_text
 from sleb.scoring.sweep import Scorer
 
 log = logging.getLogger(__name__)
@@ -55,7 +54,7 @@ def require_there(names: Sequence[str]) -> None:
         except (OSError, ValueError):  # names no file system takes
             there = False
         if not there:
-            raise CalibrationError(f"There is no text {name[:200]!r}: give {', '.join(NAMED_TEXTS)}, or a file.")
+            raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
 
 
 def windows(
@@ -146,7 +145,7 @@ def _text(name: str) -> tuple[str, str, int | None]:
         return SEPARATOR.join(demo.documents()), "the demo text (Wikipedia sample)", None
     path = expanded(Path(name))
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except OSError as error:
@@ -171,11 +170,8 @@ def _documents(text: str, path: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"Line {number} of {path} is not JSON ({error}).") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        row = parse_line(line, f"Line {number} of {path}")
+        if not isinstance(row.get("text"), str):
             raise CalibrationError(f"Line {number} of {path} is no JSON object with a text in 'text'.")
         found.append(row["text"])
     return found

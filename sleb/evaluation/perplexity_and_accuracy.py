@@ -7,11 +7,11 @@ from sleb.evaluation.evaluated_model import Subject
 from sleb.records import EvaluateSpec
 
 
-def require(ask: EvaluateSpec) -> None:
+def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
     """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
     perplexity.require_there(ask.texts)
     if ask.tasks:
-        task_accuracy.require(ask)
+        task_accuracy.require(ask, trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
-from sleb.errors import OptionError, StorageError
+from sleb.errors import OptionError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import proof_process
 from sleb.export.checkpoint import mend_generation_config
-from sleb.export.destination import move, require_free, workspace
-from sleb.export.proven_folder import expect, run_proof, write_expectation
+from sleb.export.destination import Destination, saving
+from sleb.export.proven_folder import expect, prove, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words, public_name
 from sleb.formats.model_card import PAPER, code, escaped
@@ -101,13 +100,13 @@ def write(
     Raises `ExportError` where the family cannot express the removal or the proof fails; then nothing is at `out`.
     """
     require()
-    out = Path(os.path.abspath(out))
-    require_free(out, allow_existing)
+    destination = Destination(out, allow_existing)
+    destination.require_free()
     meter = subject.meter
     meter.phase("Recording what the quantised model answers with the blocks skipped")
     removal = plan_removal(subject.model, removal_list)
     expectation = expect(quantised.stack.model, subject.tokenizer, removal)
-    with workspace(out) as folder:
+    with destination.writing() as folder:
         meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks in {quantised.scheme}")
         smaller: Any = streamlined(quantised.stack.model, removal_list)
         parameters = sum(parameter.numel() for parameter in smaller.parameters())
@@ -115,27 +114,24 @@ def write(
         forget_quantisation(smaller)
         smaller.config.quantization_config = _config(smaller, quantised.stack.path, quantised.bits)
         card = _card(subject, quantised, removal_list, measured)
-        try:
+        with saving():
             mend_generation_config(smaller, folder)
             smaller.save_pretrained(folder, state_dict=tensors)
             subject.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
         # A reload counts words and scales until its first forward pass; the numbers of the model are put in below.
         write_expectation(folder, removal, expectation, _stored(folder), subject.loaded.dtype)
         del smaller, tensors
         meter.phase("Reloading it in a new process, to compare")
-        proof = run_proof(folder, str(quantised.stack.device), subject.job.trust_remote_code)
+        proof = prove(folder, str(quantised.stack.device), subject.job.trust_remote_code)
         proof = proof.model_copy(
             update={
                 "parameters_after": parameters,
                 "versions": proof.versions | {"compressed-tensors": version("compressed-tensors")},
             }
         )
-        (folder / proof_process.EXPECTED).unlink()
-        (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_with_proof(card, proof), encoding="utf-8")
-        move(folder, out, allow_existing)
+        with saving():
+            (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(_with_proof(card, proof), encoding="utf-8")
     return proof
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sleb import specs
-from sleb.errors import OptionError, RunError
+from sleb.errors import OptionError, RunError, quoted
 from sleb.records import NAMED_TEXTS, Ask, Finding, JobSpec, RemovalList, Run, RunSpec, sorted_list
 from sleb.runtime import files, findings_folder, job_folder, run_folder
 
@@ -40,7 +40,7 @@ def subject_run(
             raise
         if removal_list is None:
             raise RunError(
-                f"There is no run {str(subject)!r}. For a model, say which blocks: --removal-list '[14, 23]', "
+                f"There is no run {quoted(str(subject))}. For a model, say which blocks: --removal-list '[14, 23]', "
                 "or '[]' for the unmodified one."
             ) from error
     else:
@@ -112,7 +112,7 @@ def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
     blocks = tuple(removal_list)
     wrong = [block for block in blocks if not isinstance(block, int) or isinstance(block, bool) or block < 0]
     if wrong:
-        raise OptionError(f"A removal list holds block indices from 0 on; found {wrong[0]!r}.")
+        raise OptionError(f"A removal list holds block indices from 0 on; found {quoted(wrong[0])}.")
     twice = [block for block in blocks if blocks.count(block) > 1]
     if twice:
         raise OptionError(f"The removal list names block {twice[0]} twice.")

@@ -23,7 +23,7 @@ import torch
 
 from sleb.errors import OptionError, ScoringError
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, first_line, load, seeded
+from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, load, seeded, told
 from sleb.methods.statistics import mean_and_error
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import EvaluateSpec, RemovalList, TaskAccuracy
@@ -36,19 +36,25 @@ log = logging.getLogger(__name__)
 _BOOTSTRAPS = 100_000  # lm-eval's own number, for metrics whose standard error has no formula
 _SKETCH = 256  # tokens that an example is taken for where memory is short
 
-_ready: dict[EvaluateSpec, Tasks] = {}
+_ready: dict[tuple[EvaluateSpec, bool], Tasks] = {}
 """What `require` has loaded, until `work` takes it: reading some tasks' examples takes a minute."""
 
 
-def require(ask: EvaluateSpec) -> None:
+def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
     """Load the tasks, so that what is missing is said before minutes of loading the model. Raises `OptionError`."""
     _ready.clear()
-    _ready[ask] = load(ask)
+    _ready[ask, trust_remote_code] = load(ask, trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:
     """Every task and group, for the baseline and its lists; each finding is kept as soon as it is there."""
-    tasks = _ready.pop(ask, None) or load(ask)
+    trusted = subject.job.trust_remote_code
+    tasks = _ready.pop((ask, trusted), None) or load(ask, trusted)
+    with tasks.files.as_data():
+        _work(subject, ask, tasks)
+
+
+def _work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
     wanted = tuple(dict.fromkeys([(), *ask.lists]))
     have = {each.question: each for each in subject.known(TaskAccuracy)}
 
@@ -75,7 +81,8 @@ def work(subject: Subject, ask: EvaluateSpec) -> None:
                     _require_possible(lm, leaf, removed, subject)
                     tell(leaf, removed, 0.0)
                     start = time.perf_counter()
-                    found = _evaluated(lm, leaf, partial(tell, leaf, removed))
+                    with told(tasks.files, leaf.name, "cannot be evaluated with this model"):
+                        found = _evaluated(lm, leaf, partial(tell, leaf, removed))
                     done += leaf.count
                     answer = _kept(subject, removed, leaf, found, time.perf_counter() - start, have)
                     have[answer.question] = answer
@@ -87,7 +94,8 @@ def work(subject: Subject, ask: EvaluateSpec) -> None:
             answer = known(removed, asked)
             if answer is None:
                 of_baseline = None if not removed else known((), asked)
-                answer = _aggregated(subject, removed, group, asked, [each for each in parts if each], of_baseline)
+                with told(tasks.files, group.name, "cannot be aggregated"):
+                    answer = _aggregated(subject, removed, group, asked, [each for each in parts if each], of_baseline)
                 have[answer.question] = answer
                 subject.keep(answer)
             else:
@@ -193,11 +201,7 @@ def _evaluated(lm: Any, leaf: Leaf, tell: Callable[[float], None]) -> _Result:
                 return _result(found, leaf.name)
             except failures() as error:
                 if not is_out_of_memory(error):
-                    log.info("Task %s", leaf.name, exc_info=True)
-                    raise OptionError(
-                        f"Task {leaf.name!r} cannot be evaluated with this model ({type(error).__name__}: "
-                        f"{first_line(error)})."
-                    ) from error
+                    raise
                 if lm.batch_size_per_gpu == 1:
                     raise ScoringError(
                         f"Out of memory with one example of task {leaf.name!r}; choose a smaller --dtype."

@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from sleb.errors import StorageError
-from sleb.export import proof_process
-from sleb.export.destination import move, require_free, workspace
-from sleb.export.proven_folder import Expectation, expect, let_go, run_proof, write_expectation
+from sleb.export.destination import Destination, saving
+from sleb.export.proven_folder import Expectation, expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, carry_out, plan_removal
 from sleb.export.smaller_config import check_removal_list
 from sleb.formats.model_card import with_proof
@@ -52,23 +50,22 @@ def export_checkpoint(
     """
     stack = BlockStack(model)
     check_removal_list(removal_list, len(stack))
-    out = Path(os.path.abspath(out))
-    require_free(out, allow_existing)
+    destination = Destination(Path(os.path.abspath(out)), allow_existing)
+    destination.require_free()
     removal = plan_removal(model, removal_list)
-    _require_space(model, stack, removal, out.parent)
+    _require_space(model, stack, removal, destination.out.parent)
 
     progress("Recording what the model answers with the blocks skipped")
     expectation = expect(model, tokenizer, removal)
-    with workspace(out) as folder:
+    with destination.writing() as folder:
         progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
         write_checkpoint(model, tokenizer, removal, expectation, folder, card)
         device = str(stack.device)
         let_go(model)
         progress("Reloading it in a new process, to compare")
-        proof = run_proof(folder, device, trust_remote_code, memory_budget)
-        (folder / proof_process.EXPECTED).unlink()
-        (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
-        move(folder, out, allow_existing)
+        proof = prove(folder, device, trust_remote_code, memory_budget)
+        with saving():
+            (folder / "README.md").write_text(with_proof(card, proof), encoding="utf-8")
     return proof
 
 
@@ -78,17 +75,17 @@ def write_checkpoint(
     """Remove the blocks and write the model, with what its proof needs, into an existing folder."""
     carry_out(model, removal)
     forget_quantisation(model)
-    try:
+    with saving():
         mend_generation_config(model, folder)
         streamed = streamed_blocks(model)
+        if streamed is not None:
+            streamed.forget()  # saving reads shard by shard, and has the room for itself
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
             model.save_pretrained(folder, **({} if streamed is None else {"max_shard_size": streamed.budget // 3}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     write_expectation(folder, removal, expectation, parameters, str(model.dtype).removeprefix("torch."))
 

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from torch import nn
 
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
-from sleb.export.destination import workspace
+from sleb.export.destination import saving
 from sleb.export.gguf_plan import (
     BLOCKS_BEFORE,
+    FILE,
     FILE_BYTES,
     REMOVAL_LIST,
     Cut,
+    destination_of,
     opened,
     plan_cut,
     refused,
-    require_free,
     value_of,
 )
 from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
@@ -38,7 +38,6 @@ from sleb.records import Proof, Run
 
 RUN = "sleb.run"
 
-_FILE = "model.gguf"  # inside the workspace
 _SPARE_BYTES = 64 * 1024**2
 _CHUNK = 1 << 24  # bytes compared at once
 
@@ -62,7 +61,8 @@ def export_gguf(
     removal or the proof fails; then nothing is left at `out`.
     """
     out = Path(os.path.abspath(out))
-    require_free(out, allow_existing, source)
+    destination = destination_of(out, allow_existing, source)
+    destination.require_free()
     cut = plan_cut(source, removal_list)
     stack = BlockStack(model)
     if len(stack) != cut.num_blocks:
@@ -81,21 +81,16 @@ def export_gguf(
         if block not in removal.kept
         for parameter in blocks[block].parameters()
     )
-    with workspace(out) as folder:
+    with destination.writing() as folder:
         progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
-        write_cut(cut, folder / _FILE, removal_list, run_id)
+        write_cut(cut, folder / FILE, removal_list, run_id)
         _require_same_reading(model, folder, removal)
         dtype = str(model.dtype).removeprefix("torch.")
-        write_expectation(folder, removal, expectation, expectation.parameters - removed, dtype, _FILE)
+        write_expectation(folder, removal, expectation, expectation.parameters - removed, dtype, FILE)
         device = str(stack.device)
         let_go(model)
         progress("Reloading it in a new process, to compare")
         proof = run_proof(folder, device, trust_remote_code)
-        require_free(out, allow_existing, source)  # again: the proof took its time
-        try:
-            os.replace(folder / _FILE, out)
-        except OSError as error:
-            raise StorageError(f"The exported model could not be moved to {out} ({error.strerror}).") from error
     opened.cache_clear()
     return proof.model_copy(update={"bytes_before": source.stat().st_size})
 
@@ -142,7 +137,7 @@ def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str =
     writer.add_uint64(FILE_BYTES, 0)
     for name, tensor in cut.tensors:
         writer.add_tensor_info(name, tensor.data.shape, tensor.data.dtype, tensor.n_bytes, tensor.tensor_type)
-    with _writing():
+    with saving("file"):
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -184,14 +179,6 @@ def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[i
     return cut.num_blocks, list(removal_list)
 
 
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"The file could not be written ({error}); free some disk space.") from error
-
-
 def _require_copied(cut: Cut, written: Any) -> None:
     if len(written.tensors) != len(cut.tensors):
         raise StorageError(
@@ -213,7 +200,7 @@ def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> N
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), gguf_file=_FILE)
+        config = AutoConfig.from_pretrained(str(folder), gguf_file=FILE)
     except proof_process.FAILURES as error:
         raise ExportError(f"The settings that are left cannot be read ({type(error).__name__}: {error}).") from error
     try:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ExportError, ModelError, OptionError
+from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
-from sleb.model import demo
+from sleb.model import demo, gguf_header
 from sleb.records import JobSpec, Run
 from sleb.runtime import files
 
@@ -25,6 +26,9 @@ BLOCKS_BEFORE = "sleb.blocks_before"
 
 FILE_BYTES = "sleb.file_bytes"
 """The length of the file that an export wrote: another tool that carries the keys over writes another length."""
+
+FILE = "model.gguf"
+"""What an export is called before it has its name."""
 
 FAILURES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -95,22 +99,20 @@ def source_of(run: Run, job: JobSpec) -> Path:
     return path
 
 
-def require_free(out: Path, allow_existing: bool, source: Path) -> None:
-    """Nothing that somebody else put at `out` is ever lost: it is free, or an earlier export that may go."""
-    if out.is_symlink():
-        raise OptionError(f"{out} is a link; name the file itself.")
-    if out.is_dir():
+def destination_of(out: Path, allow_existing: bool, source: Path) -> Destination:
+    """Where the smaller file goes. Raises `OptionError` for what is not a GGUF file's name, or is the model itself."""
+    if out.is_dir() and not out.is_symlink():
         raise OptionError(f"{out} is a folder; name a file that ends in .gguf.")
     if out.suffix.lower() != ".gguf":
         raise OptionError(f"{out} does not end in .gguf, by which programs know such files; name one that does.")
-    if not out.exists():
-        return
-    if source.exists() and out.samefile(source):
+    if out.exists() and source.exists() and out.samefile(source):
         raise OptionError(f"{out} is the model itself; name another file.")
-    if not allow_existing:
-        raise OptionError(f"{out} is there already; name another file, or replace an earlier export with --replace.")
-    if not _is_export(out):
-        raise OptionError(f"{out} is something other than an earlier export; name another file.")
+    return Destination(out, allow_existing, FILE, _is_export)
+
+
+def require_free(out: Path, allow_existing: bool, source: Path) -> None:
+    """Whether the smaller file can be written there. Raises `OptionError`."""
+    destination_of(out, allow_existing, source).require_free()
 
 
 def plan_cut(source: Path, removal_list: Sequence[int]) -> Cut:
@@ -269,6 +271,7 @@ def _open(path: Path) -> Any:
     from gguf import GGUFReader
 
     try:
+        gguf_header.check(path)
         return GGUFReader(path)
     except FAILURES as error:
         raise ModelError(f"{path} is no GGUF file, or damaged ({type(error).__name__}); fetch it again.") from error

@@ -12,9 +12,11 @@ import argparse
 import inspect
 import json
 import math
+import os
 import platform
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,17 @@ def disagreement(
     return f"from token {at + 1} on, {ours[at]} and {other[at]}, whose logits are {gap:.3g} apart"
 
 
+def die_with(parent: int) -> None:
+    """End when the process does that started this one: what is being proved is then nobody's any more."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prove every folder; 0 where all passed, 1 where one did not."""
     parser = argparse.ArgumentParser(prog="python -m sleb.export.proof_process", description=__doc__.splitlines()[0])
@@ -198,7 +211,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--memory-budget", type=int, metavar="BYTES")
+    parser.add_argument("--parent", type=int, metavar="PID", help="End when this process does.")
     options = parser.parse_args(arguments)
+    if options.parent is not None:
+        die_with(options.parent)
     proofs = [
         prove(folder, options.device, options.trust_remote_code, options.memory_budget) for folder in options.folders
     ]

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from sleb.errors import ExportError, StorageError
+from sleb.errors import ExportError
 from sleb.export import proof_process
+from sleb.export.destination import saving
 from sleb.export.removal import Removal
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
@@ -117,10 +117,18 @@ def write_expectation(
         "prompt": expectation.prompt.clone(),
         "generated": torch.tensor(expectation.generated),
     }
-    try:
+    with saving():
         save_file(tensors, folder / proof_process.EXPECTED, metadata={"facts": json.dumps(facts)})
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
+
+
+def prove(
+    folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory_budget: int | None = None
+) -> Proof:
+    """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that."""
+    proof = run_proof(folder, device, trust_remote_code, memory_budget)
+    with saving():
+        (folder / proof_process.EXPECTED).unlink()
+    return proof
 
 
 def run_proof(
@@ -129,6 +137,7 @@ def run_proof(
     """Reload the model in a fresh process that knows plain transformers only; a failed proof raises."""
     # As a file and with -P: the process cannot find sleb through us, and sleb's modules hide nobody else's.
     command = [sys.executable, "-P", str(Path(proof_process.__file__)), str(folder), "--device", device]
+    command += ["--parent", str(os.getpid())]
     command += ["--trust-remote-code"] if trust_remote_code else []
     command += ["--memory-budget", str(memory_budget)] if memory_budget is not None else []
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sleb.errors import OptionError
+from sleb.errors import OptionError, quoted
 from sleb.records import Run, Step
 
 MODELS = ("hf", "gguf")
@@ -29,7 +29,7 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
     `model_name` stands in for the name the run was started with, where the other tool needs another one.
     """
     if format not in _RENDERERS:
-        raise OptionError(f"There is no format {format!r}; choose one of {', '.join((*FORMATS, *MODELS))}.")
+        raise OptionError(f"There is no format {quoted(format)}; choose one of {', '.join((*FORMATS, *MODELS))}.")
     taken = run.steps_until(steps)
     return _RENDERERS[format](run, taken, model_name or public_name(run.spec.model))
 

@@ -1,11 +1,13 @@
-"""A run and findings as objects for other programs: what `--json` prints. Knows records only."""
+"""A run and findings as objects for other programs: what `--json` prints. Knows records and outlines only."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 from sleb.records import Candidate, Finding, Measured, Run, Step
+from sleb.runtime.run_index import Outline
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -38,6 +40,18 @@ def summary(run: Run) -> dict[str, Any]:
         "protected": list(stack.protected) if stack else None,
         "warnings": list(first.warnings) if first else [],
     }
+
+
+def summary_text(run: Run) -> str:
+    """What `summary` says, as the inside of a JSON object, without what depends on where the run lies."""
+    found = {key: value for key, value in summary(run).items() if key not in ("run_id", "run_dir")}
+    return json.dumps(found)[1:-1]
+
+
+def listed_text(run: Outline, text: str) -> str:
+    """The JSON object of a run in a list, from its `summary_text`: `summary`, and the state as it is now."""
+    place = json.dumps({"run_id": run.run_id, "run_dir": str(run.run_dir)})[1:-1]
+    return f'{{{place}, {text}, "state": "{run.state.value}"}}'
 
 
 def finding(found: Finding) -> dict[str, Any]:

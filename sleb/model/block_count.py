@@ -6,6 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sleb.errors import ModelError
+from sleb.model import gguf_header, model_files
 from sleb.runtime import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
@@ -19,10 +21,10 @@ def num_blocks(model: str) -> int | None:
     if model == "demo":
         return DEMO_BLOCKS
     found = None
-    with suppress(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, RuntimeError, ModelError):
         path = files.expanded(Path(model))
         if path.is_dir():
-            found = _of_config(files.read_json(path / "config.json"))
+            found = _of_config(model_files.read_config(path))
         elif path.suffix == ".gguf" and path.is_file():
             found = _of_gguf(path)
     return found if found is not None and 0 < found <= MOST_BLOCKS else None
@@ -39,9 +41,5 @@ def _of_config(config: Any) -> int | None:
 
 
 def _of_gguf(path: Path) -> int | None:
-    from gguf import GGUFReader
-
-    for name, field in GGUFReader(path).fields.items():
-        if name.endswith(".block_count"):
-            return int(field.contents())
-    return None
+    found = [value for key, value in gguf_header.settings(path).items() if key.endswith(".block_count")]
+    return found[0] if found and type(found[0]) is int else None

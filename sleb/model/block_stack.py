@@ -309,7 +309,7 @@ def _probe(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[tuple[int, Any
     try:
         with torch.inference_mode():
             logits = call_model(model, ids.to(_device(model))).logits
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ModelError(
             f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {_first_line(error)}); "
             "a causal language model is needed."

@@ -12,9 +12,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +21,8 @@ from filelock import FileLock
 
 from sleb.errors import BadInput
 from sleb.runtime import files, run_folder
+from sleb.runtime.unfinished.in_place import put_in_place
+from sleb.runtime.unfinished.workspaces import NEW, workspace
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +51,12 @@ def model_folder(convert: Callable[[Path, Path], None], say: Callable[[str], Non
             return target
         source = model_file()
         say(f"Converting the demo model {MODEL_NAME} to safetensors, once (about 20 s)")
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting."))
-        try:
-            with files.writing(target):
-                convert(source, partial)
-                (partial / "source.json").write_text(json.dumps(wanted))
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(partial, target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with workspace(run_folder.home(), target) as own, files.writing(target):
+            partial = own / NEW
+            partial.mkdir()
+            convert(source, partial)
+            (partial / "source.json").write_text(json.dumps(wanted))
+            put_in_place(partial, target)
     return target
 
 

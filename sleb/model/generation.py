@@ -13,7 +13,7 @@ from sleb.errors import ModelError, OptionError
 from sleb.model.out_of_memory import is_out_of_memory
 
 # What `generate` raises where a family cannot do what is asked of it.
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 def continued(

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import struct
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
 from torch import nn
 
-from sleb.errors import ModelError, OptionError
-from sleb.model import demo
-from sleb.model.streamed_loading import load_within
+from sleb.errors import ModelError, OptionError, SlebError, excerpt
+from sleb.model import demo, gguf_header, model_files
+from sleb.model.presence import is_path, not_there, require_file
+from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
 
 log = logging.getLogger(__name__)
 
-# What transformers, safetensors, gguf and the hub client raise for checkpoints that are absent, damaged or foreign.
-_FAILURES = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    ImportError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    TypeError,
-    AssertionError,
-    struct.error,
-    OverflowError,
-    UnicodeDecodeError,
-    MemoryError,
-)
-_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
+Loaded = TypeVar("Loaded")
+
+_LONGEST_NOTE = 4000  # characters
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")  # as transformers writes them itself
 
 
 @dataclass(frozen=True)
@@ -76,18 +62,23 @@ def load_model(
     where = resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     source: str | Path = name
-    gguf = None
+    gguf, header = None, None
     if name == "demo":
         source = demo.model_folder(convert_gguf)
     elif name.lower().endswith(".gguf"):
         gguf = Path(name).expanduser()
-        _require_gguf(gguf)
+        header = _header(gguf)
         source = gguf.parent
         options["gguf_file"] = gguf.name
-    elif _is_path(name):
+    elif is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
     config = _config(str(source), name, options)
+    if header is not None:
+        model_files.require_enough(name, config, options, header.elements)
+    else:
+        stored = _loading(name, lambda: _weight_files(source, options, allow_pickle))
+        _loading(name, lambda: model_files.require_stored(name, config, options, stored))
     chosen = _dtype(dtype, config, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
@@ -128,7 +119,7 @@ def _require_complete(name: str, report: dict[str, Any]) -> None:
         )
     unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
     if unused:
-        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, unused[0])
+        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, excerpt(unused[0]))
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -234,9 +225,12 @@ def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
 
 
 def _config(source: str, name: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    if "gguf_file" not in options:
+        raw, _ = _loading(name, lambda: PreTrainedConfig.get_config_dict(source, **options))
+        model_files.require_modest(name, raw)
     config = _loading(name, lambda: AutoConfig.from_pretrained(source, **options))
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -248,22 +242,37 @@ def _config(source: str, name: str, options: dict[str, Any]) -> Any:
     return config
 
 
-def _loading(name: str, load: Any) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
+    """What a library makes of a model's files; what it raises for damaged or foreign ones, in a sentence."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     quieten_torchao()
+    for handler in logging.getLogger("transformers").handlers:
+        handler.addFilter(_printable)
     try:
         return load()
-    except (*_FAILURES, SafetensorError, StrictDataclassError) as error:
+    except SlebError:
+        raise
+    except Exception as error:  # any class there is: the data decides how far a library gets with it
         raise ModelError(_explain(name, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust; it has no class to import
+            raise
+        raise ModelError(_explain(name, error)) from error
+
+
+def _printable(record: logging.LogRecord) -> bool:
+    """What transformers tells of a model has names in it that come from its files."""
+    text = _COLOURS.sub("", record.getMessage())
+    record.msg = "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)[:_LONGEST_NOTE]
+    record.args = ()
+    return True
 
 
 def _explain(name: str, error: BaseException) -> str:
     text = str(error).strip()
-    first = text.splitlines()[0] if text else type(error).__name__
+    first = excerpt(text if text.split("\n")[0].endswith(":") else text.split("\n")[0]) or type(error).__name__
     if "trust_remote_code" in text:
         return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
     if "gated" in text.lower() or "401" in text:
@@ -273,21 +282,8 @@ def _explain(name: str, error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"{name} needs a library that is not installed: {first}"
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
-        return (
-            f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
-            f"({first}). Check the name, --revision and the network."
-        )
+        return str(not_there(name, first))
     return f"{name} cannot be loaded ({type(error).__name__}): {first}"
-
-
-def _is_path(name: str) -> bool:
-    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name."""
-    with suppress(OSError, RuntimeError):  # names no file system takes
-        if Path(name).expanduser().exists():
-            return True
-    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
-        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
-    return False
 
 
 def _require_folder(folder: Path, allow_pickle: bool) -> None:
@@ -295,12 +291,8 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
         raise ModelError(f"{folder} is a file; a model is a folder with config.json, a .gguf file, or a hub name.")
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is an adapter, not a model. Merge it into its base model first.")
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ModelError(f"{folder}/config.json is not JSON ({error}); the folder is damaged.") from error
+    model_files.read_config(folder)
+    model_files.require_plain_files(folder)
     if list(folder.glob("*.safetensors")):
         return
     pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
@@ -313,22 +305,24 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
 
 
-def _require_gguf(path: Path) -> None:
-    if not path.is_file():
-        raise ModelError(f"There is no file {path}.")
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file (it begins with {magic!r}).")
-    from gguf import GGUFReader
+def _weight_files(source: str | Path, options: dict[str, Any], allow_pickle: bool) -> Iterable[str]:
+    """The safetensors files of a model, none where a pickle is allowed and may be all there is."""
+    if Path(source).is_dir():
+        return map(str, Path(source).glob("*.safetensors"))
+    return [] if allow_pickle else files_by_key(str(source), options).values()
 
-    try:
-        tensors = GGUFReader(str(path)).tensors
-        short = not tensors
-    except _FAILURES as error:
-        raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
-    if short:
+
+def _header(path: Path) -> gguf_header.Header:
+    """The header of a GGUF file that can be a model. Raises `ModelError` for any other."""
+    require_file(path)
+    header = gguf_header.check(path)
+    if not header.tensors:
         raise ModelError(f"{path} holds no tensors; fetch it again.")
+    own = {
+        key.rpartition(".")[2]: value for key, value in header.settings.items() if key.startswith(header.architecture)
+    }
+    model_files.require_modest(str(path), own)
+    return header
 
 
 def quieten_torchao() -> None:

@@ -9,22 +9,21 @@ had to change into a scratch folder.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from sleb.model.block_stack import find_stack
 from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
+from sleb.runtime import run_folder
+from sleb.runtime.unfinished import names
+from sleb.runtime.unfinished.workspaces import sweep
 
 
 def load_within(
@@ -55,7 +54,7 @@ def load_within(
     path, _ = find_stack(model)
     places = _device_map(model, path, device)
     scratch = _scratch(scratch_home)
-    found = _files_by_key(source, options)
+    found = files_by_key(source, options)
     index = _index(model, path, dtype, found)
     if index is None:
         with _quiet("accelerate.big_modeling"):
@@ -84,7 +83,7 @@ def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, 
     return found
 
 
-def _files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
+def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
     """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -174,10 +173,7 @@ def _quiet(name: str) -> Iterator[None]:
 def _scratch(home: Path) -> tempfile.TemporaryDirectory[str]:
     """A folder for converted weights, named after its process; what killed processes left is cleared away."""
     home.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    for folder in home.glob(f"{host}-*"):
-        pid = folder.name.removeprefix(f"{host}-").partition("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            with suppress(OSError):
-                shutil.rmtree(folder)
-    return tempfile.TemporaryDirectory(prefix=f"{host}-{os.getpid()}-", dir=home, ignore_cleanup_errors=True)
+    sweep(run_folder.home(), home)
+    return tempfile.TemporaryDirectory(
+        prefix=names.prefix("weights"), suffix=names.SUFFIX, dir=home, ignore_cleanup_errors=True
+    )

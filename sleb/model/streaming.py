@@ -92,8 +92,9 @@ class StreamedBlocks:
         self.resident_bytes = sum(resident.values())
         self.spare_bytes = self._spare()
         """Left for hidden states."""
-        for index, block in enumerate(self._blocks):
-            block.forward = self._streamed(index, block.forward)
+        self._forwards = [self._streamed(index, block.forward) for index, block in enumerate(self._blocks)]
+        for block, forward in zip(self._blocks, self._forwards, strict=True):
+            block.forward = forward
         vars(model)[_OWNER] = self
 
     def block_bytes(self, block: int) -> int:
@@ -188,11 +189,17 @@ class StreamedBlocks:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             # Who has the block already knows better which one is next.
-            then = None if self._users[block] else (block + 1) % len(self._blocks)
+            then = None if self._users[block] else self._following(block)
             with self.resident(block, then):
                 return forward(*args, **kwargs)
 
         return run
+
+    def _following(self, block: int) -> int | None:
+        """The block that a forward pass asks for next, the first one after the last: not those that are skipped now."""
+        count = len(self._blocks)
+        others = ((block + ahead) % count for ahead in range(1, count))
+        return next((each for each in others if vars(self._blocks[each])["forward"] is self._forwards[each]), None)
 
     @property
     def _in_use(self) -> int:

@@ -95,8 +95,8 @@ class HealSpec(_Lists):
     """128 for `linear`, unless it is given."""
     sequence_length: Annotated[int, Field(ge=8, le=MOST, strict=True)] = 512
     epochs: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 1
-    rank: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    rank: Annotated[int, Field(ge=1, le=8192, strict=True)] = 8
+    learning_rate: Annotated[float, Field(ge=1e-12, le=1)] = 1e-4
     batch_sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 8
     seed: Annotated[int, Field(ge=0, le=MOST, strict=True)] = 0
     texts: tuple[str, ...] = ("wikitext2",)

@@ -62,9 +62,9 @@ class RunSpec(Record):
     """Share of the blocks to remove, rounded up. With neither, every block that may go is a candidate to the end."""
     protected: tuple[int, ...] | None = None
     """Blocks that are never candidates; None is the method's default."""
-    until_perplexity: Annotated[float, Field(ge=0)] | None = None
+    until_perplexity: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    confidence: Annotated[float, Field(ge=1e-6, le=1 - 1e-6)] = 0.95
     """Of the interval by which two candidates are told apart, or called tied; and of a race, in each of its steps."""
     objective: Literal["nll", "kl"] = "nll"
     """What is lowest: the negative log-likelihood of the text (the paper), or the divergence from the unmodified

@@ -16,9 +16,10 @@ from sleb.runtime.files import inside, read_regular
 MOST_ARRAY_BYTES = 2**31
 """Size in bytes above which arrays are not read: the scores of a step take megabytes."""
 NO_ARRAYS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, RunError,
+    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError,
+    SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error, RunError,
 )  # fmt: skip
-"""What reading an `.npz` file that is missing, damaged or too large raises."""
+"""What reading an `.npz` file raises that is missing, damaged, too large, or was made to do damage."""
 
 
 def read_arrays(root: Path, *parts: str) -> dict[str, np.ndarray]:

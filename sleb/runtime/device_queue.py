@@ -127,10 +127,10 @@ def _parts(ticket: Path) -> tuple[str, str, str]:
     return number, pid, started
 
 
-def alive(pid: int, started: float) -> bool:
-    """Whether the process is there and is the one that began then: a process id may be reused."""
+def alive(pid: int, started: float, tolerance: float = 1.0) -> bool:
+    """Whether the process is there and is the one that began then, give or take: a process id may be reused."""
     try:
         process = psutil.Process(pid)
-        return abs(process.create_time() - started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+        return abs(process.create_time() - started) < tolerance and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False

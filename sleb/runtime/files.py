@@ -11,13 +11,13 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from sleb.errors import OptionError, RunError, StorageError
+from sleb.runtime.unfinished import names
 
 MOST_BYTES = 2**28
 """Size in bytes above which a JSON or text file is not read: far above all that is written here."""
@@ -48,16 +48,16 @@ def replace_file(path: Path, content: str | bytes, *, make_folder: bool = True) 
     with writing(path):
         if make_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = names.temporary(path)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -134,20 +134,6 @@ def _finite(text: str) -> float:
 
 def _bounded(text: str) -> int:
     return int(text) if len(text) <= 19 else _refused(text)
-
-
-def save_text(path: Path, text: str, *, replace: bool) -> None:
-    """Write a file that somebody named. Raises `OptionError` where that would lose one, unless it may go."""
-    target = expanded(path)
-    if target.is_dir() or str(path).endswith(os.sep):
-        raise OptionError(f"{path} is a folder; name a file.")
-    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
-        with writing(target), open(target, "w", encoding="utf-8") as file:
-            file.write(text)
-        return
-    if target.exists() and not replace:
-        raise OptionError(f"{path} is there already; name another file, or add --replace.")
-    replace_file(target.resolve(), text)
 
 
 def expanded(path: Path) -> Path:

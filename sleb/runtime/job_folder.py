@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
 from sleb.runtime import origin
 from sleb.runtime.files import inside, open_regular, open_to_append, read_json_inside, replace_file, writing
 from sleb.runtime.record_files import read_record
+from sleb.runtime.unfinished import names
 
 LOG, RESULT = "log.txt", "result.json"
 
@@ -23,29 +25,36 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
     jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
-        number = max((int(each.name.split("-")[0]) for each in _job_dirs(directory)), default=0)
-        while True:
-            number += 1
-            try:
-                target = jobs / f"{number}-{spec.kind}"
-                target.mkdir()
-                break
-            except FileExistsError:
-                continue
+    partial = names.temporary(jobs / spec.kind)
     try:
-        replace_file(target / "spec.json", spec.model_dump_json(indent=1))
-        origin.sign(directory, "jobs", target.name)
-        replace_file(target / "status.json", JobStatus().model_dump_json(indent=1))
-        return load_job(target)
+        replace_file(partial / "spec.json", spec.model_dump_json(indent=1))
+        origin.sign(directory, "jobs", partial.name)
+        replace_file(partial / "status.json", JobStatus().model_dump_json(indent=1))
+        return load_job(_numbered(directory, partial, spec.kind))
     except BaseException:  # a full disk, for one: half a job is none
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _numbered(directory: Path, partial: Path, kind: str) -> Path:
+    """Give a written job the next number that nobody has: it appears whole."""
+    number = max((number_of(each.name) for each in job_dirs(directory)), default=0)
+    while True:
+        number += 1
+        target = partial.with_name(f"{number}-{kind}")
+        with writing(target):
+            try:
+                os.rename(partial, target)
+                return target
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
 
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
     """The run's jobs, oldest first, as they were written."""
     found = []
-    for job_dir in _job_dirs(directory):
+    for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
             continue
         try:
@@ -124,9 +133,15 @@ def withdraw_job(job: Job) -> None:
     shutil.rmtree(job.directory, ignore_errors=True)
 
 
-def _job_dirs(directory: Path) -> list[Path]:
+def job_dirs(directory: Path) -> list[Path]:
+    """The run's job folders, oldest first; one that is being created has no spec yet."""
     jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
-    found = [each for each in jobs.iterdir() if re.fullmatch(r"\d+-[a-z]+", each.name)]
-    return sorted(found, key=lambda each: int(each.name.split("-")[0]))
+    found = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
+    return sorted(found, key=lambda each: number_of(each.name))
+
+
+def number_of(job_name: str) -> int:
+    """By which a run's jobs are ordered."""
+    return int(job_name.split("-")[0])

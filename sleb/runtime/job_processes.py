@@ -84,12 +84,16 @@ class Reporter:
 
 @contextlib.contextmanager
 def executing(
-    job_dir: Path, watch: Callable[[Progress], None] = lambda progress: None, processes: int | None = None
+    job_dir: Path,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    processes: int | None = None,
+    require: Callable[[], None] = lambda: None,
 ) -> Iterator[Reporter]:
     """Hold the run's lock, wait for the device, keep the status, and write how it ended.
 
     Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
-    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says.
+    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says. What `require`
+    refuses is refused before the waiting.
     """
     run_dir = job_dir.parent.parent
     lock = lock_of(run_dir)
@@ -99,6 +103,7 @@ def executing(
         except Timeout as error:  # an OSError, but no refusal of the disk's
             raise RunBusy(_busy(run_dir)) from error
     try:
+        run_folder.tidy(run_dir)
         reporter = Reporter(job_dir)
         spec = job_folder.load_job(job_dir).spec
 
@@ -110,6 +115,7 @@ def executing(
 
         try:
             with stopping_on_sigterm(), contextlib.ExitStack() as stack:
+                require()
                 for device in device_queue.devices(
                     spec.device, processes or spec.processes
                 ):  # all ask in the same order
@@ -138,7 +144,7 @@ def _close_failed(reporter: Reporter, message: str) -> None:
 
 def lock_of(run_dir: Path) -> FileLock:
     """The lock whose holder executes the run."""
-    return FileLock(files.inside(run_dir, ".lock"))
+    return FileLock(files.inside(run_dir, run_folder.LOCK))
 
 
 def watched(run: Run) -> Run:
@@ -174,7 +180,7 @@ def active(run: Run) -> Job | None:
 def is_active(job: Job) -> bool:
     """Whether a process executes it, waits with it, or is about to take it up; of a job as `derived` gives it."""
     if job.status.state is JobState.QUEUED and job.status.pid is None:
-        return time.time() - (job.status.heartbeat or 0.0) < STARTING_SECONDS
+        return _silence(job.status) < STARTING_SECONDS
     return job.status.state in (JobState.QUEUED, JobState.RUNNING)
 
 
@@ -228,13 +234,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
             f"Run {run.run_id} is being executed on {job.status.host} (process {job.status.pid}); stop it there."
         )
     lock = lock_of(run.run_dir)
-    process = psutil.Process(job.status.pid)
-    process.send_signal(signal.SIGTERM)
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        process.kill()
-        lock.acquire(timeout=patience)
+    _end(run, job.status.pid, lock, patience)
     try:
         now = job_folder.load_job(job.directory)
         if now.status.state in (JobState.RUNNING, JobState.QUEUED):  # it could not say so itself
@@ -243,6 +243,20 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
         return job_folder.load_job(job.directory)
     finally:
         lock.release()
+
+
+def _end(run: Run, pid: int, lock: FileLock, patience: float) -> None:
+    """Hold the run's lock, once the process that has it is gone. A folder from elsewhere can name any process."""
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=0)  # nobody executes the run: there is no process to end, whatever its status says
+        return
+    try:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end meanwhile
+            psutil.Process(pid).send_signal(signal.SIGTERM)
+        lock.acquire(timeout=patience)
+    except Timeout:
+        psutil.Process(pid).kill()
+        lock.acquire(timeout=patience)
 
 
 def delete(directory: Path, *, keep_folder: bool = False) -> None:
@@ -317,18 +331,27 @@ def _deaf() -> Iterator[None]:
 
 def derived(job: Job) -> Job:
     """The job, interrupted if its status says that it runs or waits and its process is gone."""
-    status = job.status
+    status = derived_status(job.status)
+    return job if status is job.status else job.model_copy(update={"status": status})
+
+
+def derived_status(status: JobStatus) -> JobStatus:
+    """The same of a status alone."""
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
-        return job
-    lost = {"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."}
-    return job.model_copy(update={"status": status.model_copy(update=lost)})
+        return status
+    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."})
 
 
 def _alive(status: JobStatus) -> bool:
     if status.host != socket.gethostname():
-        return time.time() - (status.heartbeat or 0.0) < SILENCE_SECONDS
+        return _silence(status) < SILENCE_SECONDS
     return status.pid is not None and device_queue.alive(status.pid, status.process_started or 0.0)
+
+
+def _silence(status: JobStatus) -> float:
+    """Seconds from or to the last heartbeat: one that is far in the future says no more than one long ago."""
+    return abs(time.time() - (status.heartbeat or 0.0))
 
 
 def _busy(run_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 
@@ -25,6 +26,14 @@ class Watcher:
 
     def step(self, step: Step, baseline: Baseline) -> None:
         """A block has been chosen and written down."""
+
+
+class WaitingWatcher(Watcher):
+    """For callers that draw nothing, such as a notebook: says on stderr for whom a job waits, and nothing else."""
+
+    def progress(self, progress: Progress) -> None:
+        if progress.phase.startswith("Waiting for"):
+            print(f"{progress.phase}: {progress.message}", file=sys.stderr, flush=True)
 
 
 class Meter:

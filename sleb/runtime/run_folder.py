@@ -11,12 +11,11 @@ import re
 import secrets
 import shlex
 import shutil
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from sleb.errors import RunError
+from sleb.errors import RunError, StorageError, quoted
 from sleb.records import Analysis, Run, RunSpec, StackDescription
 from sleb.runtime import origin
 from sleb.runtime.dashboard_files import SAMPLES
@@ -25,10 +24,14 @@ from sleb.runtime.job_folder import read_jobs
 from sleb.runtime.places import home as home
 from sleb.runtime.record_files import read_record, read_record_or_none, read_spec
 from sleb.runtime.trace_file import read_trace
+from sleb.runtime.unfinished import names
+from sleb.runtime.unfinished.workspaces import NEW, remove, sweep, sweep_below, workspace
 
 log = logging.getLogger(__name__)
 
 
+LOCK = ".lock"
+"""Who holds it executes the run."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
@@ -49,16 +52,24 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
     with writing(directory):
         if directory.exists() and not directory.is_dir():
             raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
-        if directory.exists() and any(directory.iterdir()):
+        if directory.is_dir():
+            sweep(home(), directory)  # of a process that was killed before it had written what was asked
+        if directory.exists() and any(each.name != LOCK for each in directory.iterdir()):
             raise RunError(
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "
                 f"sleb resume {shlex.quote(str(directory))}"
             )
-        was_there = directory.is_dir()
-        directory.mkdir(parents=True, exist_ok=True)
+    was_there = directory.is_dir()
     try:
-        replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
-        origin.sign(directory)
+        if was_there:
+            replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
+            origin.sign(directory)
+        else:
+            with workspace(home(), directory) as own:  # whole or not at all
+                replace_file(own / NEW / "spec.json", spec.model_dump_json(indent=1))
+                origin.sign(own / NEW)
+                with writing(directory):
+                    os.rename(own / NEW, directory)
         return load(str(directory))
     except BaseException:
         discard(directory, keep_folder=was_there)
@@ -89,7 +100,7 @@ def locate(run: str | os.PathLike[str]) -> Path:
         return sample
     known = [each.name for each in run_dirs()][:3]
     hint = f"The newest are {', '.join(known)}." if known else "There are none yet: start one with sleb search."
-    raise RunError(f"There is no run {text!r}, neither by id nor as a folder with a spec.json. {hint}")
+    raise RunError(f"There is no run {quoted(text)}, neither by id nor as a folder with a spec.json. {hint}")
 
 
 def _sample(name: str) -> Path | None:
@@ -157,12 +168,31 @@ def list_runs() -> list[Run | RunError]:
 
 
 def delete(directory: Path) -> None:
-    """Remove a run folder, readable or not, for good. The caller makes sure that no process is executing it."""
+    """Remove a run folder, readable or not, for good. The caller makes sure that no process is executing it.
+
+    In one move where that can be done; else what was asked goes last, so that the rest can be deleted again.
+    """
     with writing(directory):
         if directory.is_symlink():
             directory.unlink()
-        else:
-            shutil.rmtree(directory)
+            return
+        try:
+            remove(home(), directory)
+        except (OSError, StorageError):  # the mount point of a file system, for one
+            for each in sorted(directory.iterdir(), key=lambda each: each.name == "spec.json"):
+                shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+            directory.rmdir()
+
+
+def tidy(directory: Path) -> None:
+    """Remove temporary files of killed processes from a run folder."""
+    sweep_below(directory)
+
+
+def delete_again(run: str) -> bool:
+    """Finish deleting a run, given by its id or its folder, of which the process was killed; whether there was one."""
+    folder = runs_folder() / run if _RUN_ID.fullmatch(run) else expanded(Path(run)).absolute()
+    return any(names.becomes(path.name, folder.name) for path in sweep(home(), folder.parent))
 
 
 def bring_in(folder: Path) -> Run:
@@ -176,17 +206,24 @@ def bring_in(folder: Path) -> Run:
         how = f"delete it first: sleb delete {target.name}" if is_sample(run.run_dir) else "delete it first"
         instead = "Go on with that copy" if is_sample(run.run_dir) else f"Rename {folder}"
         raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
-        try:
-            ignored = shutil.ignore_patterns(".lock")
-            shutil.copytree(run.run_dir, partial, dirs_exist_ok=True, symlinks=False, ignore=ignored)
-            os.replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    _require_plain_files(run.run_dir)
+    with workspace(home(), target) as own, writing(target):
+        ignored = shutil.ignore_patterns(LOCK, ".*.partial")
+        shutil.copytree(run.run_dir, own / NEW, ignore=ignored)
+        if is_sample(run.run_dir):  # ours, wherever the program was installed from
+            origin.sign(own / NEW)
+        os.rename(own / NEW, target)
     return load(target)
+
+
+def _require_plain_files(directory: Path) -> None:
+    """Raises `RunError` for a link, a pipe or a device anywhere in a run folder: no part of it may lie elsewhere."""
+    for folder, folders, file_names in os.walk(directory):
+        for name in (*folders, *file_names):
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_dir() or path.is_file()):
+                what = "a link" if path.is_symlink() else "a pipe or a device"
+                raise RunError(f"{path} is {what}, and a run folder holds only files of its own. Delete it first.")
 
 
 def elsewhere(folder: Path) -> Path:
@@ -198,13 +235,18 @@ def elsewhere(folder: Path) -> Path:
     return _sample(str(folder)) or found
 
 
+def is_run_id(name: str) -> bool:
+    """Whether a folder of that name in the runs folder can be a run."""
+    return _RUN_ID.fullmatch(name) is not None
+
+
 def run_dirs(folder: Path | None = None) -> list[Path]:
     """Run folders in a folder (by default the runs folder), newest first."""
     found: list[tuple[float, Path]] = []
     with suppress(OSError):  # no runs folder, or none of ours
         for each in (folder or runs_folder()).iterdir():
             with suppress(OSError):  # one folder that cannot be read must not hide the others
-                if _RUN_ID.fullmatch(each.name):
+                if is_run_id(each.name):
                     found.append(((each / "spec.json").stat().st_mtime, each))
     return [each for _, each in sorted(found, reverse=True)]
 

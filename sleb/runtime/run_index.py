@@ -1,39 +1,96 @@
-"""Runs at a glance: what a list of hundreds shows, without reading their traces whole. Knows files only."""
+"""One run at a glance: what a list of thousands shows of it, without reading its trace whole. Knows files only."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from sleb.errors import RunError
-from sleb.records import Baseline, Job, JobState, RunSpec, Step
-from sleb.runtime import findings_folder, job_folder, job_processes, record_files, run_folder
+from sleb.records import Baseline, JobState, JobStatus, Measured, RunSpec, Step
+from sleb.records.base import Record
+from sleb.runtime import findings_folder, job_folder, job_processes, record_files, trace_file
 from sleb.runtime.files import inside, parse_json, read_json_inside, read_regular
+
+
+class Standing(Record):
+    """Perplexities at one point of a search, and the blocks removed there; the evidence stays in the trace."""
+
+    removal_list: tuple[int, ...] = ()
+    calibration: Measured
+    held_out: Measured
+    held_out_standard_error: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity of the calibration set."""
+        return self.calibration.perplexity
+
+
+class Contents(Record):
+    """What a list shows of a run, as its files say it: nothing about processes, nothing about where it lies."""
+
+    spec: RunSpec
+    num_blocks: int | None
+    baseline: Standing | None
+    last: Standing | None
+    """After the newest finished step."""
+    finished: bool
+    seconds: float | None
+    """Spent on the search itself so far."""
+    status: JobStatus | None
+    """Of the newest search or analysis as it was written, without its message and progress."""
+
+    @property
+    def state(self) -> JobState:
+        """The state of the run now: a process may be gone without a word."""
+        return job_processes.derived_status(self.status).state if self.status else JobState.QUEUED
 
 
 @dataclass(frozen=True)
 class Outline:
-    """One run in a list. Times are seconds since the epoch."""
+    """One run in a list."""
 
     run_id: str
     run_dir: Path
     created: float
+    """Seconds since the epoch."""
+    contents: Contents
     state: JobState
-    spec: RunSpec
-    num_blocks: int | None
-    baseline: Baseline | None
-    last: Step | None
-    """The newest finished step."""
-    finished: bool
-    seconds: float | None
-    """Spent on the search itself so far."""
-    job: Job | None
-    """The newest search or analysis."""
+
+    @property
+    def spec(self) -> RunSpec:
+        """What was asked."""
+        return self.contents.spec
+
+    @property
+    def num_blocks(self) -> int | None:
+        """Blocks of the model; None until it has been opened."""
+        return self.contents.num_blocks
+
+    @property
+    def baseline(self) -> Standing | None:
+        """The baseline, once it has been measured."""
+        return self.contents.baseline
+
+    @property
+    def last(self) -> Standing | None:
+        """After the newest finished step."""
+        return self.contents.last
+
+    @property
+    def finished(self) -> bool:
+        """Whether the trace says why the search ended."""
+        return self.contents.finished
+
+    @property
+    def seconds(self) -> float | None:
+        """Spent on the search itself so far."""
+        return self.contents.seconds
 
     @property
     def removal_list(self) -> tuple[int, ...]:
@@ -41,53 +98,108 @@ class Outline:
         return self.last.removal_list if self.last else self.spec.given or ()
 
 
-def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
-    """All runs of a folder (by default the runs folder), newest first; an unreadable one is its error."""
-    found: list[Outline | RunError] = []
-    for directory in run_folder.run_dirs(folder):
-        try:
-            found.append(outline(directory))
-        except RunError as error:
-            found.append(error)
-    return found
+Stamp = tuple[int, int, int] | None
+"""Times in ns at which the content and anything else of a file changed, and its size; None where there is no file."""
+Stamps = dict[str, Stamp]
+"""By path within a run folder."""
+_FILES = ("spec.json", "stack.json", "trace.jsonl", "jobs")
+_OF_A_JOB = ("spec.json", "status.json", "attempt.json")
+TICK_NS = 2 * 10**9
+"""Two changes within it may leave the same stamp: far above the clock of any file system."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run folder, read once: what was found, and the stamps of every file on which that depends."""
+
+    stamps: Stamps
+    """Taken before anything was read."""
+    found: Contents | RunError
+    settled: bool
+    """Whether all those files were older than a tick when they were read; else it may differ with equal stamps."""
+
+    @property
+    def changed(self) -> int:
+        """When the run's spec was written, in ns since the epoch: the age of the run."""
+        stamp = self.stamps["spec.json"]
+        return stamp[0] if stamp else 0
+
+    def is_current(self, directory: str) -> bool:
+        """Whether reading again would find the same. A few system calls."""
+        return self.settled and all(_stamp(f"{directory}/{path}") == stamp for path, stamp in self.stamps.items())
+
+    def outline(self, directory: Path) -> Outline | RunError:
+        """The run with its state as it is now, or why it cannot be read."""
+        if isinstance(self.found, RunError):
+            return self.found
+        return Outline(directory.name, directory, self.changed / 1e9, self.found, self.found.state)
 
 
 def outline(directory: Path) -> Outline:
     """One run folder. Raises `RunError` where it is damaged or of another version."""
+    found = read(directory, 0).outline(directory)
+    if isinstance(found, RunError):
+        raise found
+    return found
+
+
+def read(directory: Path, now_ns: int) -> Reading:
+    """One run folder, readable or not, at a time in ns since the epoch."""
+    stamps = {name: _stamp(f"{directory}/{name}") for name in _FILES}
+    newest: str | None = None
+    found: Contents | RunError
+    try:
+        for job_dir in job_folder.job_dirs(directory):
+            stamps |= {f"jobs/{job_dir.name}/{name}": _stamp(f"{job_dir}/{name}") for name in _OF_A_JOB}
+        found, newest = _contents(directory)
+    except RunError as error:
+        found = error
+    stamps = {path: stamp for path, stamp in stamps.items() if _matters(path, newest)}
+    settled = all(stamp is None or stamp[1] < now_ns - TICK_NS for stamp in stamps.values())
+    return Reading(stamps, found, settled)
+
+
+def _contents(directory: Path) -> tuple[Contents, str | None]:
+    """What a list shows, and the name of the job whose state it is."""
     spec = record_files.read_spec(directory)
     own = [job for job in job_folder.read_jobs(directory) if job.spec.is_own(spec)]
-    job = job_processes.derived(own[-1]) if own else None
     baseline, last, finished, seconds = _ends(directory)
     num_blocks = None
     with suppress(OSError, ValueError, KeyError, TypeError, RunError):
         num_blocks = int(read_json_inside(directory, "stack.json")["num_blocks"])
-    return Outline(
-        run_id=directory.name,
-        run_dir=directory,
-        created=(directory / "spec.json").stat().st_mtime,
-        state=job.status.state if job else JobState.QUEUED,
+    status = own[-1].status.model_copy(update={"message": "", "progress": None}) if own else None
+    found = Contents(
         spec=spec,
         num_blocks=num_blocks,
         baseline=baseline,
         last=last,
         finished=finished,
         seconds=seconds,
-        job=job,
+        status=status,
     )
+    return found, own[-1].name if own else None
 
 
-def watched(found: Outline) -> Outline:
-    """The same, as it is now: a process may have gone without a word."""
-    if found.job is None:
-        return found
-    job = job_processes.derived(found.job)
-    return replace(found, job=job, state=job.status.state)
+def _matters(path: str, newest: str | None) -> bool:
+    """Whether a file can change an outline: of jobs, all of the newest own one, and the specs of later ones."""
+    if not path.startswith("jobs/") or newest is None:
+        return True
+    _, job, name = path.split("/")
+    return job == newest or (name == "spec.json" and job_folder.number_of(job) >= job_folder.number_of(newest))
 
 
-def _ends(directory: Path) -> tuple[Baseline | None, Step | None, bool, float | None]:
+def _stamp(path: str) -> Stamp:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def _ends(directory: Path) -> tuple[Standing | None, Standing | None, bool, float | None]:
     """First and last entry of a trace, whether it is finished, and its seconds; nothing where it is damaged."""
     try:
-        data = read_regular(inside(directory, "trace.jsonl"))
+        data = read_regular(inside(directory, "trace.jsonl"), trace_file.MOST_TRACE_BYTES)
     except (OSError, ValueError, RunError):
         return None, None, False, None
     lines = data[: data.rfind(b"\n") + 1].splitlines()
@@ -99,7 +211,18 @@ def _ends(directory: Path) -> tuple[Baseline | None, Step | None, bool, float | 
     except (ValueError, ValidationError, KeyError, IndexError, TypeError):
         return None, None, False, None
     seconds = baseline.seconds + sum(_seconds(line) for line in lines[1:])
-    return baseline, last, "finished" in entries[-1], seconds
+    return _standing(baseline), _standing(last) if last else None, "finished" in entries[-1], seconds
+
+
+def _standing(found: Baseline | Step) -> Standing:
+    if isinstance(found, Baseline):
+        return Standing(calibration=found.calibration, held_out=found.held_out)
+    return Standing(
+        removal_list=found.removal_list,
+        calibration=found.calibration,
+        held_out=found.held_out,
+        held_out_standard_error=found.held_out_standard_error,
+    )
 
 
 def _seconds(line: bytes) -> float:

@@ -21,6 +21,9 @@ from sleb.runtime.array_files import NO_ARRAYS, read_arrays
 from sleb.runtime.files import inside, open_to_append, parse_json, read_regular, replace_file, writing
 from sleb.runtime.record_files import other_version, require_run
 
+MOST_TRACE_BYTES = 512 << 20
+"""Of a trace: each swap of a long list brings thousands of candidates."""
+
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
     """Per-sequence sums of a step or of the baseline, beside the trace and before its line."""
@@ -61,7 +64,7 @@ def read_trace(directory: Path) -> Trace | None:
     """The trace as far as it was written; None before the baseline."""
     path = inside(directory, "trace.jsonl")
     try:
-        data = read_regular(path)
+        data = read_regular(path, MOST_TRACE_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:

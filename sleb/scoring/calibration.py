@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError
+from sleb import bounded
+from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
+from sleb.scoring import chat_template
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,11 @@ SEPARATOR = "\n\n"
 _STREAMED_CHARACTERS = 8_000_000
 """At least so much text is drawn from a data set that is too large to be tokenised whole."""
 _BUFFER_DOCUMENTS = 10_000  # of the shuffle of a streamed data set
+_BUFFER_BYTES = 1 << 29
+_TEXT_BYTES = 1 << 30
+_LINE = 64 << 20  # characters
+_ROWS_AT_ONCE = 256
+_PARQUET_SECONDS, _PARQUET_BYTES = 300.0, 6 << 30
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 _CONTENT_KEYS = ("text", "content", "messages", "conversations")
@@ -69,7 +76,7 @@ def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any
     held = default_held_out(spec.sequences) if held_out is None else held_out
     wanted = spec.sequences + held
     documents, origin = _documents(spec, wanted, seed)
-    texts = [_rendered(document, spec, tokenizer) for document in documents]
+    texts = _rendered(documents, spec, tokenizer)
     windows = cut(SEPARATOR.join(texts), spec.sequence_length, tokenizer, vocab_size, bos, origin)
     if len(windows) < wanted:
         raise CalibrationError(
@@ -168,35 +175,84 @@ def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: in
         if kind == ".jsonl":
             rows: Iterable[dict[str, Any]] = _json_lines(path)
         elif kind == ".parquet":
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.ParquetFile(path)
-            rows = (row for batch in table.iter_batches() for row in batch.to_pylist())
+            return _parquet(path, column, spec, needed, seed)
         else:
             if column is not None:
-                raise CalibrationError(f"{path} is a text and has no columns; leave out {column!r}.")
-            return [path.read_text(encoding="utf-8")]
+                raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(column)}.")
+            return [read_text(path)]
         return _drawn(rows, column, needed, spec, seed, path.name)
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
-        raise CalibrationError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """A text file, whole. Raises `CalibrationError` for one that is too large, else as `Path.read_text` does."""
+    size = path.stat().st_size
+    if size > _TEXT_BYTES:
+        raise CalibrationError(
+            f"{path} has {size / 1e9:.1f} GB; a text is read whole, and at most {_TEXT_BYTES / 1e9:.0f} GB of it. "
+            "Cut it, or make it a .jsonl file of documents."
+        )
+    return path.read_text(encoding=encoding)
+
+
+def _parquet(path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int) -> list[Any]:
+    """Documents of a table, read where it can be ended: a few bytes of it can hold more than any memory."""
+    try:
+        found = bounded.call(
+            _parquet_documents, path, column, spec, needed, seed,
+            seconds=_PARQUET_SECONDS, memory=_PARQUET_BYTES, answer=_BUFFER_BYTES + 8 * needed,
+        )  # fmt: skip
+    except WorkEnded as error:
+        raise CalibrationError(f"{path} cannot be read as parquet: {error}.") from error
+    if isinstance(found, str):
+        raise CalibrationError(found)
+    return list(found)
+
+
+def _parquet_documents(
+    path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int
+) -> list[Any] | str:
+    """In the child: the documents, or the sentence that says why there are none."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(path)
+    names = dict.fromkeys(table.schema_arrow.names)
+    try:
+        wanted = column or _default_column(names, path.name)
+        columns = [wanted] if wanted in names else []
+        batches = table.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
+        rows = (names | row for batch in batches for row in batch.to_pylist())
+        return _drawn(rows, wanted, needed, spec, seed, path.name)
+    except CalibrationError as error:
+        return str(error)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise CalibrationError(f"Line {number} of {path} is not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise CalibrationError(f"Line {number} of {path} is no JSON object with columns.")
-            yield row
+        for number in itertools.count(1):
+            line = file.readline(_LINE + 1)
+            if not line:
+                return
+            if line.strip():
+                yield parse_line(line, f"Line {number} of {path}")
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """A line of JSON with columns in it. Raises `CalibrationError`."""
+    if len(line) > _LINE:
+        raise CalibrationError(f"{where} is longer than {_LINE / 1e6:.0f} MB; make documents of it.")
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise CalibrationError(f"{where} is not JSON (it is nested too deeply).") from error
+    except ValueError as error:
+        raise CalibrationError(f"{where} is not JSON ({excerpt(error)}).") from error
+    if not isinstance(row, dict):
+        raise CalibrationError(f"{where} is no JSON object with columns.")
+    return row
 
 
 def _drawn(
@@ -217,14 +273,15 @@ def _drawn(
         column = column or _default_column(row, origin)
         if column not in row:
             raise CalibrationError(
-                f"{origin} has no column {column!r}; it has {', '.join(sorted(row)[:8])}. Name one after a colon."
+                f"{origin} has no column {quoted(column)}; it has {_columns(row)}. Name one after a colon."
             )
         value = row[column]
         if value is None or value == "" or value == []:
             continue
         if not isinstance(value, str | list):
             raise CalibrationError(
-                f"Column {column!r} of {origin} holds {type(value).__name__}, not text. Name another one after a colon."
+                f"Column {quoted(column)} of {origin} holds {type(value).__name__}, not text. "
+                "Name another one after a colon."
             )
         found.append(value)
         characters += len(value) if isinstance(value, str) else sum(len(str(turn)) for turn in value)
@@ -235,7 +292,13 @@ def _drawn(
 
 def _shuffled(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
     draw = random.Random(seed)
-    buffer = list(itertools.islice(rows, _BUFFER_DOCUMENTS))
+    buffer: list[dict[str, Any]] = []
+    characters = 0
+    for row in itertools.islice(rows, _BUFFER_DOCUMENTS):
+        buffer.append(row)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str | list))
+        if characters > _BUFFER_BYTES:  # of documents that long, fewer
+            break
     for row in rows:
         place = draw.randrange(len(buffer))
         buffer[place], row = row, buffer[place]
@@ -248,28 +311,30 @@ def _default_column(row: dict[str, Any], origin: str) -> str:
     for name in _CONTENT_KEYS:
         if name in row:
             return name
-    there = ", ".join(sorted(row)[:8]) or "none"
-    raise CalibrationError(f"{origin} has no column 'text'; it has {there}. Name one after a colon.")
+    raise CalibrationError(f"{origin} has no column 'text'; it has {_columns(row)}. Name one after a colon.")
 
 
-def _rendered(document: Any, spec: CalibrationSpec, tokenizer: Any) -> str:
-    """A document as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
+def _columns(row: dict[str, Any]) -> str:
+    return excerpt(", ".join(sorted(map(str, row))[:8])) or "none"
+
+
+def _rendered(documents: list[Any], spec: CalibrationSpec, tokenizer: Any) -> list[str]:
+    """Documents as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
     if not spec.chat:
-        if isinstance(document, str):
-            return document
+        if all(isinstance(document, str) for document in documents):
+            return documents
         raise CalibrationError("The column holds conversations, not text. Add --chat, or name a text column.")
-    if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
-        raise CalibrationError(
-            "--chat needs a column of conversations (a list of messages with role and content); found text. "
-            "Name that column after a colon, or leave --chat out."
-        )
+    for document in documents:
+        if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
+            raise CalibrationError(
+                "--chat needs a column of conversations (a list of messages with role and content); found text. "
+                "Name that column after a colon, or leave --chat out."
+            )
     if not tokenizer.chat_template:
         raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
-    from jinja2 import TemplateError
-
     try:
-        return str(tokenizer.apply_chat_template([_turn(turn) for turn in document], tokenize=False))
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        return chat_template.rendered(tokenizer, [[_turn(turn) for turn in document] for document in documents])
+    except WorkEnded as error:
         raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
 
 
@@ -279,7 +344,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
     if "from" in turn and "value" in turn:  # the ShareGPT layout
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"])}
-    raise CalibrationError(f"A message has the keys {', '.join(sorted(turn))}; role and content are needed.")
+    raise CalibrationError(f"A message has the keys {_columns(turn)}; role and content are needed.")
 
 
 def _local(source: str) -> tuple[Path | None, str | None]:
@@ -299,7 +364,7 @@ def _local(source: str) -> tuple[Path | None, str | None]:
 def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
     parts = [part or None for part in source.split(":")]
     if len(parts) > 4 or not parts[0]:
-        raise CalibrationError(f"{source!r} is no data set; write name:config:split:column, or a local file.")
+        raise CalibrationError(f"{quoted(source)} is no data set; write name:config:split:column, or a local file.")
     name, config, split, column = (*parts, None, None, None)[:4]
     assert name is not None
     return name, config, split, column
@@ -313,8 +378,8 @@ def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
     try:
         return datasets.load_dataset(name, *args, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise CalibrationError(
-            f"The data set {name!r} could not be loaded ({first}). Check its name and the network, or name a "
+            f"The data set {quoted(name)} could not be loaded ({first}). Check its name and the network, or name a "
             "local .txt or .jsonl file instead, or demo."
         ) from error

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # Of one chunk of logits in the model's own dtype. Above 32 MB the C library takes each chunk fresh from the system.
 _READ_OUT_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
-MODEL_FAILURES = (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError)
+MODEL_FAILURES = (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError)
 
 
 class Scorer:

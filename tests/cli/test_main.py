@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 import sleb
 from sleb import specs
+from sleb.cli import terminal
 from sleb.cli.main import app
 from sleb.runtime import dashboard_files
 from tests.support import tiny
 from tests.support.command import run
-from tests.support.stores import write_run
+from tests.support.stores import write_many, write_run
 
 
 @pytest.fixture
@@ -353,4 +354,16 @@ def test_a_report_is_written_once(tmp_path: Path) -> None:
     assert str(list(run.removal_list)) in out.read_text()
     again = subprocess.run(wanted, capture_output=True, text=True)
     assert again.returncode == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
+
+
+def test_a_screen_shows_the_newest_runs_and_a_file_all(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_many(home / "runs", 5, 6, 2)
+    monkeypatch.setattr(terminal, "MOST_SHOWN", 3)
+    names = [f"run-{number:04d}" for number in range(5)]
+    assert [line.split()[0] for line in run("runs")[0].splitlines()[1:]] == names
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich takes it for a terminal then
+    screen, errors = run("runs")
+    assert [name for name in names if name in screen] == names[:3]
+    assert "The newest 3 of 5 runs" in errors
+    assert [name for name in names if name in run("runs", "--all")[0]] == names

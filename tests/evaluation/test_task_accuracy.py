@@ -223,10 +223,11 @@ def test_a_function_of_a_task_is_part_of_the_question(folder: Path) -> None:
     config = yaml.safe_dump(QUESTIONS).replace("'Question: {{question}}", "'").splitlines()
     put = [line for line in config if not line.startswith(("doc_to_text", "  Answer", "\\"))]
     (folder / "questions.yaml").write_text("\n".join([*put, "doc_to_text: !function utils.text"]))
-    first = lm_eval_tasks.load(ask("questions", folder=folder)).leaves["questions"]
-    assert first.digest == lm_eval_tasks.load(ask("questions", folder=folder)).leaves["questions"].digest
+    asked = ask("questions", folder=folder)
+    first = lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"]
+    assert first.digest == lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"].digest
     (folder / "utils.py").write_text("def text(doc):\n    return 'Q: ' + doc['question']\n")
-    assert first.digest != lm_eval_tasks.load(ask("questions", folder=folder)).leaves["questions"].digest
+    assert first.digest != lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"].digest
 
 
 def test_a_stopped_evaluation_goes_on_after_the_last_task(
@@ -408,7 +409,7 @@ def test_a_task_that_the_model_cannot_answer_is_a_sentence(tiny_model: Path, fol
     text = yaml.safe_dump(QUESTIONS) + "process_results: !function utils.results\n"
     (folder / "questions.yaml").write_text(text)
     with pytest.raises(SlebError, match="'questions' cannot be evaluated with this model \\(KeyError"):
-        evaluated(tiny_model, "questions", folder=folder)
+        evaluated(tiny_model, "questions", folder=folder, trust_remote_code=True)
 
 
 def test_without_lm_eval_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +428,7 @@ def test_lm_eval_is_imported_where_it_is_used() -> None:
         found = {node: name for node in ast.walk(tree) for name in imported(node) if name.split(".")[0] == "lm_eval"}
         assert not set(found) & set(tree.body), path
         users |= {path.stem} if found else set()
-    assert users == {"lm_eval_tasks", "task_accuracy"}
+    assert users == {"lm_eval_tasks", "task_accuracy", "task_files"}
 
 
 def imported(node: ast.AST) -> list[str]:

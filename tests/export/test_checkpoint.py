@@ -280,10 +280,10 @@ def test_a_model_that_cannot_be_reloaded_says_why(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(folder: Path, *_: Any) -> Proof:
         assert (folder / "model.safetensors").exists()
-        assert folder.parent == tmp_path
+        assert folder.parent.parent == tmp_path
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sleb.export.checkpoint.run_proof", interrupted)
+    monkeypatch.setattr("sleb.export.proven_folder.run_proof", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_checkpoint(build("llama"), None, (1,), tmp_path / "out", CARD)
     assert not any(tmp_path.iterdir())
@@ -314,12 +314,12 @@ def fake_proof(folder: Path, *_: Any) -> Proof:
 
 
 def test_folders_that_hold_something_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sleb.export.checkpoint.run_proof", fake_proof)
+    monkeypatch.setattr("sleb.export.proven_folder.run_proof", fake_proof)
     out = tmp_path / "out"
     out.mkdir()
     export_checkpoint(build("llama"), None, (1,), out, CARD)  # an empty folder is as good as none
     (out / "left over").touch()
-    with pytest.raises(OptionError, match="is not empty; name another one"):
+    with pytest.raises(OptionError, match="is not empty; name another folder"):
         export_checkpoint(build("llama"), None, (1,), out, CARD)
     export_checkpoint(build("llama"), None, (1,), out, CARD, allow_existing=True)
     assert not (out / "left over").exists()

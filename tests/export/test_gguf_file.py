@@ -225,9 +225,9 @@ def test_what_is_no_whole_model_is_refused(source: Path, tmp_path: Path) -> None
     refused(gguf_files.write(tmp_path / "renamed.gguf", settings={"split.count": 3}), "one of several parts")
     cut_off = tmp_path / "cut.gguf"
     cut_off.write_bytes(source.read_bytes()[:9000])
-    refused(cut_off, "is no GGUF file, or damaged")
+    refused(cut_off, "cannot be read as GGUF|is damaged or truncated")
     (tmp_path / "text.gguf").write_text("Once upon a time")
-    refused(tmp_path / "text.gguf", "is no GGUF file, or damaged")
+    refused(tmp_path / "text.gguf", "is not a GGUF file")
     refused(gguf_files.write(tmp_path / "adapter.gguf", type="adapter"), "no model but a file of type 'adapter'")
     refused(gguf_files.write(tmp_path / "7.gguf", settings={"block_count": 7}), "lacks tensors of block 6")
     refused(gguf_files.write(tmp_path / "5.gguf", settings={"block_count": 5}), "has tensors of block 5")
@@ -245,7 +245,7 @@ def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> Non
     out = tmp_path / "out.gguf"
     require_free(out, False, source)
     write_cut(plan_cut(source, (1,)), out, (1,))
-    refused(out, "there already", allow_existing=False)
+    refused(out, "already exists", allow_existing=False)
     require_free(out, True, source)
     with pytest.raises(OptionError, match="is the model itself"):
         require_free(out, True, out)

@@ -154,6 +154,21 @@ def test_a_block_is_read_once_a_round_and_not_where_everybody_skips_it(
     assert all(parameter.is_meta for block in stack.blocks for parameter in block.parameters())
 
 
+def test_a_forward_pass_does_not_read_blocks_that_it_skips(tmp_path: Path) -> None:
+    _, streamed = opened(saved(tmp_path / "model", "llama"))
+    stack, blocks = BlockStack(streamed.model), streamed_blocks(streamed.model)
+    assert blocks is not None
+    for skipped in ((5, 6), (0, 11), tuple(range(1, 12))):
+        blocks.forget()
+        before = blocks.bytes_read
+        with torch.inference_mode(), stack.skipping(skipped):
+            stack.forward(token_ids(streamed.model, batch=2, length=12))
+        left = [block for block in range(12) if block not in skipped]
+        ahead = left[:1] if len(left) > 1 else []  # for the next pass
+        blocks.forget()
+        assert blocks.bytes_read - before == sum(blocks.block_bytes(block) for block in left + ahead)
+
+
 def test_what_is_read_ahead_counts_once_somebody_has_it(tmp_path: Path) -> None:
     """However far the reader has come in the meantime."""
     _, streamed = opened(saved(tmp_path / "model", "llama"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app import data
+from app import data, page
 from app.panels import run_form
 from app.wording import plain
 from sleb import specs
@@ -230,6 +230,27 @@ def test_an_upload_keeps_no_name_from_outside(home: Path) -> None:
     assert path.parent == home / "uploads"
     assert path.read_text() == "some text"
     assert run_form.keep_upload("b.jsonl", b'{"text": "some text"}\n').suffix == ".jsonl"
+
+
+def test_of_more_runs_than_are_drawn_the_newest_are_and_any_is_found(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_many(runs, 8, 6, 2)
+    monkeypatch.setattr(page, "MOST_SHOWN", 3)
+    app = open_page("runs")
+    assert not app.exception
+    samples = 5
+    assert list(app.dataframe[0].value["Run"])[:4][:3] == ["run-0000", "run-0001", "run-0002"]
+    assert len(app.dataframe[0].value) == 3 + samples
+    assert "8 of 13 runs, the newest first." in words(app)
+    app.text_input(key="find-run").input("0006 Metric3").run()
+    assert list(app.dataframe[0].value["Run"]) == ["run-0006"]
+    assert "1 of 1 runs found" in words(app)
+    steps = open_page("steps", run="run-0006")
+    assert not steps.exception
+    offered = steps.selectbox[0].options
+    assert len(offered) == 3 + 1 + samples
+    assert steps.selectbox[0].value == "run-0006"
 
 
 def test_hundreds_of_runs_are_listed(runs: Path) -> None:

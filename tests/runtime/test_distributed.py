@@ -20,6 +20,7 @@ from sleb.records import Job, JobState, RunSpec
 from sleb.runtime import distributed, job_processes, run_folder
 from sleb.runtime.distributed import Group, Rank
 from tests.support import tiny
+from tests.support.command import SLEB
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_torchrun_starts_the_same_job(model: Path, text_file: Path) -> None:
     job = prepared(spec, processes=1)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
-        [*command, "-m", "sleb", "work", str(job.directory)], capture_output=True, text=True, timeout=400
+        [*command, "--no-python", SLEB, "work", str(job.directory)], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
     run = sleb.load(job.directory.parent.parent)

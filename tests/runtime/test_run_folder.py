@@ -16,6 +16,7 @@ from sleb.errors import RunBusy, RunError, StorageError
 from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
 from sleb.runtime import files, job_folder, job_processes, record_files, run_folder, trace_file
 from tests.support.builders import make_stack, make_step, measured
+from tests.support.command import run as command
 from tests.support.paths import ROOT
 
 FIRST = Baseline(
@@ -232,3 +233,79 @@ except RunBusy as error:
         assert job_folder.load_job(second.directory).status.state is JobState.QUEUED
     assert job_folder.load_job(first.directory).status.state is JobState.FINISHED
     job_processes.require_idle(run_folder.load(run.run_id))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sleb.records import JobSpec, RunSpec
+from sleb.runtime import files, job_folder, job_processes, run_folder
+name, folder = sys.argv[1], Path(sys.argv[2])
+files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+if name == "run":
+    run_folder.create(RunSpec(model="m", ratio=0.1), folder)
+elif name == "job":
+    job_folder.create_job(folder, JobSpec(kind="search"))
+else:
+    run_folder.shutil.rmtree = run_folder.os.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    from sleb.runtime.unfinished import workspaces
+    workspaces.shutil.rmtree = run_folder.shutil.rmtree
+    job_processes.delete(folder)
+"""
+
+
+def killed(what: str, folder: Path) -> None:
+    """A process that is killed while it makes a run or a job, or deletes a run."""
+    done = subprocess.run([sys.executable, "-c", KILLED, what, str(folder)], capture_output=True, text=True)
+    assert done.returncode < 0, done.stderr
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_whose_process_was_killed_before_it_was_a_run_is_begun_again(there: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+    killed("run", folder)
+    assert folder.exists() is there
+    assert len(list((folder if there else tmp_path).iterdir())) == 1
+    assert run_folder.create(RunSpec(model="m", ratio=0.1), folder).run_dir == folder
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+    assert [each.name for each in folder.iterdir()] == ["spec.json"]
+
+
+def test_a_job_whose_process_was_killed_before_it_was_written_is_none(run: Run) -> None:
+    killed("job", run.run_dir)
+    assert run_folder.load(run.run_id).jobs == ()
+    assert len(list((run.run_dir / "jobs").iterdir())) == 1
+    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    with job_processes.executing(job.directory):
+        assert [each.name for each in (run.run_dir / "jobs").iterdir()] == ["1-search"]
+
+
+def test_a_delete_that_was_cut_off_can_be_repeated(run: Run) -> None:
+    killed("delete", run.run_dir)
+    assert run_folder.list_runs() == []
+    assert len(list(run_folder.runs_folder().iterdir())) == 1
+    assert "Deleted what was left" in command("delete", run.run_id, "--yes")[1]
+    assert list(run_folder.runs_folder().iterdir()) == []
+    assert "There is no run" in command("delete", run.run_id, "--yes", code=2)[1]
+
+
+def test_a_run_folder_that_cannot_be_moved_is_deleted_with_what_was_asked_last(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: object) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    def cut_off(path: Path, *_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    (run.run_dir / "scores").mkdir()
+    monkeypatch.setattr(run_folder, "remove", cannot)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            run_folder.delete(run.run_dir)
+    assert run_folder.locate(run.run_id) == run.run_dir
+    run_folder.delete(run.run_dir)
+    assert not run.run_dir.exists()

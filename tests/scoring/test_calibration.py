@@ -127,6 +127,55 @@ def test_bad_files_are_sentences(tmp_path: Path, name: str, content: bytes, word
     assert "\n" not in str(caught.value)
 
 
+def test_a_table_of_few_bytes_that_holds_more_than_memory_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "bomb.parquet"
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["a" * (4 << 20)])
+    pq.write_table(pa.table({"text": column}), path, compression="zstd")
+    assert path.stat().st_size < 100_000  # and 40 GB of text
+    monkeypatch.setattr(calibration, "_PARQUET_BYTES", 600 << 20)
+    with pytest.raises(CalibrationError, match=r"cannot be read as parquet: it needed more than 0\.6 GB of memory\."):
+        build(path)
+
+
+def test_conversations_in_a_table_are_those_in_lines(tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = [{"talk": [{"role": "user", "content": tiny.text(90, seed)}], "n": seed} for seed in range(9)]
+    lines, table = tmp_path / "talk.jsonl", tmp_path / "talk.parquet"
+    lines.write_text("\n".join(json.dumps(row) for row in rows))
+    pd.DataFrame(rows).to_parquet(table)
+    chats = [build(f"{path}:talk", chat=True, chat_template=True) for path in (lines, table)]
+    assert chats[0].tokens_hash == chats[1].tokens_hash
+
+
+def test_texts_and_lines_without_an_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "long.txt"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CalibrationError, match=r"has 1099\.5 GB"):
+        build(path)
+    monkeypatch.setattr(calibration, "_LINE", 100)
+    lines = tmp_path / "long.jsonl"
+    lines.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "a" * 100}))
+    with pytest.raises(CalibrationError, match=r"Line 2 of .* is longer than"):
+        build(lines)
+
+
+def test_the_buffer_of_a_shuffle_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": tiny.text(300, seed)}) for seed in range(20)))
+    whole = build(path).tokens_hash
+    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1 << 20)
+    assert build(path).tokens_hash == whole
+    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1000)
+    assert build(path).tokens_hash != whole
+
+
 @pytest.mark.parametrize("source", ["a:b:c:d:e", ":x", "no-such.txt", "no/such/set:config", "c4", "wikitext2-rows"])
 def test_bad_names_are_sentences(source: str) -> None:
     with pytest.raises(CalibrationError):

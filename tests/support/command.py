@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
 from sleb.cli.main import main
+
+SLEB = str(Path(sys.executable).with_name("sleb"))
+"""The installed command: unlike `python -m`, it puts no folder of the user's on the import path."""
 
 
 def run(*arguments: object, code: int = 0) -> tuple[str, str]:

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from sleb.errors import ExportError, StorageError
+from sleb.errors import ExportError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import finished_exports, proof_process
 from sleb.export.checkpoint import mend_generation_config
-from sleb.export.destination import move, require_free, workspace
-from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
+from sleb.export.destination import Destination, saving
+from sleb.export.proven_folder import expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words, public_name
 from sleb.formats.model_card import PAPER, code, escaped
@@ -51,14 +50,13 @@ def write_merged(
     Its weights and the unmodified model's are let go. Raises `ExportError` where the proof fails; then nothing is at
     `out`.
     """
-    out = Path(os.path.abspath(out))
-    require_free(out, allow_existing)
+    destination = Destination(out, allow_existing)
+    destination.require_free()
     removal = plan_removal(subject.model, healed.removal_list)
     whole = in_place(subject.model, removal, healed.stack)
     card = _card(subject, healed.removal_list, measured, adapter=False)
-    with workspace(out) as folder:
+    with destination.writing() as folder:
         proof = _write_proven(subject, folder, whole, healed.stack.model, removal, card, what="healed model")
-        move(folder, out, allow_existing)
     return proof
 
 
@@ -77,14 +75,15 @@ def write_adapter(
     `ExportError` where the adapter, loaded again, answers otherwise; then nothing is at `out`.
     """
     out = Path(os.path.abspath(out))
-    require_free(out, allow_existing)
+    destination = Destination(out, allow_existing)
+    destination.require_free()
     removal = plan_removal(subject.model, removal_list)
     base, meter = _exported(subject, removal), subject.meter
-    with workspace(out) as folder:
+    with destination.writing() as folder:
         meter.phase("Writing the adapter")
         adapted.peft_config["default"].base_model_name_or_path = str(base or out / "base")
         card = _card(subject, removal_list, measured, adapter=True, base=base)
-        try:
+        with saving("adapter"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 adapted.save_pretrained(str(folder), save_embedding_layers=False)
@@ -92,15 +91,12 @@ def write_adapter(
             (folder / "README.md").write_text(card, encoding="utf-8")
             if base is None:
                 (folder / "base").mkdir()
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"The adapter could not be written ({error}); free some disk space.") from error
         meter.phase("Loading it again, to compare")
         _require_same(folder, adapted, streamlined(subject.model, removal_list))
         if base is None:
             smaller = streamlined(subject.model, removal_list)
             own = _base_card(subject, removal_list)
             _write_proven(subject, folder / "base", subject.model, smaller, removal, own, what="original")
-        move(folder, out, allow_existing)
 
 
 def in_place(model: nn.Module, removal: Removal, healed: BlockStack) -> nn.Module:
@@ -124,19 +120,17 @@ def _write_proven(
     expectation = expect(whole, subject.tokenizer, removal)
     meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
-    try:
+    with saving():
         mend_generation_config(smaller, folder)
         smaller.save_pretrained(folder)
         subject.tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"The model could not be written ({error}); free some disk space.") from error
     write_expectation(folder, removal, expectation, parameters, subject.loaded.dtype)
     let_go(smaller)
     let_go(whole)
     meter.phase("Reloading it in a new process, to compare")
-    proof = run_proof(folder, device, subject.job.trust_remote_code)
-    (folder / proof_process.EXPECTED).unlink()
-    (folder / "README.md").write_text(_with_proof(card, proof, what), encoding="utf-8")
+    proof = prove(folder, device, subject.job.trust_remote_code)
+    with saving():
+        (folder / "README.md").write_text(_with_proof(card, proof, what), encoding="utf-8")
     return proof
 
 

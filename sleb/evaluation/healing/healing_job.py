@@ -250,9 +250,13 @@ class _Healing:
             held_out_tokens=self.text.held_out * (length - 1),
         )
         _store(self._path, tensors, asdict(facts))
+        self._tidy()
+        return tensors, facts
+
+    def _tidy(self) -> None:
+        """What a training goes on from is needed no longer."""
         for path in (self._checkpoint, self._before_training):
             path.unlink(missing_ok=True)
-        return tensors, facts
 
     def _trained(self, mended: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], tuple[float, ...], float]:
         """Adapters, losses and seconds."""
@@ -313,7 +317,9 @@ class _Healing:
         if found is None:
             return None
         try:
-            return found[0], _Facts(**found[1] | {"losses": tuple(found[1]["losses"])})
+            facts = _Facts(**found[1] | {"losses": tuple(found[1]["losses"])})
+            self._tidy()
+            return found[0], facts
         except (KeyError, TypeError) as error:
             log.warning("%s cannot be read, and is made anew: %s", self._path, error)
             return None

@@ -79,9 +79,13 @@ def adapt(model: nn.Module, rank: int, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     stack = BlockStack(model)
-    layers = sorted({name for block in stack.blocks for name, module in block.named_modules() if is_linear(module)})
+    found = [each for block in stack.blocks for each in block.named_modules() if is_linear(each[1])]
+    layers = sorted({name for name, _ in found})
     if not layers:
         raise OptionError(f"{type(model).__name__} has no linear layers inside its blocks for LoRA to adapt.")
+    most = max(min(module.weight.shape) for _, module in found)
+    if rank > most:
+        raise OptionError(f"--rank {rank} is more than the model's layers have ({most} at most); choose a smaller one.")
     inside = "|".join(map(re.escape, layers))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -174,6 +174,11 @@ def test_what_peft_cannot_adapt_is_said() -> None:
         lora.adapt(frozen("mamba"), 4, 0)
 
 
+def test_a_rank_that_no_layer_has_is_refused_before_memory_is_taken_for_it() -> None:
+    with pytest.raises(OptionError, match=r"--rank 33 is more than the model's layers have \(32 at most\)"):
+        lora.adapt(frozen(), 33, 0)
+
+
 # --- remedies
 
 
@@ -379,7 +384,7 @@ def test_a_killed_job_goes_on_and_leaves_nothing_at_out(
     def failing(*_: Any, **__: Any) -> None:
         raise ExportError("The exported model is not the one that was scored: made up.")
 
-    monkeypatch.setattr("sleb.evaluation.healing.healed_folder.run_proof", failing)
+    monkeypatch.setattr("sleb.export.proven_folder.run_proof", failing)
     with pytest.raises(ExportError):
         sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto"), out=out)
     assert len(calls) == 3  # of six updates
@@ -454,6 +459,9 @@ def test_without_a_number_of_sequences_each_way_has_its_own() -> None:
         ({"memory_budget": 200_000}, "healing needs all of it in memory. Leave --memory-budget out"),
         ({"removal_list": [9]}, "names block 9; the model has blocks 0 to 5"),
         ({"rank": 0}, "rank"),
+        ({"rank": 999_999_999_999}, "rank"),
+        ({"learning_rate": 1e99}, "learning-rate"),
+        ({"learning_rate": float("nan")}, "learning-rate"),
         ({"how": "bias"}, "how"),
     ],
 )

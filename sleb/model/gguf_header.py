@@ -1,0 +1,221 @@
+"""A GGUF file's header, walked within bounds that follow from the file's size. Decodes no weight; needs no torch.
+
+The gguf library believes what a header announces: 49 bytes that speak of 2^40 entries take all the memory there is.
+So every file is walked here before that library opens it, by offsets, without making an object for each entry.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sleb.errors import ModelError, excerpt
+
+MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+"""Number of a type in the file -> its letter in `struct`."""
+_STRING, _ARRAY = 8, 9
+
+_MOST_SETTINGS = 1 << 16
+_MOST_TENSORS = 1 << 17
+_MOST_ENTRIES = 3_000_000
+"""Of all lists together; the largest vocabularies with their merges have a third. The library takes 1 kB for each."""
+_DEEPEST_LIST = 4
+_LONGEST_NAME = 1 << 16  # bytes, as the format has it
+_LONGEST_KEPT = 1 << 12  # bytes of a string setting that is handed on
+_MOST_DIMENSIONS = 8
+_LARGEST_ALIGNMENT = 1 << 20
+_FAILURES = (OSError, ValueError, struct.error, OverflowError, UnicodeDecodeError)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as the header announces it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    """`gguf.GGMLQuantizationType`."""
+    offset: int
+    """In bytes, from where the tensors begin."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself, found to fit into the file."""
+
+    settings: dict[str, Any]
+    """Numbers, and texts that are short; lists are left out."""
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def architecture(self) -> str:
+        """Which family of models it is of; empty where it does not say."""
+        found = self.settings.get("general.architecture")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def elements(self) -> int:
+        """Weights in the file."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+
+def check(path: Path) -> Header:
+    """The header of a file that the gguf library may open. Raises `ModelError` for every other file."""
+    try:
+        with _opened(path) as cursor:
+            settings, tensors = cursor.settings(cursor.counts()), cursor.tensors()
+            cursor.require_inside(settings.get("general.alignment", 32), tensors)
+    except _Refused as error:
+        raise ModelError(f"{path} cannot be read as GGUF: {error}; fetch it again.") from error
+    except _FAILURES as error:
+        raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
+    return Header(settings, tensors)
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """The settings alone, of a file that may be cut off behind them. Raises `ModelError`."""
+    try:
+        with _opened(path) as cursor:
+            return cursor.settings(cursor.counts())
+    except (_Refused, *_FAILURES) as error:
+        raise ModelError(f"{path} cannot be read as GGUF ({excerpt(error)}); fetch it again.") from error
+
+
+class _Refused(Exception):
+    """What the header announces cannot be, in a clause; never leaves this file."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Cursor]:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+        if magic != MAGIC:
+            raise ModelError(f"{path} is not a GGUF file (it begins with {magic!r}).")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield _Cursor(data)
+
+
+class _Cursor:
+    """A place in the file, which moves on over what is read or skipped."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.place = len(MAGIC)
+        self.order = "<"
+        self.entries = 0
+        self.tensor_count = 0
+
+    def counts(self) -> int:
+        """The number of settings; that of tensors is kept."""
+        version = self.number("I")
+        if version & 0xFFFF == 0:  # written for machines of the other byte order
+            self.order = ">"
+            self.place = len(MAGIC)
+            version = self.number("I")
+        if version not in _VERSIONS:
+            raise _Refused(f"it is of version {version}, and {' and '.join(map(str, _VERSIONS))} are known")
+        self.tensor_count, count = self.number("Q"), self.number("Q")
+        self.require(self.tensor_count, 24, _MOST_TENSORS, "tensors")
+        self.require(count, 13, _MOST_SETTINGS, "settings")
+        return count
+
+    def settings(self, count: int) -> dict[str, Any]:
+        """All settings; of lists only that they end inside the file."""
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.text(_LONGEST_NAME, "a setting's name")
+            if key in found:
+                raise _Refused(f"it says {excerpt(key)!r} twice")
+            found[key] = self.value(self.number("I"))
+        return {key: value for key, value in found.items() if value is not None}
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        """A setting's value; None for a list, and for a text that is long."""
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind])
+        if kind == _STRING:
+            size = self.number("Q")
+            start = self.skip(size, 1, "a text")
+            return self.data[start : self.place].decode("utf-8", "replace") if size <= _LONGEST_KEPT else None
+        if kind != _ARRAY:
+            raise _Refused(f"a setting is of type {kind}, which is not known")
+        if depth == _DEEPEST_LIST:
+            raise _Refused("a list is nested too deeply")
+        of, count = self.number("I"), self.number("Q")
+        self.entries += count
+        if self.entries > _MOST_ENTRIES:
+            raise _Refused(f"its lists announce more than {_MOST_ENTRIES:,} entries")
+        if of in _SCALARS:
+            self.skip(count, struct.calcsize(f"<{_SCALARS[of]}"), "a list")
+            return None
+        self.require(count, 8, _MOST_ENTRIES, "entries of a list")
+        for _ in range(count):
+            if of == _STRING:
+                self.skip(self.number("Q"), 1, "a text")
+            else:
+                self.value(of, depth + 1)
+        return None
+
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """What the header says of each tensor."""
+        found: dict[str, TensorInfo] = {}
+        for _ in range(self.tensor_count):
+            name = self.text(_LONGEST_NAME, "a tensor's name")
+            dimensions = self.number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise _Refused(f"a tensor has {dimensions} dimensions")
+            shape = tuple(self.number("Q") for _ in range(dimensions))
+            if name in found or 0 in shape:
+                raise _Refused(f"the tensor {excerpt(name)!r} is there twice, or empty")
+            found[name] = TensorInfo(name, shape, self.number("I"), self.number("Q"))
+        return tuple(found.values())
+
+    def require_inside(self, alignment: Any, tensors: tuple[TensorInfo, ...]) -> None:
+        """Every tensor lies in the file. Raises `_Refused`, or `ValueError` for a type that is not known."""
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if not isinstance(alignment, int) or not 0 < alignment <= _LARGEST_ALIGNMENT or alignment & (alignment - 1):
+            raise _Refused(f"its alignment is {excerpt(alignment)}")
+        room = len(self.data) - -(-self.place // alignment) * alignment
+        for tensor in tensors:
+            block, size = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+            end = tensor.offset + math.prod(tensor.shape) * size // block
+            if end > room:
+                raise _Refused(f"the tensor {excerpt(tensor.name)!r} ends {end - room:,} bytes behind the file's end")
+
+    def number(self, letter: str) -> Any:
+        """One scalar."""
+        form = self.order + letter
+        (found,) = struct.unpack_from(form, self.data, self.place)
+        self.place += struct.calcsize(form)
+        return found
+
+    def text(self, most: int, what: str) -> str:
+        """A short text."""
+        size = self.number("Q")
+        if size > most:
+            raise _Refused(f"{what} has {size:,} bytes")
+        start = self.skip(size, 1, what)
+        return self.data[start : self.place].decode()
+
+    def skip(self, count: int, size: int, what: str) -> int:
+        """Move over `count` things of `size` bytes; where they begin."""
+        left = len(self.data) - self.place
+        if count > left // size:
+            raise _Refused(f"{what} announces {count:,} entries of {size} bytes, and {left:,} bytes are left")
+        self.place += count * size
+        return self.place - count * size
+
+    def require(self, count: int, size: int, most: int, what: str) -> None:
+        """So many things of at least `size` bytes can still come."""
+        left = len(self.data) - self.place
+        if count > min(most, left // size):
+            raise _Refused(f"it announces {count:,} {what}, and {left:,} bytes are left")

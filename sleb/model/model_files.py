@@ -1,0 +1,175 @@
+"""What a model's files say, checked before a library believes it. Reads JSON, names and sizes; loads no weight."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sleb.errors import ModelError, excerpt
+
+log = logging.getLogger(__name__)
+
+CONFIG_BYTES = 8 << 20
+"""A config.json with the settings of thousands of quantised matrices has a hundredth."""
+_TEXT_BYTES = 256 << 20
+"""Of every other file that is read as a whole; the largest vocabularies take 40 MB."""
+_TEXTS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken")
+
+_BLOCKS, _EXPERTS = 1024, 4096
+_LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
+    (re.compile(pattern), most)
+    for pattern, most in (
+        (r".*(top_?k|per_tok|per_layer|per_block|shared).*", 1 << 62),
+        (r"((num|n)_)?(\w+_)?(layers?|blocks)|depths?|block_count", _BLOCKS),
+        (r"(\w+_)?experts?(_count)?", _EXPERTS),
+        (r"(num|n)_(\w+_)?labels", 1 << 20),
+        (r"(num|n)_(\w+_)?(heads?|groups|codebooks|quantizers|stages|levels|streams|modules|channels)", 1 << 17),
+    )
+)
+"""The name of a setting -> the most it can be; the first that fits. Libraries build so many modules, or list so many
+kinds of blocks, before anything tells them that there are no weights for them. The deepest models have 130 blocks,
+the widest mixtures 512 experts."""
+_MOST_MODULES = 1 << 17
+"""Blocks times experts; the largest models have a quarter."""
+
+_TIMES, _SPARE = 2, 1 << 24
+"""A config may ask for so many times the weights that are stored, and for some more: those that are tied, or made."""
+_BUFFER_BYTES = 1 << 28  # masks and positions of older families
+_PACKED_PER_BYTE = 8  # weights, in the densest quantisation
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder. Raises `ModelError` for what is none, or asks for too much."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
+    config = _json(path, CONFIG_BYTES)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is no JSON object with settings; the folder is damaged.")
+    require_modest(str(folder), config)
+    return config
+
+
+def require_modest(name: str, settings: Mapping[str, Any]) -> None:
+    """Numbers by which a library would build for hours are refused. Raises `ModelError`."""
+    blocks = experts = 1
+    for key, value in _numbers(settings):
+        limit = next((most for pattern, most in _LIMITS if pattern.fullmatch(key)), None)
+        if limit is None:
+            continue
+        if not abs(value) <= limit:  # nor is it no number
+            raise ModelError(
+                f"{name} says {excerpt(key, 60)} = {excerpt(value, 30)} in its config, and at most {limit:,} can be "
+                "true; the config is damaged."
+            )
+        blocks = max(blocks, int(value)) if limit == _BLOCKS else blocks
+        experts = max(experts, int(value)) if limit == _EXPERTS else experts
+    if blocks * experts > _MOST_MODULES:
+        raise ModelError(
+            f"{name} says in its config that it has {blocks:,} blocks and {experts:,} experts, more than any model; "
+            "the config is damaged."
+        )
+
+
+def require_plain_files(folder: Path) -> None:
+    """What libraries read as a whole is of bearable size, and shards lie in the folder. Raises `ModelError`."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in _TEXTS or path.is_dir():
+            continue
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path} is no regular file; the folder is damaged.")
+        if status.st_size > _TEXT_BYTES:
+            raise ModelError(
+                f"{path} has {status.st_size / 1e6:,.0f} MB, and at most {_TEXT_BYTES / 1e6:.0f} MB are read of such a "
+                "file; the folder is damaged."
+            )
+        if path.name.endswith(".index.json"):
+            _require_own_shards(path)
+
+
+def require_stored(name: str, config: Any, options: dict[str, Any], files: Iterable[str]) -> None:
+    """The safetensors files hold the weights that the config asks for, as far as their number tells.
+
+    Raises `ModelError` where it asks for more than twice as many; a few that are missing are told after loading.
+    """
+    from safetensors import safe_open
+
+    paths = [Path(each) for each in dict.fromkeys(files)]
+    if not paths:
+        return
+    stored = 0
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    if getattr(config, "quantization_config", None):
+        stored = max(stored, _PACKED_PER_BYTE * sum(path.stat().st_size for path in paths))
+    require_enough(name, config, options, stored)
+
+
+def require_enough(name: str, config: Any, options: dict[str, Any], stored: int) -> None:
+    """So many stored weights are about those of the model that the config describes. Raises `ModelError`."""
+    skeleton = _skeleton(config, bool(options.get("trust_remote_code")))
+    if skeleton is None:
+        return
+    promised = sum(parameter.numel() for parameter in skeleton.parameters())
+    buffers = sum(buffer.nbytes for buffer in skeleton.buffers())
+    if promised > _TIMES * stored + _SPARE or buffers > 8 * _TIMES * stored + _BUFFER_BYTES:
+        raise ModelError(
+            f"{name} asks in its config for {promised:,} weights and {buffers:,} bytes beside them, and its files hold "
+            f"{stored:,} weights: the config belongs to another model, or is damaged."
+        )
+
+
+def _require_own_shards(index: Path) -> None:
+    listing = _json(index, _TEXT_BYTES)
+    shards = listing.get("weight_map") if isinstance(listing, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ModelError(f"{index} does not say which file each weight is in (weight_map); the folder is damaged.")
+    for name in set(shards.values()):
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise ModelError(f"{index} names the file {excerpt(name)!r} outside the folder; the folder is damaged.")
+
+
+def _json(path: Path, most: int) -> Any:
+    """A JSON file of at most so many bytes. Numbers may be infinite: some configs say so."""
+    if path.stat().st_size > most:
+        raise ModelError(f"{path} has more than {most / 1e6:.0f} MB; the folder is damaged.")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ModelError(f"{path} is not JSON (it is nested too deeply); the folder is damaged.") from error
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({excerpt(error)}); the folder is damaged.") from error
+
+
+def _numbers(settings: Any) -> Iterator[tuple[str, float]]:
+    """Every number of a config and its key, however deep it lies; those in lists have the key of the list."""
+    left: list[tuple[str, Any]] = [("", settings)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, Mapping):
+            left += [(str(name), each) for name, each in value.items()]
+        elif isinstance(value, list | tuple):
+            left += [(key, each) for each in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def _skeleton(config: Any, trust_remote_code: bool) -> Any:
+    """The model without memory; None where it cannot be built so, which loading it will tell, too."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what a model's code makes of a foreign config
+        log.debug("No skeleton: %s", error)
+        return None

@@ -1,0 +1,74 @@
+"""Whether a model is there at all, said before a job waits for its device. Knows names and files; loads nothing.
+
+Whether it can be used is for `loading` to say. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from sleb.errors import ModelError
+from sleb.records import JobSpec, Run
+
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
+
+
+def require_there(run: Run, job: JobSpec) -> None:
+    """The model that a job will load. Raises `ModelError` where it is neither here nor on the hub."""
+    name = job.gguf or run.spec.model
+    if name == "demo":
+        return
+    if name.lower().endswith(".gguf"):
+        require_file(Path(name).expanduser())
+    elif not is_path(name):
+        _require_on_hub(name, (run.stack.revision if run.stack else None) or run.spec.revision)
+
+
+def require_file(path: Path) -> None:
+    """Raises `ModelError` where there is no such file."""
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}.")
+
+
+def is_path(name: str) -> bool:
+    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name. Raises `ModelError`."""
+    with suppress(OSError, RuntimeError):  # names no file system takes
+        if Path(name).expanduser().exists():
+            return True
+    if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
+    return False
+
+
+def not_there(name: str, why: str) -> ModelError:
+    """What to say about a name that nobody knows."""
+    return ModelError(
+        f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
+        f"({why}). Check the name, --revision and the network."
+    )
+
+
+def _require_on_hub(name: str, revision: str | None) -> None:
+    """Its config, from the cache or the hub: a few kilobytes, which loading asks for first as well."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except GatedRepoError:  # it is there; what to do about it is for `loading` to say
+        return
+    except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
+        text = str(error).strip()
+        if "401" in text:  # private, perhaps
+            return
+        raise not_there(name, text.splitlines()[0] if text else type(error).__name__) from error
+    except (OSError, ValueError, RuntimeError):  # no answer is not an answer
+        return

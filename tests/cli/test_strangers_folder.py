@@ -1,0 +1,179 @@
+"""A run folder from someone else is data: it runs no code, writes nowhere, and names nothing that is read unasked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sleb
+from sleb.errors import NotPermitted, RunError, SlebError, UnconfirmedNames
+from sleb.records import EvaluateSpec, JobSpec, Permissions, QuantizeSpec, Run
+from sleb.runtime import job_folder, job_processes, origin, run_folder
+from tests.support import tiny
+from tests.support.command import run as command
+from tests.support.strangers import from_elsewhere, with_own_code
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(tiny.text(3000))
+    return path
+
+
+def question(text: Path, **settings: Any) -> EvaluateSpec:
+    return EvaluateSpec.model_validate({"lists": [[1]], "texts": [str(text)], "window": 16, "limit": 2} | settings)
+
+
+def test_what_it_names_is_shown_and_not_read_before_it_is_confirmed(model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    for words in (["resume"], ["work"], ["generate", "--prompt=a", "--removal-list=[1]"], ["heal", "--removal-list=1"]):
+        said = command(words[0], run.run_dir, *words[1:], code=2)[1]
+        assert str(model) in said, words
+        assert "--trust-paths" in said
+    assert "--trust-paths" in command("export", run.run_dir, "--format=hf", f"--out={tmp_path / 'out'}", code=2)[1]
+    assert not run_folder.load(run.run_dir).jobs
+    command("resume", run.run_dir, "--trust-paths")
+    assert sleb.load(run.run_dir).trace is not None
+    assert origin.unconfirmed(run.run_dir) == ()
+
+
+def test_what_this_machine_wrote_is_not_asked_about_wherever_it_lies(model: Path, text: Path, tmp_path: Path) -> None:
+    run = sleb.search(str(model), calibration=str(text), remove=1, sequences=2, sequence_length=16, analysis=False)
+    moved = Path(shutil.move(run.run_dir, tmp_path / "moved"))
+    assert sleb.evaluate(moved, perplexity=[str(text)], window=16, limit=2)
+    (moved / "spec.json").write_text((moved / "spec.json").read_text().replace(str(text), "/etc/passwd"))
+    with pytest.raises(UnconfirmedNames, match="/etc/passwd"):
+        sleb.evaluate(moved, perplexity=[str(text)], window=16, limit=1)
+
+
+def test_its_code_does_not_run_because_its_job_says_so(model: Path, text: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    with_own_code(model, marker)
+    job = JobSpec(kind="evaluate", ask=question(text), trust_remote_code=True)
+    run = from_elsewhere(tmp_path / "theirs", model, text, job, finished=True)
+    assert "--trust-paths" in command("work", run.run_dir, code=2)[1]
+    assert "--trust-remote-code" in command("work", run.run_dir, "--trust-paths", code=2)[1]
+    brought = command("import", run.run_dir)[0].strip()
+    assert not marker.exists()
+    command("work", run_folder.locate(brought), "--trust-paths", "--trust-remote-code")
+    assert marker.exists()
+
+
+def test_a_broken_off_question_is_not_asked_again_with_its_permissions(model: Path, text: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    asked = question(text, tasks=["theirs"], task_folder=str(tasks))
+    job = JobSpec(kind="evaluate", ask=asked, trust_remote_code=True, allow_pickle=True)
+    run = from_elsewhere(tmp_path / "theirs", model, text, job, finished=True)
+    _break_off(run)
+    said = command("resume", run.run_dir, "--trust-paths", code=2)[1]
+    assert f"--allow-pickle --trust-remote-code --task-folder {tasks}" in said
+    with pytest.raises(NotPermitted, match="--task-folder"):
+        sleb.resume(run.run_dir, trust_paths=True, trust_remote_code=True, allow_pickle=True)
+    assert len(run_folder.load(run.run_dir).jobs) == 1
+
+
+def test_it_writes_nowhere_because_its_job_says_so(model: Path, text: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "proof.json").write_text("{}")
+    ask = QuantizeSpec(lists=((1,),), texts=(), out=str(precious), replace=True)
+    run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="quantize", ask=ask), finished=True)
+    said = command("work", run.run_dir, "--trust-paths", code=2)[1]
+    assert f"--out {precious} --replace" in said
+    assert "--replace" in command("work", run.run_dir, "--trust-paths", "--out", precious, code=2)[1]
+    assert "--out" in command("work", run.run_dir, "--trust-paths", "--out", tmp_path, "--replace", code=2)[1]
+    assert (precious / "proof.json").read_text() == "{}"
+    export = JobSpec(kind="export", out=str(precious), replace=True)
+    with pytest.raises(NotPermitted):
+        Permissions(out=str(tmp_path)).granted(export)
+    granted = Permissions(out=str(precious), replace=True).granted(export)
+    assert (granted.out, granted.replace) == (str(precious), True)
+
+
+def test_a_process_is_not_started_for_it_either(model: Path, text: Path, tmp_path: Path) -> None:
+    """What the dashboard's buttons call."""
+    job = JobSpec(kind="evaluate", ask=question(text), allow_pickle=True)
+    run = from_elsewhere(tmp_path / "theirs", model, text, job, finished=True)
+    with pytest.raises(NotPermitted):
+        job_processes.start(run.jobs[0])
+    with pytest.raises(UnconfirmedNames):
+        job_processes.start(run.jobs[0], Permissions(allow_pickle=True))
+
+
+def test_its_number_of_processes_is_not_taken_over(model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="search", processes=4096))
+    _break_off(run)
+    command("resume", run.run_dir, "--trust-paths")
+    assert run_folder.load(run.run_dir).jobs[-1].spec.processes == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["log.txt", "status.json", "spec.json", "trace.jsonl", "stack.json", "scores", "jobs", ".lock", "analysis"]
+)
+def test_no_link_in_it_is_followed(name: str, model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="search"))
+    job = run.jobs[0].directory
+    path = (job if name in ("log.txt", "status.json") else run.run_dir) / name
+    target = tmp_path / "target"
+    if path.is_dir():
+        path.rename(target)
+    elif path.exists():
+        target.write_bytes(path.read_bytes())
+        path.unlink()
+    elif "." in name:
+        target.write_text("precious")
+    else:
+        target.mkdir()
+    path.symlink_to(target)
+    before = _content(target)
+    assert "link" in command("work", job, "--trust-paths", code=2)[1]
+    assert "link" in command("import", run.run_dir, code=2)[1]
+    assert _content(target) == before
+
+
+def test_the_log_of_a_run_is_not_another_file(model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="search"))
+    secret = tmp_path / "secret"
+    secret.write_text("precious")
+    (run.jobs[0].directory / "log.txt").symlink_to(secret)
+    assert job_folder.log_end(run.jobs[0].directory) == ""
+
+
+def test_what_is_brought_in_was_not_written_here(model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    brought = sleb.load(command("import", run.run_dir)[0].strip())
+    with pytest.raises(UnconfirmedNames):
+        sleb.resume(brought)
+    assert sleb.resume(brought, trust_paths=True).trace is not None
+
+
+def test_a_pipe_in_it_does_not_hang(model: Path, text: Path, tmp_path: Path) -> None:
+    import os
+
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    os.mkfifo(run.run_dir / "trace.jsonl")
+    with pytest.raises(RunError, match="not a regular file"):
+        sleb.load(run.run_dir)
+    with pytest.raises(SlebError):
+        job_processes.bring_in(run.run_dir)
+
+
+def _break_off(run: Run) -> None:
+    """The newest job's process was killed."""
+    path = run.jobs[-1].directory / "status.json"
+    path.write_text('{"state": "stopped", "message": "Stopped on request."}')
+
+
+def _content(path: Path) -> list[tuple[str, bytes]]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(str(each), each.read_bytes()) for each in files if each.is_file()]

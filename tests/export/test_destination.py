@@ -1,0 +1,81 @@
+"""A disk that is full while a model is written is told in one sentence, whichever library meets it."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sleb
+from sleb.errors import StorageError
+from sleb.export.destination import writing_into
+from tests.support import tiny
+from tests.support.families import build
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As good as a full disk: the write that makes a file longer fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def wordy() -> Any:
+    """A tokenizer whose file is longer than a tiny model's weights."""
+    made = tiny.tokenizer()
+    made.add_tokens([f"word-{number}" for number in range(3000)])
+    return made
+
+
+@pytest.mark.parametrize("library", ["python", "safetensors", "tokenizers"])
+def test_what_each_library_says_of_a_full_disk_is_one_sentence(library: str, tmp_path: Path) -> None:
+    made = wordy()
+    write = {
+        "python": lambda: (tmp_path / "README.md").write_text("x" * 100_000),
+        "safetensors": lambda: save_file({"x": torch.zeros(100_000)}, tmp_path / "model.safetensors"),
+        "tokenizers": lambda: made.save_pretrained(tmp_path),
+    }[library]
+    with files_of_at_most(10_000), pytest.raises(StorageError, match="free some disk space"), writing_into(tmp_path):
+        write()
+
+
+def test_a_bug_is_not_told_as_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), writing_into(tmp_path):
+        1 / 0  # noqa: B018
+
+
+@pytest.mark.parametrize("what", ["quantize", "heal", "adapter", "export"])
+def test_a_disk_that_fills_while_the_tokenizer_is_written_leaves_nothing(
+    what: str, text_file: Path, tmp_path: Path
+) -> None:
+    model, out = tmp_path / "model", tmp_path / "made" / "out"
+    build("llama", 4, 0).save_pretrained(str(model))
+    wordy().save_pretrained(str(model))
+    ask = dict(removal_list=[1], perplexity=[str(text_file)], limit=1, window=16, dtype="float32", out=out)
+    healing = dict(source=str(text_file), sequences=1, sequence_length=8)
+    run = _searched(model, text_file) if what == "export" else None
+    work = {
+        "quantize": lambda: sleb.quantize(str(model), **ask),
+        "heal": lambda: sleb.heal(str(model), **ask, **healing),
+        "adapter": lambda: sleb.heal(str(model), **ask, **healing, adapter=True),
+        "export": lambda: sleb.export_model(run, out),
+    }[what]
+    with files_of_at_most(300_000), pytest.raises(StorageError, match="free some disk space"):
+        work()
+    assert list(out.parent.iterdir()) == []
+
+
+def _searched(model: Path, text: Path) -> sleb.Run:
+    return sleb.search(
+        str(model), remove=1, calibration=str(text), sequences=2, sequence_length=16, dtype="float32", analysis=False
+    )

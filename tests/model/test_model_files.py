@@ -1,0 +1,156 @@
+"""A model's folder is data: what it asks for beyond what it holds is refused in a sentence before it is built."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sleb.errors import ModelError
+from sleb.model import model_files
+from sleb.model.block_count import num_blocks
+from sleb.model.loading import load_model
+from tests.support.families import FAMILIES
+
+DEEP = "[" * 100_000
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def refused(model: Path, words: str, **options: bool) -> None:
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(str(model), **options)  # type: ignore[arg-type]
+    sentence = str(caught.value).replace(str(model), "")
+    assert sentence.isprintable()
+    assert len(sentence) < 500
+
+
+def change(path: Path, **settings: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 .* at most 1,024"),
+        ({"num_hidden_layers": 1e300}, "num_hidden_layers = "),
+        ({"text_config": {"n_layer": 10**7}}, "n_layer = 10000000"),
+        ({"num_local_experts": 10**5}, "num_local_experts = 100000"),
+        ({"num_local_experts": 4000, "num_hidden_layers": 1000}, "1,000 blocks and 4,000 experts"),
+        ({"num_labels": 10**9}, "num_labels = "),
+        ({"hidden_size": 10**6}, r"asks in its config for [\d,]+ weights"),
+        ({"vocab_size": 10**9}, r"asks in its config for [\d,]+ weights"),
+        ({"vocab_size": 10**30}, "cannot be loaded"),
+        ({"head_dim": 10**9}, r"asks in its config for [\d,]+ weights"),
+        ({"num_attention_heads": 0}, "cannot be loaded"),
+        ({"num_key_value_heads": 0}, "cannot be loaded"),
+        ({"head_dim": 0}, "cannot be loaded"),
+        ({"hidden_act": "no\x1b[31m" * 2000}, "cannot be loaded"),
+        ({"num_hidden_layers": "9"}, "cannot be loaded .*num_hidden_layers.*expected int"),
+    ],
+)
+def test_a_config_that_asks_for_too_much_is_refused(model: Path, settings: dict[str, Any], words: str) -> None:
+    change(model / "config.json", **settings)
+    refused(model, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", DEEP, "nested too deeply"),
+        ("config.json", "[1]", "no JSON object"),
+        ("config.json", "NaN", "no JSON object"),
+        ("config.json", '{"a": 1, "a": 2}', "model_type"),
+        ("generation_config.json", DEEP, "RecursionError"),
+        ("tokenizer.json", DEEP, "RecursionError"),
+        ("tokenizer.json", '{"added_tokens": [{"id": -1, "content": "x"}]}', "cannot be loaded"),
+        ("tokenizer_config.json", "5", "cannot be loaded"),
+        ("model.safetensors.index.json", DEEP, "nested too deeply"),
+        ("model.safetensors.index.json", "{}", "weight_map"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../../x"}}', "'../../x' outside"),
+        ("model.safetensors", struct.pack("<Q", 1 << 60), "cannot be loaded"),
+        ("model.safetensors", struct.pack("<Q", len(DEEP)) + DEEP.encode(), "cannot be loaded"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_refused(
+    model: Path, name: str, content: str | bytes, words: str
+) -> None:
+    (model / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    refused(model, words)
+
+
+def test_a_file_without_an_end_is_refused(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    os.mkfifo(model / "tokenizer.json")
+    refused(model, "no regular file")
+    (model / "tokenizer.json").unlink()
+    with open(model / "vocab.txt", "wb") as file:
+        file.truncate(1 << 40)
+    refused(model, "1,099,512 MB")
+    with open(model / "config.json", "ab") as file:
+        file.truncate(1 << 40)
+    refused(model, "more than 8 MB")
+    assert num_blocks(str(model)) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda: b"", lambda: b"\x80\x04junk", lambda: pickle.dumps(eval), lambda: b"PK\x03\x04" * 20]
+)
+def test_a_pickle_that_cannot_be_read_is_refused(model: Path, damage: Callable[[], bytes]) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(damage())
+    refused(model, "--allow-pickle")
+    refused(model, "cannot be loaded", allow_pickle=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bamba"])
+def test_a_real_family_is_never_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Without the room that small models have."""
+    monkeypatch.setattr(model_files, "_TIMES", 1.01)
+    monkeypatch.setattr(model_files, "_SPARE", 0)
+    config = FAMILIES[family].config(4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model_files.read_config(tmp_path)
+    model_files.require_plain_files(tmp_path)
+    files = [str(path) for path in tmp_path.glob("*.safetensors")]
+    model_files.require_stored(family, config, {}, files)
+    with pytest.raises(ModelError, match="its files hold"):
+        model_files.require_stored(family, FAMILIES[family].config(8), {}, files)
+
+
+def test_names_of_settings_that_only_sound_like_counts_may_be_large() -> None:
+    config = {
+        "hidden_size_per_layer_input": 10**6,
+        "n_positions": 1 << 20,
+        "num_experts_per_tok": 8,
+        "num_parameters": 7e9,
+    }
+    model_files.require_modest("here", config | {"time_step_limit": [0.0, float("inf")]})
+
+
+def test_what_transformers_says_of_a_file_has_no_control_characters(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["evil\x1b]0;title\x07"] = weights["model.norm.weight"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    told = io.StringIO()
+    for handler in logging.getLogger("transformers").handlers:
+        monkeypatch.setattr(handler, "stream", told)
+    load_model(str(model))
+    assert "evil" in told.getvalue()
+    assert told.getvalue().replace("\n", "").replace("\t", "").isprintable()
