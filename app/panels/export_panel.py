@@ -117,8 +117,8 @@ def _checked(out: str, replace: bool) -> Path:
         raise OptionError("Name a folder to write.")
     if not out.isprintable():
         raise OptionError("The folder's name has characters that no file system takes; type it anew.")
+    access.require_destination(out.strip())
     folder = files.expanded(Path(out.strip())).absolute()
-    access.require_destination(str(folder))
     try:
         above = next((each for each in folder.parents if each.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -141,8 +141,8 @@ def _checked_file(out: str, replace: bool) -> Path:
         raise OptionError("Name a file to write.")
     if not out.isprintable():
         raise OptionError("The file's name has characters that no file system takes; type it anew.")
+    access.require_destination(out.strip())
     path = files.expanded(Path(out.strip())).absolute()
-    access.require_destination(str(path))
     try:
         above = next((each for each in path.parents if each.exists()), path)
         if not above.is_dir() or not os.access(above, os.W_OK):
