@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -85,7 +84,7 @@ def _as_before(run: Run) -> JobSpec:
         return data.job_spec(run.spec.kind)
     changes: dict[str, Any] = dict(data.permissions())
     if not origin.is_written_here(run.run_dir, "jobs", last.name):  # a stranger's thousand processes are not started
-        changes["processes"] = min(last.spec.processes, os.cpu_count() or 1)
+        changes["processes"], changes["memory_budget"] = execution.as_before(run, None, None)
     return last.spec.model_copy(update=changes)
 
 
