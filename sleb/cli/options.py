@@ -166,7 +166,7 @@ AllowPickle = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model."),
+    typer.Option("--trust-remote-code", rich_help_panel=HOW, help="Run code that comes with the model, or with tasks."),
 ]
 TrustPaths = Annotated[
     bool,

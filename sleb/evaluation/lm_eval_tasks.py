@@ -34,8 +34,8 @@ import numpy as np
 import torch
 
 from sleb.errors import OptionError, WorkEnded, excerpt
-from sleb.evaluation import task_limits
-from sleb.evaluation.task_files import TaskFiles
+from sleb.evaluation.task_folder import task_limits
+from sleb.evaluation.task_folder.task_files import TaskFiles
 from sleb.records import EvaluateSpec
 from sleb.runtime.files import expanded
 

@@ -17,6 +17,8 @@ from sleb import specs
 from sleb.errors import OptionError, RunError, quoted
 from sleb.records import NAMED_TEXTS, Ask, Finding, JobSpec, RemovalList, Run, RunSpec, sorted_list
 from sleb.runtime import files, findings_folder, job_folder, run_folder
+from sleb.runtime.listing.run_list import list_outlines
+from sleb.runtime.run_index import Outline
 
 RunOrModel = str | PathLike[str] | Run
 
@@ -56,10 +58,9 @@ def subject_run(
     except ValidationError as error:
         raise OptionError(specs.sentence(error)) from error
     if run_dir is None:
-        same = (each for each in run_folder.list_runs() if isinstance(each, Run) and each.spec == spec)
-        known = next(same, None)
-        if known is not None:
-            return known
+        same = (each for each in list_outlines() if isinstance(each, Outline) and each.spec == spec)
+        if (known := next(same, None)) is not None:
+            return run_folder.load(known.run_dir)
     return run_folder.create(spec, None if run_dir is None else Path(run_dir))
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sleb.errors import OptionError, WorkEnded, excerpt
-from sleb.evaluation.task_limits import within
+from sleb.evaluation.task_folder.task_limits import within
 
 LARGEST = 4 << 20
 """Bytes of a task file; lm-eval's own largest has 63,000."""
@@ -59,6 +60,7 @@ class TaskFiles:
 
     def __init__(self, folder: Path | None, trusted: bool = False) -> None:
         self.folder = folder
+        self.trusted = trusted
         self.restricted = folder is not None and not trusted
         self._own: list[Any] = []  # tasks of lm-eval that nobody changed
         self._building: Path | None = None
@@ -71,7 +73,7 @@ class TaskFiles:
     @contextmanager
     def as_data(self) -> Iterator[None]:
         """While tasks are loaded, and while they are put and scored; lm-eval is as it was afterwards."""
-        if not self.restricted:
+        if self.trusted:
             yield
             return
         from lm_eval import utils
@@ -79,12 +81,19 @@ class TaskFiles:
         from lm_eval.tasks import _factory, _index, _yaml_loader, manager
 
         with ExitStack() as stack:
+            lm_evals = _yaml_loader._load_module_with_cache
+            stack.enter_context(_replaced(_yaml_loader, "_load_module_with_cache", _without_here(lm_evals, stack)))
+            stack.enter_context(_replaced(tasks, "get_metric", self._metric(tasks.get_metric)))
+            if "evaluate" in sys.modules:
+                _refuse_here(stack)
+            if not self.restricted:
+                yield
+                return
             for module in (_factory, _index, _yaml_loader, manager):
                 stack.enter_context(_replaced(module, "load_yaml", self._load_yaml(_yaml_loader.load_yaml)))
             for owner, name, made in (
                 (utils, "env", _sandbox(utils.env)),
                 (utils, "apply_template", self._rendered(utils.apply_template)),
-                (tasks, "get_metric", self._metric(tasks.get_metric)),
                 (tasks, "get_prompt", self._prompt(tasks.get_prompt)),
                 (tasks.ConfigurableTask, "download", self._download(tasks.ConfigurableTask.download)),
                 (tasks.ConfigurableTask, "apply_filters", self._ended(tasks.ConfigurableTask.apply_filters)),
@@ -159,13 +168,13 @@ class TaskFiles:
 
         def get_metric(name: Any, hf_evaluate_metric: bool = False) -> Any:
             known = isinstance(name, str) and name in registry.metric_registry and not hf_evaluate_metric
-            if not known and not self._is_own:
+            if not known and self.restricted and not self._is_own:
                 own = ", ".join(sorted(registry.metric_registry.keys()))
                 raise OptionError(
                     f"{self._where} has the program of metric {excerpt(name, 80)!r} fetched and run, {_FLAG}; lm-eval "
                     f"itself has {own}."
                 )
-            if not known and os.path.exists(name):
+            if not known and isinstance(name, str) and os.path.exists(name):
                 raise OptionError(
                     f"Metric {excerpt(name, 80)!r} is a file of this folder, which would be run; start elsewhere."
                 )
@@ -378,13 +387,14 @@ def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
     opened: list[tuple[str | None, int]] = []
     total = 0
     for event in events:
-        before = total
+        before, anchor = total, None
         if isinstance(event, yaml.ScalarEvent):
+            anchor = event.anchor
             total += 1 + len(event.value) // 64
             if len(event.value) > 1_000 and event.implicit[0] and re.fullmatch(r"[-+0-9_:.,]+", event.value):
                 raise OptionError(f"The task file {path} has a number of {len(event.value):,} digits.")
         elif isinstance(event, yaml.AliasEvent):
-            if any(anchor == event.anchor for anchor, _ in opened):
+            if any(each == event.anchor for each, _ in opened):
                 raise OptionError(f"The task file {path} has an alias of itself, {excerpt(event.anchor, 40)}.")
             total += sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -392,11 +402,8 @@ def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
             opened.append((event.anchor, before))
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = opened.pop()
-        anchored = event.anchor if isinstance(event, yaml.ScalarEvent) else None
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchored = anchor
-        if anchored is not None:
-            sizes[anchored] = total - before
+        if anchor is not None:
+            sizes[anchor] = total - before
         if total > _WIDEST or len(opened) > _DEEPEST:
             raise OptionError(
                 f"The task file {path} becomes too much: at most {_WIDEST:,} values, {_DEEPEST} deep, with all that "
@@ -415,6 +422,31 @@ def _sandbox(lm_evals: Any) -> Any:
     made.tests.update(lm_evals.tests)
     made.globals.pop("lipsum", None)
     return made
+
+
+def _without_here(lm_evals: Callable[[Path], Any], stack: ExitStack) -> Callable[[Path], Any]:
+    """Functions of lm-eval's tasks that fetch metrics must not find programs where the command starts."""
+
+    def load_module(path: Path) -> Any:
+        if b"evaluate" in Path(path).read_bytes():
+            _refuse_here(stack)
+        return lm_evals(path)
+
+    return load_module
+
+
+def _refuse_here(stack: ExitStack) -> None:
+    """`evaluate` prefers a folder of a metric's name in the current one to the hub."""
+    from evaluate import loading
+
+    lm_evals = loading.LocalEvaluationModuleFactory.get_module
+
+    def get_module(factory: Any) -> Any:
+        if not is_lm_evals(factory.path):
+            raise OptionError(f"Metric {excerpt(factory.path, 80)!r} is a program of this folder; start elsewhere.")
+        return lm_evals(factory)
+
+    stack.enter_context(_replaced(loading.LocalEvaluationModuleFactory, "get_module", get_module))
 
 
 @contextmanager
