@@ -99,6 +99,19 @@ def require_run(directory: Path) -> None:
         )
 
 
+def refused_links(folder: Path) -> list[RunError]:
+    """Why runs of a folder are not shown: the links in it that lead out of what the server may read."""
+    found: list[RunError] = []
+    if rule().folders is not None:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for link in sorted(each.path for each in entries if each.is_symlink()):
+                try:
+                    require_run(Path(link))
+                except RunError as error:
+                    found.append(error)
+    return found
+
+
 def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:
     """Whether a job may be started: whatever it will read and write. Raises `NotAllowed`.
 

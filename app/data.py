@@ -59,17 +59,8 @@ def outlines(first: str | None = None) -> list[Outline | RunError]:
     samples = _samples().outlines()
     samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
     # A copy that was brought in, to be exported, is the one that pages show.
-    return [*map(_allowed, own), *(each for each in samples if isinstance(each, RunError) or each.run_id not in copied)]
-
-
-def _allowed(found: Outline | RunError) -> Outline | RunError:
-    """The run, or why this server does not show it: a link in the runs folder may lead out of what it was given."""
-    try:
-        if isinstance(found, Outline):
-            access.require_run(found.run_dir)
-    except RunError as error:
-        return error
-    return found
+    rest = (each for each in samples if isinstance(each, RunError) or each.run_id not in copied)
+    return [*own, *access.refused_links(run_folder.runs_folder()), *rest]
 
 
 def _rank_of_sample(directory: Path) -> tuple[int, str]:
@@ -195,7 +186,7 @@ def _file_time(path: Path) -> int:
 
 @lru_cache(maxsize=4)
 def _runs_of(home: str) -> RunList:
-    return run_list.of_home(Path(home))
+    return run_list.of_home(Path(home), follows=access.allows)
 
 
 @cache

@@ -27,14 +27,23 @@ STATES: dict[JobState, tuple[str, str, Colour]] = {
 # the first characters of each stops that.
 _EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
 
-_OPTION = re.compile(r"--(?!(?:allow-path|read-only|allow-pickle|trust-remote-code)\b)")
+_OF_SERVER = r"--(?:allow-path(?: DIR)?|read-only|allow-pickle|trust-remote-code)\b"
+_OPTION = re.compile(rf"(?!{_OF_SERVER})--")
 
 
 def plain(text: object) -> str:
-    """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas."""
+    """Text from anywhere as Markdown that shows it as it is: no markup, no HTML, no icons, no formulas.
+
+    The server's own options stand as code, to be copied.
+    """
     shown = "".join(char if char.isprintable() else " " for char in str(text))
-    shown = _EAGER.sub("\\g<0>\N{WORD JOINER}", shown)
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", shown)
+    parts = re.split(f"({_OF_SERVER})", shown)
+    return "".join(f"`{part}`" if place % 2 else _escaped(part) for place, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    text = _EAGER.sub("\\g<0>\N{WORD JOINER}", text)
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$^:-])", r"\\\1", text)
 
 
 def in_fields(error: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -85,7 +84,7 @@ def _as_before(run: Run) -> JobSpec:
         return data.job_spec(run.spec.kind)
     changes: dict[str, Any] = dict(data.permissions())
     if not origin.is_written_here(run.run_dir, "jobs", last.name):  # a stranger's thousand processes are not started
-        changes["processes"] = min(last.spec.processes, os.cpu_count() or 1)
+        changes["processes"], changes["memory_budget"] = execution.as_before(run, None, None)
     return last.spec.model_copy(update=changes)
 
 
@@ -96,7 +95,7 @@ def head() -> None:
         page.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
     with right, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
         if access.rule().read_only:
-            st.badge("Only shows", icon=":material/lock:", color="gray", help=access.SHOWS_ONLY)
+            st.badge("Only shows", icon=":material/lock:", color="gray", help=plain(access.SHOWS_ONLY))
         else:
             _ways_to_start()
         copy_link()
@@ -359,7 +358,8 @@ def main() -> None:
             st.warning(plain(error), icon=":material/broken_image:")
     run_id = page.asked(rows) if rows else None
     if run_id is None:
-        empty("No runs yet", access.SHOWS_ONLY if access.rule().read_only else "**Run the demo** needs no download.")
+        how = plain(access.SHOWS_ONLY) if access.rule().read_only else "**Run the demo** needs no download and no GPU."
+        empty("No runs yet", how)
         return
     try:
         panel(data.load(run_id))

@@ -158,7 +158,8 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     )  # fmt: skip
     source = st.text_input(
         "Text to heal on", run.spec.calibration.source, key=f"heal-source-{run.run_id}",
-        help="As a search's calibration text: wikitext2, c4, demo, or a file on the server." + access.explained(),
+        help="As a search's calibration text: wikitext2, c4, demo, or a file on the server."
+        + plain(access.explained()),
     )  # fmt: skip
     first, second, third = st.columns(3)
     sequences = first.number_input("Sequences", 1, 1_000_000, 32, key="heal-sequences", persist_state="session")
@@ -223,7 +224,7 @@ def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
         label, list(known), [short(last[-1])] if last else ["wikitext2"], key=f"{key}-{run.run_id}",
         accept_new_options=True, placeholder="None",
         help="wikitext2 and c4 by their published protocols, or type the path of a file on the server: .raw as "
-        "WikiText rows, .jsonl as documents, any other as one text." + access.explained(),
+        "WikiText rows, .jsonl as documents, any other as one text." + plain(access.explained()),
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _form(run: Run, steps: int, busy: bool) -> None:
     out = st.text_input(
         "File" if kind == GGUF else "Folder", f"{place}/{name_of(run, steps)}{ending}" if place else "",
         key=f"out-{run.run_id}-{steps}{ending}", disabled=off,
-        help="On the machine that runs this dashboard; made if it is not there." + access.explained(),
+        help="On the machine that runs this dashboard; made if it is not there." + plain(access.explained()),
     )  # fmt: skip
     replace = st.toggle(
         "Replace an earlier export", key="replace", disabled=off,
@@ -119,8 +119,8 @@ def _checked(out: str, replace: bool) -> Path:
         raise OptionError("Name a folder to write.")
     if not out.isprintable():
         raise OptionError("The folder's name has characters that no file system takes; type it anew.")
+    access.require_destination(out.strip())
     folder = files.expanded(Path(out.strip())).absolute()
-    access.require_destination(str(folder))
     try:
         above = next((each for each in folder.parents if each.exists()), folder)
         if not above.is_dir() or not os.access(above, os.W_OK):
@@ -137,8 +137,8 @@ def _checked_file(out: str, replace: bool) -> Path:
         raise OptionError("Name a file to write.")
     if not out.isprintable():
         raise OptionError("The file's name has characters that no file system takes; type it anew.")
+    access.require_destination(out.strip())
     path = files.expanded(Path(out.strip())).absolute()
-    access.require_destination(str(path))
     try:
         above = next((each for each in path.parents if each.exists()), path)
         if not above.is_dir() or not os.access(above, os.W_OK):

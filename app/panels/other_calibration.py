@@ -96,7 +96,7 @@ def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> No
             chosen = st.multiselect(
                 "Measure both lists on", [*NAMED_TEXTS, *known], list(dict.fromkeys(asked)) or ["wikitext2"],
                 key=f"other-texts-{run.run_id}-{other.run_id}", accept_new_options=True,
-                help="Names, or paths of files on the server." + access.explained(),
+                help="Names, or paths of files on the server." + plain(access.explained()),
             )  # fmt: skip
         part = next((each.windows for each in texts if not each.is_whole), None)
         key = f"other-limit-{run.run_id}-{other.run_id}"

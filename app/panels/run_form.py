@@ -204,7 +204,7 @@ def _controls() -> Asked:
         value=_first("model"),
         key=_key("model"),
         help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
-        "a real model of 135 million parameters that comes with the installation." + access.explained(),
+        "a real model of 135 million parameters that comes with the installation." + plain(access.explained()),
     )
     method = method_column.selectbox(
         "Method",
@@ -281,7 +281,7 @@ def _calibration(source: str) -> Callable[[], str | None]:
             value=_first("other"),
             key=_key("other"),
             help="A .txt, .jsonl or .parquet file on the server (FILE:COLUMN), or NAME:CONFIG:SPLIT:COLUMN on the hub."
-            + access.explained(),
+            + plain(access.explained()),
         )
         return lambda: _named(name)
     if source == "upload":

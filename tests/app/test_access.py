@@ -212,7 +212,12 @@ def test_a_link_in_the_runs_folder_leads_nowhere_else(allow: Allow, places: Path
     assert data.load("from-allowed").run_id == "from-allowed"
     with pytest.raises(RunError, match="leads out of the folders"):
         data.load("from-other")
+    (places / "other" / "run" / "spec.json").write_text('{"a secret": 1}')  # and nothing is said of what is in it
     shown = {each.run_id for each in data.outlines() if not isinstance(each, RunError)}
+    assert [str(each) for each in data.outlines() if isinstance(each, RunError)] == [
+        "Run from-other is a link that leads out of the folders which this dashboard may use (--allow-path); it is not "
+        "shown."
+    ]
     assert "from-allowed" in shown
     assert "from-other" not in shown
 

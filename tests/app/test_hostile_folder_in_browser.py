@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import urllib.request
@@ -35,6 +34,7 @@ SLEB_DASHBOARD_READ_ONLY = "1"
 SLEB_DASHBOARD_ALLOW_PATH = "[]]"
 """
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sleb.cli.main import main; main()"
+SLEB = [sys.executable, "-P", "-c", START, str(ROOT), "dashboard"]
 """The `sleb` command of this checkout."""
 
 
@@ -55,19 +55,24 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir()
+    return home
+
+
 def listens(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(5)
         return probe.connect_ex((host, port)) == 0
 
 
-def test_no_file_of_the_current_folder_is_imported_or_changes_the_server(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", "-c", START, str(ROOT), "dashboard"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    home = tmp_path / "home"
-    home.mkdir()
+def test_no_file_of_the_current_folder_is_imported_or_changes_the_server(
+    folder: Path, home: Path, tmp_path: Path
+) -> None:
     with (
-        browser.server(home, command=command, folder=folder, environment=environment | {"PYTHONPATH": ""}) as address,
+        browser.server(home, command=SLEB, folder=folder, environment={"PYTHONPATH": ""}) as address,
         browser.tab(address) as tab,
     ):
         port = int(address.rpartition(":")[2])
@@ -86,3 +91,21 @@ def test_no_file_of_the_current_folder_is_imported_or_changes_the_server(folder:
         tab.page.locator(".js-plotly-plot .main-svg").first.wait_for()
         assert tab.said == []
     assert not (tmp_path / "imported").exists()
+
+
+@pytest.mark.parametrize("how", ["an option for Streamlit", "a variable of Streamlit's"])
+def test_whatever_opens_the_server_to_others_closes_its_paths(how: str, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    if how == "an option for Streamlit":
+        started = browser.server(home, "--server.address=0.0.0.0", command=SLEB)
+    else:
+        started = browser.server(home, environment={"STREAMLIT_SERVER_ADDRESS": "0.0.0.0"})
+    with started as address, browser.tab(address) as tab:
+        assert listens("127.0.0.2", int(address.rpartition(":")[2]))
+        tab.open("/")
+        model = tab.page.get_by_role("textbox", name="Model")
+        tab.until(tab.page.get_by_text("New run", exact=True), model)
+        model.fill(str(tmp_path / "model"))
+        model.press("Enter")
+        tab.page.get_by_text("--allow-path DIR").first.wait_for()
+        tab.page.get_by_role("button", name="Start", exact=True).wait_for(state="hidden")

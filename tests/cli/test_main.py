@@ -18,6 +18,7 @@ import sleb
 from sleb import specs
 from sleb.cli import terminal
 from sleb.cli.main import app
+from sleb.runtime import dashboard_files
 from tests.support import tiny
 from tests.support.command import run
 from tests.support.stores import write_many, write_run
@@ -314,6 +315,35 @@ def test_a_dashboard_that_cannot_listen_says_so(address: str, sentence: str) -> 
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_the_dashboard_may_is_handed_to_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its environment, and whatever the environment said before."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    for name in (dashboard_files.ALLOW_PATH, dashboard_files.READ_ONLY):
+        monkeypatch.setenv(name, "1")  # put back afterwards
+    (tmp_path / "a:b").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a:b")
+    port = f"--port={free_port()}"
+    run("dashboard", port, "--allow-path", tmp_path / "gone", code=2)
+    assert started == []
+    run("dashboard", port, "--allow-path", tmp_path / "link", "--allow-path", tmp_path, "--read-only")
+    assert json.loads(os.environ[dashboard_files.ALLOW_PATH]) == [str(tmp_path / "a:b"), str(tmp_path)]
+    assert os.environ[dashboard_files.READ_ONLY] == "1"
+    _, said = run("dashboard", port, "--address=0.0.0.0", "--server.maxUploadSize=1")
+    assert "--allow-path DIR" in said
+    assert (os.environ[dashboard_files.ALLOW_PATH], os.environ[dashboard_files.READ_ONLY]) == ("[]", "0")
+    assert started[1][-3:] == [port.replace("--", "--server."), "--server.address=0.0.0.0", "--server.maxUploadSize=1"]
+    assert started[1][1:3] == ["-P", str(dashboard_files.SERVER)]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_a_report_is_written_once(tmp_path: Path) -> None:

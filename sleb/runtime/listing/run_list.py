@@ -47,11 +47,14 @@ def _without_collection() -> Iterator[None]:
 
 
 class RunList:
-    """The runs of a folder, for all threads of a process."""
+    """The runs of a folder, for all threads of a process. `follows` says of a link in it whether it may be read."""
 
-    def __init__(self, folder: Path, index: IndexFile | None = None) -> None:
+    def __init__(
+        self, folder: Path, index: IndexFile | None = None, follows: Callable[[Path], bool] = lambda link: True
+    ) -> None:
         self._folder = folder
         self._index = index
+        self._follows = follows
         self._lock = threading.Lock()
         self._known: dict[str, Reading] | None = None
         self._shown: dict[str, Outline | RunError] = {}
@@ -103,7 +106,11 @@ class RunList:
     def _names(self) -> list[str]:
         found: list[str] = []
         with suppress(OSError), os.scandir(self._folder) as entries:
-            found = [each.name for each in entries if run_folder.is_run_id(each.name)]
+            found = [
+                each.name
+                for each in entries
+                if run_folder.is_run_id(each.name) and (not each.is_symlink() or self._follows(Path(each.path)))
+            ]
         return found
 
     def _readings(self) -> dict[str, Reading]:
@@ -180,9 +187,9 @@ def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
     return (RunList(folder) if folder else of_home(run_folder.home())).outlines()
 
 
-def of_home(home: Path) -> RunList:
+def of_home(home: Path, follows: Callable[[Path], bool] = lambda link: True) -> RunList:
     """The runs in a home folder, with the index that is kept there."""
-    return RunList(home / "runs", IndexFile(home / "cache" / "run-index.sqlite"))
+    return RunList(home / "runs", IndexFile(home / "cache" / "run-index.sqlite"), follows)
 
 
 def _may_change(reading: Reading) -> bool:

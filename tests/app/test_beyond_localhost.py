@@ -55,7 +55,7 @@ def test_the_form_takes_paths_below_the_folders_only_and_says_which(
     allow(tiny_model)
     app.run()
     assert "Start" in labels(app)
-    assert str(tiny_model) in app.text_input(key="new-model").help
+    assert str(tiny_model) in app.text_input(key="new-model").help.replace("\\", "")
     app.selectbox(key="new-source").set_value("other").run()
     app.text_input(key="new-other").set_value(str(text_file)).run()
     assert "is not below" in said(app)
