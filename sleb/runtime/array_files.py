@@ -15,24 +15,30 @@ from sleb.runtime.files import inside, read_regular
 
 MOST_ARRAY_BYTES = 2**31
 """Size in bytes above which arrays are not read: the scores of a step take megabytes."""
-NO_ARRAYS = (
-    OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError,
-    SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error, RunError,
+NO_ARRAYS = (OSError, ValueError, RunError, KeyError, TypeError)
+"""What reading an `.npz` file raises, and looking for a name or a type in it, where it is missing or damaged."""
+_DAMAGED = (
+    KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError, SyntaxError,
+    RuntimeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-"""What reading an `.npz` file raises that is missing, damaged, too large, or was made to do damage."""
+"""What reading one raises beside `ValueError` that is damaged, or was made to do damage."""
 
 
 def read_arrays(root: Path, *parts: str) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file of a run folder, by name. Raises one of `NO_ARRAYS`."""
-    data = read_regular(inside(root, *parts), MOST_ARRAY_BYTES)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = archive.infolist()
-        if sum(each.file_size for each in members) > MOST_ARRAY_BYTES:
-            raise ValueError(f"its arrays have more than {MOST_ARRAY_BYTES:,} bytes")
-        for each in members:
-            _require_as_large_as_promised(archive, each)
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return dict(arrays)
+    """The arrays of an `.npz` file of a run folder, by name. Raises `ValueError`, `OSError` or `RunError`."""
+    data = io.BytesIO(read_regular(inside(root, *parts), MOST_ARRAY_BYTES))
+    try:
+        with zipfile.ZipFile(data) as archive:
+            members = archive.infolist()
+            if sum(each.file_size for each in members) > MOST_ARRAY_BYTES:
+                raise ValueError(f"its arrays are longer than {MOST_ARRAY_BYTES >> 20} MiB")
+            for each in members:
+                _require_as_large_as_promised(archive, each)
+        data.seek(0)
+        with np.load(data, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except _DAMAGED as error:
+        raise ValueError(f"it holds no arrays ({type(error).__name__})") from error
 
 
 def _require_as_large_as_promised(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:

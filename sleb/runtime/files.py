@@ -86,9 +86,9 @@ def open_regular(path: Path, flags: int) -> int:
 def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     """The bytes of a regular file that is not a link. Raises `OSError`, and `ValueError` for one above `most` bytes."""
     with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise ValueError(f"it has more than {most:,} bytes")
+        data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if data is None or len(data) > most:
+        raise ValueError(f"it is longer than {most >> 20} MiB")
     return data
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sleb.runtime import files
+from sleb.runtime import array_files, files
 
 
 def huge(path: Path) -> Path:
@@ -22,7 +22,7 @@ def huge(path: Path) -> Path:
 
 
 def test_a_record_or_text_longer_than_any_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    for read in (files.read_json, files.read_bytes, files.read_text, files.read_arrays):
+    for read in (files.read_json, files.read_regular, array_files.read_arrays):
         with pytest.raises(ValueError, match="it is longer than"):
             read(huge(tmp_path / "huge"))
 
@@ -30,12 +30,12 @@ def test_a_record_or_text_longer_than_any_is_refused_before_it_is_read(tmp_path:
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(ValueError, match="no regular file"):
-            files.read_bytes(place)
-        with pytest.raises(ValueError, match="no regular file"):
-            files.read_arrays(place)
+        with pytest.raises(ValueError, match="not a regular file"):
+            files.read_regular(place)
+        with pytest.raises(ValueError, match="not a regular file"):
+            array_files.read_arrays(place)
     with pytest.raises(FileNotFoundError):
-        files.read_arrays(tmp_path / "gone")
+        array_files.read_arrays(tmp_path / "gone")
 
 
 def header(shape: str) -> bytes:
@@ -60,14 +60,14 @@ def test_arrays_made_to_do_damage_are_a_value_error(member: bytes, tmp_path: Pat
     with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as packed:
         packed.writestr("nats.npy", member)
     with pytest.raises(ValueError, match=r"."):
-        np.asarray(files.read_arrays(tmp_path / "arrays.npz")["nats"], dtype=float)
+        np.asarray(array_files.read_arrays(tmp_path / "arrays.npz")["nats"], dtype=float)
 
 
 def test_arrays_that_unpack_to_more_than_they_may_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, nats=np.zeros(1_000_000))
     (tmp_path / "bomb.npz").write_bytes(buffer.getvalue())
-    assert files.read_arrays(tmp_path / "bomb.npz")["nats"].shape == (1_000_000,)
-    monkeypatch.setattr(files, "MOST_ARRAY_BYTES", 4_000_000)
+    assert array_files.read_arrays(tmp_path / "bomb.npz")["nats"].shape == (1_000_000,)
+    monkeypatch.setattr(array_files, "MOST_ARRAY_BYTES", 4_000_000)
     with pytest.raises(ValueError, match="its arrays are longer than"):
-        files.read_arrays(tmp_path / "bomb.npz")
+        array_files.read_arrays(tmp_path / "bomb.npz")
