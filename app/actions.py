@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from app import access, data
 from sleb.errors import NotPermitted, SlebError, UnconfirmedNames, printable
 from sleb.records import JobSpec, Permissions, Run, RunSpec
-from sleb.runtime import job_folder, job_processes, origin, run_folder
+from sleb.runtime import job_folder, origin, run_folder
+from sleb.runtime.processes import job_processes
 
 
 def begin(spec: RunSpec, job: JobSpec) -> Run:

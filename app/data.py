@@ -23,13 +23,14 @@ from sleb.analysis.token_sample import Tokens
 from sleb.errors import RunError, quoted
 from sleb.methods import step_evidence as evidence_of_step
 from sleb.methods.statistics import Comparison
-from sleb.model import block_count
+from sleb.model.inspection import block_count
 from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Permissions, Run, Step
-from sleb.runtime import files, findings_folder, job_folder, job_processes, run_folder
+from sleb.runtime import files, findings_folder, job_folder, run_folder
 from sleb.runtime import run_index as outlines_of
 from sleb.runtime.dashboard_files import SAMPLES
 from sleb.runtime.listing import run_list
 from sleb.runtime.listing.run_list import RunList
+from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
 
 LOOKED_AT = 1000

@@ -10,7 +10,7 @@ from app import data
 from sleb.formats.list_formats import display_name
 from sleb.records import Baseline, JobState, Run, RunSpec, Step
 from sleb.report.figures import style
-from sleb.runtime import progress
+from sleb.runtime.processes import progress
 from sleb.runtime.run_index import Outline, Standing
 
 Colour = Literal["gray", "blue", "green", "red", "orange"]

@@ -22,7 +22,8 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support import browser, stores
+from tests.support import browser
+from tests.support.runs import stores
 
 PAGES = {
     "runs": '[data-testid="stDataFrame"]',

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.support import stores
+from tests.support.runs import stores
 
 COMMAND = "import sys\nfrom sleb.cli.main import main\nsys.argv = ['sleb', 'runs'{}]\nmain()"
 PLAIN_TABLE = """
@@ -38,7 +38,8 @@ PLAIN_JSON = """
 import json
 from sleb.cli import main
 from sleb.formats.run_json import summary
-from sleb.runtime import job_processes, run_folder
+from sleb.runtime import run_folder
+from sleb.runtime.processes import job_processes
 rows = [{**summary(run), "state": job_processes.state_of(run).value} for run in run_folder.list_runs()]
 print(json.dumps({"runs": rows}))
 """

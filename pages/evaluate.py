@@ -17,8 +17,8 @@ from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
 from sleb.report.summaries import gates, list_curves
 from sleb.report.summaries.list_curves import Curves
-from sleb.runtime import job_processes
 from sleb.runtime.findings_folder import of_kind
+from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import findings_signature
 
 MISSING = {

@@ -27,7 +27,8 @@ from app.wording import (
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
 from sleb.records import Job, JobSpec, JobState, Run, RunSpec
-from sleb.runtime import job_processes, origin
+from sleb.runtime import origin
+from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 1.5

@@ -16,7 +16,7 @@ from sleb.records import JobState, Method, Run
 from sleb.report.figures import steps as charts
 from sleb.report.figures import style
 from sleb.report.summaries import step_comparison
-from sleb.runtime import job_processes
+from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 2.0

@@ -50,7 +50,7 @@ import sleb
 from sleb.cli.main import main as command_line
 from sleb.errors import SlebError, Stopped
 from sleb.records import Baseline, Progress, Step
-from sleb.runtime.progress import Watcher
+from sleb.runtime.processes.progress import Watcher
 from tests.support import gguf_files, tiny
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__

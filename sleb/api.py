@@ -25,8 +25,9 @@ from sleb.records import (
     QuantizeSpec,
     Run,
 )
-from sleb.runtime import files, findings_folder, job_processes, run_folder
-from sleb.runtime.progress import Watcher
+from sleb.runtime import files, findings_folder, run_folder
+from sleb.runtime.processes import job_processes
+from sleb.runtime.processes.progress import Watcher
 from sleb.specs import job_spec, run_spec, validated
 
 

@@ -9,10 +9,11 @@ from os import PathLike
 from pathlib import Path
 
 from sleb.errors import RunBusy
-from sleb.model import presence
+from sleb.model.inspection import presence
 from sleb.records import Forecast, JobSpec, JobState, Permissions, Run, RunSpec
-from sleb.runtime import distributed, job_folder, job_processes, origin, run_folder
-from sleb.runtime.progress import WaitingWatcher, Watcher
+from sleb.runtime import job_folder, origin, run_folder
+from sleb.runtime.processes import distributed, job_processes
+from sleb.runtime.processes.progress import WaitingWatcher, Watcher
 from sleb.specs import job_spec
 
 

@@ -22,8 +22,8 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel, weights_hash
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
 from sleb.runtime import record_files, run_folder, trace_file
-from sleb.runtime.distributed import Group
-from sleb.runtime.progress import Meter, Watcher
+from sleb.runtime.processes.distributed import Group
+from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring import calibration, speedups
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of

@@ -21,8 +21,9 @@ from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import load_run_model
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Attempt, Job, JobSpec, Permissions, Run
-from sleb.runtime import distributed, job_folder, job_processes, run_folder
-from sleb.runtime.progress import Meter, Watcher
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import distributed, job_processes
+from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring import calibration
 from sleb.search_job import Session
 

@@ -34,11 +34,11 @@ WITHOUT_TORCH = (
 )
 """Packages of which every module loads without torch."""
 TORCH_FREE_MODULES = (
-    "sleb.model.block_count",
+    "sleb.model.inspection.block_count",
     "sleb.model.demo",
-    "sleb.model.gguf_header",
-    "sleb.model.model_files",
-    "sleb.model.presence",
+    "sleb.model.inspection.gguf_header",
+    "sleb.model.inspection.model_files",
+    "sleb.model.inspection.presence",
     "sleb.scoring.sweep_plan",
     "sleb.analysis.block_output_cache",
     "sleb.analysis.prediction_alignment",

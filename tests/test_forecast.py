@@ -18,11 +18,11 @@ from sleb.cli.main import app
 from sleb.errors import OptionError, RunError
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
-from sleb.model import block_count
+from sleb.model.inspection import block_count
 from sleb.records import JobState, Method, RunSpec
 from sleb.runtime import run_folder, run_index, trace_file
 from sleb.runtime.listing import run_list
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 def options(text_file: Path, **changes: object) -> dict[str, object]:

@@ -17,8 +17,9 @@ from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, Run
 from sleb.formats.run_json import summary
 from sleb.model.block_stack import BlockStack
 from sleb.records import JobSpec, JobState, Step
-from sleb.runtime import job_folder, job_processes, trace_file
-from sleb.runtime.progress import Meter, Watcher
+from sleb.runtime import job_folder, trace_file
+from sleb.runtime.processes import job_processes
+from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring.sweep import plain_nll
 from tests.support import tiny
 from tests.support.families import build

@@ -14,7 +14,7 @@ from typing import Any
 import streamlit as st
 
 from sleb.records import Generation
-from sleb.runtime.progress import duration
+from sleb.runtime.processes.progress import duration
 
 _HERE = Path(__file__).resolve().parent
 _VIEW = st.components.v2.component(

@@ -22,7 +22,8 @@ from sleb.export.destination import Destination
 from sleb.export.finished_exports import Export, read_exports
 from sleb.records import Job, JobSpec, JobState, Run
 from sleb.report import build
-from sleb.runtime import files, job_folder, job_processes
+from sleb.runtime import files, job_folder
+from sleb.runtime.processes import job_processes
 
 FOLDER, GGUF = "hf", "gguf"  # as `JobSpec.format` has them
 _ABOUT = {

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from app import access
 from sleb.formats import command_line
 from sleb.records import Forecast, JobSpec, RunSpec
-from sleb.runtime.job_processes import own_command
+from sleb.runtime.processes.job_processes import own_command
 
 PATIENCE_SECONDS = 900.0
 

@@ -18,7 +18,8 @@ from app.wording import duration, in_fields, plain, state_word
 from sleb.errors import SlebError
 from sleb.evaluation import request
 from sleb.records import Job, JobState, RemovalList, Run
-from sleb.runtime import job_folder, job_processes, run_index
+from sleb.runtime import job_folder, run_index
+from sleb.runtime.processes import job_processes
 
 WORDS = {
     "evaluate": "Measuring what lists cost",

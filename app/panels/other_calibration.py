@@ -14,8 +14,8 @@ from sleb.errors import RunError
 from sleb.records import NAMED_TEXTS, EvaluateSpec, Finding, Run, TextPerplexity
 from sleb.report.figures import evaluate
 from sleb.report.summaries.list_curves import lists_of
-from sleb.runtime import job_processes
 from sleb.runtime.findings_folder import of_kind
+from sleb.runtime.processes import job_processes
 
 
 def draw(run: Run, findings: Sequence[Finding], busy: bool) -> None:

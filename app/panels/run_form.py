@@ -19,7 +19,8 @@ from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
 from sleb.records import Forecast, JobSpec, Method, RunSpec
 from sleb.report.figures import style
-from sleb.runtime import device_queue, files, run_folder
+from sleb.runtime import files, run_folder
+from sleb.runtime.processes import device_queue
 
 UPLOAD_BYTES = 8 << 20
 _SOURCES = {

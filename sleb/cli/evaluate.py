@@ -33,7 +33,8 @@ from sleb.cli.options import (
 from sleb.errors import BadInput, OptionError, RunBusy, RunError, quoted
 from sleb.evaluation import request
 from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, JobSpec, Permissions, QuantizeSpec
-from sleb.runtime import files, findings_folder, job_processes, run_folder
+from sleb.runtime import files, findings_folder, run_folder
+from sleb.runtime.processes import job_processes
 
 WHICH, WHAT = "Which list", "What is measured"
 

@@ -14,7 +14,8 @@ from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames, quoted
 from sleb.evaluation import request
 from sleb.formats.run_json import finding, summary
 from sleb.records import JobSpec, Permissions, Run
-from sleb.runtime import findings_folder, job_processes, origin, run_folder
+from sleb.runtime import findings_folder, origin, run_folder
+from sleb.runtime.processes import job_processes
 
 
 def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:

@@ -27,7 +27,8 @@ from sleb.cli.options import (
 from sleb.cli.output import say
 from sleb.errors import OptionError, RunBusy, RunError, quoted
 from sleb.records import JobState, Permissions
-from sleb.runtime import dashboard_files, distributed, files, job_folder, job_processes, run_folder
+from sleb.runtime import dashboard_files, files, job_folder, run_folder
+from sleb.runtime.processes import distributed, job_processes
 
 _NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
 

@@ -16,9 +16,10 @@ from sleb.cli.output import fail, put, require_yes, say
 from sleb.cli.terminal import MOST_SHOWN, print_runs, table
 from sleb.errors import OptionError, RunError
 from sleb.formats.run_json import listed_text, summary_text
-from sleb.runtime import job_processes, run_folder
+from sleb.runtime import run_folder
 from sleb.runtime.listing import run_list
-from sleb.runtime.progress import duration
+from sleb.runtime.processes import job_processes
+from sleb.runtime.processes.progress import duration
 from sleb.runtime.run_index import Outline
 
 

@@ -55,8 +55,9 @@ from sleb.cli.output import put
 from sleb.cli.terminal import table
 from sleb.errors import BadInput, OptionError, RunError, quoted
 from sleb.records import Forecast, JobSpec, Method, Permissions, RunSpec
-from sleb.runtime import files, job_processes, run_folder
-from sleb.runtime.progress import duration
+from sleb.runtime import files, run_folder
+from sleb.runtime.processes import job_processes
+from sleb.runtime.processes.progress import duration
 
 
 def search(

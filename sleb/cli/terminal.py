@@ -18,8 +18,9 @@ from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
 from sleb.records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
 from sleb.records import Progress as Done
-from sleb.runtime import job_processes, run_folder
-from sleb.runtime.progress import Watcher, duration
+from sleb.runtime import run_folder
+from sleb.runtime.processes import job_processes
+from sleb.runtime.processes.progress import Watcher, duration
 from sleb.runtime.run_index import Outline
 
 _TIED_SHOWN = 6

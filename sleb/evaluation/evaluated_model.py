@@ -21,7 +21,7 @@ from sleb.model.generation import positions_of
 from sleb.model.loading import LoadedModel
 from sleb.records import Finding, JobSpec, RemovalList, Run, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
-from sleb.runtime.progress import Meter
+from sleb.runtime.processes.progress import Meter
 from sleb.scoring.sweep import Scorer
 
 F = TypeVar("F", bound=Finding)

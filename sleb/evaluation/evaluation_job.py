@@ -13,7 +13,7 @@ from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_weights
 from sleb.records import EvaluateSpec, Job, JobSpec, Run
 from sleb.runtime import record_files
-from sleb.runtime.progress import Meter, Watcher
+from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring.stack_description import describe
 
 EVALUATORS: dict[str, Any] = {

@@ -15,7 +15,7 @@ from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_weights
 from sleb.records import Job, JobSpec, Run
 from sleb.runtime import findings_folder, job_folder
-from sleb.runtime.progress import Meter
+from sleb.runtime.processes.progress import Meter
 
 
 @dataclass(frozen=True)

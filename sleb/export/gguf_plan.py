@@ -17,7 +17,8 @@ from typing import Any
 from sleb.errors import ExportError, ModelError, OptionError, excerpt
 from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
-from sleb.model import demo, gguf_header
+from sleb.model import demo
+from sleb.model.inspection import gguf_header
 from sleb.records import JobSpec, Run
 from sleb.runtime import files
 

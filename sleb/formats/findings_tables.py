@@ -17,7 +17,7 @@ from sleb.records import (
     Timing,
 )
 from sleb.runtime.findings_folder import of_kind
-from sleb.runtime.progress import duration
+from sleb.runtime.processes.progress import duration
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import xxhash
 from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
-from sleb.model import demo, gguf_header, model_files
-from sleb.model.presence import is_path, not_there, require_file
+from sleb.model import demo
+from sleb.model.inspection import gguf_header, model_files
+from sleb.model.inspection.presence import is_path, not_there, require_file
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from sleb.errors import RunError
 from sleb.records import Baseline, JobState, JobStatus, Measured, RunSpec, Step
 from sleb.records.base import Record
-from sleb.runtime import findings_folder, job_folder, job_processes, record_files, trace_file
+from sleb.runtime import findings_folder, job_folder, record_files, trace_file
 from sleb.runtime.files import inside, parse_json, read_json_inside, read_regular
+from sleb.runtime.processes import job_processes
 
 
 class Standing(Record):

@@ -18,7 +18,7 @@ import torch
 
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import is_out_of_memory
-from sleb.runtime.progress import duration
+from sleb.runtime.processes.progress import duration
 from sleb.scoring.causal_attention import PiecewiseAttention
 from sleb.scoring.compiled_blocks import CompiledBlocks
 from sleb.scoring.packed_linear import PackedWeights

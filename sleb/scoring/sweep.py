@@ -17,7 +17,7 @@ from sleb.errors import ScoringError
 from sleb.model.block_stack import BlockStack, Stream
 from sleb.model.out_of_memory import in_batches, is_out_of_memory
 from sleb.model.streaming import size
-from sleb.runtime.distributed import Group
+from sleb.runtime.processes.distributed import Group
 from sleb.scoring.sweep_plan import Cost, SkipSet, cost_of, itinerary
 from sleb.scoring.token_loss import NOTHING, UPCAST_BYTES, kind_of, token_nll
 

@@ -23,7 +23,7 @@ from sleb.analysis.similarity import (
 from sleb.errors import ScoringError
 from sleb.model.block_stack import BlockStack
 from tests.support.families import build, token_ids
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 def test_cosine_of_vectors_made_by_hand() -> None:

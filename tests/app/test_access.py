@@ -15,7 +15,7 @@ from sleb.evaluation import request
 from sleb.records import EvaluateSpec, HealSpec, JobSpec, QuantizeSpec, RunSpec
 from sleb.runtime import dashboard_files, run_folder
 from tests.support.dashboard import Allow, started_with
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 @pytest.fixture

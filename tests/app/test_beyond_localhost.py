@@ -9,10 +9,10 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from sleb.records import Job, JobState
-from sleb.runtime import job_processes
-from tests.support import judged
+from sleb.runtime.processes import job_processes
 from tests.support.dashboard import Allow, open_page, press, started_with, words
-from tests.support.stores import write_run
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 STARTING = {
     "Run the demo", "New run", "Resume", "Stop", "Duplicate", "Delete", "Start", "Estimate the time", "Evaluate",

@@ -14,9 +14,9 @@ from sleb.errors import UnconfirmedNames
 from sleb.evaluation import request
 from sleb.records import EvaluateSpec, JobSpec, JobState, JobStatus, Run
 from sleb.runtime import job_folder, origin, run_folder
-from tests.support import judged
 from tests.support.dashboard import open_page, press, words
-from tests.support.stores import write_run
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 MODEL = "<img src=x onerror=alert(1)>[x](javascript:alert(1))"
 READ, LEAVE = "Read them", "Leave it"

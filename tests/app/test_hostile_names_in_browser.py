@@ -15,9 +15,10 @@ import pytest
 from sleb.records import JobState
 from sleb.report import build
 from sleb.runtime import findings_folder, job_folder, origin, run_folder
-from tests.support import browser, judged
+from tests.support import browser
 from tests.support.exports import export_job, proof
-from tests.support.stores import write_run
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 pytestmark = browser.NEEDED
 

@@ -11,7 +11,8 @@ import pytest
 import sleb
 from app.panels import forecast_process
 from sleb.records import Forecast
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import job_processes
 from sleb.specs import job_spec, run_spec
 from tests.support import tiny
 from tests.support.command import SLEB

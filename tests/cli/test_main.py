@@ -21,7 +21,7 @@ from sleb.cli.main import app
 from sleb.runtime import dashboard_files
 from tests.support import tiny
 from tests.support.command import run
-from tests.support.stores import write_many, write_run
+from tests.support.runs.stores import write_many, write_run
 
 
 @pytest.fixture
@@ -196,7 +196,8 @@ def test_the_smaller_model_is_written_and_proved(arguments: list[object], tmp_pa
 
 def test_work_executes_what_is_waiting(tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
     """What the dashboard does: write the spec and the job, start a process, look at files."""
-    from sleb.runtime import job_processes, run_folder
+    from sleb.runtime import run_folder
+    from sleb.runtime.processes import job_processes
 
     spec = specs.run_spec(
         str(tiny_model), calibration=str(text_file), sequences=3, sequence_length=16, remove=1, analysis=False
@@ -215,7 +216,8 @@ def test_work_executes_what_is_waiting(tiny_model: Path, text_file: Path, tmp_pa
 
 
 def test_a_failed_job_keeps_its_sentence_and_its_log(tiny_model: Path, tmp_path: Path) -> None:
-    from sleb.runtime import job_processes, run_folder
+    from sleb.runtime import run_folder
+    from sleb.runtime.processes import job_processes
 
     spec = specs.run_spec(str(tiny_model), calibration=str(tmp_path / "gone.txt"), sequence_length=16, remove=1)
     made = run_folder.create(spec)

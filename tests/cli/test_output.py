@@ -16,7 +16,7 @@ import sleb
 from sleb.errors import MOST_CHARACTERS
 from tests.support.command import run
 from tests.support.paths import ROOT
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 @pytest.mark.parametrize(

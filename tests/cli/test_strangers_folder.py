@@ -11,10 +11,11 @@ import pytest
 import sleb
 from sleb.errors import NotPermitted, RunError, SlebError, UnconfirmedNames
 from sleb.records import EvaluateSpec, JobSpec, Permissions, QuantizeSpec, Run
-from sleb.runtime import job_folder, job_processes, origin, run_folder
+from sleb.runtime import job_folder, origin, run_folder
+from sleb.runtime.processes import job_processes
 from tests.support import tiny
 from tests.support.command import run as command
-from tests.support.strangers import from_elsewhere, with_own_code
+from tests.support.runs.strangers import from_elsewhere, with_own_code
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
 from sleb.records import GenerateSpec, Generation, Progress, RemovalList
 from sleb.runtime import findings_folder
-from sleb.runtime.progress import Meter, Watcher
+from sleb.runtime.processes.progress import Meter, Watcher
 from tests.support import tiny
 from tests.support.families import POSITIONS, build
 

@@ -21,10 +21,12 @@ from sleb.cli.main import app
 from sleb.errors import OptionError, RunError, SlebError
 from sleb.evaluation import request
 from sleb.records import EvaluateSpec, JobState, TextPerplexity
-from sleb.runtime import findings_folder, job_folder, job_processes
+from sleb.runtime import findings_folder, job_folder
+from sleb.runtime.processes import job_processes
 from sleb.scoring.sweep import Scorer
-from tests.support import judged, tiny
-from tests.support.stores import write_run
+from tests.support import tiny
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 
 @pytest.fixture

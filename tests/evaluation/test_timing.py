@@ -21,7 +21,7 @@ from sleb.evaluation import request
 from sleb.model.block_stack import find_stack
 from sleb.records import BenchmarkSpec, Progress, RemovalList, Timing
 from sleb.runtime import findings_folder
-from sleb.runtime.progress import Watcher
+from sleb.runtime.processes.progress import Watcher
 from tests.support import tiny
 from tests.support.families import HEADS, HIDDEN, KV_HEADS, MIXED, POSITIONS, WINDOW, build
 

@@ -25,7 +25,8 @@ from sleb.export.gguf_plan import plan_cut, require_free
 from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
 from sleb.report import build
-from sleb.runtime import job_folder, job_processes
+from sleb.runtime import job_folder
+from sleb.runtime.processes import job_processes
 from tests.pages.test_export import WRITE
 from tests.support import gguf_files
 from tests.support.command import run as command
@@ -33,7 +34,7 @@ from tests.support.dashboard import open_page, press, words
 from tests.support.exports import export_job
 from tests.support.exports import proof as some_proof
 from tests.support.paths import ROOT
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 SEARCH = ["--sequences", 4, "--sequence-length", 24, "--dtype", "float32", "--no-analysis", "--remove", 2]
 

@@ -25,8 +25,9 @@ from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, Qu
 from sleb.specs import job_spec, run_spec
 from tests.fuzz import values
 from tests.fuzz.harness import Breach, Sandbox, watch_files
-from tests.support import gguf_files, judged, tiny
-from tests.support.stores import write_run
+from tests.support import gguf_files, tiny
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 Target = Callable[[values.Draws, "Bench"], None]
 

@@ -485,7 +485,7 @@ def test_a_swap_that_does_not_do_what_it_says_is_not_believed(run: sleb.Run, cha
 
 def test_work_is_forecast_and_extended_by_each_swap(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sleb.records import Progress
-    from sleb.runtime.progress import Meter
+    from sleb.runtime.processes.progress import Meter
 
     totals: list[float] = []
     done, phases = 0.0, []

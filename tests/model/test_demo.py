@@ -16,8 +16,9 @@ import torch
 import sleb
 from sleb import execution, forecast, search_job, specs
 from sleb.errors import BadInput
-from sleb.model import block_count, demo
+from sleb.model import demo
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
+from sleb.model.inspection import block_count
 from sleb.model.loading import convert_gguf
 from sleb.scoring.sweep import head_weight
 from tests.support.paths import ROOT

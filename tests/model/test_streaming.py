@@ -27,7 +27,8 @@ from sleb.model import streaming
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel, load_model, weights_hash
 from sleb.model.streaming import StreamedBlocks, streamed_blocks
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import job_processes
 from sleb.scoring.self_check import self_check
 from sleb.scoring.sweep import Scorer
 from tests.support import tiny

@@ -17,7 +17,7 @@ from sleb.records import Alignment, ExitStatistics, JobState, Passage, PassageTo
 from sleb.report.figures import alignment
 from sleb.runtime import record_files
 from tests.support.dashboard import charts, open_page, words
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 PREDICTIONS = np.array([[7, 1, 2, 9], [5, 1, 3, 9], [5, 1, 2, 4], [5, 1, 2, 3]])  # 4 blocks, 4 tokens
 """Token 0 is decided after block 1, token 1 after 0, token 2 after 0 and settles after 2, token 3 at the end."""

@@ -15,7 +15,7 @@ from sleb.records import JobState, Method, RunSpec
 from sleb.report.figures import compare, style
 from sleb.runtime import run_folder
 from tests.support.dashboard import charts, open_page, words
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 SAMPLES = [method.value for method in Method]
 

@@ -13,7 +13,7 @@ import pytest
 from sleb.export import finished_exports
 from sleb.runtime import files, job_folder, run_folder
 from tests.support.dashboard import open_page, words
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 PAGES = ("runs", "similarity", "alignment", "steps", "compare", "export")
 

@@ -34,12 +34,13 @@ from sleb.records import (
 )
 from sleb.report.figures import evaluate
 from sleb.report.summaries import list_curves
-from sleb.runtime import findings_folder, job_folder, job_processes, record_files, run_folder, run_index
+from sleb.runtime import findings_folder, job_folder, record_files, run_folder, run_index
 from sleb.runtime.findings_folder import of_kind
-from tests.support import judged
+from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack
 from tests.support.dashboard import ROOT, charts, press, words
-from tests.support.stores import write_run
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 
 @pytest.fixture

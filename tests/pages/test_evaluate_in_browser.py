@@ -10,8 +10,9 @@ import pytest
 from sleb import api
 from sleb.records import TextPerplexity
 from sleb.runtime import findings_folder, run_folder
-from tests.support import browser, judged
-from tests.support.stores import write_run
+from tests.support import browser
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="no browser found: python -m tests.support.browser gets one"

@@ -13,10 +13,11 @@ from sleb.export import finished_exports
 from sleb.formats.list_formats import FORMATS, in_words, render
 from sleb.records import Job, JobState, Permissions, Progress, RunSpec
 from sleb.report import build
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import job_processes
 from tests.support.dashboard import charts, open_page, press, words
 from tests.support.exports import export_job, proof
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 WRITE = "Write the smaller model"
 

@@ -15,9 +15,10 @@ from app.wording import plain
 from sleb import specs
 from sleb.errors import CalibrationError, RunError
 from sleb.records import Job, JobState, Method
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import job_processes
 from tests.support.dashboard import ROOT, open_page, press, words
-from tests.support.stores import write_many, write_run
+from tests.support.runs.stores import write_many, write_run
 
 
 @pytest.fixture

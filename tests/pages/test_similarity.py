@@ -17,7 +17,7 @@ from sleb.report.figures import similarity
 from sleb.report.summaries import block_pair
 from sleb.runtime import record_files, run_folder
 from tests.support.dashboard import charts, open_page, words
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 @pytest.fixture

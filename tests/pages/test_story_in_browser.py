@@ -11,9 +11,10 @@ from playwright.sync_api import expect
 
 from sleb.formats.list_formats import FORMATS, render
 from sleb.records import JobState
-from sleb.runtime import job_processes, run_folder
+from sleb.runtime import run_folder
+from sleb.runtime.processes import job_processes
 from tests.support import browser, tiny
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="no browser found: python -m tests.support.browser gets one"

@@ -22,7 +22,7 @@ from sleb.runtime import job_folder, record_files, run_folder
 from tests.support import browser
 from tests.support.dashboard import ROOT
 from tests.support.exports import export_job, proof
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 HOSTILE = "<script>alert(1)</script>/x\"'&<b>"
 

@@ -14,7 +14,8 @@ import pytest
 
 from sleb.errors import RunBusy, RunError, StorageError
 from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
-from sleb.runtime import files, job_folder, job_processes, record_files, run_folder, trace_file
+from sleb.runtime import files, job_folder, record_files, run_folder, trace_file
+from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack, make_step, measured
 from tests.support.command import run as command
 from tests.support.paths import ROOT
@@ -219,7 +220,7 @@ def test_two_workers_never_execute_the_same_run(run: Run) -> None:
             job_processes.require_idle(run_folder.load(run.run_id))
         code = f"""
 from pathlib import Path
-from sleb.runtime import job_processes
+from sleb.runtime.processes import job_processes
 from sleb.errors import RunBusy
 try:
     with job_processes.executing(Path({str(second.directory)!r})):
@@ -239,7 +240,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from sleb.records import JobSpec, RunSpec
-from sleb.runtime import files, job_folder, job_processes, run_folder
+from sleb.runtime import files, job_folder, run_folder
+from sleb.runtime.processes import job_processes
 name, folder = sys.argv[1], Path(sys.argv[2])
 files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if name == "run":

@@ -13,8 +13,9 @@ from app import data
 from sleb import specs
 from sleb.cli.main import app
 from sleb.errors import RunError, SlebError
-from sleb.runtime import job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
 from sleb.runtime.dashboard_files import SAMPLES
+from sleb.runtime.processes import job_processes
 
 NAME = data.SAMPLE
 

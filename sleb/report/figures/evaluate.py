@@ -16,7 +16,7 @@ from sleb.report.figures import compare, style
 from sleb.report.summaries.gates import Reading, as_bytes, in_words
 from sleb.report.summaries.list_curves import Curves, Line, Point, proportional
 from sleb.runtime.findings_folder import of_kind
-from sleb.runtime.progress import duration
+from sleb.runtime.processes.progress import duration
 
 READABLE = 30
 """A perplexity so many times the baseline's leaves the chart at its upper edge."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from sleb.runtime.device_queue import alive
+from sleb.runtime.processes.device_queue import alive
 
 FOREIGN_SECONDS = 24 * 3600.0
 """What another host's writer has not touched for so long is abandoned: its process cannot be asked."""

@@ -15,7 +15,7 @@ from sleb.records import JobState, Method, Run
 from sleb.report import build
 from sleb.report.figures import steps as step_charts
 from tests.support.dashboard import charts, open_page, words
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 
 def payload(run: Run) -> dict:  # type: ignore[type-arg]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support import browser
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 pytestmark = pytest.mark.skipif(
     browser.find() is None, reason="no browser found: python -m tests.support.browser gets one"

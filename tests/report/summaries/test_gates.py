@@ -11,8 +11,18 @@ from sleb.records import Run, RunSpec, TaskAccuracy, TextPerplexity
 from sleb.report.summaries import list_curves
 from sleb.report.summaries.gates import Gate, Reading, Unit, as_bytes, in_words, judge, span
 from sleb.runtime import findings_folder, record_files, run_folder
-from tests.support.judged import accuracy, everything, facts, keep, lists_of, perplexity, quantization, text, timing
-from tests.support.stores import write_run
+from tests.support.runs.judged import (
+    accuracy,
+    everything,
+    facts,
+    keep,
+    lists_of,
+    perplexity,
+    quantization,
+    text,
+    timing,
+)
+from tests.support.runs.stores import write_run
 
 
 def gate(

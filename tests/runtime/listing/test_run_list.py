@@ -24,7 +24,7 @@ from sleb.runtime.listing import index_file, run_list
 from sleb.runtime.run_index import Outline
 from tests.support.command import run as command
 from tests.support.paths import DATA
-from tests.support.stores import write_run
+from tests.support.runs.stores import write_run
 
 KINDS = ("metric3", "swap", "evaluation", "metric3-interrupted", "metric3-queued", "failed")
 RECORDED = DATA / "compatibility" / "0.1.0" / "home" / "runs"

@@ -16,7 +16,8 @@ import sleb
 from sleb import execution
 from sleb.errors import ModelError, RunBusy
 from sleb.records import JobSpec, JobState, JobStatus, Run, RunSpec
-from sleb.runtime import device_queue, job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import device_queue, job_processes
 from tests.support.command import run as command
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from sleb.errors import ModelError
-from sleb.model import gguf_header
-from sleb.model.block_count import num_blocks
+from sleb.model.inspection import gguf_header
+from sleb.model.inspection.block_count import num_blocks
 from tests.support import gguf_files
 
 HUGE = 1 << 40

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError
-from sleb.model import gguf_header, model_files
+from sleb.model.inspection import gguf_header, model_files
 from sleb.runtime import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself

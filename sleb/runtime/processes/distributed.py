@@ -24,8 +24,9 @@ import psutil
 
 from sleb.errors import OptionError, RankLost, SlebError, Stopped
 from sleb.records import Permissions
-from sleb.runtime import device_queue, job_folder
-from sleb.runtime.job_processes import own_command
+from sleb.runtime import job_folder
+from sleb.runtime.processes import device_queue
+from sleb.runtime.processes.job_processes import own_command
 
 log = logging.getLogger(__name__)
 

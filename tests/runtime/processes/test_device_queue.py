@@ -14,7 +14,8 @@ import pytest
 
 from sleb import specs
 from sleb.records import JobState, RunSpec
-from sleb.runtime import device_queue, job_folder, job_processes, run_folder
+from sleb.runtime import job_folder, run_folder
+from sleb.runtime.processes import device_queue, job_processes
 
 
 def test_turns_come_in_the_order_of_arrival(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleb.errors import ModelError
-from sleb.model import model_files
-from sleb.model.block_count import num_blocks
+from sleb.model.inspection import model_files
+from sleb.model.inspection.block_count import num_blocks
 from sleb.model.loading import load_model
 from tests.support.families import FAMILIES
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError, excerpt
-from sleb.model import model_files
+from sleb.model.inspection import model_files
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
-from sleb.runtime import device_queue, files, job_folder, origin, run_folder
+from sleb.runtime import files, job_folder, origin, run_folder
+from sleb.runtime.processes import device_queue
 
 log = logging.getLogger(__name__)
 

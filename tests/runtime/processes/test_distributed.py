@@ -17,8 +17,9 @@ import sleb
 from sleb import execution, specs
 from sleb.errors import OptionError, RankLost
 from sleb.records import Job, JobState, RunSpec
-from sleb.runtime import distributed, job_processes, run_folder
-from sleb.runtime.distributed import Group, Rank
+from sleb.runtime import run_folder
+from sleb.runtime.processes import distributed, job_processes
+from sleb.runtime.processes.distributed import Group, Rank
 from tests.support import tiny
 from tests.support.command import SLEB
 

@@ -1,0 +1,1 @@
+"""Run folders for tests: made up, evaluated, and from strangers."""
