@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sleb.errors import RunError, quoted
+from sleb.errors import RunError, StorageError, quoted
 from sleb.records import Analysis, Run, RunSpec, StackDescription
 from sleb.runtime.dashboard_files import SAMPLES
 from sleb.runtime.files import expanded, replace_file, writing
@@ -187,6 +187,7 @@ def bring_in(folder: Path) -> Run:
         raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _require_room(run.run_dir, target.parent)
         partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".import."))
         try:
             ignored = shutil.ignore_patterns(".lock")
@@ -196,6 +197,14 @@ def bring_in(folder: Path) -> Run:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return load(target)
+
+
+def _require_room(folder: Path, where: Path) -> None:
+    """Raises `StorageError` for a folder that does not fit, such as one whose files only seem to be long."""
+    needed = sum(each.lstat().st_size for each in folder.rglob("*"))
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        raise StorageError(f"{folder} takes {needed / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB left; free some.")
 
 
 def elsewhere(folder: Path) -> Path:
