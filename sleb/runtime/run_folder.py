@@ -208,6 +208,7 @@ def bring_in(folder: Path) -> Run:
         raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
     _require_plain_files(run.run_dir)
     with workspace(home(), target) as own, writing(target):
+        _require_room(run.run_dir, own)
         ignored = shutil.ignore_patterns(LOCK, ".*.partial")
         shutil.copytree(run.run_dir, own / NEW, ignore=ignored)
         if is_sample(run.run_dir):  # ours, wherever the program was installed from
@@ -224,6 +225,14 @@ def _require_plain_files(directory: Path) -> None:
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 what = "a link" if path.is_symlink() else "a pipe or a device"
                 raise RunError(f"{path} is {what}, and a run folder holds only files of its own. Delete it first.")
+
+
+def _require_room(folder: Path, where: Path) -> None:
+    """Raises `StorageError` for a folder that does not fit, such as one whose files only seem to be long."""
+    needed = sum(each.lstat().st_size for each in folder.rglob("*"))
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        raise StorageError(f"{folder} takes {needed / 1e9:.1f} GB and {where} has {free / 1e9:.1f} GB left; free some.")
 
 
 def elsewhere(folder: Path) -> Path:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from hypothesis import strategies as st
 
 V = TypeVar("V")
@@ -75,6 +76,11 @@ json_values = st.one_of(
 )
 """What can stand in JSON, NaN and half characters included."""
 
+_ARRAYS = tuple(
+    np.array(each)
+    for each in (0, 1.5, [], [0.0], [[1.0]], [[[1]]], [np.nan] * 4, [[np.inf] * 20] * 4, ["x\x1b[31m"], [[True]], [1j],
+                 [-1] * 4, [2**62] * 4, b"x", "[[1, 2]]", "[" * 100, np.zeros((0, 5)), np.zeros((4, 0)))
+)  # fmt: skip
 _raw = st.one_of(
     st.sampled_from(
         (b"", b"\0", b"{}", b"[]", b"null", b"1", b'""', b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe\0",
@@ -135,6 +141,12 @@ def change_file(data: Draws, path: Path, places: Path) -> None:
         number = data.draw(st.integers(0, len(lines) - 1), label="line")
         lines[number] = json.dumps(changed(data, json.loads(lines[number]))).encode()
         path.write_bytes(b"\n".join(lines) + b"\n" * (path.suffix == ".jsonl"))
+    elif how == "json" and path.suffix == ".npz":
+        with np.load(path) as packed:
+            arrays = dict(packed)
+        name = data.draw(st.sampled_from(sorted(arrays)), label="array")
+        arrays[name] = data.draw(st.sampled_from(_ARRAYS), label="becomes")
+        np.savez(path, **arrays)
     elif how == "other":
         path.unlink()
         become(data, path, places)

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sleb.runtime import array_files, files
+from sleb.errors import StorageError
+from sleb.runtime import array_files, files, run_folder
+from tests.support.runs.stores import write_run
 
 
 def huge(path: Path) -> Path:
@@ -25,6 +27,14 @@ def test_a_record_or_text_longer_than_any_is_refused_before_it_is_read(tmp_path:
     for read in (files.read_json, files.read_regular, array_files.read_arrays):
         with pytest.raises(ValueError, match="it is longer than"):
             read(huge(tmp_path / "huge"))
+
+
+def test_a_run_that_does_not_fit_is_not_begun_to_be_copied(tmp_path: Path, home: Path) -> None:
+    made = write_run(tmp_path / "run", 4, 1)
+    huge(made.run_dir / "jobs" / "1-search" / "log.txt")
+    with pytest.raises(StorageError, match=r"takes 1099\.5 GB and"):
+        run_folder.bring_in(made.run_dir)
+    assert list((home / "runs").iterdir()) == []
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -60,7 +70,7 @@ def test_arrays_made_to_do_damage_are_a_value_error(member: bytes, tmp_path: Pat
     with zipfile.ZipFile(tmp_path / "arrays.npz", "w") as packed:
         packed.writestr("nats.npy", member)
     with pytest.raises(ValueError, match=r"."):
-        np.asarray(array_files.read_arrays(tmp_path / "arrays.npz")["nats"], dtype=float)
+        array_files.read_arrays(tmp_path / "arrays.npz")
 
 
 def test_arrays_that_unpack_to_more_than_they_may_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
