@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import ModelError, excerpt
+from sleb.errors import ModelError, excerpt, quoted
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,9 @@ CONFIG_BYTES = 8 << 20
 _TEXT_BYTES = 256 << 20
 """Of every other file that is read as a whole; the largest vocabularies take 40 MB."""
 _TEXTS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken")
+
+_TOLD = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files whose names of settings the tokenizers library prints itself where it does not know them."""
 
 _BLOCKS, _EXPERTS = 1024, 4096
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
@@ -92,6 +95,8 @@ def require_plain_files(folder: Path) -> None:
             )
         if path.name.endswith(".index.json"):
             _require_own_shards(path)
+        if path.name in _TOLD:
+            _require_printable_names(path)
 
 
 def require_stored(name: str, config: Any, options: dict[str, Any], files: Iterable[str]) -> None:
@@ -135,6 +140,19 @@ def _require_own_shards(index: Path) -> None:
     for name in set(shards.values()):
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise ModelError(f"{index} names the file {excerpt(name)!r} outside the folder; the folder is damaged.")
+
+
+def _require_printable_names(path: Path) -> None:
+    left: list[Any] = [_json(path, _TEXT_BYTES)]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            unprintable = next((name for name in value if not name.isprintable()), None)
+            if unprintable is not None:
+                raise ModelError(f"{path} has a setting named {quoted(unprintable)}; the folder is damaged.")
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def _json(path: Path, most: int) -> Any:

@@ -81,6 +81,7 @@ def test_a_config_that_asks_for_too_much_is_refused(model: Path, settings: dict[
         ("tokenizer_config.json", "5", "cannot be loaded"),
         ("model.safetensors.index.json", DEEP, "nested too deeply"),
         ("model.safetensors.index.json", "{}", "weight_map"),
+        ("tokenizer_config.json", '{"added": [{"\\u001b[31mred": 1}]}', "setting named"),
         ("model.safetensors.index.json", '{"weight_map": {"a": "../../x"}}', "'../../x' outside"),
         ("model.safetensors", struct.pack("<Q", 1 << 60), "cannot be loaded"),
         ("model.safetensors", struct.pack("<Q", len(DEEP)) + DEEP.encode(), "cannot be loaded"),
