@@ -139,6 +139,7 @@ def test_no_link_in_it_is_followed(name: str, model: Path, text: Path, tmp_path:
     before = _content(target)
     assert "link" in command("work", job, "--trust-paths", code=2)[1]
     assert "link" in command("import", run.run_dir, code=2)[1]
+    command("delete", run.run_dir, "--yes")
     assert _content(target) == before
 
 

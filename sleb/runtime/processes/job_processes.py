@@ -270,8 +270,10 @@ def delete(directory: Path, *, keep_folder: bool = False) -> None:
         run_folder.delete(directory)
         return
     run_folder.refuse_sample(directory)
-    lock = lock_of(directory)
     with files.writing(directory):
+        if (directory / run_folder.LOCK).is_symlink():  # a stranger's: no process of ours holds it
+            (directory / run_folder.LOCK).unlink()
+        lock = lock_of(directory)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
