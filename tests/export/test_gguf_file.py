@@ -471,8 +471,8 @@ def test_the_page_offers_the_file_where_the_model_is_one(home: Path, started: li
     for name, sentence in [
         ("", "Name a file"),
         (f"{tmp_path}/out", "does not end in .gguf"),
-        (f"{tmp_path}", "does not end in .gguf"),
-        (f"{tmp_path}/there.gguf", "there already"),
+        (f"{tmp_path}", "is a folder"),
+        (f"{tmp_path}/there.gguf", "already exists"),
         (f"{tmp_path}/there.gguf/below.gguf", "Nothing can be written in"),
         (f"{tmp_path}/a\0b.gguf", "characters"),
     ]:
