@@ -57,7 +57,7 @@ def outlines(first: str | None = None) -> list[Outline | RunError]:
     """
     own = _runs_of(str(run_folder.home())).outlines(first, LOOKED_AT)
     copied = {each.run_id for each in own if isinstance(each, Outline)}
-    samples = _samples().outlines()
+    samples = _samples(str(SAMPLES)).outlines()
     samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
     # A copy that was brought in, to be exported, is the one that pages show.
     rest = (each for each in samples if isinstance(each, RunError) or each.run_id not in copied)
@@ -191,8 +191,8 @@ def _runs_of(home: str) -> RunList:
 
 
 @cache
-def _samples() -> RunList:
-    return RunList(SAMPLES)
+def _samples(folder: str) -> RunList:
+    return RunList(Path(folder))
 
 
 @cache

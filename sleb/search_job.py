@@ -21,7 +21,7 @@ from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel, weights_hash
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
-from sleb.runtime import record_files, run_folder, trace_file
+from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring import calibration, speedups
@@ -133,7 +133,7 @@ class Session:
             protected=protected,
             self_check=check,
         )
-        record_files.write_stack(self.run.run_dir, description)
+        origin.write_stack(self.run.run_dir, description)
         return description
 
     def _search(self) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 
+from sleb.errors import printable
 from sleb.evaluation import evaluation_job
 from sleb.export import export_job
 from sleb.model.loading import LoadedModel
@@ -154,12 +155,19 @@ class _Log(logging.StreamHandler[TextIO]):
         """A log that cannot be written must not end the work it tells of."""
 
 
+class _Printable(logging.Formatter):
+    """Lines of a log that steer no screen on which they are shown, whatever names from files are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextmanager
 def _logging_to(job_dir: Path) -> Iterator[None]:
     raw = job_folder.open_log(job_dir)
     file = io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
     handler = _Log(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("sleb")
     root.addHandler(handler)
     before = root.level

@@ -18,6 +18,7 @@ from sleb.runtime.files import inside, replace_file
 
 FILE = "tokens.npz"
 SAMPLE_BYTES = 1 << 20  # about a megabyte, before compression
+_MOST_BYTES = 64 << 20
 
 _LEVELS = 65535  # of a stored cosine: steps of 3e-5, finer than bfloat16 outputs can tell
 
@@ -74,7 +75,7 @@ def write(run_dir: Path, tokens: Tokens) -> None:
 def read(run_dir: Path, num_blocks: int) -> Tokens | None:
     """What `write` kept, or None where there is nothing, or nothing that fits the run."""
     try:
-        arrays = read_arrays(run_dir, "analysis", FILE)
+        arrays = read_arrays(run_dir, "analysis", FILE, most=_MOST_BYTES)
         stored = {name: arrays[name] for name in ("cosine", "predictions", "sequence", "position")}
     except NO_ARRAYS:
         return None

@@ -8,7 +8,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +18,7 @@ from sleb.cli.output import fail, put, say
 from sleb.cli.processes import dashboard, stop, work
 from sleb.cli.runs import bring_in, cache, delete, runs, show
 from sleb.cli.search import analyze, resume, search
-from sleb.errors import SlebError, printable, sentence
+from sleb.errors import SlebError, sentence
 
 app = typer.Typer(
     name="sleb",
@@ -96,7 +95,6 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.captureWarnings(True)  # of other libraries, which write to stderr themselves
-    logging.setLogRecordFactory(_printable_record)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± must not end a search
@@ -130,14 +128,6 @@ def _explain_usage(error: Any) -> None:
     if error.ctx is not None:
         say(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.")
     fail(message)
-
-
-def _printable_record(*arguments: Any, **options: Any) -> logging.LogRecord:
-    """A log record, of any library, whose text steers no terminal: logs are shown on screens, too."""
-    record = logging.LogRecord(*arguments, **options)
-    with suppress(TypeError, ValueError):  # arguments that do not fit: logging reports them itself
-        record.msg, record.args = printable(_COLOUR.sub("", record.getMessage())), ()
-    return record
 
 
 class _ToScreen(logging.Handler):

@@ -109,8 +109,10 @@ def dashboard(
     allowed[dashboard_files.READ_ONLY] = read_only
     os.environ.update({name: "1" if wanted else "0" for name, wanted in allowed.items()})
     os.environ[dashboard_files.ALLOW_PATH] = json.dumps(folders)
-    if not folders and not dashboard_files.is_local(address):
-        typer.echo("Beyond localhost the dashboard takes no path but from --allow-path DIR; none was given.", err=True)
+    if read_only:
+        say("The dashboard is read-only: it shows runs, and starts or changes nothing.")
+    elif not folders and not dashboard_files.is_local(address):
+        say("Beyond localhost the dashboard takes no path but from --allow-path DIR; none was given.")
     settings = [f"--server.port={port}", f"--server.address={address}"]
     os.execv(sys.executable, dashboard_files.command([*settings, *context.args]))
 

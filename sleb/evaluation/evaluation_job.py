@@ -12,7 +12,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_weights
 from sleb.records import EvaluateSpec, Job, JobSpec, Run
-from sleb.runtime import record_files
+from sleb.runtime import origin
 from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring.stack_description import describe
 
@@ -52,7 +52,7 @@ def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: W
             raise RunError(f"Run {run.run_id} has not opened its model yet. Go on with it first: sleb resume.")
         meter.phase("Checking the sweep against plain forward passes")
         described = describe(stack, loaded)
-        record_files.write_stack(run.run_dir, described)
+        origin.write_stack(run.run_dir, described)
         run = run.model_copy(update={"stack": described})
         watcher.described(described)
     else:

@@ -42,7 +42,7 @@ class StackDescription(Record):
     total_parameters: Annotated[int, Field(gt=0)]
     hidden_size: int
     vocab_size: int
-    dtype: str
+    dtype: Annotated[str, Field(pattern=r"^(float|bfloat)(16|32|64)$")]
     revision: str | None = None
     weights_hash: str
     tokens_hash: str

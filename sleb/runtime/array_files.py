@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,25 +15,25 @@ import numpy as np
 from sleb.errors import RunError
 from sleb.runtime.files import inside, read_regular
 
-MOST_ARRAY_BYTES = 2**31
+MOST_ARRAY_BYTES = 512 << 20
 """Size in bytes above which arrays are not read: the scores of a step take megabytes."""
 NO_ARRAYS = (OSError, ValueError, RunError, KeyError, TypeError)
 """What reading an `.npz` file raises, and looking for a name or a type in it, where it is missing or damaged."""
 _DAMAGED = (
     KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError, SyntaxError,
-    RuntimeError, zipfile.BadZipFile, zlib.error,
+    RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
 """What reading one raises beside `ValueError` that is damaged, or was made to do damage."""
 
 
-def read_arrays(root: Path, *parts: str) -> dict[str, np.ndarray]:
+def read_arrays(root: Path, *parts: str, most: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` file of a run folder, by name. Raises `ValueError`, `OSError` or `RunError`."""
-    data = io.BytesIO(read_regular(inside(root, *parts), MOST_ARRAY_BYTES))
+    data = io.BytesIO(read_regular(inside(root, *parts), most))
     try:
         with zipfile.ZipFile(data) as archive:
             members = archive.infolist()
-            if sum(each.file_size for each in members) > MOST_ARRAY_BYTES:
-                raise ValueError(f"its arrays are longer than {MOST_ARRAY_BYTES >> 20} MiB")
+            if sum(each.file_size for each in members) > most:
+                raise ValueError(f"its arrays are longer than {most >> 20} MiB")
             for each in members:
                 _require_as_large_as_promised(archive, each)
         data.seek(0)

@@ -19,7 +19,7 @@ from typing import IO, Any
 from sleb.errors import OptionError, RunError, StorageError
 from sleb.runtime.unfinished import names
 
-MOST_BYTES = 2**28
+MOST_BYTES = 32 << 20
 """Size in bytes above which a JSON or text file is not read: far above all that is written here."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -107,9 +107,9 @@ def read_json(path: Path) -> Any:
     return parse_json(read_regular(path.resolve()))
 
 
-def read_json_inside(root: Path, *parts: str) -> Any:
+def read_json_inside(root: Path, *parts: str, most: int = MOST_BYTES) -> Any:
     """A JSON file of a run folder. Raises `ValueError` for what is not sound JSON, `OSError`, or `RunError`."""
-    return parse_json(read_regular(inside(root, *parts)))
+    return parse_json(read_regular(inside(root, *parts), most))
 
 
 def parse_json(data: bytes) -> Any:

@@ -18,6 +18,8 @@ from sleb.runtime.record_files import read_record
 from sleb.runtime.unfinished import names
 
 LOG, RESULT = "log.txt", "result.json"
+MOST_JOBS = 999_999_999
+"""No job has a larger number, nor is one listed that has."""
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
@@ -27,8 +29,9 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
         jobs.mkdir(exist_ok=True)
     partial = names.temporary(jobs / spec.kind)
     try:
-        replace_file(partial / "spec.json", spec.model_dump_json(indent=1))
-        origin.sign(directory, "jobs", partial.name)
+        with writing(partial):
+            partial.mkdir()
+        origin.write_signed(partial, "spec.json", spec.model_dump_json(indent=1))
         replace_file(partial / "status.json", JobStatus().model_dump_json(indent=1))
         return load_job(_numbered(directory, partial, spec.kind))
     except BaseException:  # a full disk, for one: half a job is none
@@ -41,6 +44,8 @@ def _numbered(directory: Path, partial: Path, kind: str) -> Path:
     number = max((number_of(each.name) for each in job_dirs(directory)), default=0)
     while True:
         number += 1
+        if number > MOST_JOBS:
+            raise RunError(f"{directory}/jobs has a job of number {number - 1}, which no program wrote; delete it.")
         target = partial.with_name(f"{number}-{kind}")
         with writing(target):
             try:

@@ -1,8 +1,8 @@
 """Whether this machine wrote what a run folder asks for, or somebody here confirmed it.
 
-Whoever creates a run or a job here signs its `spec.json` with a key that lies under `SLEB_HOME`, never in a run folder:
-`spec.signature` is the HMAC of the file. A folder from elsewhere has no such signature, and neither has one whose
-`spec.json` was changed since. The model and the texts that such a folder names are not read before they were confirmed.
+Whoever creates a run or a job here signs its `spec.json`, and later the run's `stack.json`, with a key that lies under
+`SLEB_HOME`, never in a run folder: `spec.signature` is the HMAC of the file. A folder from elsewhere has no such
+signature, and neither has one whose file was changed since. What it names is not read before it was confirmed.
 """
 
 from __future__ import annotations
@@ -16,41 +16,52 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sleb.errors import RunError, StorageError, UnconfirmedNames
-from sleb.records import NAMED_TEXTS, JobSpec, RunSpec
+from sleb.records import NAMED_TEXTS, JobSpec, RunSpec, StackDescription
 from sleb.runtime import places
 from sleb.runtime.files import inside, read_regular, replace_file
 from sleb.runtime.record_files import read_record
+from sleb.runtime.unfinished import names
 
 log = logging.getLogger(__name__)
 
-SIGNATURE = "spec.signature"
+SIGNED = ("spec.json", "stack.json")
+"""Files by which a run or job says what is read: what was asked, and which revision of the model was found."""
 _TEXTS_BY_NAME = {*NAMED_TEXTS, "wikitext2-rows"}
 """Names that mean the same text on every machine; the demo model is the only model of that kind."""
 
 
-def sign(run_dir: Path, *parts: str) -> None:
-    """Sign the `spec.json` of a run, or of the job folder at `parts`: it was written or confirmed here.
+def write_signed(folder: Path, name: str, content: str) -> None:
+    """Write one of the files in `SIGNED`, signed: a file without its signature is never seen, even after a kill.
 
-    Where no key or signature can be written, the names will have to be confirmed later.
+    Where no key or signature can be written, what it names will have to be confirmed later. Raises `StorageError`.
     """
-    folder = inside(run_dir, *parts)
-    try:
-        content = read_regular(inside(folder, "spec.json"))
-        replace_file(inside(folder, SIGNATURE), _hmac(_key(), content), make_folder=False)
-    except (OSError, ValueError, StorageError) as error:
-        log.warning("%s was not signed as written here: %s", folder, error)
+    _sign(folder, name, content.encode())
+    replace_file(inside(folder, name), content)
+
+
+def write_stack(run_dir: Path, stack: StackDescription) -> None:
+    """What the run settled on with its model; written once."""
+    write_signed(run_dir, "stack.json", stack.model_dump_json(indent=1))
+
+
+def sign(folder: Path) -> None:
+    """Sign what a run or job folder says: somebody here wrote it, or has seen what it names and agrees."""
+    for name in SIGNED:
+        with contextlib.suppress(FileNotFoundError):
+            _sign(folder, name, read_regular(inside(folder, name)))
 
 
 def unconfirmed(run_dir: Path, *jobs: str) -> tuple[str, ...]:
-    """The model, texts and files that a run and these jobs of it (names of job folders) name, and nobody confirmed.
+    """What a run and these jobs of it (names of job folders) would make this machine read or do, and nobody confirmed.
 
-    Empty where this machine wrote all of it. Raises `RunError` where a spec cannot be read.
+    The model with its revision, texts, files, tasks, and more than one process. Empty where this machine wrote all of
+    it. Raises `RunError` where a spec cannot be read.
     """
     found: list[str] = []
-    if not _is_signed(run_dir):
-        found += _names_of_run(read_record(RunSpec, run_dir, "spec.json"))
+    if not is_written_here(run_dir):
+        found += _names_of_run(run_dir)
     for job in jobs:
-        if not _is_signed(inside(run_dir, "jobs", job)):
+        if not is_written_here(run_dir, "jobs", job):
             found += _names_of_job(read_record(JobSpec, run_dir, "jobs", job, "spec.json"))
     return tuple(dict.fromkeys(found))
 
@@ -65,19 +76,24 @@ def confirm(run_dir: Path, *jobs: str) -> None:
     """Sign a run and these jobs of it: somebody here has seen what they name, and agrees."""
     sign(run_dir)
     for job in jobs:
-        sign(run_dir, "jobs", job)
+        sign(inside(run_dir, "jobs", job))
 
 
 def is_written_here(run_dir: Path, *parts: str) -> bool:
-    """Whether the `spec.json` of a run, or of the job folder at `parts`, was written or confirmed here."""
+    """Whether what a run says, or the job folder at `parts`, was written or confirmed here, and not changed since."""
     with contextlib.suppress(RunError):
-        return _is_signed(inside(run_dir, *parts))
+        folder = inside(run_dir, *parts)
+        return all(_is_signed(folder, name) for name in SIGNED if name == "spec.json" or (folder / name).exists())
     return False
 
 
-def _names_of_run(spec: RunSpec) -> Iterator[str]:
+def _names_of_run(run_dir: Path) -> Iterator[str]:
+    spec, revision = read_record(RunSpec, run_dir, "spec.json"), None
+    if (run_dir / "stack.json").exists():  # the revision that was found is the one that is loaded again
+        revision = read_record(StackDescription, run_dir, "stack.json").revision
+    revision = revision or spec.revision
     if spec.model != "demo":
-        yield spec.model if spec.revision is None else f"{spec.model} at revision {spec.revision}"
+        yield spec.model if revision is None else f"{spec.model} at revision {revision}"
     if spec.kind != "evaluate" and spec.calibration.source not in _TEXTS_BY_NAME:  # an evaluation reads no such text
         yield spec.calibration.source
 
@@ -87,19 +103,32 @@ def _names_of_job(job: JobSpec) -> Iterator[str]:
         yield job.gguf
     texts = (*getattr(job.ask, "texts", ()), getattr(job.ask, "source", "demo"))
     yield from (each for each in texts if each not in _TEXTS_BY_NAME)
+    yield from (f"task {each}" for each in getattr(job.ask, "tasks", ()))
+    if job.processes > 1:
+        yield f"{job.processes} processes"
 
 
-def _is_signed(folder: Path) -> bool:
+def _signature_of(name: str) -> str:
+    return f"{name.removesuffix('.json')}.signature"
+
+
+def _sign(folder: Path, name: str, content: bytes) -> None:
     try:
-        signature = read_regular(inside(folder, SIGNATURE), 1000).decode()
-        content = read_regular(inside(folder, "spec.json"))
-        return hmac.compare_digest(signature, _hmac(_key(), content))
+        replace_file(inside(folder, _signature_of(name)), _hmac(_key(), name, content), make_folder=False)
+    except (OSError, ValueError, StorageError) as error:
+        log.warning("%s/%s was not signed as written here: %s", folder, name, error)
+
+
+def _is_signed(folder: Path, name: str) -> bool:
+    try:
+        signature = read_regular(inside(folder, _signature_of(name)), 1000).decode()
+        return hmac.compare_digest(signature, _hmac(_key(), name, read_regular(inside(folder, name))))
     except (OSError, ValueError, StorageError):
         return False
 
 
-def _hmac(key: bytes, content: bytes) -> str:
-    return hmac.new(key, content, "sha256").hexdigest()
+def _hmac(key: bytes, name: str, content: bytes) -> str:
+    return hmac.new(key, name.encode() + b"\0" + content, "sha256").hexdigest()
 
 
 def _key() -> bytes:
@@ -108,7 +137,7 @@ def _key() -> bytes:
     with contextlib.suppress(FileNotFoundError):
         return _checked(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    draft = names.temporary(path)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "w") as file:

@@ -9,16 +9,14 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sleb.errors import RunError
-from sleb.records import FORMAT_VERSION, Analysis, RunSpec, StackDescription
-from sleb.runtime.files import inside, read_json_inside, replace_file
+from sleb.records import FORMAT_VERSION, Analysis, RunSpec
+from sleb.runtime.files import MOST_BYTES, inside, read_json_inside, replace_file
+
+_MOST_BYTES = 4 << 20
+"""Of a spec, a status and the like: parsed, JSON can take thirty times the memory of its file."""
 
 R = TypeVar("R", bound=BaseModel)
 log = logging.getLogger(__name__)
-
-
-def write_stack(directory: Path, stack: StackDescription) -> None:
-    """What the run settled on with its model; written once."""
-    replace_file(inside(directory, "stack.json"), stack.model_dump_json(indent=1))
 
 
 def write_analysis(directory: Path, analysis: Analysis) -> None:
@@ -46,7 +44,7 @@ def read_record(record: type[R], root: Path, *parts: str) -> R:
     """A record from its file in a run folder. Raises `RunError` where it is missing, damaged or of another version."""
     path = root.joinpath(*parts)
     try:
-        data = read_json_inside(root, *parts)
+        data = read_json_inside(root, *parts, most=MOST_BYTES if record is Analysis else _MOST_BYTES)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:

@@ -19,7 +19,7 @@ from sleb.errors import RunError, StorageError, quoted
 from sleb.records import Analysis, Run, RunSpec, StackDescription
 from sleb.runtime import origin
 from sleb.runtime.dashboard_files import SAMPLES
-from sleb.runtime.files import expanded, inside, read_regular, replace_file, writing
+from sleb.runtime.files import expanded, inside, read_regular, writing
 from sleb.runtime.job_folder import read_jobs
 from sleb.runtime.places import home as home
 from sleb.runtime.record_files import read_record, read_record_or_none, read_spec
@@ -53,8 +53,9 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
         if directory.exists() and not directory.is_dir():
             raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
         if directory.is_dir():
-            sweep(home(), directory)  # of a process that was killed before it had written what was asked
-        if directory.exists() and any(each.name != LOCK for each in directory.iterdir()):
+            sweep(home(), directory)
+        begun = (LOCK, "spec.signature")  # what a process had written that was killed before it wrote what was asked
+        if directory.exists() and any(each.name not in begun for each in directory.iterdir()):
             raise RunError(
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "
                 f"sleb resume {shlex.quote(str(directory))}"
@@ -62,12 +63,12 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
     was_there = directory.is_dir()
     try:
         if was_there:
-            replace_file(directory / "spec.json", spec.model_dump_json(indent=1))
-            origin.sign(directory)
+            origin.write_signed(directory, "spec.json", spec.model_dump_json(indent=1))
         else:
             with workspace(home(), directory) as own:  # whole or not at all
-                replace_file(own / NEW / "spec.json", spec.model_dump_json(indent=1))
-                origin.sign(own / NEW)
+                with writing(directory):
+                    (own / NEW).mkdir()
+                origin.write_signed(own / NEW, "spec.json", spec.model_dump_json(indent=1))
                 with writing(directory):
                     os.rename(own / NEW, directory)
         return load(str(directory))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,16 +205,20 @@ def _ends(directory: Path) -> tuple[Standing | None, Standing | None, bool, floa
         data = read_regular(inside(directory, "trace.jsonl"), trace_file.MOST_TRACE_BYTES)
     except (OSError, ValueError, RunError):
         return None, None, False, None
-    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    lines = io.BytesIO(data[: data.rfind(b"\n") + 1])
+    head, tail, seconds = next(lines, b""), deque[bytes](maxlen=2), 0.0
+    for line in lines:
+        seconds += _seconds(line)
+        tail.append(line)
     try:
-        entries: list[dict[str, Any]] = [parse_json(line) for line in (*lines[:1], *lines[-2:])]
+        entries: list[dict[str, Any]] = [parse_json(line) for line in (head, *tail)]
         baseline = Baseline.model_validate(entries[0]["baseline"])
         steps = [entry["step"] for entry in entries if "step" in entry]
         last = Step.model_validate(steps[-1]) if steps else None
     except (ValueError, ValidationError, KeyError, IndexError, TypeError):
         return None, None, False, None
-    seconds = baseline.seconds + sum(_seconds(line) for line in lines[1:])
-    return _standing(baseline), _standing(last) if last else None, "finished" in entries[-1], seconds
+    finished = "finished" in entries[-1]
+    return _standing(baseline), _standing(last) if last else None, finished, baseline.seconds + seconds
 
 
 def _standing(found: Baseline | Step) -> Standing:

@@ -6,6 +6,7 @@ reading, and cut off before the next one is appended.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -71,7 +72,7 @@ def read_trace(directory: Path) -> Trace | None:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}. Restore it, or delete the run.") from error
-    lines = data[: data.rfind(b"\n") + 1].splitlines()  # what follows the last newline was torn off
+    lines = io.BytesIO(data[: data.rfind(b"\n") + 1])  # what follows the last newline was torn off
     baseline, finished = None, None
     steps: list[Step] = []
     for number, line in enumerate(lines, 1):

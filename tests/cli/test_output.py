@@ -139,8 +139,9 @@ def test_a_command_that_is_stopped_while_it_imports_says_so() -> None:
     assert rest.splitlines()[-1] == "sleb: Stopped on request."
 
 
-def test_the_record_factory_leaves_a_record_that_does_not_fit_to_logging() -> None:
-    from sleb.cli.main import _printable_record
+def test_the_log_of_a_job_steers_no_screen() -> None:
+    from sleb.worker import _Printable
 
-    record = _printable_record("name", logging.WARNING, "path", 1, "%d of them", ("many",), None)
-    assert record.args == ("many",)
+    record = logging.LogRecord("name", logging.WARNING, "path", 1, "%s\nnext", ("\x1b[31mred",), None)
+    assert _Printable("%(message)s").format(record) == "\\x1b[31mred\nnext"
+    assert record.args == ("\x1b[31mred",)  # which other handlers look at

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sleb
 from sleb.errors import StorageError
-from sleb.export.destination import writing_into
+from sleb.export.destination import saving
 from tests.support import tiny
 from tests.support.families import build
 
@@ -45,12 +45,12 @@ def test_what_each_library_says_of_a_full_disk_is_one_sentence(library: str, tmp
         "safetensors": lambda: save_file({"x": torch.zeros(100_000)}, tmp_path / "model.safetensors"),
         "tokenizers": lambda: made.save_pretrained(tmp_path),
     }[library]
-    with files_of_at_most(10_000), pytest.raises(StorageError, match="free some disk space"), writing_into(tmp_path):
+    with files_of_at_most(10_000), pytest.raises(StorageError, match="free some disk space"), saving():
         write()
 
 
 def test_a_bug_is_not_told_as_a_full_disk(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), writing_into(tmp_path):
+    with pytest.raises(ZeroDivisionError), saving():
         1 / 0  # noqa: B018
 
 

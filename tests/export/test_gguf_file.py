@@ -455,7 +455,7 @@ def test_killing_it_leaves_nothing(source: Path, text_file: Path, tmp_path: Path
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Jobs that would have been started: their process is tested elsewhere."""
     found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", found.append)
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
     return found
 
 

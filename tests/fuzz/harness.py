@@ -177,7 +177,6 @@ def _streams(out: _Terminal, err: _Terminal, words: list[str]) -> Iterator[None]
     finally:
         sys.argv, sys.stdin = before, stdin
         root.handlers[:] = handlers
-        logging.setLogRecordFactory(logging.LogRecord)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from sleb.records import (
 )
 from sleb.report.figures import evaluate
 from sleb.report.summaries import list_curves
-from sleb.runtime import findings_folder, job_folder, record_files, run_folder, run_index
+from sleb.runtime import findings_folder, job_folder, origin, run_folder, run_index
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack
@@ -413,7 +413,7 @@ def other(runs: Path, full: Run) -> Run:
     run = write_run(runs / "other", 12, 3, seed=3, analysis=False)
     (run.run_dir / "stack.json").unlink()
     assert run.stack is not None
-    record_files.write_stack(run.run_dir, run.stack.model_copy(update={"tokens_hash": "another"}))
+    origin.write_stack(run.run_dir, run.stack.model_copy(update={"tokens_hash": "another"}))
     run = run_folder.load(run.run_dir)
     lists = [(), *judged.lists_of(run)]
     judged.keep(run, [judged.perplexity(run, each, 0.02 * len(each), 0.001) for each in lists])
@@ -458,7 +458,7 @@ def test_only_the_same_weights_on_another_text_are_compared(full: Run, runs: Pat
     write_run(runs / "same-text", 12, 3, seed=5, analysis=False)
     weights = write_run(runs / "weights", 12, 3, analysis=False)
     (weights.run_dir / "stack.json").unlink()
-    record_files.write_stack(weights.run_dir, make_stack(12, weights_hash="other", tokens_hash="other"))
+    origin.write_stack(weights.run_dir, make_stack(12, weights_hash="other", tokens_hash="other"))
     assert data.rivals_of(full) == []
     app = show(opened(run="full"), "Another calibration set")
     assert "No other calibration set yet" in words(app)
@@ -490,7 +490,7 @@ def test_where_there_is_nothing_it_says_what_to_do(run_id: str, said: str, runs:
     write_run(runs / "none", 12, 3, done=0, state=JobState.FAILED, message="It broke.", analysis=False)
     run_folder.create(RunSpec(model="just/created"), runs / "new")
     analysis = run_folder.create(RunSpec(model="an/analysis", kind="analyze"), runs / "analysis")
-    record_files.write_stack(analysis.run_dir, make_stack(12))
+    origin.write_stack(analysis.run_dir, make_stack(12))
     going = write_run(runs / "searching", 12, 3, done=0, state=JobState.RUNNING, analysis=False)
     status = job_folder.load_job(going.jobs[0].directory).status
     job_folder.write_status(
@@ -508,7 +508,7 @@ def test_a_given_list_shows_its_findings(runs: Path, started: list[Job]) -> None
     run = run_folder.create(
         RunSpec(model="m", kind="evaluate", given=(5, 2), held_out=0, analysis=False), runs / "given"
     )
-    record_files.write_stack(run.run_dir, make_stack(12))
+    origin.write_stack(run.run_dir, make_stack(12))
     run = run_folder.load(run.run_dir)
     judged.keep(run, [judged.perplexity(run, (), 0.0), judged.perplexity(run, (2, 5), 0.05)])
     app = opened(run="given")

@@ -14,7 +14,7 @@ import pytest
 
 from sleb.errors import RunBusy, RunError, StorageError
 from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
-from sleb.runtime import files, job_folder, record_files, run_folder, trace_file
+from sleb.runtime import files, job_folder, origin, run_folder, trace_file
 from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack, make_step, measured
 from tests.support.command import run as command
@@ -32,7 +32,7 @@ FIRST = Baseline(
 @pytest.fixture
 def run() -> Run:
     made = run_folder.create(RunSpec(model="some/Model.Name", ratio=0.1))
-    record_files.write_stack(made.run_dir, make_stack())
+    origin.write_stack(made.run_dir, make_stack())
     return run_folder.load(made.run_id)
 
 
@@ -131,7 +131,7 @@ def test_a_folder_in_use_is_not_taken(run: Run, tmp_path: Path) -> None:
 
 def test_import_and_delete(tmp_path: Path) -> None:
     outside = run_folder.create(RunSpec(model="m", ratio=0.1), tmp_path / "from elsewhere")
-    record_files.write_stack(outside.run_dir, make_stack())
+    origin.write_stack(outside.run_dir, make_stack())
     trace_file.append_baseline(outside.run_dir, FIRST)
     inside = run_folder.bring_in(outside.run_dir)
     assert inside.run_dir.parent == run_folder.runs_folder()
@@ -272,7 +272,7 @@ def test_a_folder_whose_process_was_killed_before_it_was_a_run_is_begun_again(th
     assert len(list((folder if there else tmp_path).iterdir())) == 1
     assert run_folder.create(RunSpec(model="m", ratio=0.1), folder).run_dir == folder
     assert [each.name for each in tmp_path.iterdir()] == ["run"]
-    assert [each.name for each in folder.iterdir()] == ["spec.json"]
+    assert sorted(each.name for each in folder.iterdir()) == ["spec.json", "spec.signature"]
 
 
 def test_a_job_whose_process_was_killed_before_it_was_written_is_none(run: Run) -> None:

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
 from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
-from sleb.runtime import files, job_folder, origin, run_folder
+from sleb.runtime import files, job_folder, origin, record_files, run_folder
 from sleb.runtime.processes import device_queue
 
 log = logging.getLogger(__name__)
@@ -192,10 +192,16 @@ def require_idle(run: Run) -> None:
 
 
 def require_allowed(job: Job, permissions: Permissions) -> None:
-    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it."""
+    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it.
+
+    Raises `RunError` for a search in a run that searches nothing, which would read what nobody was asked about.
+    """
+    run_dir = job.directory.parent.parent
     permissions.granted(job.spec)
+    if job.spec.ask is None and job.spec.kind not in ("export", record_files.read_spec(run_dir).kind):
+        raise RunError(f"Job {job.name} of {run_dir} is of another kind than its run; it is damaged. Delete it.")
     if not permissions.trust_paths:
-        origin.require_confirmed(job.directory.parent.parent, job.name)
+        origin.require_confirmed(run_dir, job.name)
 
 
 def own_command(*words: str) -> list[str]:

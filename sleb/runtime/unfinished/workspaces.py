@@ -59,7 +59,7 @@ def remove(home: Path, target: Path) -> None:
 def abandoned(home: Path) -> list[Path]:
     """What killed writers left: what is registered, and what lies in the folders of `home`."""
     found = dict.fromkeys(path for _, path in _registered(home))
-    for folder in (home / "runs", home / "uploads", home / "cache", *_folders(home / "cache")):
+    for folder in (home, home / "runs", home / "uploads", home / "cache", *_folders(home / "cache")):
         found |= dict.fromkeys(_within(folder))
     return [path for path in found if names.is_abandoned(path) and os.path.lexists(path) and not path.is_symlink()]
 

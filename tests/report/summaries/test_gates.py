@@ -10,7 +10,7 @@ import pytest
 from sleb.records import Run, RunSpec, TaskAccuracy, TextPerplexity
 from sleb.report.summaries import list_curves
 from sleb.report.summaries.gates import Gate, Reading, Unit, as_bytes, in_words, judge, span
-from sleb.runtime import findings_folder, record_files, run_folder
+from sleb.runtime import findings_folder, origin, run_folder
 from tests.support.runs.judged import (
     accuracy,
     everything,
@@ -289,7 +289,7 @@ def test_a_given_list_is_its_own_way(tmp_path: Path) -> None:
     run = run_folder.create(RunSpec(model="m", kind="evaluate", given=(5, 2), held_out=0, analysis=False), folder)
     assert list_curves.lists_of(run, []) == {0: (), 2: (2, 5)}
     source = write_run(tmp_path / "run", 12, 2, analysis=False)
-    record_files.write_stack(folder, source.stack)  # type: ignore[arg-type]
+    origin.write_stack(folder, source.stack)  # type: ignore[arg-type]
     run = run_folder.load(folder)
     keep(run, [perplexity(run, (2, 5), 0.1), perplexity(run, (1, 5, 7), 0.2), perplexity(run, (3, 4), 0.3)])
     found = list_curves.curves(run, findings_folder.findings(folder))

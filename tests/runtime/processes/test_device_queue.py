@@ -59,7 +59,7 @@ def test_devices_do_not_wait_for_each_other(home: Path) -> None:
 
 def test_a_dead_process_gives_its_turn_back(home: Path) -> None:
     code = (
-        "from pathlib import Path\nfrom sleb.runtime import device_queue\n"
+        "from pathlib import Path\nfrom sleb.runtime.processes import device_queue\n"
         f"device_queue._draw(device_queue._folder(Path({str(home)!r}), 'cpu'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -33,6 +33,7 @@ def base(folder: Path) -> None:
     gguf_files.write(folder / "model.gguf")
     (folder / "text.txt").write_text(tiny.text(3000))
     (folder / "home").mkdir()
+    (folder / "home" / "signing-key").write_text("5e" * 32)  # else each command would make another one
     (folder / "out").mkdir()
     (folder / "out" / "somebody's own").write_text("stays")
 

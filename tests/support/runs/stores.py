@@ -27,7 +27,7 @@ from sleb.records import (
     Run,
     RunSpec,
 )
-from sleb.runtime import job_folder, record_files, run_folder, trace_file
+from sleb.runtime import job_folder, origin, record_files, run_folder, trace_file
 from tests.support.builders import make_stack
 
 SEQUENCES, HELD_OUT, LENGTH = 16, 4, 32
@@ -66,7 +66,7 @@ def write_run(
         num_blocks, protected=protected, num_remove=num_remove, sequence_length=LENGTH, sequences=SEQUENCES
     )
     job = job_folder.create_job(folder, JobSpec(kind="search"))
-    record_files.write_stack(folder, stack)
+    origin.write_stack(folder, stack)
     _write_trace(folder, spec, stack.protected, num_blocks, num_remove if done is None else done, state, seed)
     if analysis:
         write_analysis(folder, num_blocks, words, seed)
