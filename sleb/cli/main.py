@@ -134,4 +134,4 @@ class _ToScreen(logging.Handler):
     """Warnings go to stderr as it is when they come: a live progress bar puts itself in its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(sentence(self.format(record)))
+        say(sentence(_COLOUR.sub("", self.format(record))))

@@ -185,7 +185,9 @@ def test_replaced_files_are_whole_and_leave_no_litter(run: Run, monkeypatch: pyt
     with pytest.raises(StorageError):
         files.replace_file(path, "new")
     assert path.read_text() == "old"
-    assert sorted(each.name for each in run.run_dir.iterdir()) == ["file", "spec.json", "spec.signature", "stack.json"]
+    assert sorted(each.name for each in run.run_dir.iterdir()) == [
+        "file", "spec.json", "spec.signature", "stack.json", "stack.signature",
+    ]  # fmt: skip
 
 
 def test_scores_are_kept_beside_the_trace(run: Run) -> None:
