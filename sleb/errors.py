@@ -83,8 +83,8 @@ class NotPermitted(BadInput):
     def __init__(self, kind: str, options: str) -> None:
         self.options = options
         super().__init__(
-            f"This {kind} job asks for more than a run folder can allow by itself; read it, and if you agree give the "
-            f"command again with: {options}"
+            f"This {kind} job needs leave that no run folder can give by itself; if you agree, give the command again "
+            f"with: {options}"
         )
 
 
@@ -93,9 +93,11 @@ class UnconfirmedNames(RunError):
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        listed = ", ".join(map(quoted, names))
+        listed = ", ".join(names)
+        if len(listed) > 600:
+            listed = f"{len(names)} names, too long for a sentence: see its spec.json"
         super().__init__(
-            f"{folder} was not written here, and names what would be read: {listed}. If you agree, confirm it "
+            f"{folder} was not written here, or was changed since, and asks for: {listed}. If you agree, confirm it "
             "with --trust-paths (in a notebook: trust_paths=True)."
         )
 

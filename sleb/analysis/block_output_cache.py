@@ -269,7 +269,7 @@ def clear(home: Path, what: str) -> list[CacheEntry]:
     entries = usage(home)
     chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
     if not chosen and what not in ("all", _FOLDER, PARTIAL):
-        names = ", ".join(["all", *sorted({entry.folder for entry in entries}), "or a key"])
+        names = ", ".join([*sorted({"all", _FOLDER, PARTIAL} | {entry.folder for entry in entries}), "or a key"])
         raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
     if not chosen:
         return []

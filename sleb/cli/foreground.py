@@ -10,7 +10,7 @@ from sleb import execution
 from sleb.cli.findings_output import print_findings
 from sleb.cli.output import put, require_yes, say
 from sleb.cli.terminal import Screen, print_run
-from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames, quoted
+from sleb.errors import BadInput, SlebError, Stopped, UnconfirmedNames
 from sleb.evaluation import request
 from sleb.formats.run_json import finding, summary
 from sleb.records import JobSpec, Permissions, Run
@@ -29,10 +29,10 @@ def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:
     if not trust_paths:
         if not sys.stdin.isatty():
             raise UnconfirmedNames(str(run.run_dir), names)
-        say(f"{run.run_dir} was not written here. To go on, these are read:")
+        say(f"{run.run_dir} was not written here, or was changed since. It asks for:")
         for name in names:
-            say(f"  {quoted(name)}")
-        require_yes("Read them?", "Nothing was read, for want of an answer. Answer y, or add --trust-paths.")
+            say(f"  {name}")  # whole: what is left out could be what matters
+        require_yes("Go on?", "Nothing was read", "--trust-paths")
     origin.confirm(run.run_dir, *jobs)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sleb.errors import Stopped, printable, sentence
+from sleb.errors import SlebError, Stopped, printable, sentence
 
 
 def say(text: str) -> None:
@@ -19,14 +19,22 @@ def fail(message: str) -> None:
     typer.echo(f"sleb: {sentence(message)}", err=True)
 
 
-def require_yes(question: str, otherwise: str) -> None:
-    """Asks on stderr. Ends the command where the answer is no; raises `Stopped` with a sentence where there is none."""
-    try:
-        if not typer.confirm(printable(question), err=True):
-            raise typer.Exit(1)
-    except typer.Abort as error:
-        say("")  # under the question
-        raise Stopped(otherwise) from error
+def require_yes(question: str, otherwise: str, option: str) -> None:
+    """Asks on stderr, where typer would write a blank on stdout. Raises `SlebError` for no, `Stopped` for no answer.
+
+    `otherwise` is what does not happen then, and `option` what answers yes.
+    """
+    while True:
+        sys.stderr.write(printable(f"{question} [y/N]: "))
+        sys.stderr.flush()
+        answer = sys.stdin.readline()
+        if not answer:
+            say("")  # under the question
+            raise Stopped(f"{otherwise}, for want of an answer. Answer y, or add {option}.")
+        if answer.strip().lower() in ("y", "yes"):
+            return
+        if answer.strip().lower() in ("", "n", "no"):
+            raise SlebError(f"{otherwise}.")
 
 
 def put(text: str, *, newline: bool = True) -> None:

@@ -75,8 +75,7 @@ def delete(
     if not run_folder.is_link(directory):
         run_folder.refuse_sample(directory)
     if not yes:
-        without = "Nothing was deleted, for want of an answer. Answer y, or add --yes."
-        require_yes(f"Delete {directory} for good?", without)
+        require_yes(f"Delete {directory} for good?", "Nothing was deleted", "--yes")
     job_processes.delete(directory)
     say(f"Deleted {directory}.")
 
@@ -106,7 +105,8 @@ def cache(
         freed = sum(entry.bytes for entry in gone)
         if as_json:
             put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
-        say(f"Cleared {len(gone)} entries, {freed / 1e6:,.0f} MB.")
+        entries = "1 entry" if len(gone) == 1 else f"{len(gone)} entries"
+        say(f"Cleared {entries}, {freed / 1e6:,.0f} MB.")
         return
     found = block_cache.usage(run_folder.home())
     if as_json:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import shutil
+import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ from sleb.records import EvaluateSpec, JobSpec, Permissions, QuantizeSpec, Run
 from sleb.runtime import job_folder, origin, run_folder
 from sleb.runtime.processes import job_processes
 from tests.support import tiny
+from tests.support.builders import make_stack
 from tests.support.command import run as command
 from tests.support.runs.strangers import from_elsewhere, with_own_code
 
@@ -160,7 +166,6 @@ def test_what_is_brought_in_was_not_written_here(model: Path, text: Path, tmp_pa
 
 
 def test_a_pipe_in_it_does_not_hang(model: Path, text: Path, tmp_path: Path) -> None:
-    import os
 
     run = from_elsewhere(tmp_path / "theirs", model, text)
     os.mkfifo(run.run_dir / "trace.jsonl")
@@ -179,3 +184,90 @@ def _break_off(run: Run) -> None:
 def _content(path: Path) -> list[tuple[str, bytes]]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [(str(each), each.read_bytes()) for each in files if each.is_file()]
+
+
+def test_the_revision_that_is_loaded_is_the_one_that_is_shown(model: Path, text: Path, tmp_path: Path) -> None:
+    """A resumed run loads the commit that its `stack.json` names."""
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    stack = make_stack().model_copy(update={"revision": "refs/pr/66"})
+    (run.run_dir / "stack.json").write_text(stack.model_dump_json())
+    assert f"{model} at revision refs/pr/66" in origin.unconfirmed(run.run_dir)
+    own = run_folder.create(run.spec, tmp_path / "own")
+    origin.write_stack(own.run_dir, make_stack())
+    assert origin.unconfirmed(own.run_dir) == ()
+    (own.run_dir / "stack.json").write_text(stack.model_dump_json())
+    assert f"{model} at revision refs/pr/66" in origin.unconfirmed(own.run_dir)
+
+
+def test_a_search_in_a_run_that_searches_nothing_reads_no_text(text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", "demo", text, JobSpec(kind="search"), finished=True)
+    said = command("work", run.run_dir, "--trust-paths", code=2)[1]
+    assert "of another kind than its run" in said
+    assert not (run.run_dir / "stack.json").exists()
+
+
+def test_its_tasks_and_processes_are_asked_about_whatever_else_it_names(tmp_path: Path) -> None:
+    ask = EvaluateSpec(lists=((1,),), texts=(), tasks=("piqa",))
+    job = JobSpec(kind="evaluate", ask=ask, processes=6)
+    run = from_elsewhere(tmp_path / "theirs", "demo", "demo", job, finished=True)
+    assert origin.unconfirmed(run.run_dir, "1-evaluate") == ("task piqa", "6 processes")
+    assert "task piqa, 6 processes" in command("work", run.run_dir, code=2)[1]
+    _break_off(run)
+    assert "task piqa, 6 processes" in command("resume", run.run_dir, code=2)[1]
+
+
+def test_a_job_of_the_largest_number_is_not_passed_by(model: Path, text: Path, tmp_path: Path) -> None:
+    """The next one would have a number that no list shows, and its result would be the stranger's."""
+    run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="search"))
+    run.jobs[0].directory.rename(run.run_dir / "jobs" / "999999999-search")
+    with pytest.raises(RunError, match="999999999, which no program wrote"):
+        job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+
+
+def test_a_small_file_takes_no_large_memory(model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    (run.run_dir / "trace.jsonl").write_bytes(b"\n" * (4 << 20))
+    with pytest.raises(RunError, match="Line 1 of"):
+        sleb.load(run.run_dir)
+    (run.run_dir / "trace.jsonl").unlink()
+    (run.run_dir / "spec.json").write_bytes(b"[" + b"{}," * (2 << 20) + b"{}]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(RunError, match="damaged"):
+            sleb.load(run.run_dir)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("dtype", ["float16\ntokenizer_source: base", "nope"])
+def test_a_type_of_weights_is_one_that_there_is(dtype: str, model: Path, text: Path, tmp_path: Path) -> None:
+    run = from_elsewhere(tmp_path / "theirs", model, text)
+    found = json.loads(make_stack().model_dump_json()) | {"dtype": dtype}
+    (run.run_dir / "stack.json").write_text(json.dumps(found))
+    with pytest.raises(RunError, match="damaged: dtype"):
+        sleb.load(run.run_dir)
+
+
+def test_whoever_is_asked_sees_the_whole_name_and_stdout_stays_clean(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("data/" * 60)
+    long.mkdir(parents=True)
+    secret = long / "secret.txt"
+    secret.write_text(text.read_text())
+    run = from_elsewhere(tmp_path / "theirs", model, secret)
+    monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
+    out, said = command("resume", run.run_dir, "--prepare", code=1)
+    assert str(secret) in said
+    assert (out, said.splitlines()[-1]) == ("", "Go on? [y/N]: sleb: Nothing was read.")
+    monkeypatch.setattr(sys, "stdin", _Terminal("y\n"))
+    out, _ = command("resume", run.run_dir, "--prepare")
+    assert Path(out.removesuffix("\n")).is_dir()
+
+
+class _Terminal(io.StringIO):
+    """Somebody at a keyboard."""
+
+    def isatty(self) -> bool:
+        return True

@@ -341,7 +341,11 @@ def _deaf() -> Iterator[None]:
 def derived(job: Job) -> Job:
     """The job, interrupted if its status says that it runs or waits and its process is gone."""
     status = derived_status(job.status)
-    return job if status is job.status else job.model_copy(update={"status": status})
+    if status is job.status:
+        return job
+    if job.spec.kind == "export":  # which begins at its beginning
+        status = status.model_copy(update={"message": "Its process is gone; export once more."})
+    return job.model_copy(update={"status": status})
 
 
 def derived_status(status: JobStatus) -> JobStatus:
