@@ -40,7 +40,7 @@ def _strangers(run: Run, job: JobSpec) -> list[str]:
 
 
 def _names(job: JobSpec) -> set[str]:
-    named = (*getattr(job.ask, "texts", ()), getattr(job.ask, "source", None), job.gguf)
+    named = (*getattr(job.ask, "texts", ()), *getattr(job.ask, "tasks", ()), getattr(job.ask, "source", None), job.gguf)
     return {each for each in named if each is not None}
 
 

@@ -54,8 +54,8 @@ def _answered() -> None:
 @st.dialog("Read what this run names?", on_dismiss=_answered)
 def _really_read(run: Run, job: JobSpec, again: bool, names: tuple[str, ...]) -> None:
     st.markdown(
-        "This run folder was written on another machine. It names what is to be read on this one; go on only if you "
-        "know these models and texts:"
+        "This run folder was written on another machine, or changed since. It names what is to be read on this one; go "
+        "on only if you know all of it:"
     )
     st.code("\n".join(map(_on_one_line, names)), language=None, wrap_lines=True)
     with st.container(horizontal=True):
