@@ -375,11 +375,9 @@ def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
 def load_dataset(name: str, *args: Any, split: str, streaming: bool = False, **kwargs: Any) -> Any:
     """The hub's, or the one in its cache; never files of this machine. Raises `CalibrationError`."""
     import datasets
-    from huggingface_hub.utils import validate_repo_id
 
     datasets.disable_progress_bars()
     try:
-        validate_repo_id(name)
         _require_not_here(name)
         builder = datasets.load_dataset_builder(name, *args, **kwargs)
         _require_remote(name, builder.config.data_files or {})

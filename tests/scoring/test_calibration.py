@@ -301,11 +301,11 @@ def test_a_data_set_cannot_have_files_of_this_machine(data_sets: Path, monkeypat
     [
         ("hf://datasets/some/set@main/a.txt", True), ("https://some.where/a.txt", True),
         ("zip://a.txt::hf://datasets/some/set@main/a.zip", True), ("/etc/hostname", False), ("a.txt", False),
-        ("file:///etc/hostname", False), ("zip://hf://a.txt::/home/a.zip", False), ("hf://a::local:///a", False), ("file:///etc/hostname::hf://a", False),
-        ("hf", False), ("reference://a::https://a", False),
+        ("file:///etc/hostname", False), ("zip://hf://a.txt::/home/a.zip", False), ("hf://a::local:///a", False),
+        ("file:///etc/hostname::hf://a", False), ("hf", False), ("reference://a::https://a", False),
     ],
 )  # fmt: skip
-def test_remote_is_where_the_last_hop_goes(file: str, remote: bool) -> None:
+def test_no_hop_leads_to_this_machine(file: str, remote: bool) -> None:
     with nullcontext() if remote else pytest.raises(CalibrationError, match="of this machine"):
         calibration._require_remote("some/set", {"train": [file]})
 
