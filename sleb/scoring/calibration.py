@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ _ROWS_AT_ONCE = 256
 _PARQUET_SECONDS, _PARQUET_BYTES = 300.0, 6 << 30
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+_REMOTE, _ARCHIVES = {"hf", "https", "http"}, {"zip", "tar", "gzip", "bz2", "xz", "zstd"}
 _CONTENT_KEYS = ("text", "content", "messages", "conversations")
 
 
@@ -370,16 +372,44 @@ def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
     return name, config, split, column
 
 
-def load_dataset(name: str, *args: Any, **kwargs: Any) -> Any:
-    """The hub's, or the one in its cache. Raises `CalibrationError`."""
+def load_dataset(name: str, *args: Any, split: str, streaming: bool = False, **kwargs: Any) -> Any:
+    """The hub's, or the one in its cache; never files of this machine. Raises `CalibrationError`."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, *args, **kwargs)
+        _require_not_here(name)
+        builder = datasets.load_dataset_builder(name, *args, **kwargs)
+        _require_remote(name, builder.config.data_files or {})
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise CalibrationError(
             f"The data set {quoted(name)} could not be loaded ({first}). Check its name and the network, or name a "
             "local .txt or .jsonl file instead, or demo."
         ) from error
+
+
+def _require_not_here(name: str) -> None:
+    """`datasets` prefers a folder of that name to the hub, and `text`, `csv` and others are readers of any files."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise CalibrationError(f"{quoted(name)} is a reader of files, no data set; name the file itself.")
+    if os.path.lexists(name):
+        raise CalibrationError(
+            f"{quoted(name)} lies in the current folder and would be taken for the hub's data set; start elsewhere."
+        )
+
+
+def _require_remote(name: str, files: Mapping[str, Iterable[Any]]) -> None:
+    """A data set says itself which files it has, and could name some of this machine."""
+    for each in (str(each) for of_split in files.values() for each in of_split):
+        *archives, file = (hop.partition("://")[0] if "://" in hop else "" for hop in each.split("::"))
+        if file not in _REMOTE or not _ARCHIVES.issuperset(archives):
+            raise CalibrationError(
+                f"The data set {quoted(name)} has {quoted(each)} of this machine among its files; choose another one."
+            )

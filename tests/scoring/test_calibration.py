@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -205,27 +206,119 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     asked: list[tuple[Any, ...]] = []
     rows = [f"{tiny.text(200, seed)}\n" if seed % 3 else "" for seed in range(60)]
 
-    def load(*args: Any, **kwargs: Any) -> Any:
-        asked.append((*args, kwargs.get("split"), kwargs.get("data_files"), kwargs.get("streaming", False)))
-        data = datasets.Dataset.from_dict({"text": rows, "other": rows})
-        return data.to_iterable_dataset() if kwargs.get("streaming") else data
+    class Builder:
+        """Of a data set that is there."""
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+        def __init__(self, *args: Any, data_files: Any = None) -> None:
+            self.asked = (*args, data_files)
+            self.config = datasets.BuilderConfig()
+            self.data = datasets.Dataset.from_dict({"text": rows, "other": rows})
+
+        def download_and_prepare(self) -> None:
+            asked.append(())
+
+        def as_dataset(self, split: str) -> Any:
+            assert asked.pop() == ()
+            asked.append((*self.asked, split, False))
+            return self.data
+
+        def as_streaming_dataset(self, split: str) -> Any:
+            asked.append((*self.asked, split, True))
+            return self.data.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     found = build("wikitext2", sampling="first")
-    assert asked.pop() == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, False)
+    assert asked.pop() == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", False)
     assert decoded(found.ids.reshape(-1)) == "\n\n".join(rows)[: 7 * 16]
     build("c4")
-    assert asked.pop() == ("allenai/c4", "train", {"train": "en/c4-train.00000-of-01024.json.gz"}, True)
+    assert asked.pop() == ("allenai/c4", {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", True)
     build("some/set:config:validation:other")
-    assert asked.pop() == ("some/set", "config", "validation", None, True)
+    assert asked.pop() == ("some/set", "config", None, "validation", True)
     build("some/set")
-    assert asked.pop() == ("some/set", "train", None, True)
+    assert asked.pop() == ("some/set", None, "train", True)
     reference = build("wikitext2-rows", sequences=12, seed=3)
     shuffled = datasets.Dataset.from_dict({"text": rows}).shuffle(seed=3)[:]["text"]
     joined = "\n\n".join(shuffled[:12])
     assert reference.sequences == len(joined) // 16
     assert decoded(reference.ids[: reference.sequences].reshape(-1)) == joined[: len(joined) // 16 * 16]
     assert reference.held_out == 2
+
+
+@pytest.fixture
+def data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Everything starts in an empty folder, with a cache of its own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "cache"
+
+
+def diary(folder: Path, path: str) -> None:
+    """A data set whose README names a file beside the current folder, with text enough."""
+    Path("../diary.txt").write_text(tiny.text(3000))
+    folder.mkdir(parents=True)
+    config = f"config_name: wikitext-2-raw-v1\n  data_files:\n  - split: train\n    path: {path}"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- {config}\n---\n")
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "wikitext2-rows", "Salesforce/wikitext:wikitext-2-raw-v1"])
+def test_a_folder_of_a_data_sets_name_is_not_taken_for_it(source: str, data_sets: Path) -> None:
+    diary(Path("Salesforce/wikitext"), "../../../diary.txt")
+    with pytest.raises(CalibrationError, match="'Salesforce/wikitext' lies in the current folder"):
+        build(source, sequences=2)
+    Path("allenai").symlink_to("Salesforce")
+    Path("Salesforce/c4").symlink_to("wikitext")
+    with pytest.raises(CalibrationError, match="'allenai/c4' lies in the current folder"):
+        build("c4")
+
+
+@pytest.mark.parametrize("reader", ["text", "json", "pandas"])
+def test_a_reader_of_the_current_folder_is_no_data_set(reader: str, data_sets: Path) -> None:
+    for name in ("train.txt", "train.jsonl", "train.pkl"):
+        Path(name).write_text(json.dumps({"text": tiny.text(3000)}))
+    with pytest.raises(CalibrationError, match=f"'{reader}' is a reader of files, no data set"):
+        build(f"{reader}:::text")
+
+
+def test_a_data_set_cannot_have_files_of_this_machine(data_sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its README names them. In place of the hub's answer stands that of a folder with the same README."""
+    from datasets import load
+
+    diary(Path("../strangers"), "../diary.txt")
+    monkeypatch.setattr(
+        load,
+        "dataset_module_factory",
+        lambda *args, **kwargs: load.LocalDatasetModuleFactory("../strangers").get_module(),
+    )
+    with pytest.raises(CalibrationError, match=r"'some/set' has '.*diary\.txt' of this machine among its files"):
+        build("some/set")
+
+
+@pytest.mark.parametrize(
+    ("file", "remote"),
+    [
+        ("hf://datasets/some/set@main/a.txt", True), ("https://some.where/a.txt", True),
+        ("zip://a.txt::hf://datasets/some/set@main/a.zip", True), ("/etc/hostname", False), ("a.txt", False),
+        ("file:///etc/hostname", False), ("zip://hf://a.txt::/home/a.zip", False), ("hf://a::local:///a", False),
+        ("file:///etc/hostname::hf://a", False), ("hf", False), ("reference://a::https://a", False),
+    ],
+)  # fmt: skip
+def test_no_hop_leads_to_this_machine(file: str, remote: bool) -> None:
+    with nullcontext() if remote else pytest.raises(CalibrationError, match="of this machine"):
+        calibration._require_remote("some/set", {"train": [file]})
+
+
+def test_what_the_cache_has_needs_no_network(data_sets: Path) -> None:
+    from datasets.packaged_modules.text.text import Text
+
+    Path("a.txt").write_text(tiny.text(3000))
+    Text(
+        cache_dir=str(data_sets), dataset_name="set", repo_id=None, config_name="config", hash="0" * 16,
+        data_files={"train": "a.txt"},
+    ).download_and_prepare(str(data_sets / "some___set" / "config" / "0.0.0" / ("0" * 16)))  # fmt: skip
+    assert build("some/set:config").ids.shape == (7, 16)
 
 
 def test_real_text_by_the_published_reading(real_text: Path) -> None:

@@ -12,6 +12,8 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +75,13 @@ class TaskFiles:
     @contextmanager
     def as_data(self) -> Iterator[None]:
         """While tasks are loaded, and while they are put and scored; lm-eval is as it was afterwards."""
-        if self.trusted:
-            yield
-            return
         from lm_eval import utils
         from lm_eval.api import task as tasks
         from lm_eval.tasks import _factory, _index, _yaml_loader, manager
 
         with ExitStack() as stack:
-            lm_evals = _yaml_loader._load_module_with_cache
-            stack.enter_context(_replaced(_yaml_loader, "_load_module_with_cache", _without_here(lm_evals, stack)))
+            stack.enter_context(_nothing_from_here(self.trusted))
             stack.enter_context(_replaced(tasks, "get_metric", self._metric(tasks.get_metric)))
-            if "evaluate" in sys.modules:
-                _refuse_here(stack)
             if not self.restricted:
                 yield
                 return
@@ -174,7 +170,7 @@ class TaskFiles:
                     f"{self._where} has the program of metric {excerpt(name, 80)!r} fetched and run, {_FLAG}; lm-eval "
                     f"itself has {own}."
                 )
-            if not known and isinstance(name, str) and os.path.exists(name):
+            if not known and isinstance(name, str) and os.path.exists(name) and not _may_run(name, self.trusted):
                 raise OptionError(
                     f"Metric {excerpt(name, 80)!r} is a file of this folder, which would be run; start elsewhere."
                 )
@@ -424,29 +420,61 @@ def _sandbox(lm_evals: Any) -> Any:
     return made
 
 
-def _without_here(lm_evals: Callable[[Path], Any], stack: ExitStack) -> Callable[[Path], Any]:
-    """Functions of lm-eval's tasks that fetch metrics must not find programs where the command starts."""
+class _Import(MetaPathFinder):
+    """Has a module changed as soon as it is imported, whoever does so."""
 
-    def load_module(path: Path) -> Any:
-        if b"evaluate" in Path(path).read_bytes():
-            _refuse_here(stack)
-        return lm_evals(path)
+    def __init__(self, name: str, change: Callable[[Any], None]) -> None:
+        self._name, self._change = name, change
 
-    return load_module
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Python's own, for that one module."""
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == self._name else None
+        if spec is None or spec.loader is None:
+            return None
+        loader: Any = spec.loader
+        pythons = loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            pythons(module)
+            self._change(module)
+
+        loader.exec_module = exec_module
+        return spec
 
 
-def _refuse_here(stack: ExitStack) -> None:
-    """`evaluate` prefers a folder of a metric's name in the current one to the hub."""
-    from evaluate import loading
+@contextmanager
+def _nothing_from_here(trusted: bool) -> Iterator[None]:
+    """`evaluate` prefers a folder of a metric's name in the current one to the hub.
 
-    lm_evals = loading.LocalEvaluationModuleFactory.get_module
+    Any function of lm-eval's tasks may import it at any time. Importing it here would take seconds from all others.
+    """
+    with ExitStack() as stack:
 
-    def get_module(factory: Any) -> Any:
-        if not is_lm_evals(factory.path):
-            raise OptionError(f"Metric {excerpt(factory.path, 80)!r} is a program of this folder; start elsewhere.")
-        return lm_evals(factory)
+        def change(loading: Any) -> None:
+            evaluates = loading.LocalEvaluationModuleFactory.get_module
 
-    stack.enter_context(_replaced(loading.LocalEvaluationModuleFactory, "get_module", get_module))
+            def get_module(factory: Any) -> Any:
+                if not _may_run(factory.path, trusted):
+                    raise OptionError(
+                        f"Metric {excerpt(factory.path, 80)!r} is a program of this folder; start elsewhere."
+                    )
+                return evaluates(factory)
+
+            stack.enter_context(_replaced(loading.LocalEvaluationModuleFactory, "get_module", get_module))
+
+        loaded = sys.modules.get("evaluate.loading")
+        if loaded is not None:
+            change(loaded)
+        else:
+            finder = _Import("evaluate.loading", change)
+            sys.meta_path.insert(0, finder)
+            stack.callback(sys.meta_path.remove, finder)
+        yield
+
+
+def _may_run(program: str, trusted: bool) -> bool:
+    """lm-eval's own, and what trusted code names by its whole path. A mere name is no file of the current folder."""
+    return is_lm_evals(program) or (trusted and os.path.isabs(program))
 
 
 @contextmanager

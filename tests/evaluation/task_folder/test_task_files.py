@@ -385,6 +385,35 @@ def test_lm_evals_own_tasks_run_no_program_of_the_current_folder(marker: Path) -
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(("where", "trust"), [("none", False), ("none", True), ("tasks", False), ("tasks", True)])
+def test_nor_where_the_metric_is_fetched_by_a_module_of_a_module(
+    where: str, trust: bool, folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mts_dialog_perplexity` names no metric; what its functions import does. Nobody has imported `evaluate`."""
+    for name in [each for each in sys.modules if f"{each}.".startswith(("evaluate.", "lm_eval.tasks.mts_dialog."))]:
+        monkeypatch.delitem(sys.modules, name)
+    Path("bleu").mkdir()
+    Path("bleu/bleu.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    files = task_files.TaskFiles(None if where == "none" else folder, trust)
+    finders = list(sys.meta_path)
+    with files.as_data(), pytest.raises(RuntimeError, match=r"Metric 'bleu/bleu\.py' is a program of this folder"):
+        lm_eval.tasks._yaml_loader.load_yaml(LM_EVALS / "mts_dialog" / "mts_dialog_perplexity.yaml")
+    assert sys.meta_path == finders
+    with files.as_data(), pytest.raises(OptionError, match=r"'\./bleu/bleu\.py' is a program of this folder"):
+        sys.modules["evaluate"].load("./bleu/bleu.py")
+    assert not marker.exists()
+
+
+def test_trusted_code_may_name_a_metric_by_its_whole_path(folder: Path, marker: Path) -> None:
+    metric("own_metric")(folder, marker)
+    refused(folder, match="'own_metric' is a file of this folder", trust=True)
+    assert not marker.exists()
+    path = Path("own_metric").resolve()
+    with task_files.TaskFiles(folder, trusted=True).as_data():
+        lm_eval.api.task.get_metric(str(path))
+    assert marker.exists()
+
+
 OWN_FOLDERS = (
     "hellaswag", "winogrande", "arc", "piqa", "mmlu", "lambada", "openbookqa", "super_glue", "gsm8k", "triviaqa",
     "sciq", "truthfulqa",
