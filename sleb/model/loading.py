@@ -16,8 +16,8 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo
-from sleb.model.inspection import gguf_header, model_files
-from sleb.model.inspection.presence import is_path, not_there, require_file
+from sleb.model.inspection import gguf_header, model_files, tokenizer_growth
+from sleb.model.inspection.presence import is_path, not_there, require_code_elsewhere, require_file
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -74,6 +74,7 @@ def load_model(
     elif is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
+    _loading(name, lambda: model_files.require_no_adapter(name, str(source), revision))
     config = _config(str(source), name, options)
     if header is not None:
         model_files.require_enough(name, config, options, header.elements)
@@ -99,7 +100,7 @@ def load_model(
             name, lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load)
         )
     _require_complete(name, report)
-    tokenizer = _loading(name, lambda: _auto_tokenizer().from_pretrained(str(source), **options))
+    tokenizer = _loading(name, lambda: _tokenizer(name, str(source), options))
     if kwargs.get("device_map") is None and streamed_blocks(model) is None:
         model.to(where)
     model.eval()
@@ -232,6 +233,10 @@ def _config(source: str, name: str, options: dict[str, Any]) -> Any:
     if "gguf_file" not in options:
         raw, _ = _loading(name, lambda: PreTrainedConfig.get_config_dict(source, **options))
         model_files.require_modest(name, raw)
+        if options["trust_remote_code"]:
+            require_code_elsewhere(raw)
+        else:
+            model_files.require_own_kernels(name, raw)
     config = _loading(name, lambda: AutoConfig.from_pretrained(source, **options))
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
@@ -290,8 +295,7 @@ def _explain(name: str, error: BaseException) -> str:
 def _require_folder(folder: Path, allow_pickle: bool) -> None:
     if folder.is_file():
         raise ModelError(f"{folder} is a file; a model is a folder with config.json, a .gguf file, or a hub name.")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is an adapter, not a model. Merge it into its base model first.")
+    model_files.require_no_adapter(str(folder), str(folder), None)  # it may have no config.json
     model_files.read_config(folder)
     model_files.require_plain_files(folder)
     if list(folder.glob("*.safetensors")):
@@ -311,6 +315,18 @@ def _weight_files(source: str | Path, options: dict[str, Any], allow_pickle: boo
     if Path(source).is_dir():
         return map(str, Path(source).glob("*.safetensors"))
     return [] if allow_pickle else files_by_key(str(source), options).values()
+
+
+def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if "gguf_file" not in options:
+        tokenizer_growth.require_modest_files(name, source, options["revision"])
+        if options["trust_remote_code"]:
+            require_code_elsewhere(get_tokenizer_config(source, revision=options["revision"]))
+    tokenizer = _auto_tokenizer().from_pretrained(source, **options)
+    tokenizer_growth.require_modest(name, tokenizer)
+    return tokenizer
 
 
 def _header(path: Path) -> gguf_header.Header:

@@ -80,6 +80,27 @@ def require_modest(name: str, settings: Mapping[str, Any]) -> None:
         )
 
 
+def require_no_adapter(name: str, source: str, revision: str | None) -> None:
+    """Libraries obey an adapter's settings, whatever those ask for, wherever its file lies. Raises `ModelError`."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    if find_adapter_config_file(source, revision=revision) is not None:
+        raise ModelError(
+            f"{name} is an adapter, or a model with one beside it (adapter_config.json); merge it into its base model "
+            "first, or take that file away if it has been merged."
+        )
+
+
+def require_own_kernels(name: str, settings: Mapping[str, Any]) -> None:
+    """A config may name a repository whose code computes attention in place of torch. Raises `ModelError`."""
+    for key, value in _leaves(settings, "implementation"):
+        if isinstance(value, str) and re.search("[/:]", value):
+            raise ModelError(
+                f"{name} asks in its config for code from elsewhere to run ({excerpt(key, 60)} = {quoted(value)}); "
+                "read that, and allow it with --trust-remote-code."
+            )
+
+
 def require_plain_files(folder: Path) -> None:
     """What libraries read as a whole is of bearable size, and shards lie in the folder. Raises `ModelError`."""
     for path in sorted(folder.iterdir()):
@@ -155,6 +176,11 @@ def _require_printable_names(path: Path) -> None:
             left += value
 
 
+def read_text_json(path: Path) -> Any:
+    """A JSON file that libraries read as a whole, such as a vocabulary. Raises `ModelError`."""
+    return _json(path, _TEXT_BYTES)
+
+
 def _json(path: Path, most: int) -> Any:
     """A JSON file of at most so many bytes. Numbers may be infinite: some configs say so."""
     if path.stat().st_size > most:
@@ -168,15 +194,26 @@ def _json(path: Path, most: int) -> Any:
 
 
 def _numbers(settings: Any) -> Iterator[tuple[str, float]]:
-    """Every number of a config and its key, however deep it lies; those in lists have the key of the list."""
+    """Every number of a config and its key."""
+    for key, value in _leaves(settings):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
+
+
+def _leaves(settings: Any, below: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a config and its key, however deep it lies; those in lists have the key of the list.
+
+    Those below a key with the word in it have that key.
+    """
     left: list[tuple[str, Any]] = [("", settings)]
     while left:
         key, value = left.pop()
         if isinstance(value, Mapping):
-            left += [(str(name), each) for name, each in value.items()]
+            keep = below and below in key
+            left += [(key if keep else str(name), each) for name, each in value.items()]
         elif isinstance(value, list | tuple):
             left += [(key, each) for each in value]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+        elif below in key:
             yield key, value
 
 

@@ -6,8 +6,10 @@ Whether it can be used is for `loading` to say. No torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sleb.errors import ModelError
 from sleb.records import JobSpec, Run
@@ -33,13 +35,31 @@ def require_file(path: Path) -> None:
 
 
 def is_path(name: str) -> bool:
-    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name. Raises `ModelError`."""
+    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name. Raises `ModelError`.
+
+    Folders that were asked for are absolute by now (`specs.absolute`). So `a/b` is of the hub, and libraries would take
+    a folder of that name in the current one for it, and run its code.
+    """
     with suppress(OSError, RuntimeError):  # names no file system takes
         if Path(name).expanduser().exists():
+            if _HUB_NAME.fullmatch(name) and not name.startswith("."):
+                raise ModelError(
+                    f"{name} names a model on the hub, and {Path(name).absolute()} would be read for it; give that "
+                    "folder's absolute path if it is meant, or start in another folder."
+                )
             return True
     if name.startswith((".", "/", "~", "\\")) or not _HUB_NAME.fullmatch(name):
         raise ModelError(f"There is no model folder {name[:200]!r}. Give a folder, a .gguf file, a hub name, or demo.")
     return False
+
+
+def require_code_elsewhere(settings: Mapping[str, Any]) -> None:
+    """Code of its own that a model has in another repository (`owner/name--file.Class`). Raises `ModelError`."""
+    mapped = settings.get("auto_map")
+    for value in mapped.values() if isinstance(mapped, Mapping) else [mapped]:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, str) and "--" in each:
+                is_path(each.partition("--")[0])
 
 
 def not_there(name: str, why: str) -> ModelError:

@@ -60,12 +60,34 @@ def change(path: Path, **settings: Any) -> None:
         ({"num_key_value_heads": 0}, "cannot be loaded"),
         ({"head_dim": 0}, "cannot be loaded"),
         ({"hidden_act": "no\x1b[31m" * 2000}, "cannot be loaded"),
+        ({"attn_implementation": "owner/kernel"}, "attn_implementation = 'owner/kernel'.*--trust-remote-code"),
+        ({"_attn_implementation": "paged|a/b@main:run"}, "_attn_implementation = .*--trust-remote-code"),
+        ({"text_config": {"attn_implementation": {"": "kernels-community/x"}}}, "kernels-community.*--trust-remote"),
         ({"num_hidden_layers": "9"}, "cannot be loaded .*num_hidden_layers.*expected int"),
     ],
 )
-def test_a_config_that_asks_for_too_much_is_refused(model: Path, settings: dict[str, Any], words: str) -> None:
+def test_a_config_that_asks_for_what_it_may_not_is_refused(model: Path, settings: dict[str, Any], words: str) -> None:
     change(model / "config.json", **settings)
     refused(model, words)
+
+
+def test_an_adapter_beside_a_model_is_not_obeyed(model: Path) -> None:
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": "(.*.*)*X"}))
+    refused(model, "an adapter, or a model with one beside it .*merge it into its base model")
+
+
+def test_a_model_of_the_hub_with_an_adapter_beside_it_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, repository = "0" * 40, tmp_path / "hub" / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(model, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_model("owner/model", dtype="float32").name == "owner/model"
+    (repository / "snapshots" / commit / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="owner/model is an adapter, or a model with one beside it"):
+        load_model("owner/model")
 
 
 @pytest.mark.parametrize(
@@ -76,7 +98,7 @@ def test_a_config_that_asks_for_too_much_is_refused(model: Path, settings: dict[
         ("config.json", "NaN", "no JSON object"),
         ("config.json", '{"a": 1, "a": 2}', "model_type"),
         ("generation_config.json", DEEP, "RecursionError"),
-        ("tokenizer.json", DEEP, "RecursionError"),
+        ("tokenizer.json", DEEP, "nested too deeply"),
         ("tokenizer.json", '{"added_tokens": [{"id": -1, "content": "x"}]}', "cannot be loaded"),
         ("tokenizer_config.json", "5", "cannot be loaded"),
         ("model.safetensors.index.json", DEEP, "nested too deeply"),
