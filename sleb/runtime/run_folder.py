@@ -186,8 +186,9 @@ def delete(directory: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """Remove temporary files of killed processes from a run folder."""
+    """Remove what killed processes left in a run folder, and beside it where they made it."""
     sweep_below(directory)
+    sweep(home(), directory.parent)
 
 
 def delete_again(run: str) -> bool:
