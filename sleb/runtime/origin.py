@@ -30,6 +30,10 @@ _TEXTS_BY_NAME = {*NAMED_TEXTS, "wikitext2-rows"}
 """Names that mean the same text on every machine; the demo model is the only model of that kind."""
 
 
+SIGNATURE = "spec.signature"
+"""The signature of what a run or a job was asked."""
+
+
 def write_signed(folder: Path, name: str, content: str) -> None:
     """Write one of the files in `SIGNED`, signed: a file without its signature is never seen, even after a kill.
 

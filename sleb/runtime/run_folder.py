@@ -54,7 +54,7 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
             raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
         if directory.is_dir():
             sweep(home(), directory)
-        begun = (LOCK, "spec.signature")  # what a process had written that was killed before it wrote what was asked
+        begun = (LOCK, origin.SIGNATURE)  # what a process had written that was killed before it wrote what was asked
         if directory.exists() and any(each.name not in begun for each in directory.iterdir()):
             raise RunError(
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "

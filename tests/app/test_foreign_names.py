@@ -19,6 +19,8 @@ from tests.support.runs import judged
 from tests.support.runs.stores import write_run
 
 MODEL = "<img src=x onerror=alert(1)>[x](javascript:alert(1))"
+SHOWN = f"{MODEL} at revision 0123abc"
+"""With the revision that was found, which is the one that is loaded again."""
 READ, LEAVE = "Read them", "Leave it"
 
 
@@ -59,13 +61,13 @@ def test_resume_shows_what_is_read_and_starts_once_that_is_confirmed(home: Path,
     press(app, "Resume")
     assert not app.exception
     assert executed == []
-    assert MODEL in code(app)
+    assert SHOWN in code(app)
     assert MODEL not in words(app)  # text only
     app.run()  # whatever else has the page drawn anew: it is asked until there is an answer
     press(app, LEAVE)
     assert not {READ, LEAVE} & set(labels(app))
     assert executed == []
-    assert origin.unconfirmed(run.run_dir) == (MODEL,)
+    assert origin.unconfirmed(run.run_dir) == (SHOWN,)
     press(app, "Resume")
     press(app, READ)
     assert [command[-1] for command in executed] == [str(run.run_dir / "jobs" / "2-search")]
@@ -77,7 +79,7 @@ def test_an_evaluation_and_an_export_ask_as_well(home: Path, executed: list[list
     foreign(write_run(home / "runs" / "one", 12, 3, model=MODEL))
     app = open_page("evaluate", run="one")
     press(app, "Evaluate")
-    assert MODEL in code(app)
+    assert SHOWN in code(app)
     assert executed == []
     press(app, READ)
     assert len(executed) == 1
@@ -85,7 +87,7 @@ def test_an_evaluation_and_an_export_ask_as_well(home: Path, executed: list[list
     app = open_page("export", run="two")
     app.text_input[0].set_value(f"{tmp_path}/new").run()
     press(app, "Write the smaller model")
-    assert MODEL in code(app)
+    assert SHOWN in code(app)
     press(app, READ)
     assert len(executed) == 2
     assert executed[1][1:3] == ["--out", f"{tmp_path}/new"]
@@ -138,7 +140,7 @@ def test_names_that_change_after_they_were_shown_are_asked_again(home: Path, exe
     run = stopped(home)
     with pytest.raises(UnconfirmedNames):
         actions.go_on(data.load("one"), JobSpec(kind="search"), again=True, seen=("another/model",))
-    assert origin.unconfirmed(run.run_dir) == (MODEL,)
+    assert origin.unconfirmed(run.run_dir) == (SHOWN,)
     assert executed == []
 
 

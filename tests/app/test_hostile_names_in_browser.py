@@ -30,7 +30,7 @@ SHORT = "<b>bold</b>"
 """Where a chart would cut a longer one."""
 CHOSEN = {
     "kind", "state", "sampling", "bos", "objective", "search", "refine", "speedups", "shape", "scheme", "how", "method",
-    "format", "scoring", "out", "question",
+    "format", "scoring", "out", "question", "dtype",
 }  # fmt: skip
 """Fields that take one of a few words, or that the test needs."""
 FOUND = """() => {
