@@ -31,7 +31,8 @@ def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:
             raise UnconfirmedNames(str(run.run_dir), names)
         say(f"{run.run_dir} was not written here, or was changed since. It asks for:")
         for name in names:
-            say(f"  {name}")  # whole: what is left out could be what matters
+            one_line = name.replace("\n", "\\n")  # a second line could pass for another name
+            say(f"  {one_line}")  # whole: what is left out could be what matters
         require_yes("Go on?", "Nothing was read", "--trust-paths")
     origin.confirm(run.run_dir, *jobs)
 
