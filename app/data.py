@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +25,8 @@ from sleb.errors import RunError, quoted
 from sleb.methods import step_evidence as evidence_of_step
 from sleb.methods.statistics import Comparison
 from sleb.model.inspection import block_count
-from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Permissions, Run, Step
-from sleb.runtime import files, findings_folder, job_folder, run_folder
+from sleb.records import ExitStatistics, Finding, JobKind, JobSpec, Method, Permissions, Run, StackDescription, Step
+from sleb.runtime import findings_folder, job_folder, record_files, run_folder
 from sleb.runtime import run_index as outlines_of
 from sleb.runtime.dashboard_files import SAMPLES
 from sleb.runtime.listing import run_list
@@ -110,8 +111,8 @@ def rivals_of(run: Run) -> list[Outline]:
             and each.last
             and each.num_blocks == run.stack.num_blocks
         ):
-            weights, text = _hashes(str(each.run_dir), _file_time(each.run_dir / "stack.json"))
-            if weights == run.stack.weights_hash and text != run.stack.tokens_hash:
+            other = _stack(str(each.run_dir), _file_time(each.run_dir / "stack.json"))
+            if other and other.is_of_same_model(run.stack) and other.tokens_hash != run.stack.tokens_hash:
                 found.append(each)
     return found
 
@@ -211,13 +212,11 @@ def _findings(directory: str, signature: object) -> tuple[Finding, ...]:
 
 
 @st.cache_resource(max_entries=2000, show_spinner=False)
-def _hashes(directory: str, changed: int) -> tuple[str, str]:
-    """Of the weights and of the calibration text; empty where they cannot be read."""
-    try:
-        stack = files.read_json_inside(Path(directory), "stack.json")
-        return str(stack["weights_hash"]), str(stack["tokens_hash"])
-    except (OSError, ValueError, KeyError, TypeError, RunError):
-        return "", ""
+def _stack(directory: str, changed: int) -> StackDescription | None:
+    """What a run settled on with its model; None where it cannot be read."""
+    with suppress(RunError, OSError):
+        return record_files.read_record(StackDescription, Path(directory), "stack.json")
+    return None
 
 
 @st.cache_data(max_entries=64, ttl=60, show_spinner=False)

@@ -198,10 +198,7 @@ def same_model_and_text(run: Run) -> list[Run]:
         if taken or not each.removal_list or each.num_blocks != run.stack.num_blocks:
             continue
         other = data.load(each.run_id)
-        if other.stack and (other.stack.weights_hash, other.stack.tokens_hash) == (
-            run.stack.weights_hash,
-            run.stack.tokens_hash,
-        ):
+        if other.stack and other.stack.tokens_hash == run.stack.tokens_hash and other.stack.is_of_same_model(run.stack):
             found.append(other)
     return found
 

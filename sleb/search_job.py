@@ -19,12 +19,13 @@ from sleb.methods.problem import Decision, Problem, Score, number_to_remove, req
 from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import LoadedModel, weights_hash
+from sleb.model.loading import LoadedModel
+from sleb.model.model_of_run import require_same_model, require_same_scoring
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
 from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import calibration, speedups
+from sleb.scoring import calibration, recorded_baseline, speedups
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of
 from sleb.scoring.sweep import Scorer
@@ -89,9 +90,10 @@ class Session:
             self._analyze()
 
     def _describe(self, config: Any) -> StackDescription:
-        hashed = weights_hash(self.loaded.model)
         if self.run.stack is not None:
-            _require_same(self.run, hashed, self.text.tokens_hash)
+            _require_same_text(self.run, self.text.tokens_hash)
+            require_same_model(self.run, self.job, self.loaded)
+            require_same_scoring(self.run)
             return self.run.stack
         count = len(self.stack)
         asked = self.spec.protected
@@ -122,7 +124,7 @@ class Session:
             num_remove = number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
             require_possible(self.spec.method, count, num_remove, protected)
         description = StackDescription(
-            **facts_of(self.stack, self.loaded, hashed),
+            **facts_of(self.stack, self.loaded),
             tokens_hash=self.text.tokens_hash,
             sequences=self.text.sequences,
             held_out=self.text.held_out,
@@ -164,6 +166,8 @@ class Session:
             scorer.round_size([(block,) for block in problem.candidates])  # refused now, not after the baseline
         trace = self.run.trace
         steps = list(trace.steps) if trace else []
+        if trace is not None:
+            self._require_same_baseline(problem, scorer)
         if trace is None or trace.finished is None:
             cost = cost_of_search(self.spec.method, problem, steps, with_baseline=trace is None, plain=scorer.plain)
             ahead = cost.units(scorer.head_weight)
@@ -177,6 +181,19 @@ class Session:
             if self.group.first:
                 trace_file.append_finished(self.run.run_dir, _why_finished(problem, steps))
         self.batch_size = scorer.batch_size
+
+    def _require_same_baseline(self, problem: Problem, scorer: Scorer) -> None:
+        """What a run goes on from was scored by this model: its first sequence is scored again.
+
+        A run by an earlier version, which recorded weights alone, says from then on of what model it is.
+        """
+        self.meter.phase("Comparing with the scores of the unmodified model")
+        then = self.group.share(lambda: recorded_baseline.recorded(self.run))
+        recorded_baseline.require_same(self.run, scorer, then, len(problem.calibration))
+        if self.description.identity is None:
+            self.description = self.group.share(
+                lambda: recorded_baseline.write_identity(self.run, self.description, self.loaded)
+            )
 
     @contextmanager
     def _faster(self, scorer: Scorer, ahead: float, known: tuple[str, ...] | None) -> Iterator[None]:
@@ -323,8 +340,7 @@ class Session:
             self.stack,
             self.loaded.tokenizer,
             self.text.ids[: self.text.sequences],
-            weights_hash=self.description.weights_hash,
-            revision=self.description.revision,
+            model_key=self.description.model_key or self.description.weights_hash,
             dtype=self.description.dtype,
             model_name=self.spec.model,
             home=run_folder.home(),
@@ -357,15 +373,13 @@ def _require_positions(config: Any, length: int) -> None:
         )
 
 
-def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
+def _require_same_text(run: Run, tokens_hash: str) -> None:
     assert run.stack is not None
-    changed = None
-    if hashed != run.stack.weights_hash:
-        changed = f"The weights of {run.spec.model} are not those"
-    elif tokens_hash != run.stack.tokens_hash:
-        changed = f"The calibration text ({run.spec.calibration.source}) or tokenizer is not the one"
-    if changed:
-        raise RunError(f"{changed} that run {run.run_id} began with. Restore it, or start a new run.")
+    if tokens_hash != run.stack.tokens_hash:
+        raise RunError(
+            f"The calibration text ({run.spec.calibration.source}) or tokenizer is not the one that run {run.run_id} "
+            "began with. Restore it, or start a new run."
+        )
 
 
 def _why_finished(problem: Problem, steps: list[Step]) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from filelock import FileLock
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -87,6 +87,8 @@ class BlockOutputs:
     """Why there are no generated tokens, if so: one sentence."""
     passage_top: np.ndarray  # int32 (P, N, 5): the first P sampled tokens, most likely next tokens first
     passage_probability: np.ndarray  # float32 (P, N, 5)
+    versions: dict[str, str]
+    """Of the libraries it was computed with: for the screen, no part of the key."""
 
 
 class _FileCheck(Record):
@@ -102,6 +104,7 @@ class _Meta(Record):
     model: str
     depends: dict[str, str]
     """What the key was made of, in words."""
+    versions: dict[str, str] = Field(default={})
     created: float
     """Seconds since the epoch."""
     sequences: int
@@ -228,6 +231,7 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
                 key=key,
                 model=found.model,
                 depends=depends,
+                versions=found.versions,
                 created=time.time(),
                 sequences=found.sequences,
                 sequence_length=found.sequence_length,
@@ -324,6 +328,7 @@ def _open(entry: Path, *, verify: bool) -> BlockOutputs:
         sequence_length=meta.sequence_length,
         random_token_id=meta.random_token_id,
         generated_reason=meta.generated_reason,
+        versions=meta.versions,
         **arrays,
     )
 

@@ -20,7 +20,7 @@ from sleb.analysis import block_output_cache, prediction_alignment, similarity, 
 from sleb.errors import ModelError, ScoringError
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import in_batches
-from sleb.records import Alignment, Analysis, AnalysisDescription
+from sleb.records import ANALYSIS_VERSION, Alignment, Analysis, AnalysisDescription
 
 PROMPTS = 12  # about 1,500 generated tokens: the standard error of a share is near one per cent
 PROMPT_TOKENS = 32
@@ -75,8 +75,7 @@ def analyze(
     tokenizer: Any,
     ids: np.ndarray | torch.Tensor,
     *,
-    weights_hash: str,
-    revision: str | None,
+    model_key: str,
     dtype: str,
     model_name: str,
     home: Path,
@@ -86,7 +85,8 @@ def analyze(
 ) -> tuple[Analysis, token_sample.Tokens]:
     """Similarity, alignment and passage on at most 4,096 tokens of the calibration set `ids`, int64 (S, L).
 
-    Beside the record, the tokens that a run folder takes along. One forward pass over them (and a short one over
+    `model_key` tells models apart (`StackDescription.model_key`). Beside the record, the tokens that a run folder takes
+    along. One forward pass over them (and a short one over
     generated text); none at all where the cache holds its result.
     """
     started = time.monotonic()
@@ -95,15 +95,14 @@ def analyze(
     sample = Sample.of(calibration, block_output_cache.tokens_that_fit(len(stack), config.hidden_size))
     random_token_id = _random_token(tokenizer, config.vocab_size, seed)
     key = block_output_cache.key_of(
-        weights_hash=weights_hash,
-        revision=revision,
+        model=model_key,
         dtype=dtype,
         token_ids=sample.token_ids,
         position=sample.position,
         prompts=sample.prompts,
         random_token_id=random_token_id,
         sampling=[PROMPTS, PROMPT_TOKENS, NEW_TOKENS, PASSAGE_TOKENS],
-        versions=_versions(),
+        analysis_version=ANALYSIS_VERSION,
     )
     progress(0.0, "Looking for cached block outputs")
     found = block_output_cache.read(home, key)
@@ -111,7 +110,7 @@ def analyze(
     if found is None:
         found = _compute(stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress)
         progress(0.98, "Writing the block outputs to the cache")
-        depends = {"weights": weights_hash, "revision": revision or "", "dtype": dtype, **_versions()}
+        depends = {"model": model_key, "dtype": dtype, "analysis_version": str(ANALYSIS_VERSION)}
         block_output_cache.write(home, key, found, depends)
     analysis = analysis_of(found, tokenizer, key, cached=cached, since=started)
     progress(1.0, "Analyses read from the cache" if cached else "Analyses finished")
@@ -154,6 +153,7 @@ def analysis_of(
             token_count=len(found.token_ids),
             seconds=time.monotonic() - since,
             cached=cached,
+            versions=found.versions,
         ),
     )
 
@@ -231,6 +231,7 @@ def _compute(
         generated_reason=reason,
         passage_top=passage_top,
         passage_probability=passage_probability,
+        versions=_versions(),
     )
 
 

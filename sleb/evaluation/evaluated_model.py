@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,11 +21,15 @@ from sleb.export.removal import streamlined
 from sleb.methods.statistics import measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import positions_of
+from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
-from sleb.records import Finding, JobSpec, RemovalList, Run, TextPerplexity
+from sleb.records import EVALUATION_VERSION, SCORING_VERSION, Finding, JobSpec, RemovalList, Run, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
+from sleb.scoring.recorded_baseline import agrees, write_identity
 from sleb.scoring.sweep import Scorer
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Finding)
 
@@ -69,9 +76,31 @@ class Subject:
         if missed:
             raise OptionError(f"Block {missed[0]} cannot be removed: {needed[missed[0]]}.")
 
+    @cached_property
+    def depends_on(self) -> str:
+        """Key of what is found here, besides list and question: model and code."""
+        assert self.run.stack is not None
+        model = identity_of(self.loaded).key(self.run.stack.weights_hash, self.loaded.dtype)
+        return hashlib.sha256(f"{model} {SCORING_VERSION} {EVALUATION_VERSION}".encode()).hexdigest()[:32]
+
+    def adopt(self) -> None:
+        """The run is of this model, as far as an earlier version wrote anything that tells: so is all that it found."""
+        assert self.run.stack is not None
+        if self.run.stack.identity is None:
+            stack = write_identity(self.run, self.run.stack, self.loaded)
+            self.run = self.run.model_copy(update={"stack": stack})
+        for each in findings_folder.findings(self.run.run_dir):
+            if not each.depends_on:
+                findings_folder.keep(self.run.run_dir, each.model_copy(update={"depends_on": self.depends_on}))
+
     def known(self, kind: type[F]) -> list[F]:
-        """Findings of one kind that are there already."""
-        return findings_folder.of_kind(findings_folder.findings(self.run.run_dir), kind)
+        """Findings of one kind that are there already, by this model and this code."""
+        found = findings_folder.of_kind(findings_folder.findings(self.run.run_dir), kind)
+        return [each for each in found if each.depends_on == self.depends_on]
+
+    def table(self, windows: perplexity.Windows, weights: str) -> findings_folder.Table:
+        """Nats on every window of a text, with weights of this type and treatment."""
+        return findings_folder.Table(self.run.run_dir, windows.text, weights, self.depends_on)
 
     def keep(self, finding: Finding) -> None:
         """Write one down, at once."""
@@ -117,9 +146,9 @@ class Subject:
     ) -> dict[RemovalList, np.ndarray]:
         """Nats of the baseline and of each list on every window: what is known is read, the rest is found and kept."""
         wanted = tuple(dict.fromkeys([(), *lists]))
-        table = findings_folder.Table(self.run.run_dir, windows.text, self.loaded.dtype)
-        rows, started = table.read(), time.perf_counter()
+        table, started = self.table(windows, self.loaded.dtype), time.perf_counter()
         scorer = self.scorer(windows)
+        rows = table.read() or self._rows_without_key(windows, scorer)
         ahead = [each for each in wanted if each not in rows or np.isnan(rows[each]).any()]
         if ahead:
             self.meter.expect(scorer.cost(ahead, len(windows.ids)).units(scorer.head_weight), 0, 0)
@@ -142,6 +171,19 @@ class Subject:
                 self.answer(finding)
         return nats
 
+    def _rows_without_key(self, windows: perplexity.Windows, scorer: Scorer) -> dict[RemovalList, np.ndarray]:
+        """What an earlier version scored, which compared weights alone; nothing where the first window disagrees."""
+        rows = findings_folder.Table(self.run.run_dir, windows.text, self.loaded.dtype).read()
+        first = rows.get((), np.array([np.nan]))[0]
+        if np.isnan(first):
+            return {}
+        now = scorer.score([()], np.arange(1))[0, 0]
+        if agrees(now, first, windows.token_counts[0], self.loaded.dtype):
+            self.adopt()
+            return rows
+        log.warning("What was scored on %s was of another model, and is scored again.", windows.text.name)
+        return {}
+
     def facts(self, removal_list: RemovalList, seconds: float) -> dict[str, Any]:
         """What every finding says."""
         return dict(
@@ -150,6 +192,7 @@ class Subject:
             device=self.loaded.device,
             seconds=seconds,
             finished=time.time(),
+            depends_on=self.depends_on,
         )
 
     @contextmanager

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from sleb.errors import RunError
+from sleb.errors import CalibrationError, RunError
 from sleb.evaluation import continuations, perplexity_and_accuracy, quantization, timing
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.healing import healing_job
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
-from sleb.model.model_of_run import require_same_weights
+from sleb.model.model_of_run import require_same_model
 from sleb.records import EvaluateSpec, Job, JobSpec, Run
 from sleb.runtime import origin
 from sleb.runtime.processes.progress import Meter, Watcher
+from sleb.scoring import calibration, recorded_baseline
 from sleb.scoring.stack_description import describe
+from sleb.scoring.sweep import Scorer
+
+log = logging.getLogger(__name__)
 
 EVALUATORS: dict[str, Any] = {
     "evaluate": perplexity_and_accuracy,
@@ -56,7 +61,32 @@ def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: W
         run = run.model_copy(update={"stack": described})
         watcher.described(described)
     else:
-        require_same_weights(run, job.spec, loaded)
+        require_same_model(run, job.spec, loaded)
     subject = Subject(run, job.spec, job.directory, loaded, stack, meter)
+    if run.trace is not None and run.stack is not None and run.stack.identity is None:
+        _adopt(subject)
     subject.require_within(job.spec.ask.lists)
     return subject
+
+
+def _adopt(subject: Subject) -> None:
+    """Find out whether a search by an earlier version, which compared weights alone, was of this model.
+
+    Where its calibration text is out of reach nothing is said, and what it found is found again when it is asked for.
+    Raises `RunError` where it was of another.
+    """
+    run, spec = subject.run, subject.run.spec
+    assert run.stack is not None
+    subject.meter.phase("Comparing with the scores of the unmodified model")
+    vocabulary = subject.stack.config.vocab_size
+    try:
+        text = calibration.build(spec.calibration, spec.held_out, spec.seed, subject.tokenizer, vocabulary)
+    except CalibrationError as error:
+        log.warning("Whether this is the model that run %s searched cannot be told: %s", run.run_id, error)
+        return
+    if text.tokens_hash != run.stack.tokens_hash:
+        log.warning("Whether this is the model that run %s searched cannot be told: its text has changed.", run.run_id)
+        return
+    scorer = Scorer(subject.stack, text.ids, batch_size=subject.job.batch_size, plain=subject.is_plain)
+    recorded_baseline.require_same(run, scorer, recorded_baseline.recorded(run), text.sequences)
+    subject.adopt()

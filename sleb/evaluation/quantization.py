@@ -30,7 +30,6 @@ from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack, find_stack
 from sleb.model.loading import quieten_torchao
 from sleb.records import EvaluatedText, Quantization, QuantizeSpec, RemovalList
-from sleb.runtime import findings_folder
 
 SMALLEST_GROUP = 16  # weights that share a scale
 _LEAST_SHARE = 0.5  # of the blocks' weights: below it the answer would be about something else
@@ -120,7 +119,7 @@ class _Scheme:
         meter, scorer = self.subject.meter, self.subject.scorer(windows, self._copy().stack)
         group = "" if self.group_size is None else f"-{self.group_size}"
         weights = f"{self.subject.loaded.dtype}-{self.scheme}{group}"
-        table = findings_folder.Table(self.subject.run.run_dir, windows.text, weights)
+        table = self.subject.table(windows, weights)
         rows = table.read()
         meter.expect(scorer.cost(lists, len(windows.ids)).units(scorer.head_weight), 0, 0)
         meter.within(f"Perplexity on {windows.text.name} in {self.scheme}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from sleb.export.destination import require_free
 from sleb.formats.list_formats import public_name
 from sleb.formats.model_card import model_card
 from sleb.model.loading import LoadedModel
-from sleb.model.model_of_run import require_same_weights
+from sleb.model.model_of_run import require_same_model
 from sleb.records import Job, JobSpec, Run
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
     """Write the smaller model, prove it, and keep the proof with the job."""
     asked = job.spec
     if asked.gguf is None:
-        require_same_weights(run, asked, loaded)
+        require_same_model(run, asked, loaded)
+        if run.stack is not None and run.stack.identity is None:
+            log.warning("Run %s does not say with which config it began: only its weights were compared.", run.run_id)
     if plan.gguf is None:
         found = findings_folder.findings(run.run_dir)
         proof = export_checkpoint(

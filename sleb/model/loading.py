@@ -74,6 +74,8 @@ def load_model(
     elif is_path(name):
         source = Path(name).expanduser()
         _require_folder(source, allow_pickle)
+    else:
+        revision = options["revision"] = _commit(name, revision)
     _loading(name, lambda: model_files.require_no_adapter(name, str(source), revision))
     config = _config(str(source), name, options)
     if header is not None:
@@ -107,8 +109,7 @@ def load_model(
     model.requires_grad_(False)
     if not getattr(tokenizer, "vocab_size", None):
         raise ModelError(f"{name} has no usable tokenizer; save one beside the weights (tokenizer.json).")
-    commit = getattr(model.config, "_commit_hash", None) or revision
-    return LoadedModel(model, tokenizer, name, commit, str(chosen).removeprefix("torch."), str(where))
+    return LoadedModel(model, tokenizer, name, revision, str(chosen).removeprefix("torch."), str(where))
 
 
 def _require_complete(name: str, report: dict[str, Any]) -> None:
@@ -290,6 +291,14 @@ def _explain(name: str, error: BaseException) -> str:
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
         return str(not_there(name, first))
     return f"{name} cannot be loaded ({type(error).__name__}): {first}"
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that a revision of a hub model is now, so that all of its files are of one; as asked if unknown."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    config = _loading(name, lambda: cached_file(name, "config.json", revision=revision))
+    return extract_commit_hash(config, None) or revision
 
 
 def _require_folder(folder: Path, allow_pickle: bool) -> None:

@@ -5,22 +5,61 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.errors import RunError
+from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel, load_model, weights_hash
-from sleb.records import JobSpec, Run
+from sleb.records import SCORING_VERSION, JobSpec, Run
+
+_NAMED = 3  # changes in one sentence
 
 
-def require_same_weights(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
-    """A list found on other weights proves nothing about these."""
+def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
+    """A list found on another model proves nothing about this one.
+
+    Of a run by an earlier version, which recorded weights alone, the rest cannot be told here. Raises `RunError`,
+    naming what has changed.
+    """
     assert run.stack is not None
-    if weights_hash(loaded.model, run.stack.dtype) == run.stack.weights_hash:
-        return
-    if loaded.dtype != run.stack.dtype:  # some families keep a few weights in float32 whatever was asked
-        searched = load_run_model(run, job.model_copy(update={"kind": "search"}), job.device)
-        if weights_hash(searched.model) == run.stack.weights_hash:
-            return
-    raise RunError(
-        f"The weights of {run.spec.model} are not those that run {run.run_id} searched. Restore them, or search again."
-    )
+    dtype = None if loaded.dtype == run.stack.dtype else run.stack.dtype
+    changes = []
+    if weights_hash(loaded.model, dtype) != run.stack.weights_hash and not _searched_so(run, job, loaded):
+        changes.append("the weights are others")
+    if run.stack.identity is not None:
+        changes += run.stack.identity.differences(identity_of(loaded))
+    if changes:
+        more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
+        anew = "keep what is found now apart with --run-dir" if run.spec.kind == "evaluate" else "start a new run"
+        raise RunError(
+            f"{run.spec.model}{_commits(run, loaded)} is not the model that run {run.run_id} began with: "
+            f"{'; '.join(changes[:_NAMED])}{more}. Restore it, or {anew}."
+        )
+
+
+def require_same_scoring(run: Run) -> None:
+    """Scores by one version of the scoring code do not go on with those of another. Raises `RunError`."""
+    assert run.stack is not None
+    if run.stack.scoring_version not in (None, SCORING_VERSION):
+        raise RunError(
+            f"Run {run.run_id} was scored by version {run.stack.scoring_version} of the scoring code, and this program "
+            f"has version {SCORING_VERSION}: their scores do not compare. Start a new run, or use that program."
+        )
+
+
+def _searched_so(run: Run, job: JobSpec, loaded: LoadedModel) -> bool:
+    """Whether the weights are the run's once loaded in its type: some families keep a few in float32 in any."""
+    assert run.stack is not None
+    if loaded.dtype == run.stack.dtype:
+        return False
+    searched = load_run_model(run, job.model_copy(update={"kind": "search"}), job.device)
+    return weights_hash(searched.model) == run.stack.weights_hash
+
+
+def _commits(run: Run, loaded: LoadedModel) -> str:
+    """The hub's commits, where there are any."""
+    assert run.stack is not None
+    began, now = run.stack.revision, loaded.revision
+    if began is None and now is None:
+        return ""
+    return f" at commit {now or 'unknown'}" + ("" if began == now else f", which was {began or 'not recorded'},")
 
 
 def load_run_model(run: Run, job: JobSpec, device: str, gguf: Path | None = None) -> LoadedModel:

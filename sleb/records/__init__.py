@@ -25,6 +25,7 @@ from sleb.records.findings import (
     TextPerplexity,
     Timing,
 )
+from sleb.records.identity import ANALYSIS_VERSION, EVALUATION_VERSION, SCORING_VERSION, ModelIdentity
 from sleb.records.job import Attempt, Job, JobKind, JobSpec, JobState, JobStatus, Progress
 from sleb.records.permissions import Permissions
 from sleb.records.requests import (
@@ -44,10 +45,13 @@ from sleb.records.spec import RACE_SEQUENCES, CalibrationSpec, Method, RunSpec, 
 from sleb.records.trace import Baseline, Candidate, Step, Trace, steps_of_removal
 
 __all__ = [
+    "ANALYSIS_VERSION",
+    "EVALUATION_VERSION",
     "FORMAT_VERSION",
     "MOST",
     "NAMED_TEXTS",
     "RACE_SEQUENCES",
+    "SCORING_VERSION",
     "Alignment",
     "Analysis",
     "AnalysisDescription",
@@ -75,6 +79,7 @@ __all__ = [
     "JobStatus",
     "Measured",
     "Method",
+    "ModelIdentity",
     "Passage",
     "PassageToken",
     "Permissions",

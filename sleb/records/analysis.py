@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from sleb.records.base import Record
 
 
@@ -78,6 +80,8 @@ class AnalysisDescription(Record):
     token_count: int
     seconds: float
     cached: bool
+    versions: dict[str, str] = Field(default={})
+    """Of the libraries that computed the block outputs; empty in files of versions that did not say."""
 
 
 class Analysis(Record):

@@ -27,6 +27,8 @@ class Finding(Record):
     """That it took to find."""
     finished: float
     """When: seconds since the epoch."""
+    depends_on: str = ""
+    """Key of the model and of the code that found it; empty in files of versions that compared weights alone."""
 
     @property
     def question(self) -> str:

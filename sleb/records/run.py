@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from sleb.errors import OptionError, RunError
 from sleb.records.analysis import Analysis
 from sleb.records.base import FORMAT_VERSION, Record
+from sleb.records.identity import ModelIdentity
 from sleb.records.job import Job
 from sleb.records.spec import RunSpec
 from sleb.records.trace import Step, Trace
@@ -45,6 +46,10 @@ class StackDescription(Record):
     dtype: Annotated[str, Field(pattern=r"^(float|bfloat)(16|32|64)$")]
     revision: str | None = None
     weights_hash: str
+    identity: ModelIdentity | None = None
+    """None in files of versions that looked at weights alone."""
+    scoring_version: int | None = None
+    """`SCORING_VERSION` of the code that scores the run; None as above."""
     tokens_hash: str
     """Of the calibration and held-out token ids: a resumed run must see the same text."""
     sequences: int
@@ -62,6 +67,18 @@ class StackDescription(Record):
         if not 1 <= self.num_blocks == len(self.block_parameters) <= 100_000:
             raise ValueError("there are as many numbers of parameters as blocks, and at least one")
         return self
+
+    @property
+    def model_key(self) -> str | None:
+        """Equal for models that answer alike: weights, type, config, tokenizer, template and code; None as above."""
+        if self.identity is None:
+            return None
+        return self.identity.key(self.weights_hash, self.dtype)
+
+    def is_of_same_model(self, other: StackDescription) -> bool:
+        """Whether both are of one model, as far as both say what it is."""
+        keys = (self.model_key, other.model_key)
+        return self.weights_hash == other.weights_hash and (None in keys or keys[0] == keys[1])
 
     def parameters_without(self, blocks: Iterable[int]) -> int:
         """Parameters of the whole model without these blocks."""

@@ -348,9 +348,12 @@ def _exports(exports: Sequence[Export]) -> str:
     )
 
 
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(found.items())) or "unknown"
+
+
 def _how(run: Run, stack: StackDescription) -> str:
     attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.spec.kind == run.spec.kind]
-    versions = sorted(attempts[-1].versions.items()) if attempts else []
     made = [
         (
             "Perplexity",
@@ -368,8 +371,10 @@ def _how(run: Run, stack: StackDescription) -> str:
         ),
         ("Blocks", "Original, 0-based indices everywhere"),
         ("Device", ", ".join(dict.fromkeys(attempt.device for attempt in attempts)) or "unknown"),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions) or "unknown"),
+        ("Versions", _versions(attempts[-1].versions if attempts else {})),
+        ("Analyses computed with", _versions(run.analysis.description.versions if run.analysis else {})),
         ("Text hash", stack.tokens_hash),
+        ("Model key", stack.model_key or "not recorded by the version that made this run"),
         ("Run", run.run_id),
     ]
     return section(

@@ -48,9 +48,11 @@ def of_kind(found: Iterable[Finding], kind: type[F]) -> list[F]:
 class Table:
     """Nats of removal lists on every window of one text, as far as they were scored: rows of NaN until then."""
 
-    def __init__(self, run_dir: Path, text: EvaluatedText, dtype: str) -> None:
+    def __init__(self, run_dir: Path, text: EvaluatedText, weights: str, depends_on: str = "") -> None:
+        """`weights` is their type and what was done to them, `depends_on` what the findings made of it say of that."""
         self._windows = text.windows
-        self._run_dir, self._name = run_dir, f"windows-{text.tokens_hash[:20]}-{text.window}-{dtype}.npz"
+        of = f"windows-{text.tokens_hash[:20]}-{text.window}-{weights}"
+        self._run_dir, self._name = run_dir, f"{of}-{depends_on[:12]}.npz" if depends_on else f"{of}.npz"
 
     def read(self) -> dict[RemovalList, np.ndarray]:
         """Removal list -> float64 (windows,); nothing where it is missing or damaged: then it is made anew."""

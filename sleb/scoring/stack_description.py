@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sleb.model.block_stack import BlockStack
+from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel, weights_hash
-from sleb.records import StackDescription
+from sleb.records import SCORING_VERSION, StackDescription
 from sleb.scoring.self_check import self_check
 
 
@@ -16,7 +17,7 @@ def describe(stack: BlockStack, loaded: LoadedModel) -> StackDescription:
     """A model that nothing is searched on: there is no calibration text, and every block may be asked for."""
     ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (2, 16))
     return StackDescription(
-        **facts_of(stack, loaded, weights_hash(loaded.model)),
+        **facts_of(stack, loaded),
         tokens_hash="",
         sequences=0,
         held_out=0,
@@ -29,7 +30,7 @@ def describe(stack: BlockStack, loaded: LoadedModel) -> StackDescription:
     )
 
 
-def facts_of(stack: BlockStack, loaded: LoadedModel, hashed: str) -> dict[str, Any]:
+def facts_of(stack: BlockStack, loaded: LoadedModel) -> dict[str, Any]:
     """The fields of a `StackDescription` that the model alone decides."""
     return dict(
         model_class=type(loaded.model).__name__,
@@ -42,5 +43,7 @@ def facts_of(stack: BlockStack, loaded: LoadedModel, hashed: str) -> dict[str, A
         vocab_size=stack.config.vocab_size,
         dtype=loaded.dtype,
         revision=loaded.revision,
-        weights_hash=hashed,
+        weights_hash=weights_hash(loaded.model),
+        identity=identity_of(loaded),
+        scoring_version=SCORING_VERSION,
     )

@@ -49,6 +49,7 @@ def make(seed: int = 0, tokens: int = TOKENS, model: str = "tiny") -> BlockOutpu
         generated_reason="It cannot.",
         passage_top=ints(4, BLOCKS, 5),
         passage_probability=floats(4, BLOCKS, 5),
+        versions={"torch": "2.13.0"},
     )
 
 

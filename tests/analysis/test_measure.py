@@ -33,9 +33,7 @@ class Numbers:
 
 
 def run(stack: BlockStack, ids: Any, home: Path, **changes: Any) -> Any:
-    settings: dict[str, Any] = dict(
-        weights_hash="w", revision=None, dtype="float32", model_name="tiny", home=home, seed=0
-    )
+    settings: dict[str, Any] = dict(model_key="w", dtype="float32", model_name="tiny", home=home, seed=0)
     return analyze(stack, Numbers(), ids, **(settings | changes))[0]
 
 
@@ -149,7 +147,7 @@ def test_each_sampled_sequence_goes_through_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(weights_hash="v"), dict(revision="main"), dict(dtype="bfloat16"), dict(seed=1)],
+    [dict(model_key="v"), dict(dtype="bfloat16"), dict(seed=1)],
     ids=lambda changes: next(iter(changes)),
 )
 def test_what_it_depends_on_changes_the_key(changes: dict[str, Any], tmp_path: Path) -> None:

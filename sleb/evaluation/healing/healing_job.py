@@ -32,7 +32,6 @@ from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
-from sleb.runtime import findings_folder
 from sleb.runtime.files import inside, replace_file
 from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
@@ -128,7 +127,7 @@ class _Healing:
         if ask.how == "linear":
             nothing |= {name: defaults[name].default for name in _TRAINING}
         self.asked = ask.model_copy(update=nothing)
-        question = [self.asked.model_dump(mode="json"), self.removal_list, subject.loaded.dtype, self.text.tokens_hash]
+        question = [self.asked.model_dump(mode="json"), self.removal_list, subject.depends_on, self.text.tokens_hash]
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
         self.folder = inside(subject.run.run_dir, "healing", key)
         self._found: tuple[dict[str, torch.Tensor], _Facts] | None = None
@@ -192,7 +191,7 @@ class _Healing:
         """Of the healed model on every window, float64 (windows,); a sweep that was cut short goes on where it was."""
         meter, scorer = self.subject.meter, self.subject.scorer(windows, self._model().stack)
         weights = f"{self.subject.loaded.dtype}-healed-{self.folder.name}"
-        table = findings_folder.Table(self.subject.run.run_dir, windows.text, weights)
+        table = self.subject.table(windows, weights)
         rows = table.read()
         meter.expect(scorer.cost([()], len(windows.ids)).units(scorer.head_weight), 0, 0)
         meter.within(f"Perplexity on {windows.text.name}, healed")

@@ -1,0 +1,53 @@
+"""Whether what a run recorded was scored by the model that is loaded now, found out by scoring a little of it again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sleb.errors import RunError
+from sleb.model.identity import identity_of
+from sleb.model.loading import LoadedModel
+from sleb.records import SCORING_VERSION, Run, StackDescription
+from sleb.runtime import origin, trace_file
+from sleb.scoring.sweep import Scorer
+
+
+def agrees(now: float, then: float, tokens: float, dtype: str) -> bool:
+    """Whether two sums of nats over so many tokens can be one model's, on other machines and in other batches."""
+    per_token = 1e-4 if dtype in ("float32", "float64") else 0.02
+    return bool(abs(now - then) <= per_token * tokens)
+
+
+def recorded(run: Run) -> np.ndarray:
+    """Nats of the unmodified model on every sequence; one sum over the calibration's where the scores are gone."""
+    assert run.trace is not None
+    try:
+        return trace_file.read_scores(run.run_dir, "baseline")["nats"]
+    except (RunError, KeyError):
+        return np.array([run.trace.baseline.calibration.nll_sum], dtype=np.float64)
+
+
+def require_same(run: Run, scorer: Scorer, then: np.ndarray, sequences: int) -> None:
+    """Score the first calibration sequence of a run again, or all `sequences` where only their sum is `recorded`.
+
+    Every rank of the scorer's group calls this. Raises `RunError` where the two differ.
+    """
+    assert run.stack is not None
+    again = np.arange(sequences if len(then) == 1 else 1)
+    counted = scorer.block_evaluations, scorer.head_evaluations
+    now = float(scorer.score([()], again).sum())
+    scorer.block_evaluations, scorer.head_evaluations = counted  # they are on record as taken
+    tokens = float(scorer.token_counts[again].sum())
+    if not agrees(now, float(then[0]), tokens, run.stack.dtype):
+        raise RunError(
+            f"The unmodified model scores {now / tokens:.6g} nats per token on the calibration text where run "
+            f"{run.run_id} has {then[0] / tokens:.6g}: its config, tokenizer or code has changed since. Restore it, or "
+            "start a new run."
+        )
+
+
+def write_identity(run: Run, stack: StackDescription, loaded: LoadedModel) -> StackDescription:
+    """A run by an earlier version says from now on of what model it is: its scores agreed with this one's."""
+    stack = stack.model_copy(update={"identity": identity_of(loaded), "scoring_version": SCORING_VERSION})
+    origin.write_stack(run.run_dir, stack)
+    return stack
