@@ -303,7 +303,7 @@ def test_a_list_is_not_exported_on_other_weights(tmp_path: Path, text_file: Path
     folder = tiny.save(tmp_path / "model")
     run = sleb.search(str(folder), **options(text_file, dtype="bfloat16"))
     _change_weights(folder, "model.layers.2.mlp.down_proj.weight", 9.0)
-    with pytest.raises(RunError, match="not those that run"):
+    with pytest.raises(RunError, match=r"is not the model that run .* the weights are others"):
         sleb.export_model(run, tmp_path / "smaller")
     assert not (tmp_path / "smaller").exists()
 

@@ -89,9 +89,7 @@ class Subject:
         if self.run.stack.identity is None:
             stack = write_identity(self.run, self.run.stack, self.loaded)
             self.run = self.run.model_copy(update={"stack": stack})
-        for each in findings_folder.findings(self.run.run_dir):
-            if not each.depends_on:
-                findings_folder.keep(self.run.run_dir, each.model_copy(update={"depends_on": self.depends_on}))
+        findings_folder.adopt(self.run.run_dir, self.depends_on)
 
     def known(self, kind: type[F]) -> list[F]:
         """Findings of one kind that are there already, by this model and this code."""

@@ -18,7 +18,7 @@ ANALYSIS_VERSION = 1
 EVALUATION_VERSION = 1
 """Raised by hand when the same list gets another answer: an earlier finding does not answer the question again."""
 
-_LONGEST = 60  # characters of a value in a sentence
+_LONGEST = 60  # characters of a name or a value in a sentence
 
 
 class ModelIdentity(Record):
@@ -44,7 +44,7 @@ class ModelIdentity(Record):
         """What is another one now, in words; empty where all is the same."""
         before, after = dict(_flat(self.config)), dict(_flat(now.config))
         names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        found = [f"{name} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
+        found = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
         if self.tokenizer != now.tokenizer:
             found.append("the tokenizer is another one")
         if self.chat_template != now.chat_template:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,13 +31,22 @@ def keep(run_dir: Path, finding: Finding) -> None:
 
 def findings(run_dir: Path) -> list[Finding]:
     """All of a run that can be read, oldest first."""
-    found: list[Finding] = []
+    return sorted((each for _, each in _by_file(run_dir)), key=lambda each: each.finished)
+
+
+def adopt(run_dir: Path, depends_on: str) -> None:
+    """What an earlier version found without saying on which model was found on this one, and says so from now on."""
+    for path, each in _by_file(run_dir):
+        if not each.depends_on:
+            replace_file(path, each.model_copy(update={"depends_on": depends_on}).model_dump_json(indent=1))
+
+
+def _by_file(run_dir: Path) -> Iterator[tuple[Path, Finding]]:
     for path in sorted(inside(run_dir, FOLDER).glob("*-*.json")):
         try:
-            found.append(_ANY.validate_python(read_json_inside(run_dir, FOLDER, path.name)))
+            yield path, _ANY.validate_python(read_json_inside(run_dir, FOLDER, path.name))
         except (OSError, ValueError, ValidationError, RunError) as error:
             log.warning("%s cannot be read, and is left out: %s", path, str(error).splitlines()[0])
-    return sorted(found, key=lambda each: each.finished)
 
 
 def of_kind(found: Iterable[Finding], kind: type[F]) -> list[F]:

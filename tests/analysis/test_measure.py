@@ -165,8 +165,12 @@ def test_other_tokens_or_versions_change_the_key(tmp_path: Path, monkeypatch: py
     run(stack, ids, tmp_path)
     assert not run(stack, ids.reshape(4, 4), tmp_path).description.cached
     assert not run(stack, ids.flip(0), tmp_path).description.cached
-    monkeypatch.setattr(measure, "_versions", lambda: {"torch": "3.0"})
-    assert not run(stack, ids, tmp_path).description.cached
+    monkeypatch.setattr(measure, "_versions", lambda: {"torch": "3.0"})  # said, and no part of the key
+    again = run(stack, ids, tmp_path).description
+    assert again.cached
+    assert again.versions["torch"] != "3.0"
+    monkeypatch.setattr(measure, "ANALYSIS_VERSION", 99)
+    assert run(stack, ids, tmp_path).description.versions == {"torch": "3.0"}
 
 
 def test_a_damaged_entry_is_computed_again(tmp_path: Path) -> None:

@@ -243,10 +243,14 @@ def chatting(folder: Path, template: str) -> Path:
 
 def test_a_chat_is_a_users_turn_in_the_models_template(folder: Path) -> None:
     template = tiny.CHAT + "{% if add_generation_prompt %}assistant: {% endif %}"
-    (found,), _ = ask(chatting(folder, template), (1, 3), prompt="hi", chat=True)
+    folder = chatting(folder, template)
+    (found,), _ = ask(folder, (1, 3), prompt="hi", chat=True)
     assert [each.strip(" ") for each in found.prompt_tokens] == [each.strip(" ") for each in "user: hi\nassistant: "]
     (plain,), _ = ask(folder, (1, 3), prompt="hi")
     assert plain.question != found.question
+
+
+def test_a_template_that_refuses_a_user_is_said(folder: Path) -> None:
     with pytest.raises(OptionError, match=r"--chat: the tokenizer's chat template refuses a user's turn \(no users"):
         ask(chatting(folder, "{{ raise_exception('no users here') }}"), (1, 3), prompt="hi", chat=True)
 
