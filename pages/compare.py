@@ -46,6 +46,8 @@ def main() -> None:
     if not rows:
         empty("Choose runs to compare", "Pick at least one run above, or a published list.")
         return
+    if changed := compare.same_name_other_model(opened, rows):
+        st.warning(f"{'; '.join(changed)}: what they found does not add up to one answer.", icon=":material/warning:")
     _places(rows)
     if opened:
         left, right = st.columns([3, 2], gap="large")

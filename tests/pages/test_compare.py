@@ -270,3 +270,13 @@ def test_a_refined_run_counts_blocks_and_not_steps(runs: Path) -> None:
     app.slider(key="after").set_value(3).run()
     text = charts(app)[2]["data"][0]["text"]
     assert text[0][1] == str(len(set(refined.trace.steps[2].removal_list) & set(plain.removal_list[:3])))
+
+
+def test_runs_of_one_name_and_other_weights_are_told_apart(runs: Path) -> None:
+    one, other = write_run(runs / "one", 12, 3), write_run(runs / "other", 12, 3, method=Method.METRIC2)
+    app = open_page("compare", runs=f"{one.run_id},{other.run_id}")
+    assert "name the same model" not in words(app)
+    stack = other.run_dir / "stack.json"
+    stack.write_text(json.dumps(json.loads(stack.read_text()) | {"weights_hash": "another"}))
+    app = open_page("compare", runs=f"{one.run_id},{other.run_id}")
+    assert "A and B name the same model, with other weights" in words(app)

@@ -15,7 +15,7 @@ from plotly.colors import sample_colorscale
 
 from sleb.formats.list_formats import display_name
 from sleb.formats.published_lists import PublishedList, jaccard, shared
-from sleb.records import Measured, Method, Run, Step
+from sleb.records import Measured, Method, Run, StackDescription, Step
 from sleb.report.figures import style
 
 PALETTE = (style.ORANGE, style.BLUE, style.GREEN, style.PINK, style.YELLOW, style.SKY, "#8C6BB1", "#7A7A7A")
@@ -86,6 +86,20 @@ def _facts(run: Run) -> tuple[str, ...]:
         f"seed {spec.seed}",
         run.stack.dtype if run.stack else "",
     )
+
+
+def same_name_other_model(runs: Sequence[Run], rows: Sequence[Listed]) -> list[str]:
+    """Which runs name one model and type, and were not of one: it has changed between them."""
+    found = []
+    first: dict[tuple[str, str], tuple[str, StackDescription]] = {}
+    for run, row in zip(runs, rows, strict=False):
+        if run.stack is None:
+            continue
+        letter, before = first.setdefault((run.spec.model, run.stack.dtype), (row.letter, run.stack))
+        if not run.stack.is_of_same_model(before):
+            parts = "weights" if run.stack.weights_hash != before.weights_hash else "config, tokenizer or code"
+            found.append(f"{letter} and {row.letter} name the same model, with other {parts}")
+    return found
 
 
 def _end(run_id: str) -> str:
