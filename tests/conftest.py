@@ -45,14 +45,20 @@ def real_text() -> Path:
     return path
 
 
-@pytest.fixture
-def demo_cache(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The demo model and its text, converted once for all tests and processes that only use them."""
+@pytest.fixture(scope="session")
+def demo_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo model and its text lie, converted once for all tests and processes."""
     shared = tmp_path_factory.getbasetemp()
     shared = (shared.parent if shared.name.startswith("popen-") else shared) / "demo-cache"
     shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture
+def demo_cache(home: Path, demo_files: Path) -> None:
+    """A home that has them, for tests that only use them."""
     (home / "cache").mkdir()
-    (home / "cache" / "demo").symlink_to(shared)
+    (home / "cache" / "demo").symlink_to(demo_files)
 
 
 @pytest.fixture(scope="session")

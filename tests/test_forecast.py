@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import sleb
-from sleb import specs
+from sleb import execution, forecast, search_job, specs
 from sleb.analysis import token_sample
 from sleb.cli import search
 from sleb.cli.main import app
 from sleb.errors import OptionError, RunError
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
+from sleb.model.block_stack import BlockInputs, BlockStack, Stream
 from sleb.model.inspection import block_count
 from sleb.records import JobState, Method, RunSpec
 from sleb.runtime import run_folder, run_index, trace_file
 from sleb.runtime.listing import run_list
+from sleb.scoring.sweep import head_weight
 from tests.support.runs.stores import write_run
 
 
@@ -211,3 +216,36 @@ def test_a_run_keeps_tokens_of_its_own(tiny_model: Path, text_file: Path) -> Non
     assert run.analysis is not None
     mean = np.asarray(kept.cosine, dtype=np.float64).mean(axis=0)
     np.testing.assert_allclose(mean, run.analysis.similarity.mean, atol=1e-4)
+
+
+def test_the_forecast_is_what_the_search_takes(
+    tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only work moves on. By one on the wall, whatever else the machine does takes part as well: that
+    is measured by benchmarks/search.py.
+    """
+    asked: dict[str, Any] = options(text_file, sequence_length=64, remove=2, analysis=False)
+    now = 0.0
+    advance, read_out = BlockStack.advance, BlockStack.read_out
+
+    def advanced(stack: BlockStack, block: int, inputs: BlockInputs, stream: Stream) -> None:
+        nonlocal now
+        advance(stack, block, inputs, stream)
+        now += 0.04 * len(stream.hidden)
+
+    def read(stack: BlockStack, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        now += 0.04 * head_weight(stack) * ids.numel() / asked["sequence_length"]
+        return read_out(stack, hidden, ids)
+
+    monkeypatch.setattr(BlockStack, "advance", advanced)
+    monkeypatch.setattr(BlockStack, "read_out", read)
+    for measuring in (forecast, search_job):
+        monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
+    promised = execution.forecast(specs.run_spec(str(tiny_model), **asked))
+    run = sleb.search(str(tiny_model), **asked)
+    assert run.trace is not None
+    assert run.trace.block_evaluations == promised.block_evaluations
+    searched = run.trace.baseline.seconds + sum(step.seconds for step in run.trace.steps)
+    assert promised.seconds_per_unit == pytest.approx(0.04, rel=0.01)
+    assert promised.search_seconds == pytest.approx(searched, rel=0.01)

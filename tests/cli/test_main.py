@@ -138,16 +138,20 @@ def test_a_finished_run_has_nothing_to_prepare(arguments: list[object]) -> None:
         (["search", "~no-such-user/model"], "home folder"),
         (["search", "demo", "--run-dir", "~no-such-user/run"], "home folder"),
         (["search", "demo", "--run-dir", "/dev/null"], "no folder"),
-        (["search", "demo", "--method", "early-exit", "--protect", "29"], "block 29 is protected"),
     ],
 )
-@pytest.mark.usefixtures("demo_cache")
 def test_bad_input_is_a_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
     out, err = run(*words, code=2)
     assert out == ""
     assert sentence in " ".join(err.split())
     assert "Traceback" not in err
     assert sleb.runs() == []  # a run that never began leaves nothing behind
+
+
+def test_what_a_method_must_remove_cannot_be_protected(arguments: list[object]) -> None:
+    err = run(*arguments, "--method", "early-exit", "--protect", "5", code=2)[1]
+    assert "block 5 is protected" in " ".join(err.split())
+    assert sleb.runs() == []
 
 
 def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
