@@ -383,8 +383,8 @@ BlockStack.advance = watched
 thread = threading.Thread(target=watch)
 thread.start()
 run = sleb.search(
-    {model!r}, calibration={text!r}, sequences=6, sequence_length=48, remove=2, dtype="bfloat16", device="cpu",
-    batch_size=2, analysis=False, memory_budget={budget},
+    {model!r}, calibration={text!r}, sequences=2, sequence_length=24, remove=1, dtype="bfloat16", device="cpu",
+    batch_size=1, held_out=1, analysis=False, memory_budget={budget},
 )
 done = True
 thread.join()
