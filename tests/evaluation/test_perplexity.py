@@ -84,7 +84,9 @@ def test_bos_is_added_where_it_is_asked_for(tmp_path: Path) -> None:
         ("t.jsonl", '{"text": 1}', "Line 1 of"),
         ("t.jsonl", "{", "is not JSON"),
         ("t.txt", b"\xff\xfe", "not UTF-8"),
-        ("t.parquet", "x", "no plain text"),
+        ("t.parquet", "x", "cannot be read as parquet"),
+        ("t.json", "[]", "one JSON value"),
+        ("t.csv", "a,b", "is a table"),
     ],
 )
 def test_bad_texts_are_a_sentence(name: str, content: str | bytes, sentence: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
-from sleb.scoring import calibration
+from sleb.scoring import calibration, text_files
 from tests.support import tiny
 
 
@@ -21,7 +21,8 @@ def build(source: str | Path, held_out: int | None = 2, seed: int = 0, *, adds_b
     tokenizer = tiny.tokenizer(adds_bos=adds_bos)
     if more.pop("chat_template", False):
         tokenizer.chat_template = tiny.CHAT
-    return calibration.build(CalibrationSpec(**(settings | more)), held_out, seed, tokenizer, 128)
+    drawing = more.pop("drawing", calibration.DRAWING)
+    return calibration.build(CalibrationSpec(**(settings | more)), held_out, seed, tokenizer, 128, drawing=drawing)
 
 
 def decoded(ids: np.ndarray) -> str:
@@ -43,8 +44,8 @@ def test_random_draws_without_overlap_and_by_the_seed(text_file: Path) -> None:
     grid = [text[start : start + 16] for start in range(0, len(text) - 15, 16)]
     windows = [decoded(row) for row in one.ids]
     assert set(windows) <= set(grid)
-    everything = build(text_file, held_out=len(grid) - 5)
-    assert sorted(decoded(row) for row in everything.ids) == sorted(grid)
+    everything = build(text_file, held_out=len(set(grid)) - 5)
+    assert sorted(decoded(row) for row in everything.ids) == sorted(set(grid))
 
 
 def test_bos_follows_the_tokenizers_habit_and_can_be_overridden(text_file: Path) -> None:
@@ -67,14 +68,15 @@ def test_a_quarter_is_held_out_by_default(text_file: Path) -> None:
 def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
     import pandas as pd
 
-    rows = [{"text": tiny.text(300, seed), "other": "x" * 300, "empty": ""} for seed in range(6)]
+    rows = [{"text": tiny.text(300, seed), "other": tiny.text(300, 50 + seed), "empty": ""} for seed in range(6)]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     table = tmp_path / "rows.parquet"
     pd.DataFrame(rows).to_parquet(table)
     by_lines, by_table = build(lines, sampling=sampling), build(f"{table}:text", sampling=sampling)
     assert by_lines.tokens_hash == by_table.tokens_hash
-    assert set(decoded(build(f"{lines}:other", sampling=sampling).ids[0])) == {"x"}
+    others = "\n\n".join(str(row["other"]) for row in rows)
+    assert decoded(build(f"{lines}:other", sampling=sampling).ids[0]) in others
     if sampling == "first":
         joined = "\n\n".join(str(row["text"]) for row in rows)
         assert decoded(by_lines.ids.reshape(-1)) == joined[: 7 * 16]
@@ -87,14 +89,19 @@ def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
 
 def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "skip it " * 9}, {"role": "assistant", "content": "done " * 9}]
-    share = [{"from": "human", "value": "skip it " * 9}, {"from": "gpt", "value": "done " * 9}]
-    path.write_text("\n".join(json.dumps({"messages": turns, "shared": share, "text": "no"}) for _ in range(9)))
+    said = [tiny.text(80, seed) for seed in range(9)]
+    turns = [[{"role": "user", "content": each}, {"role": "assistant", "content": "done"}] for each in said]
+    share = [[{"from": "human", "value": each}, {"from": "gpt", "value": "done"}] for each in said]
+    rows = zip(turns, share, strict=True)
+    path.write_text("\n".join(json.dumps({"messages": one, "shared": two, "text": "no"}) for one, two in rows))
     chat = build(f"{path}:messages", chat=True, chat_template=True, sampling="first")
-    rendered = f"user: {turns[0]['content']}\nassistant: {turns[1]['content']}\n"
-    assert decoded(chat.ids.reshape(-1)) == "\n\n".join([rendered] * 9)[: 7 * 16]
+    rendered = [f"user: {each}\nassistant: done\n" for each in said]
+    assert decoded(chat.ids.reshape(-1)) == "".join(rendered)[: 7 * 16]  # one behind another, as the model reads them
+    assert build(path, chat=True, chat_template=True, sampling="first").tokens_hash == chat.tokens_hash
     shared = build(f"{path}:shared", chat=True, chat_template=True, sampling="first")
     assert shared.tokens_hash == chat.tokens_hash
+    before = build(f"{path}:messages", chat=True, chat_template=True, sampling="first", drawing=1)
+    assert decoded(before.ids.reshape(-1)) == "\n\n".join(rendered)[: 7 * 16]
     with pytest.raises(CalibrationError, match="no chat template"):
         build(f"{path}:messages", chat=True)
     with pytest.raises(CalibrationError, match="--chat needs"):
@@ -117,7 +124,7 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         ("typed.jsonl", b'{"text": 3}\n', "holds int, not text"),
         ("deep.jsonl", b"[" * 100_000, "Line 1"),
         ("broken.parquet", b"PAR1 not really", "cannot be read as parquet"),
-        ("picture.png", b"\x89PNG", "none of the files"),
+        ("picture.png", b"\x89PNG", "not UTF-8"),
     ],
 )
 def test_bad_files_are_sentences(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -138,7 +145,7 @@ def test_a_table_of_few_bytes_that_holds_more_than_memory_is_ended(
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["a" * (4 << 20)])
     pq.write_table(pa.table({"text": column}), path, compression="zstd")
     assert path.stat().st_size < 100_000  # and 40 GB of text
-    monkeypatch.setattr(calibration, "_PARQUET_BYTES", 600 << 20)
+    monkeypatch.setattr(text_files, "_PARQUET_BYTES", 600 << 20)
     with pytest.raises(CalibrationError, match=r"cannot be read as parquet: it needed more than 0\.6 GB of memory\."):
         build(path)
 
@@ -160,7 +167,7 @@ def test_texts_and_lines_without_an_end_are_refused(tmp_path: Path, monkeypatch:
         file.truncate(1 << 40)
     with pytest.raises(CalibrationError, match=r"has 1099\.5 GB"):
         build(path)
-    monkeypatch.setattr(calibration, "_LINE", 100)
+    monkeypatch.setattr(text_files, "_LINE", 100)
     lines = tmp_path / "long.jsonl"
     lines.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "a" * 100}))
     with pytest.raises(CalibrationError, match=r"Line 2 of .* is longer than"):
@@ -171,9 +178,9 @@ def test_the_buffer_of_a_shuffle_is_bounded(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": tiny.text(300, seed)}) for seed in range(20)))
     whole = build(path).tokens_hash
-    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "_BUFFER_BYTES", 1 << 20)
     assert build(path).tokens_hash == whole
-    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(text_files, "_BUFFER_BYTES", 1000)
     assert build(path).tokens_hash != whole
 
 

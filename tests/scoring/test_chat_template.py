@@ -8,11 +8,12 @@ import pytest
 
 from sleb.errors import WorkEnded
 from sleb.scoring import chat_template
+from sleb.scoring.chat_template import Conversation
 from tests.support import tiny
 
 TALK = [
-    [{"role": "user", "content": "skip it \ud83d"}, {"role": "assistant", "content": "dönè 漢"}],
-    [{"role": "user", "content": "again"}],
+    Conversation([{"role": "user", "content": "skip it \ud83d"}, {"role": "assistant", "content": "dönè 漢"}]),
+    Conversation([{"role": "user", "content": "again"}]),
 ]
 REAL = (
     "{{ bos_token }}{%- set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
@@ -30,8 +31,10 @@ def with_template(template: Any) -> Any:
 @pytest.mark.parametrize(("template", "reply"), [(REAL, True), ({"default": tiny.CHAT, "tools": "no"}, False)])
 def test_the_text_is_that_of_the_tokenizer_itself(template: Any, reply: bool) -> None:
     tokenizer = with_template(template)
-    expected = [tokenizer.apply_chat_template(each, tokenize=False, add_generation_prompt=reply) for each in TALK]
-    assert chat_template.rendered(tokenizer, TALK, reply=reply) == expected
+    expected = [
+        tokenizer.apply_chat_template(each.messages, tokenize=False, add_generation_prompt=reply) for each in TALK
+    ]
+    assert chat_template.rendered(tokenizer, TALK, reply=reply).texts == expected
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,6 @@ def test_a_tokenizer_with_a_renderer_of_its_own_is_asked_itself() -> None:
 
     tokenizer = tiny.tokenizer()
     tokenizer.__class__ = Own
-    assert chat_template.rendered(tokenizer, TALK[:1]) == ["own: 2"]
+    assert chat_template.rendered(tokenizer, TALK[:1]).texts == ["own: 2"]
     with pytest.raises(WorkEnded, match="too few"):
         chat_template.rendered(tokenizer, TALK)
