@@ -12,19 +12,32 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from sleb.errors import ExportError, OptionError
+from sleb.errors import ExportError, OptionError, SlebError
 from sleb.evaluation import perplexity
 from sleb.export.removal import streamlined
 from sleb.methods.statistics import measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import positions_of
 from sleb.model.loading import LoadedModel
-from sleb.records import Finding, JobSpec, RemovalList, Run, TextPerplexity
+from sleb.records import NAMED_TEXTS, Finding, JobSpec, RemovalList, Run, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
+from sleb.scoring import text_files
+from sleb.scoring.calibration import RESERVED
 from sleb.scoring.sweep import Scorer
 
 F = TypeVar("F", bound=Finding)
+
+
+def _is_same_text(evaluated: str, calibration: str) -> bool:
+    """Whether an evaluation reads what a search read: the same file, under whichever name."""
+    if evaluated in NAMED_TEXTS or calibration in RESERVED:  # of two named ones each reads another split
+        return evaluated == calibration == "demo"
+    try:
+        one, other = text_files.local(evaluated), text_files.local(calibration)
+        return one is not None and other is not None and one[0].samefile(other[0])
+    except (SlebError, OSError):  # the search's text is there no longer
+        return evaluated == calibration
 
 
 @dataclass
@@ -96,8 +109,7 @@ class Subject:
         found = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
-        has_splits = name in ("wikitext2", "c4")  # a search reads the training text, an evaluation the other one
-        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and not has_splits:
+        if self.run.spec.kind == "search" and _is_same_text(name, self.run.spec.calibration.source):
             said = f"{found.text.description}; the blocks were chosen on a part of it"
             found = replace(found, text=found.text.model_copy(update={"description": said}))
         return found

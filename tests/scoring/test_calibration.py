@@ -339,3 +339,88 @@ def test_a_folder_named_like_a_source_does_not_hide_it(tmp_path: Path, monkeypat
     for name in calibration.RESERVED:
         (tmp_path / name).mkdir()
         calibration.require_there(CalibrationSpec(source=name))
+
+
+def rows_of(path: Path, *texts: str, name: str = "text") -> Path:
+    path.write_text("".join(json.dumps({name: text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+def test_windows_are_distinct_and_none_held_out_is_one_that_chose(tmp_path: Path, sampling: str) -> None:
+    documents = [tiny.text(60, seed)[:30] for seed in range(12)]  # with the separator two windows each
+    path = rows_of(tmp_path / "repeated.jsonl", *sorted(documents * 5))
+    found = build(path, sequences=18, held_out=6, sampling=sampling)
+    assert len({row.tobytes() for row in found.ids}) == 24
+    assert "60 documents, 119 windows of 16 tokens, 24 of them distinct" in found.text
+    before = build(path, sequences=18, held_out=6, sampling=sampling, drawing=1)
+    assert len({row.tobytes() for row in before.ids}) < 24
+    with pytest.raises(CalibrationError, match=r"asks for 18 .* and 7 held out; .* gives 119, 24 of them distinct\."):
+        build(path, sequences=18, held_out=7, sampling=sampling)
+
+
+def test_a_text_without_repeats_is_drawn_as_ever(text_file: Path) -> None:
+    for seed in range(4):
+        now, before = (build(text_file, sequences=9, sequence_length=64, seed=seed, drawing=each) for each in (2, 1))
+        assert now.tokens_hash == before.tokens_hash
+    text = text_file.read_text()
+    order = np.random.default_rng(3).permutation(len(text) // 64)[:11]
+    assert [decoded(row) for row in now.ids] == [text[64 * place : 64 * place + 64] for place in order]
+
+
+def test_more_is_read_where_a_text_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_STREAMED_CHARACTERS", 1000)
+    path = rows_of(
+        tmp_path / "long.jsonl", *["again and again " * 2] * 90, *[tiny.text(300, seed) for seed in range(9)]
+    )
+    found = build(path, sequences=20, sampling="first")
+    assert len({row.tobytes() for row in found.ids}) == 22
+
+
+def test_held_out_windows_that_repeat_at_another_place_are_counted(tmp_path: Path) -> None:
+    text = tiny.text(80, 5)[:79]  # 80 with the separator: no window is equal, and all is said again
+    path = tmp_path / "shifted.txt"
+    path.write_text((text + "\n" + "x") * 2 + tiny.text(400, 9))
+    found = build(path, sequences=4, held_out=4, sequence_length=20, sampling="first")
+    assert "4 of 4 held-out windows repeat half a window of those that choose" in found.text
+    assert "repeat" not in build(path, sequences=4, held_out=4, sequence_length=64, sampling="first").text
+    ids = np.arange(40).reshape(2, 20)
+    assert calibration.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
+    assert calibration.count_sharing(ids, ids[:, ::-1]) == 0
+
+
+@pytest.mark.parametrize("bos", ["auto", "yes"])
+def test_bos_stands_where_the_template_writes_it_and_never_twice(tmp_path: Path, bos: str) -> None:
+    turns = [[{"role": "user", "content": tiny.text(20, seed)[:20]}] for seed in range(9)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    tokenizer = tiny.tokenizer(adds_bos=True)
+    tokenizer.chat_template = "{{ bos_token }}" + tiny.CHAT
+    asked = CalibrationSpec(
+        source=str(path), sequences=6, sequence_length=14, chat=True, bos=bos, sampling="first"  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = calibration.build(asked, 2, 0, tokenizer, 128)
+    said = f"<s>user: {turns[0][0]['content']}\n"  # 28 tokens: two windows, of 14 and of 13 with one in front
+    assert decoded(found.ids[0]) == said[: 14 + 2]
+    assert decoded(found.ids[1]) == "<s>" + said[14 + 2 :][:13]
+    flat = found.ids.reshape(-1)
+    assert not ((flat[1:] == 1) & (flat[:-1] == 1)).any()
+    assert (found.ids[:, 0] == 1).all()
+
+
+def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    good = [{"role": "user", "content": "hello"}]
+    image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, image)))
+    with pytest.raises(
+        CalibrationError, match=r"^--chat: Line 2 of .* message 1 has a part of type 'image'; only text"
+    ):
+        build(path, chat=True, chat_template=True)
+    path.write_text("\n\n".join(json.dumps({"messages": each}) for each in (good, [{"role": "x", "content": ""}])))
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ {'user': 1}[m.role] + 1 }}{% endfor %}"
+    with pytest.raises(CalibrationError, match=r"chat template refuses Line 3 of .*chat\.jsonl \("):
+        calibration.build(CalibrationSpec(source=str(path), chat=True), 1, 0, tokenizer, 128)
+    with pytest.raises(CalibrationError, match=r"--chat needs .* and demo is text"):
+        build("demo", chat=True, chat_template=True)

@@ -74,3 +74,92 @@ def test_a_tokenizer_with_a_renderer_of_its_own_is_asked_itself() -> None:
     assert chat_template.rendered(tokenizer, TALK[:1]).texts == ["own: 2"]
     with pytest.raises(WorkEnded, match="too few"):
         chat_template.rendered(tokenizer, TALK)
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+FULL = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m['role'] }}"
+    "{{ ' ' + m['name'] if m['name'] else '' }}]{{ m['reasoning_content'] }}{{ m['content'] }}"
+    "{% for c in m['tool_calls'] %}{{ c.function.name }}({{ c.function.arguments.city }}){% endfor %}{% endfor %}"
+    "{{ 'quick' if enable_thinking is false }}"
+)
+PARTS = "{% for m in messages %}{{ m['role'] }}:{% for p in m['content'] %}{{ p['text'] }},{% endfor %}{% endfor %}"
+EITHER = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{{ p.text }}{% endfor %}{% endif %};{% endfor %}"
+)
+PLAIN = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+JSON = "{% for m in messages %}{{ m['content'] | tojson }};{% endfor %}"
+
+
+def text_of(template: str, messages: list[Any], **beside: Any) -> str:
+    given = chat_template.conversation(messages, beside)
+    return chat_template.rendered(with_template(template), [given]).texts[0]
+
+
+def test_messages_go_to_the_template_as_they_are() -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "name": "ann", "content": "now?", "tool_calls": None},
+        {"role": "assistant", "content": None, "reasoning_content": "hm ", "tool_calls": [CALL]},
+        {"role": "tool", "content": "7 C"},
+    ]
+    expected = "[user ann]now?[assistant]hm weather(Oslo)[tool]7 C"
+    assert text_of(FULL, messages) == "<s>" + expected
+    tools = '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'
+    for given in (tools, [TOOL]):
+        found = text_of(
+            FULL, messages, tools=given, system="Be brief.", chat_template_kwargs={"enable_thinking": False}
+        )
+        assert found == f"<s>{tools}[system]Be brief.{expected}quick"
+
+
+@pytest.mark.parametrize(
+    ("template", "one", "two"),
+    [(PLAIN, "a\nb;", "a;"), (EITHER, "ab;", "a;"), (PARTS, "user:a,b,", "user:a,"), (JSON, '"a\\nb";', '"a";')],
+)
+def test_content_is_given_as_the_template_reads_it(template: str, one: str, two: str) -> None:
+    assert text_of(template, [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]) == one
+    assert text_of(template, [{"role": "user", "content": "a"}]) == two
+
+
+def test_tools_that_a_template_leaves_out_are_counted() -> None:
+    with_call = Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}])
+    with_tools = Conversation([{"role": "user", "content": "a"}], [TOOL])
+    conversations = [with_call, with_tools, Conversation([{"role": "user", "content": "a"}])]
+    assert chat_template.rendered(with_template(PLAIN), conversations).without_tools == 2
+    assert chat_template.rendered(with_template(FULL), conversations).without_tools == 0
+
+
+def test_the_conversation_that_a_template_refuses_is_named() -> None:
+    strict = (
+        "{% for m in messages %}{{ raise_exception('no ' + m.role) if m.role != 'user' }}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(chat_template.RefusedConversation, match="no critic") as refused:
+        chat_template.rendered(
+            with_template(strict), [TALK[1], Conversation([{"role": "critic", "content": "a"}]), TALK[1]]
+        )
+    assert refused.value.index == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "beside", "why"),
+    [
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            {},
+            "message 1 has a part of type 'im",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, "a part of type 'text'"),
+        ([{"role": "user", "content": 7}], {}, "the content of message 1 is 7, not text"),
+        ([{"role": "user", "text": "a"}], {}, "has the keys role, text; role and content are needed"),
+        ([{"role": "user", "content": "a"}, {"content": "a"}], {}, "message 2 has the keys content"),
+        ([{"from": "function_call", "value": "{}"}], {}, "message 1 is from 'function_call', and known are human, gpt"),
+        ([{"role": "user", "content": "a"}], {"tools": "[{"}, "its tools are not JSON"),
+        ([{"role": "user", "content": "a"}], {"tools": ["a"]}, "its tools are not a list of objects"),
+        ([{"role": "user", "content": "a"}], {"system": ["a"]}, "its system column holds list"),
+    ],
+)
+def test_what_is_no_text_is_refused_in_a_clause(messages: list[Any], beside: dict[str, Any], why: str) -> None:
+    with pytest.raises(WorkEnded, match=why):
+        chat_template.conversation(messages, beside)
