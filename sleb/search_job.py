@@ -136,6 +136,7 @@ class Session:
             protected=protected,
             self_check=check,
         )
+        calibration.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
         origin.write_stack(self.run.run_dir, description)
         return description
 

@@ -22,22 +22,22 @@ from sleb.model.loading import LoadedModel
 from sleb.records import NAMED_TEXTS, Finding, JobSpec, RemovalList, Run, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
-from sleb.scoring import text_files
+from sleb.scoring import calibration, text_files
 from sleb.scoring.calibration import RESERVED
 from sleb.scoring.sweep import Scorer
 
 F = TypeVar("F", bound=Finding)
 
 
-def _is_same_text(evaluated: str, calibration: str) -> bool:
+def _is_same_text(evaluated: str, searched: str) -> bool:
     """Whether an evaluation reads what a search read: the same file, under whichever name."""
-    if evaluated in NAMED_TEXTS or calibration in RESERVED:  # of two named ones each reads another split
-        return evaluated == calibration == "demo"
+    if evaluated in NAMED_TEXTS or searched in RESERVED:  # of two named ones each reads another split
+        return evaluated == searched == "demo"
     try:
-        one, other = text_files.local(evaluated), text_files.local(calibration)
+        one, other = text_files.local(evaluated), text_files.local(searched)
         return one is not None and other is not None and one[0].samefile(other[0])
     except (SlebError, OSError):  # the search's text is there no longer
-        return evaluated == calibration
+        return evaluated == searched
 
 
 @dataclass
@@ -109,9 +109,14 @@ class Subject:
         found = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
-        if self.run.spec.kind == "search" and _is_same_text(name, self.run.spec.calibration.source):
-            said = f"{found.text.description}; the blocks were chosen on a part of it"
-            found = replace(found, text=found.text.model_copy(update={"description": said}))
+        if self.run.spec.kind == "search":
+            said = ""
+            if _is_same_text(name, self.run.spec.calibration.source):
+                said = "; the blocks were chosen on a part of it"
+            elif repeating := calibration.count_repeating(found.ids, self.run.run_dir):
+                said = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
+            described = found.text.description + said
+            found = replace(found, text=found.text.model_copy(update={"description": described}))
         return found
 
     def scorer(self, windows: perplexity.Windows, stack: BlockStack | None = None) -> Scorer:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import xxhash
 from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, replace_file
 from sleb.scoring import chat_template, text_files
 from sleb.scoring.text_files import Document, Wanted
 
@@ -29,6 +33,7 @@ _STREAMED_CHARACTERS = 8_000_000
 """At least so much text is drawn from a data set that is too large to be tokenised whole."""
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+_PASSAGE, _PASSAGES_FILE = 32, "calibration.npz"  # tokens
 _REMOTE, _ARCHIVES = {"hf", "https", "http"}, {"zip", "tar", "gzip", "bz2", "xz", "zstd"}
 
 
@@ -75,6 +80,8 @@ def build(
     run whose text is wanted again.
     """
     bos = bos_of(spec.bos, tokenizer, vocab_size)
+    if spec.chat and spec.source in RESERVED:
+        raise CalibrationError(f"--chat needs a column of conversations, and {spec.source} is text. Leave --chat out.")
     if spec.source == "wikitext2-rows":
         return _rows(spec, held_out, seed, tokenizer, vocab_size, bos, drawing)
     held = default_held_out(spec.sequences) if held_out is None else held_out
@@ -124,6 +131,28 @@ def _chosen(windows: np.ndarray, order: np.ndarray | None, *, all_of_them: bool)
 def count_distinct(windows: np.ndarray) -> int:
     """How many of the windows (count, length) differ."""
     return _chosen(windows, None, all_of_them=True)[1]
+
+
+def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
+    """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
+    size = max(1, min(_PASSAGE, ids.shape[1] // 2))
+    found = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, passages=np.unique(found), size=np.int64(size), length=np.int64(ids.shape[1]))
+    replace_file(inside(run_dir, _PASSAGES_FILE), buffer.getvalue())
+
+
+def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
+    """How many windows repeat about half a window or more of those that a run chose on; 0 where it kept no passages."""
+    try:
+        kept = read_arrays(run_dir, _PASSAGES_FILE)
+        passages, size, length = kept["passages"], int(kept["size"]), int(kept["length"])
+    except NO_ARRAYS:
+        return 0
+    if passages.dtype != np.uint64 or passages.ndim != 1 or not 0 < size <= windows.shape[1]:
+        return 0
+    needed = max(1, min(length, windows.shape[1]) // 2 // size - 1)
+    return int((np.isin(_passages(windows, size), passages).sum(axis=1) >= needed).sum())
 
 
 def count_sharing(windows: np.ndarray, others: np.ndarray) -> int:
@@ -263,8 +292,6 @@ class _Found:
 def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Found:
     source = spec.source
     if source in ("demo", "wikitext2"):
-        if spec.chat:
-            raise CalibrationError(f"--chat needs a column of conversations, and {source} is text. Leave --chat out.")
         if source == "demo":
             texts, origin = demo.documents(), "the demo text (Wikipedia sample)"
         else:

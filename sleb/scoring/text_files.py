@@ -42,6 +42,8 @@ _TEXTS, _CONVERSATIONS = ("text", "content"), ("messages", "conversations")
 _TURN = ("prompt", "completion")
 BESIDE = ("tools", "system", "chat_template_kwargs")
 """Columns beside a conversation that belong to it."""
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns beside a conversation without which its text is not what was said."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def local(source: str) -> tuple[Path, str | None] | None:
         if other and there:
             raise CalibrationError(f"{path} is {other}.")
         if known and not there:
-            raise CalibrationError(f"There is no file {path}. Give a {', '.join(SUFFIXES)} file or a data set.")
+            raise CalibrationError(
+                f"There is no file {path}; give a {', '.join(SUFFIXES)} file, or a text by its name."
+            )
         if known or (there and column is None):
             return path, column or None
         if exists and column is None:
@@ -187,6 +191,9 @@ def _document(
         value = value.removeprefix(_MARK)
         if not value:
             return None
+    media = [name for name in _MEDIA if is_conversation and row.get(name)]
+    if media:
+        raise CalibrationError(f"{where} has {media[0]} beside its conversation; only text can be scored.")
     beside = {name: row[name] for name in BESIDE if row.get(name)} if is_conversation else {}
     return Document(value, where, beside)
 
@@ -338,7 +345,7 @@ def _parquet_rows(path: Path, wanted: Wanted) -> list[tuple[Any, str, dict[str, 
     names = dict.fromkeys(table.schema_arrow.names)
     try:
         columns = (wanted.column,) if wanted.column else _default_columns(names, wanted, path.name)
-        read = [each for each in (*columns, *BESIDE) if each in names]
+        read = [each for each in (*columns, *BESIDE, *_MEDIA) if each in names]
         batches = table.iter_batches(_ROWS_AT_ONCE, columns=read, use_threads=False)
         rows = (names | table_row(row) for batch in batches for row in batch.to_pylist())
         pinned = Wanted(columns[0] if len(columns) == 1 else None, wanted.chat, wanted.characters, wanted.seed)

@@ -67,6 +67,13 @@ def test_a_limit_takes_windows_evenly_and_says_so(tmp_path: Path) -> None:
     assert some.text.tokens_hash != whole.text.tokens_hash
 
 
+def test_windows_that_repeat_others_stay_and_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abcdefghij" * 7 + "klmnopqrst")
+    found = perplexity.windows(str(tmp_path / "t.txt"), tiny.tokenizer(), 128, window=10)
+    assert len(found.ids) == 8
+    assert found.text.description == "t.txt: 8 windows of 10 tokens, 2 of them distinct"
+
+
 def test_bos_is_added_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(500))
     adds = tiny.tokenizer(adds_bos=True)
