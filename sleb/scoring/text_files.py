@@ -204,7 +204,7 @@ def _conversation_of(prompt: Any, completion: Any) -> Any:
         return prompt + completion
     if isinstance(prompt, str) and isinstance(completion, str):
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return {"prompt": prompt, "completion": completion}
+    return None if prompt is None and completion is None else {"prompt": prompt, "completion": completion}
 
 
 def _kind_of(value: Any) -> str:
