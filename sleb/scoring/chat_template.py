@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "
 _SHAREGPT |= {"tool": "tool", "observation": "tool"}
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _BETWEEN_PARTS = "\n"  # as vLLM and llama.cpp join them for a template that reads no parts
-_SIGN = "sign 7f3a"  # not in any template
+_SIGNS = ("sign 7f3a", "sign 9c41")  # not in any template
 
 
 class RefusedConversation(WorkEnded):
@@ -116,8 +117,12 @@ def _part(part: Any, number: int) -> dict[str, Any]:
     raise WorkEnded(f"message {number} has a part of type {quoted(kind)}; only text parts can be scored")
 
 
-def rendered(tokenizer: Any, conversations: Sequence[Conversation], *, reply: bool = False) -> Rendering:
+def rendered(
+    tokenizer: Any, conversations: Sequence[Conversation], *, reply: bool = False, day: datetime | None = None
+) -> Rendering:
     """The text of each conversation; with `reply` up to where the assistant's next turn begins.
+
+    Templates that write the date write that of `day`, or today's.
 
     All of them take one process, about a second. The same text as from the tokenizer's `apply_chat_template`. Raises
     `RefusedConversation` where the template refuses one, `WorkEnded` where it takes too long or gives too much text.
@@ -146,6 +151,7 @@ def rendered(tokenizer: Any, conversations: Sequence[Conversation], *, reply: bo
         special,
         given,
         reply,
+        day and day.isoformat(),
         seconds=bounded.SECONDS + count * _SECONDS_PER_CONVERSATION,
         memory=bounded.MEMORY + 8 * most,
         answer=most,
@@ -160,11 +166,16 @@ def _rendered(
     special: dict[str, Any],
     conversations: list[tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]],
     reply: bool,
+    day: str | None,
 ) -> dict[str, Any]:
     """In the child, by transformers' own sandbox; the tokenizer itself is not needed for it."""
     from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerBase
+    from transformers.utils import chat_template_utils
 
+    if day is not None:  # the process ends with this work
+        module: Any = chat_template_utils
+        module.datetime = type("Day", (), {"now": lambda: datetime.fromisoformat(day)})
     base = PreTrainedTokenizerBase()
 
     def render(messages: list[dict[str, Any]], tools: list[Any], options: dict[str, Any]) -> str:
@@ -224,13 +235,21 @@ class _Contents:
 
     def _reads(self, role: str) -> tuple[bool, bool]:
         if role not in self._known:
-            text = _tried(lambda: self._render(_example(role, _SIGN)))
-            parts = _tried(lambda: self._render(_example(role, [{"type": "text", "text": _SIGN}])))
-            of_parts = parts is not None and _SIGN in parts
-            if of_parts and parts != text:  # no words of its own but the keys of a part: the list was written down
-                of_parts = not any(f"{mark}type{mark}" in str(parts) for mark in "'\"")
-            self._known[role] = (text is not None and _SIGN in text, of_parts)
+            text = _tried(lambda: self._render(_example(role, _SIGNS[0])))
+            both = [{"type": "text", "text": sign} for sign in _SIGNS]
+            parts = _tried(lambda: self._render(_example(role, both)))
+            of_parts = (
+                parts is not None
+                and all(sign in parts for sign in _SIGNS)  # some read the first alone
+                and _quoted_keys(parts) <= _quoted_keys(text or "")  # and some write the list down as it is
+            )
+            self._known[role] = (text is not None and _SIGNS[0] in text, of_parts)
         return self._known[role]
+
+
+def _quoted_keys(text: str) -> int:
+    """How often a part's key stands in a text as Python and JSON write it."""
+    return text.count("'type'") + text.count('"type"')
 
 
 def _example(role: str, content: Any) -> list[dict[str, Any]]:

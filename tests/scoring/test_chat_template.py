@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -89,13 +90,14 @@ EITHER = (
     "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
     "{{ p.text }}{% endfor %}{% endif %};{% endfor %}"
 )
+FIRST = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }};{% endfor %}"
 PLAIN = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
 JSON = "{% for m in messages %}{{ m['content'] | tojson }};{% endfor %}"
 
 
-def text_of(template: str, messages: list[Any], **beside: Any) -> str:
-    given = chat_template.conversation(messages, beside)
-    return chat_template.rendered(with_template(template), [given]).texts[0]
+def texts_of(template: str, *rows: tuple[list[Any], dict[str, Any]]) -> list[str]:
+    given = [chat_template.conversation(messages, beside) for messages, beside in rows]
+    return chat_template.rendered(with_template(template), given).texts
 
 
 def test_messages_go_to_the_template_as_they_are() -> None:
@@ -104,23 +106,33 @@ def test_messages_go_to_the_template_as_they_are() -> None:
         {"role": "assistant", "content": None, "reasoning_content": "hm ", "tool_calls": [CALL]},
         {"role": "tool", "content": "7 C"},
     ]
-    expected = "[user ann]now?[assistant]hm weather(Oslo)[tool]7 C"
-    assert text_of(FULL, messages) == "<s>" + expected
     tools = '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'
-    for given in (tools, [TOOL]):
-        found = text_of(
-            FULL, messages, tools=given, system="Be brief.", chat_template_kwargs={"enable_thinking": False}
-        )
-        assert found == f"<s>{tools}[system]Be brief.{expected}quick"
+    beside = {"system": "Be brief.", "chat_template_kwargs": {"enable_thinking": False}}
+    rows = [(messages, {}), (messages, beside | {"tools": tools}), (messages, beside | {"tools": [TOOL]})]
+    expected = "[user ann]now?[assistant]hm weather(Oslo)[tool]7 C"
+    with_all = f"<s>{tools}[system]Be brief.{expected}quick"
+    assert texts_of(FULL, *rows) == ["<s>" + expected, with_all, with_all]
 
 
 @pytest.mark.parametrize(
     ("template", "one", "two"),
-    [(PLAIN, "a\nb;", "a;"), (EITHER, "ab;", "a;"), (PARTS, "user:a,b,", "user:a,"), (JSON, '"a\\nb";', '"a";')],
+    [
+        (PLAIN, "a\nb;", "a;"),
+        (FIRST, "a\nb;", "a;"),
+        (EITHER, "ab;", "a;"),
+        (PARTS, "user:a,b,", "user:a,"),
+        (JSON, '"a\\nb";', '"a";'),
+    ],
 )
 def test_content_is_given_as_the_template_reads_it(template: str, one: str, two: str) -> None:
-    assert text_of(template, [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]) == one
-    assert text_of(template, [{"role": "user", "content": "a"}]) == two
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}]
+    assert texts_of(template, (parts, {}), ([{"role": "user", "content": "a"}], {})) == [one, two]
+
+
+def test_a_text_to_be_found_again_does_not_have_todays_date() -> None:
+    dated = with_template("{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert chat_template.rendered(dated, TALK[1:], day=datetime(2024, 7, 26)).texts == ["26 Jul 2024again"]
+    assert chat_template.rendered(dated, TALK[1:]).texts[0][7:11] == str(datetime.now().year)
 
 
 def test_tools_that_a_template_leaves_out_are_counted() -> None:
