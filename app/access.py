@@ -134,7 +134,7 @@ def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:
     ask = job.ask
     for name in getattr(ask, "texts", ()):
         if name not in NAMED_TEXTS:
-            _require_readable(name)
+            _require_source(name)
     if (folder := getattr(ask, "task_folder", None)) is not None:
         _require_readable(folder)
     if (source := getattr(ask, "source", None)) is not None:

@@ -59,6 +59,7 @@ class Session:
         config = self.stack.config
         _require_positions(config, self.spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
+        self.drawing = run.stack.drawing if run.stack else calibration.DRAWING
         self.text = self.group.share(
             lambda: calibration.build(
                 self.spec.calibration,
@@ -66,6 +67,7 @@ class Session:
                 self.spec.seed,
                 self.loaded.tokenizer,
                 config.vocab_size,
+                drawing=self.drawing,
             )
         )
         if self.spec.until_perplexity is not None and self.text.held_out == 0:
@@ -131,10 +133,12 @@ class Session:
             sequence_length=self.text.ids.shape[1],
             bos=self.text.bos,
             text=self.text.text,
+            drawing=self.drawing,
             num_remove=num_remove,
             protected=protected,
             self_check=check,
         )
+        calibration.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
         origin.write_stack(self.run.run_dir, description)
         return description
 

@@ -17,9 +17,10 @@ from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, Run
 from sleb.formats.run_json import summary
 from sleb.model.block_stack import BlockStack
 from sleb.records import JobSpec, JobState, Step
-from sleb.runtime import job_folder, trace_file
+from sleb.runtime import job_folder, origin, trace_file
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
+from sleb.scoring import calibration
 from sleb.scoring.sweep import plain_nll
 from tests.support import tiny
 from tests.support.families import build
@@ -514,3 +515,31 @@ def test_what_is_measured_once_is_counted_once_by_a_search_that_is_resumed(
     assert resumed.removal_list == whole.removal_list
     assert resumed.trace.block_evaluations == whole.trace.block_evaluations
     assert resumed.trace.head_evaluations == whole.trace.head_evaluations
+
+
+def test_a_run_of_an_earlier_version_finds_its_text_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text repeats itself, and its `stack.json` says nothing of how it was drawn."""
+    text = tmp_path / "repeats.txt"
+    text.write_text(tiny.text(120, 3)[:120] * 40)
+    with monkeypatch.context() as then:
+        then.setattr(calibration, "DRAWING", 1)
+        run = sleb.search(str(tiny_model), **options(text, sequences=8, sequence_length=12))
+    assert run.stack is not None
+    path = run.run_dir / "stack.json"
+    stack = json.loads(path.read_text())
+    assert stack.pop("drawing") == 1
+    path.write_text(json.dumps(stack))
+    trace = run.run_dir / "trace.jsonl"
+    trace.write_text("".join(trace.read_text().splitlines(keepends=True)[:2]))
+    origin.sign(run.run_dir)
+    resumed = sleb.resume(run.run_dir)
+    assert resumed.stack is not None
+    assert (resumed.stack.drawing, resumed.stack.tokens_hash) == (1, run.stack.tokens_hash)
+    assert resumed.removal_list == run.removal_list
+    now = sleb.search(str(tiny_model), **options(text, sequences=8, sequence_length=12))
+    assert now.stack is not None
+    assert now.stack.drawing == 2
+    assert now.stack.tokens_hash != run.stack.tokens_hash
+    assert ", 10 of them distinct" in now.stack.text

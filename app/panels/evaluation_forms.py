@@ -224,7 +224,8 @@ def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
         label, list(known), [short(last[-1])] if last else ["wikitext2"], key=f"{key}-{run.run_id}",
         accept_new_options=True, placeholder="None",
         help="wikitext2 and c4 by their published protocols, or type the path of a file on the server: .raw as "
-        "WikiText rows, .jsonl as documents, any other as one text." + plain(access.explained()),
+        "WikiText rows, .jsonl and .parquet (FILE:COLUMN) as documents, any other as one text."
+        + plain(access.explained()),
     )  # fmt: skip
 
 

@@ -320,7 +320,7 @@ def keep_upload(name: str, content: bytes) -> Any:
     if "\0" in text or not text.strip():
         raise CalibrationError("The upload has no text in it.")
     lines = name.lower().endswith(".jsonl")
-    for number, line in enumerate(text.splitlines() if lines else [], 1):
+    for number, line in enumerate(text.split("\n") if lines else [], 1):
         try:
             row = json.loads(line) if line.strip() else {}
         except (ValueError, RecursionError) as error:

@@ -74,9 +74,9 @@ Perplexity = Annotated[
     typer.Option(
         metavar="TEXTS",
         rich_help_panel=WHAT,
-        help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl as "
-        "documents, any other as one text; demo, the text that is there; none for none. [default: wikitext2; demo for "
-        "the demo model]",
+        help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl and "
+        ".parquet (FILE:COLUMN) as documents, any other as one text; demo, the text that is there; none for none. "
+        "[default: wikitext2; demo for the demo model]",
     ),
 ]
 Limit = Annotated[

@@ -126,6 +126,8 @@ def _prompt_ids(subject: Subject, ask: GenerateSpec) -> list[int]:
     """The prompt as the tokenizer reads it, by its own habit about BOS. Raises `OptionError`."""
     tokenizer = subject.tokenizer
     ids = _turn_ids(tokenizer, ask.prompt) if ask.chat else list(tokenizer(ask.prompt)["input_ids"])
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the prompt has it, and the tokenizer adds it
+        del ids[0]
     if not ids:
         raise OptionError("The tokenizer makes no token of the prompt; give some text to go on from with --prompt.")
     vocabulary = subject.stack.config.vocab_size
@@ -148,7 +150,8 @@ def _turn_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         raise OptionError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
     try:
-        text = chat_template.rendered(tokenizer, [[{"role": "user", "content": prompt}]], reply=True)[0]
+        turn = chat_template.Conversation([{"role": "user", "content": prompt}])
+        text = chat_template.rendered(tokenizer, [turn], reply=True).texts[0]
     except WorkEnded as error:
         raise OptionError(f"--chat: the tokenizer's chat template refuses a user's turn ({error}).") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

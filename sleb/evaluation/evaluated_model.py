@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from sleb.errors import ExportError, OptionError
+from sleb.errors import ExportError, OptionError, SlebError
 from sleb.evaluation import perplexity
 from sleb.export.removal import streamlined
 from sleb.methods.statistics import measured
@@ -23,15 +23,37 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.generation import positions_of
 from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
-from sleb.records import EVALUATION_VERSION, SCORING_VERSION, Finding, JobSpec, RemovalList, Run, TextPerplexity
+from sleb.records import (
+    EVALUATION_VERSION,
+    NAMED_TEXTS,
+    SCORING_VERSION,
+    Finding,
+    JobSpec,
+    RemovalList,
+    Run,
+    TextPerplexity,
+)
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
+from sleb.scoring import calibration, text_files
+from sleb.scoring.calibration import RESERVED
 from sleb.scoring.recorded_baseline import agrees, write_identity
 from sleb.scoring.sweep import Scorer
 
 log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Finding)
+
+
+def _is_same_text(evaluated: str, searched: str) -> bool:
+    """Whether an evaluation reads what a search read: the same file, under whichever name."""
+    if evaluated in NAMED_TEXTS or searched in RESERVED:  # of two named ones each reads another split
+        return evaluated == searched == "demo"
+    try:
+        one, other = text_files.local(evaluated), text_files.local(searched)
+        return one is not None and other is not None and one[0].samefile(other[0])
+    except (SlebError, OSError):  # the search's text is there no longer
+        return evaluated == searched
 
 
 @dataclass
@@ -123,10 +145,14 @@ class Subject:
         found = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
-        has_splits = name in ("wikitext2", "c4")  # a search reads the training text, an evaluation the other one
-        if self.run.spec.kind == "search" and name == self.run.spec.calibration.source and not has_splits:
-            said = f"{found.text.description}; the blocks were chosen on a part of it"
-            found = replace(found, text=found.text.model_copy(update={"description": said}))
+        if self.run.spec.kind == "search":
+            said = ""
+            if _is_same_text(name, self.run.spec.calibration.source):
+                said = "; the blocks were chosen on a part of it"
+            elif repeating := calibration.count_repeating(found.ids, self.run.run_dir):
+                said = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
+            described = found.text.description + said
+            found = replace(found, text=found.text.model_copy(update={"description": described}))
         return found
 
     def scorer(self, windows: perplexity.Windows, stack: BlockStack | None = None) -> Scorer:

@@ -80,7 +80,9 @@ def _adopt(subject: Subject) -> None:
     subject.meter.phase("Comparing with the scores of the unmodified model")
     vocabulary = subject.stack.config.vocab_size
     try:
-        text = calibration.build(spec.calibration, spec.held_out, spec.seed, subject.tokenizer, vocabulary)
+        text = calibration.build(
+            spec.calibration, spec.held_out, spec.seed, subject.tokenizer, vocabulary, drawing=run.stack.drawing
+        )
     except CalibrationError as error:
         log.warning("Whether this is the model that run %s searched cannot be told: %s", run.run_id, error)
         return

@@ -16,13 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError, OptionError, quoted
+from sleb.errors import CalibrationError, quoted
 from sleb.methods.statistics import mean_and_error
 from sleb.model import demo
 from sleb.records import NAMED_TEXTS, EvaluatedText, RemovalList
-from sleb.runtime.files import expanded
-from sleb.scoring.calibration import SEPARATOR, WIKITEXT, bos_of, cut, load_dataset, parse_line, read_text
+from sleb.scoring import text_files
+from sleb.scoring.calibration import SEPARATOR, WIKITEXT, bos_of, count_distinct, cut, load_dataset, token_ids
 from sleb.scoring.sweep import Scorer
+from sleb.scoring.text_files import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,8 @@ class Windows:
 def require_there(names: Sequence[str]) -> None:
     """Files that are missing are said before a model is loaded. Raises `CalibrationError`."""
     for name in names:
-        if name in NAMED_TEXTS:
-            continue
-        try:
-            there = expanded(Path(name)).is_file()
-        except (OSError, ValueError):  # names no file system takes
-            there = False
-        if not there:
-            raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
+        if name not in NAMED_TEXTS:
+            _local(name)
 
 
 def windows(
@@ -66,15 +61,16 @@ def windows(
     bos: Literal["auto", "yes", "no"] = "no",
     limit: int | None = None,
 ) -> Windows:
-    """A text by its published protocol, or a file: `.raw` as WikiText's rows, `.jsonl` as documents with a text joined
-    by spaces, any other as one text. `limit` takes so many windows, evenly spread.
+    """A text by its published protocol, or a file: `.raw` as WikiText's rows, `.jsonl` and `.parquet` as documents
+    joined by spaces (of a column named after a colon), any other as one text. `limit` takes so many windows, evenly
+    spread.
 
     Raises `CalibrationError` where the text cannot be read or gives no window.
     """
     text, origin, most = _text(name)
     origin = " ".join(origin.split())  # a file's name may have line ends in it
     head = bos_of(bos, tokenizer, vocab_size)
-    found = cut(text, window, tokenizer, vocab_size, head, origin)[:most]
+    found = cut(token_ids([text], tokenizer, vocab_size, origin), window, head)[:most]
     if not len(found):
         raise CalibrationError(f"{origin} gives no window of {window} tokens. Lower --window, or give a longer text.")
     whole = len(found)
@@ -83,6 +79,9 @@ def windows(
     found = np.ascontiguousarray(found)
     counted = f"{whole:,} windows of {window} tokens"
     some = f"{len(found)} of {counted}, evenly spread" if len(found) < whole else counted
+    distinct = count_distinct(found)  # a protocol says which windows: those that repeat others stay
+    if distinct < len(found):
+        some += f", {distinct:,} of them distinct"
     return Windows(
         found,
         EvaluatedText(
@@ -143,15 +142,8 @@ def _text(name: str) -> tuple[str, str, int | None]:
         return " ".join(documents), "C4, validation (first shard)", _C4_WINDOWS
     if name == "demo":
         return SEPARATOR.join(demo.documents()), "the demo text (Wikipedia sample)", None
-    path = expanded(Path(name))
-    try:
-        text = read_text(path, "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise CalibrationError(f"{path} cannot be read: {error}.") from error
+    path, column = _local(name)
+    text = " ".join(each.content for each in text_files.documents(path, Wanted(column)))
     kind = path.suffix.lower()
     if kind == ".raw":
         lines = text.removesuffix("\n").split("\n")
@@ -160,20 +152,11 @@ def _text(name: str) -> tuple[str, str, int | None]:
             f"{path.name}, as WikiText rows",
             None,
         )
-    if kind == ".jsonl":
-        return " ".join(_documents(text, path)), f"{path.name}, as documents", None
-    if kind in (".parquet", ".json", ".gz", ".zip"):
-        raise OptionError(f"{path} is no plain text; give a .raw, .txt or .jsonl file.")
-    return text, path.name, None
+    return text, f"{path.name}, as documents" if kind in text_files.TABLES else path.name, None
 
 
-def _documents(text: str, path: Path) -> list[str]:
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        row = parse_line(line, f"Line {number} of {path}")
-        if not isinstance(row.get("text"), str):
-            raise CalibrationError(f"Line {number} of {path} is no JSON object with a text in 'text'.")
-        found.append(row["text"])
+def _local(name: str) -> tuple[Path, str | None]:
+    found = text_files.local(name)
+    if found is None:
+        raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
     return found

@@ -240,6 +240,12 @@ def _healings(found: Sequence[Healing]) -> Iterator[Table]:
     if last.held_out_before is not None and last.held_out_after is not None:
         before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
         notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
+    for each in found:
+        if each.windows_healed_on:
+            notes.append(
+                f"{each.windows_healed_on} of {each.text.windows} windows of {each.text.name} repeat text that was "
+                f"healed on ({each.ask.how}, {name_of(each.removal_list)}): no test of the healing."
+            )
     columns = ("removed", "how", "text", "baseline", "before", "after", "nats over before", "took")
     yield Table("Healing", columns, tuple(rows), tuple(notes), _folders(each.out for each in found))
 

@@ -205,6 +205,8 @@ class Healing(Finding):
     """Hash of the token ids."""
     healing_text: str = ""
     """In words."""
+    windows_healed_on: Annotated[int, Field(ge=0)] = 0
+    """Evaluated windows that have half a window or more in common with a sequence that was healed on."""
     held_out_before: Measured | None = None
     """Of sequences of the text to heal on that were not healed on (`linear` chooses its ridge by them)."""
     held_out_after: Measured | None = None

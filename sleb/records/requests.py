@@ -33,7 +33,8 @@ class EvaluateSpec(_Lists):
 
     kind: Literal["evaluate"] = "evaluate"
     texts: tuple[str, ...] = ("wikitext2",)
-    """`wikitext2` and `c4` by the published protocols, or files: `.raw` as WikiText rows, others as one text."""
+    """`wikitext2` and `c4` by the published protocols, or files: `.raw` as WikiText rows, `.jsonl` and `.parquet` as
+    documents, others as one text."""
     tasks: tuple[str, ...] = ()
     """Of lm-eval, by name."""
     task_folder: str | None = None

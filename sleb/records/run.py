@@ -58,6 +58,8 @@ class StackDescription(Record):
     bos: bool
     text: str
     """Where the text came from and how much of it there was, in words."""
+    drawing: int = 1
+    """Version of how the text was drawn: a resumed run draws it in the same way."""
     num_remove: int
     protected: tuple[int, ...]
     self_check: SelfCheck

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-import json
+import io
 import logging
 import os
-import random
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from sleb import bounded
 from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
-from sleb.scoring import chat_template
+from sleb.runtime.array_files import NO_ARRAYS, read_arrays
+from sleb.runtime.files import inside, replace_file
+from sleb.scoring import chat_template, text_files
+from sleb.scoring.text_files import Document, Wanted
 
 log = logging.getLogger(__name__)
 
 RESERVED = ("demo", "wikitext2", "c4", "wikitext2-rows")
 """Sources by name, whatever files of that name lie around."""
+DRAWING = 2
+"""Version of how a text is drawn; raised by hand, and kept with a run so that it finds its text again. 1: equal windows
+could be drawn, messages had nothing but role and content, templates wrote
+today's date, and a byte-order mark was text."""
 SEPARATOR = "\n\n"
 _STREAMED_CHARACTERS = 8_000_000
 """At least so much text is drawn from a data set that is too large to be tokenised whole."""
-_BUFFER_DOCUMENTS = 10_000  # of the shuffle of a streamed data set
-_BUFFER_BYTES = 1 << 29
-_TEXT_BYTES = 1 << 30
-_LINE = 64 << 20  # characters
-_ROWS_AT_ONCE = 256
-_PARQUET_SECONDS, _PARQUET_BYTES = 300.0, 6 << 30
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
+_DAY = datetime(2024, 7, 26)  # in templates that write the date; tomorrow a run must find the same text (Llama 3's own)
+_PASSAGE, _PASSAGES_FILE = 32, "calibration.npz"  # tokens
 _REMOTE, _ARCHIVES = {"hf", "https", "http"}, {"zip", "tar", "gzip", "bz2", "xz", "zstd"}
-_CONTENT_KEYS = ("text", "content", "messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -64,38 +64,139 @@ class CalibrationSet:
 def require_there(spec: CalibrationSpec) -> None:
     """A local file that is missing is said before minutes of loading a model. Raises `CalibrationError`."""
     if spec.source not in RESERVED:
-        _local(spec.source)
+        text_files.local(spec.source)
 
 
-def build(spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any, vocab_size: int) -> CalibrationSet:
+def build(
+    spec: CalibrationSpec,
+    held_out: int | None,
+    seed: int,
+    tokenizer: Any,
+    vocab_size: int,
+    *,
+    drawing: int = DRAWING,
+) -> CalibrationSet:
     """Read, tokenise whole, cut into windows, draw. Raises `CalibrationError` where the text cannot give them.
 
-    A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one.
+    A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one. No two
+    windows are equal, so that none that is held out is one that chose. `drawing` is `DRAWING`, or that of an earlier
+    run whose text is wanted again.
     """
     bos = bos_of(spec.bos, tokenizer, vocab_size)
+    if spec.chat and spec.source in RESERVED:
+        raise CalibrationError(f"--chat needs a column of conversations, and {spec.source} is text. Leave --chat out.")
     if spec.source == "wikitext2-rows":
-        return _rows(spec, held_out, seed, tokenizer, vocab_size, bos)
+        return _rows(spec, held_out, seed, tokenizer, vocab_size, bos, drawing)
     held = default_held_out(spec.sequences) if held_out is None else held_out
     wanted = spec.sequences + held
-    documents, origin = _documents(spec, wanted, seed)
-    texts = _rendered(documents, spec, tokenizer)
-    windows = cut(SEPARATOR.join(texts), spec.sequence_length, tokenizer, vocab_size, bos, origin)
-    if len(windows) < wanted:
+    needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
+    while True:
+        found = _documents(spec, needed, seed, drawing)
+        texts, said = _rendered(found.documents, found.origin, spec, tokenizer, drawing)
+        parts = texts if spec.chat and drawing >= 2 else [SEPARATOR.join(texts)]
+        ids = token_ids(parts, tokenizer, vocab_size, found.origin)
+        windows = cut(ids, spec.sequence_length, bos, twice=drawing < 2)
+        order = np.random.default_rng(seed).permutation(len(windows)) if spec.sampling == "random" else None
+        chosen, distinct = _chosen(windows, order, all_of_them=drawing < 2)
+        if len(chosen) >= wanted or found.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
+            break
+        needed *= 4  # what there is repeats itself; there is more
+    some = f", {distinct:,} of them distinct" if distinct < len(windows) else ""
+    if len(chosen) < wanted:
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
-            f"{origin} gives {len(windows)}. Lower --sequences, --held-out or --sequence-length."
+            f"{found.origin} gives {len(windows)}{some}. Lower --sequences, --held-out or --sequence-length, or give "
+            "more text."
         )
-    if spec.sampling == "random":
-        chosen = np.random.default_rng(seed).permutation(len(windows))[:wanted]
-    else:
-        chosen = np.arange(wanted)
+    ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
-    text = f"{origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens"
-    return CalibrationSet(windows[chosen], spec.sequences, bos is not None, text)
+    if drawing >= 2 and (shared := count_sharing(ids[spec.sequences :], ids[: spec.sequences])):
+        warning = f"{shared:,} of {held:,} held-out windows repeat half a window of those that choose"
+        log.warning("%s: %s, at another place in the window.", found.origin, warning)
+        said += f"; {warning}"
+    text = f"{found.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}{said}"
+    return CalibrationSet(ids, spec.sequences, bos is not None, text)
+
+
+def _chosen(windows: np.ndarray, order: np.ndarray | None, *, all_of_them: bool) -> tuple[np.ndarray, int]:
+    """Indices of windows in the order in which they are taken, the first of equal ones; and how many are distinct."""
+    ordered = np.arange(len(windows)) if order is None else order
+    seen: set[bytes] = set()
+    first = []
+    for index in ordered.tolist():
+        digest = xxhash.xxh3_128_digest(windows[index].tobytes())
+        if digest not in seen:
+            seen.add(digest)
+            first.append(index)
+    return (ordered if all_of_them else np.asarray(first, dtype=np.int64)), len(seen)
+
+
+def count_distinct(windows: np.ndarray) -> int:
+    """How many of the windows (count, length) differ."""
+    return _chosen(windows, None, all_of_them=True)[1]
+
+
+def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
+    """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
+    size = max(1, min(_PASSAGE, ids.shape[1] // 2))
+    found = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, passages=np.unique(found), size=np.int64(size), length=np.int64(ids.shape[1]))
+    replace_file(inside(run_dir, _PASSAGES_FILE), buffer.getvalue())
+
+
+def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
+    """How many windows repeat about half a window or more of those that a run chose on; 0 where it kept no passages."""
+    try:
+        kept = read_arrays(run_dir, _PASSAGES_FILE)
+        passages, size, length = kept["passages"], int(kept["size"]), int(kept["length"])
+    except NO_ARRAYS:
+        return 0
+    if passages.dtype != np.uint64 or passages.ndim != 1 or not 0 < size <= windows.shape[1]:
+        return 0
+    needed = max(1, min(length, windows.shape[1]) // 2 // size - 1)
+    return int((np.isin(_passages(windows, size), passages).sum(axis=1) >= needed).sum())
+
+
+def count_sharing(windows: np.ndarray, others: np.ndarray) -> int:
+    """How many windows (count, length) have a passage in common with any of the others, wherever it stands in them.
+
+    A passage is half a window, of the shorter ones, and at least eight tokens.
+    """
+    if not len(windows) or not len(others):
+        return 0
+    size = max(8, min(windows.shape[1], others.shape[1]) // 2)
+    if size > min(windows.shape[1], others.shape[1]):
+        return 0
+    return int(np.isin(_passages(windows, size), _passages(others, size)).any(axis=1).sum())
+
+
+def _passages(windows: np.ndarray, size: int) -> np.ndarray:
+    """A rolling hash of every `size` tokens in a row, uint64 (count, length - size + 1)."""
+    base, inverse = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
+    length = windows.shape[1]
+    powers, back = (_powers(each, length) for each in (base, inverse))
+    mixed = windows.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(31)
+    sums = np.zeros((len(windows), length + 1), dtype=np.uint64)
+    np.cumsum(mixed * powers, axis=1, out=sums[:, 1:])
+    return (sums[:, size:] - sums[:, :-size]) * back[: length - size + 1]
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    found = np.ones(count, dtype=np.uint64)
+    found[1:] = np.multiply.accumulate(np.full(count - 1, base, dtype=np.uint64))
+    return found
 
 
 def _rows(
-    spec: CalibrationSpec, held_out: int | None, seed: int, tokenizer: Any, vocab_size: int, bos: int | None
+    spec: CalibrationSpec,
+    held_out: int | None,
+    seed: int,
+    tokenizer: Any,
+    vocab_size: int,
+    bos: int | None,
+    drawing: int,
 ) -> CalibrationSet:
     """The reference's loader: `sequences` shuffled rows (many empty) joined, every whole window used.
 
@@ -104,16 +205,26 @@ def _rows(
     data = load_dataset(*WIKITEXT, split="train").shuffle(seed=seed)
     rows = [str(row) for row in data[:]["text"]]
     origin = f"{spec.sequences} shuffled rows of WikiText-2 raw"
-    calibration = cut(SEPARATOR.join(rows[: spec.sequences]), spec.sequence_length, tokenizer, vocab_size, bos, origin)
+
+    def windows_of(rows: list[str]) -> np.ndarray:
+        return cut(token_ids([SEPARATOR.join(rows)], tokenizer, vocab_size, origin), spec.sequence_length, bos)
+
+    calibration = windows_of(rows[: spec.sequences])
     if not len(calibration):
         raise CalibrationError(
             f"{origin} give less than one window of {spec.sequence_length} tokens. Raise --sequences (rows) or lower "
             "--sequence-length."
         )
     held = default_held_out(len(calibration)) if held_out is None else held_out
-    rest = cut(SEPARATOR.join(rows[spec.sequences :]), spec.sequence_length, tokenizer, vocab_size, bos, origin)[:held]
-    text = f"{origin}: {len(calibration)} windows of {spec.sequence_length} tokens, as in the reference's loader"
-    return CalibrationSet(np.concatenate([calibration, rest]), len(calibration), bos is not None, text)
+    rest = windows_of(rows[spec.sequences :])
+    if drawing >= 2:
+        both = np.concatenate([calibration, rest])
+        first, _ = _chosen(both, None, all_of_them=False)
+        rest = both[first[first >= len(calibration)]]
+    distinct = count_distinct(calibration)
+    some = f", {distinct:,} of them distinct" if distinct < len(calibration) else ""
+    text = f"{origin}: {len(calibration)} windows of {spec.sequence_length} tokens{some}, as in the reference's loader"
+    return CalibrationSet(np.concatenate([calibration, rest[:held]]), len(calibration), bos is not None, text)
 
 
 def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
@@ -134,233 +245,126 @@ def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
     return int(token) if token is not None and len(habit) > 1 and habit[0] == token else None
 
 
-def cut(text: str, length: int, tokenizer: Any, vocab_size: int, bos: int | None, origin: str) -> np.ndarray:
-    """Non-overlapping windows (count, length) int64 of the text tokenised whole; the rest is dropped."""
-    if not text.strip():
+def token_ids(texts: Sequence[str], tokenizer: Any, vocab_size: int, origin: str) -> np.ndarray:
+    """Each text tokenised whole, without special tokens of the tokenizer's own, one behind another; int64 (tokens,)."""
+    if not any(text.strip() for text in texts):
         raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
-    text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no character
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=np.int64)
+    whole = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is no character
+    parts = tokenizer(whole, add_special_tokens=False, verbose=False).input_ids
+    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     if len(ids) and int(ids.max()) >= vocab_size:
         raise CalibrationError(
             f"The tokenizer gives the token id {int(ids.max())}, and the model knows {vocab_size}: they do not belong "
             "together. Save the model's own tokenizer beside it."
         )
+    return ids
+
+
+def cut(ids: np.ndarray, length: int, bos: int | None, *, twice: bool = False) -> np.ndarray:
+    """Non-overlapping windows (count, length) int64 of the tokens, BOS at the head of each; the rest is dropped.
+
+    Where the text itself has BOS at that place, as a chat template writes it, it is not put there `twice`.
+    """
     size = length - (bos is not None)
-    windows = ids[: len(ids) // size * size].reshape(-1, size)
-    if bos is not None:
-        windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
-    return windows
+    if bos is None or twice or not (ids == bos).any():
+        windows = ids[: len(ids) // size * size].reshape(-1, size)
+        if bos is not None:
+            windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
+        return windows
+    found = []
+    at = 0
+    while at < len(ids):
+        own = ids[at] == bos
+        window = ids[at : at + length] if own else np.concatenate([[bos], ids[at : at + size]])
+        at += length if own else size
+        if len(window) == length:
+            found.append(window)
+    return np.stack(found) if found else np.empty((0, length), dtype=np.int64)
 
 
-def _documents(spec: CalibrationSpec, wanted: int, seed: int) -> tuple[list[Any], str]:
-    """Documents (strings, or conversations) and a name for where they came from."""
+@dataclass(frozen=True)
+class _Found:
+    """Documents, and a name for where they came from."""
+
+    documents: list[Document]
+    origin: str
+    is_whole: bool
+    """There is no more than that."""
+
+
+def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Found:
     source = spec.source
-    if source == "demo":
-        return demo.documents(), "the demo text (Wikipedia sample)"
-    if source == "wikitext2":
-        return list(load_dataset(*WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
-    needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
+    if source in ("demo", "wikitext2"):
+        if source == "demo":
+            texts, origin = demo.documents(), "the demo text (Wikipedia sample)"
+        else:
+            texts, origin = list(load_dataset(*WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
+        return _Found([Document(each, origin, {}) for each in texts], origin, is_whole=True)
+    order = seed if spec.sampling == "random" else None
+    wanted = Wanted(None, spec.chat, needed, order, keep_marks=drawing < 2)
     if source == "c4":
         data = load_dataset(_C4[0], data_files={"train": _C4[1]}, split="train", streaming=True)
-        return _drawn(data, "text", needed, spec, seed, "C4, train"), "C4, train (first shard)"
-    path, column = _local(source)
-    if path is not None:
-        return _from_file(path, column, spec, needed, seed), path.name
-    name, config, split, column = _hub_parts(source)
-    data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
-    return _drawn(data, column, needed, spec, seed, source), source
+        return _drawn(data, replace(wanted, column="text"), "C4, train", "C4, train (first shard)")
+    local = text_files.local(source)
+    if local is None:
+        name, config, split, column = _hub_parts(source)
+        data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
+        return _drawn(data, replace(wanted, column=column), source, source)
+    path, column = local
+    found = text_files.documents(path, replace(wanted, column=column))
+    is_table = path.suffix.lower() in text_files.TABLES
+    return _Found(found, path.name, is_whole=_is_whole(found, needed) or not is_table)
 
 
-def _from_file(path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int) -> list[Any]:
-    kind = path.suffix.lower()
-    try:
-        if kind == ".jsonl":
-            rows: Iterable[dict[str, Any]] = _json_lines(path)
-        elif kind == ".parquet":
-            return _parquet(path, column, spec, needed, seed)
-        else:
-            if column is not None:
-                raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(column)}.")
-            return [read_text(path)]
-        return _drawn(rows, column, needed, spec, seed, path.name)
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror or error}.") from error
+def _drawn(data: Iterable[Any], wanted: Wanted, name: str, origin: str) -> _Found:
+    rows = text_files.drawn(map(text_files.table_row, data), wanted, name, f"Row {{}} of {name}")
+    return _Found(rows, origin, is_whole=_is_whole(rows, wanted.characters))
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """A text file, whole. Raises `CalibrationError` for one that is too large, else as `Path.read_text` does."""
-    size = path.stat().st_size
-    if size > _TEXT_BYTES:
-        raise CalibrationError(
-            f"{path} has {size / 1e9:.1f} GB; a text is read whole, and at most {_TEXT_BYTES / 1e9:.0f} GB of it. "
-            "Cut it, or make it a .jsonl file of documents."
-        )
-    return path.read_text(encoding=encoding)
+def _is_whole(documents: list[Document], needed: int | None) -> bool:
+    return needed is None or sum(each.size for each in documents) < needed
 
 
-def _parquet(path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int) -> list[Any]:
-    """Documents of a table, read where it can be ended: a few bytes of it can hold more than any memory."""
-    try:
-        found = bounded.call(
-            _parquet_documents, path, column, spec, needed, seed,
-            seconds=_PARQUET_SECONDS, memory=_PARQUET_BYTES, answer=_BUFFER_BYTES + 8 * needed,
-        )  # fmt: skip
-    except WorkEnded as error:
-        raise CalibrationError(f"{path} cannot be read as parquet: {error}.") from error
-    if isinstance(found, str):
-        raise CalibrationError(found)
-    return list(found)
-
-
-def _parquet_documents(
-    path: Path, column: str | None, spec: CalibrationSpec, needed: int, seed: int
-) -> list[Any] | str:
-    """In the child: the documents, or the sentence that says why there are none."""
-    import pyarrow.parquet
-
-    table = pyarrow.parquet.ParquetFile(path)
-    names = dict.fromkeys(table.schema_arrow.names)
-    try:
-        wanted = column or _default_column(names, path.name)
-        columns = [wanted] if wanted in names else []
-        batches = table.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
-        rows = (names | row for batch in batches for row in batch.to_pylist())
-        return _drawn(rows, wanted, needed, spec, seed, path.name)
-    except CalibrationError as error:
-        return str(error)
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        for number in itertools.count(1):
-            line = file.readline(_LINE + 1)
-            if not line:
-                return
-            if line.strip():
-                yield parse_line(line, f"Line {number} of {path}")
-
-
-def parse_line(line: str, where: str) -> dict[str, Any]:
-    """A line of JSON with columns in it. Raises `CalibrationError`."""
-    if len(line) > _LINE:
-        raise CalibrationError(f"{where} is longer than {_LINE / 1e6:.0f} MB; make documents of it.")
-    try:
-        row = json.loads(line)
-    except RecursionError as error:
-        raise CalibrationError(f"{where} is not JSON (it is nested too deeply).") from error
-    except ValueError as error:
-        raise CalibrationError(f"{where} is not JSON ({excerpt(error)}).") from error
-    if not isinstance(row, dict):
-        raise CalibrationError(f"{where} is no JSON object with columns.")
-    return row
-
-
-def _drawn(
-    rows: Iterable[dict[str, Any]],
-    column: str | None,
-    needed: int,
-    spec: CalibrationSpec,
-    seed: int,
-    origin: str,
-) -> list[Any]:
-    """Documents until there is text enough: in order, or shuffled with the seed through a buffer."""
-    found: list[Any] = []
-    characters = 0
-    iterator = iter(rows)
-    if spec.sampling == "random":
-        iterator = _shuffled(iterator, seed)
-    for row in iterator:
-        column = column or _default_column(row, origin)
-        if column not in row:
-            raise CalibrationError(
-                f"{origin} has no column {quoted(column)}; it has {_columns(row)}. Name one after a colon."
-            )
-        value = row[column]
-        if value is None or value == "" or value == []:
-            continue
-        if not isinstance(value, str | list):
-            raise CalibrationError(
-                f"Column {quoted(column)} of {origin} holds {type(value).__name__}, not text. "
-                "Name another one after a colon."
-            )
-        found.append(value)
-        characters += len(value) if isinstance(value, str) else sum(len(str(turn)) for turn in value)
-        if characters >= needed:
-            break
-    return found
-
-
-def _shuffled(rows: Iterator[dict[str, Any]], seed: int) -> Iterator[dict[str, Any]]:
-    draw = random.Random(seed)
-    buffer: list[dict[str, Any]] = []
-    characters = 0
-    for row in itertools.islice(rows, _BUFFER_DOCUMENTS):
-        buffer.append(row)
-        characters += sum(len(value) for value in row.values() if isinstance(value, str | list))
-        if characters > _BUFFER_BYTES:  # of documents that long, fewer
-            break
-    for row in rows:
-        place = draw.randrange(len(buffer))
-        buffer[place], row = row, buffer[place]
-        yield row
-    draw.shuffle(buffer)
-    yield from buffer
-
-
-def _default_column(row: dict[str, Any], origin: str) -> str:
-    for name in _CONTENT_KEYS:
-        if name in row:
-            return name
-    raise CalibrationError(f"{origin} has no column 'text'; it has {_columns(row)}. Name one after a colon.")
-
-
-def _columns(row: dict[str, Any]) -> str:
-    return excerpt(", ".join(sorted(map(str, row))[:8])) or "none"
-
-
-def _rendered(documents: list[Any], spec: CalibrationSpec, tokenizer: Any) -> list[str]:
-    """Documents as text: conversations through the tokenizer's chat template where `--chat` asks for it."""
+def _rendered(
+    documents: list[Document], origin: str, spec: CalibrationSpec, tokenizer: Any, drawing: int
+) -> tuple[list[str], str]:
+    """Documents as text, and what is to be said of it: conversations go through the tokenizer's chat template."""
     if not spec.chat:
-        if all(isinstance(document, str) for document in documents):
-            return documents
-        raise CalibrationError("The column holds conversations, not text. Add --chat, or name a text column.")
-    for document in documents:
-        if not isinstance(document, list) or not all(isinstance(turn, dict) for turn in document):
-            raise CalibrationError(
-                "--chat needs a column of conversations (a list of messages with role and content); found text. "
-                "Name that column after a colon, or leave --chat out."
-            )
+        return [each.content for each in documents], ""
     if not tokenizer.chat_template:
         raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
+    conversations = []
+    for each in documents:
+        try:
+            conversations.append(
+                chat_template.conversation(each.content, each.beside)
+                if drawing >= 2
+                else chat_template.Conversation([_turn(turn) for turn in each.content])
+            )
+        except WorkEnded as error:
+            raise CalibrationError(f"--chat: {each.where} cannot be read as a conversation: {error}.") from error
     try:
-        return chat_template.rendered(tokenizer, [[_turn(turn) for turn in document] for document in documents])
+        found = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
+    except chat_template.RefusedConversation as error:
+        where = documents[error.index].where
+        raise CalibrationError(f"--chat: the tokenizer's chat template refuses {where} ({error}).") from error
     except WorkEnded as error:
         raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
+    if not found.without_tools:
+        return found.texts, ""
+    said = f"the chat template leaves out the tools of {found.without_tools:,} of {len(documents):,} conversations"
+    log.warning("%s: %s.", origin, said)
+    return found.texts, f"; {said}"
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:
+    """A message as drawing 1 gave it to the template: a role and a text, whatever else it said."""
     if "role" in turn and "content" in turn:
         return {"role": str(turn["role"]), "content": str(turn["content"])}
-    if "from" in turn and "value" in turn:  # the ShareGPT layout
+    if "from" in turn and "value" in turn:
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"])}
-    raise CalibrationError(f"A message has the keys {_columns(turn)}; role and content are needed.")
-
-
-def _local(source: str) -> tuple[Path | None, str | None]:
-    """A local file and the column named after it, where the source is one."""
-    suffixes = (".txt", ".raw", ".md", ".jsonl", ".parquet")
-    for text, column in ((source, None), tuple(source.rpartition(":")[::2])):
-        if text and text.lower().endswith(suffixes):
-            path = Path(text).expanduser()
-            if not path.is_file():
-                raise CalibrationError(f"There is no file {path}. Give a {', '.join(suffixes)} file or a data set.")
-            return path, column or None
-    if Path(source).expanduser().exists():
-        raise CalibrationError(f"{source} is none of the files that can be read: {', '.join(suffixes)}.")
-    return None, None
+    raise WorkEnded("a message has no role and content")
 
 
 def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:

@@ -183,7 +183,10 @@ def test_what_an_evaluation_reads_and_writes_is_below_the_folders(allow: Allow, 
 
     (inside / "tasks").mkdir()
     assert allowed(evaluate(texts=("wikitext2", str(inside / "text.txt")), task_folder=str(inside / "tasks")))
+    assert allowed(evaluate(texts=(f"{inside}/text.jsonl:text",)))
     assert not allowed(evaluate(texts=("wikitext2", str(outside / "text.txt"))))
+    (inside / "lead.jsonl").symlink_to(outside / "text.jsonl")
+    assert not allowed(evaluate(texts=(f"{inside}/lead.jsonl:text",)))  # no file has that name, and one is read
     assert not allowed(evaluate(task_folder=str(outside)))
     assert allowed(request.job_of(QuantizeSpec(lists=((1,),), out=str(inside / "new"))))
     assert not allowed(request.job_of(QuantizeSpec(lists=((1,),), out=str(outside / "new"))))

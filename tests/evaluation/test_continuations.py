@@ -255,6 +255,15 @@ def test_a_template_that_refuses_a_user_is_said(folder: Path) -> None:
         ask(chatting(folder, "{{ raise_exception('no users here') }}"), (1, 3), prompt="hi", chat=True)
 
 
+def test_a_prompt_that_begins_with_bos_gets_no_other(folder: Path) -> None:
+    tiny.tokenizer(adds_bos=True).save_pretrained(str(folder))
+    (found,), _ = ask(folder, (1,), prompt="<s>hi")
+    (same,), _ = ask(folder, (1,), prompt="hi")
+    assert found.prompt_tokens == same.prompt_tokens
+    assert len(found.prompt_tokens) == 3
+    assert found.ids == same.ids
+
+
 def test_a_model_that_stays_on_disk_generates_nothing(tmp_path: Path) -> None:
     from sleb.model.loading import load_model
     from tests.support.streamed import saved, tight

@@ -19,10 +19,11 @@ import sleb
 from sleb import execution
 from sleb.cli.main import app
 from sleb.errors import OptionError, RunError, SlebError
-from sleb.evaluation import request
+from sleb.evaluation import perplexity, request
 from sleb.records import EvaluateSpec, JobState, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes import job_processes
+from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
 from tests.support import tiny
 from tests.support.runs import judged
@@ -198,7 +199,7 @@ def test_a_job_from_elsewhere_is_worked_off(run: sleb.Run, text: Path) -> None:
         (["--removal-list", "[1]", "--steps", "1"], "Give one of"),
         (["--steps", "4"], "has 3 finished"),
         (["--perplexity", "none"], "Nothing to evaluate"),
-        (["--perplexity", "/nowhere.txt"], "no text '/nowhere.txt'"),
+        (["--perplexity", "/nowhere.txt"], "no file /nowhere.txt"),
         (["--perplexity", "wikitext3"], "no text"),
         (["--bos", "maybe"], "--bos"),
         (["--perplexity", "demo,none"], "stands alone"),
@@ -304,8 +305,30 @@ def test_a_damaged_finding_or_table_is_made_anew(run: sleb.Run, text: Path) -> N
     assert [each["measured"] for each in again] == [each["measured"] for each in first]
 
 
-@pytest.mark.parametrize(("source", "said"), [("own", True), ("other", False)])
+def test_windows_that_repeat_what_chose_are_counted_in_a_text_of_another_name(
+    tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = sleb.search(
+        str(tiny_model), calibration=str(text_file), sequences=3, sequence_length=128, remove=1, analysis=False
+    )
+    tokenizer = tiny.tokenizer()
+    chosen = calibration.build(run.spec.calibration, 0, 0, tokenizer, 128).ids
+    passages = [tokenizer.decode(row[start : start + 32]) for row in chosen for start in (1, 33, 65)]
+    copied, other = tmp_path / "copied.txt", tmp_path / "other.txt"
+    copied.write_text(tiny.text(640, seed=77)[:640] + "xyz" + text_file.read_text())  # cut at other places
+    other.write_text(tiny.text(640, seed=78))
+    windows = perplexity.windows(str(copied), tokenizer, 128, window=128).ids
+    counted = sum(any(each in tokenizer.decode(row) for each in passages) for row in windows)
+    assert 3 <= counted <= 6
+    for path, said in ((copied, f"; {counted} of its windows repeat text that the blocks were chosen on"), (other, "")):
+        found = json.loads(command("evaluate", run.run_id, "--perplexity", path, "--window", 128, "--json")[0])
+        assert found["findings"][0]["text"]["description"].endswith(f"windows of 128 tokens{said}")
+
+
+@pytest.mark.parametrize(("source", "said"), [("own", True), ("linked", True), ("other", False)])
 def test_the_searchs_own_text_is_called_so(run: sleb.Run, text: Path, source: str, said: bool) -> None:
-    name = run.spec.calibration.source if source == "own" else str(text)
+    linked = text.with_name("linked.txt")
+    linked.symlink_to(run.spec.calibration.source)
+    name = {"own": run.spec.calibration.source, "linked": str(linked), "other": str(text)}[source]
     found = evaluated(run.run_id, "--perplexity", name)["findings"]
     assert ("chosen on a part of it" in found[0]["text"]["description"]) is said

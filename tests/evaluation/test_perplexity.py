@@ -67,6 +67,13 @@ def test_a_limit_takes_windows_evenly_and_says_so(tmp_path: Path) -> None:
     assert some.text.tokens_hash != whole.text.tokens_hash
 
 
+def test_windows_that_repeat_others_stay_and_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abcdefghij" * 7 + "klmnopqrst")
+    found = perplexity.windows(str(tmp_path / "t.txt"), tiny.tokenizer(), 128, window=10)
+    assert len(found.ids) == 8
+    assert found.text.description == "t.txt: 8 windows of 10 tokens, 2 of them distinct"
+
+
 def test_bos_is_added_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(500))
     adds = tiny.tokenizer(adds_bos=True)
@@ -84,7 +91,9 @@ def test_bos_is_added_where_it_is_asked_for(tmp_path: Path) -> None:
         ("t.jsonl", '{"text": 1}', "Line 1 of"),
         ("t.jsonl", "{", "is not JSON"),
         ("t.txt", b"\xff\xfe", "not UTF-8"),
-        ("t.parquet", "x", "no plain text"),
+        ("t.parquet", "x", "cannot be read as parquet"),
+        ("t.json", "[]", "one JSON value"),
+        ("t.csv", "a,b", "is a table"),
     ],
 )
 def test_bad_texts_are_a_sentence(name: str, content: str | bytes, sentence: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
-from sleb.scoring import calibration
+from sleb.scoring import calibration, text_files
 from tests.support import tiny
 
 
@@ -21,7 +21,8 @@ def build(source: str | Path, held_out: int | None = 2, seed: int = 0, *, adds_b
     tokenizer = tiny.tokenizer(adds_bos=adds_bos)
     if more.pop("chat_template", False):
         tokenizer.chat_template = tiny.CHAT
-    return calibration.build(CalibrationSpec(**(settings | more)), held_out, seed, tokenizer, 128)
+    drawing = more.pop("drawing", calibration.DRAWING)
+    return calibration.build(CalibrationSpec(**(settings | more)), held_out, seed, tokenizer, 128, drawing=drawing)
 
 
 def decoded(ids: np.ndarray) -> str:
@@ -43,8 +44,8 @@ def test_random_draws_without_overlap_and_by_the_seed(text_file: Path) -> None:
     grid = [text[start : start + 16] for start in range(0, len(text) - 15, 16)]
     windows = [decoded(row) for row in one.ids]
     assert set(windows) <= set(grid)
-    everything = build(text_file, held_out=len(grid) - 5)
-    assert sorted(decoded(row) for row in everything.ids) == sorted(grid)
+    everything = build(text_file, held_out=len(set(grid)) - 5)
+    assert sorted(decoded(row) for row in everything.ids) == sorted(set(grid))
 
 
 def test_bos_follows_the_tokenizers_habit_and_can_be_overridden(text_file: Path) -> None:
@@ -67,14 +68,15 @@ def test_a_quarter_is_held_out_by_default(text_file: Path) -> None:
 def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
     import pandas as pd
 
-    rows = [{"text": tiny.text(300, seed), "other": "x" * 300, "empty": ""} for seed in range(6)]
+    rows = [{"text": tiny.text(300, seed), "other": tiny.text(300, 50 + seed), "empty": ""} for seed in range(6)]
     lines = tmp_path / "rows.jsonl"
     lines.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     table = tmp_path / "rows.parquet"
     pd.DataFrame(rows).to_parquet(table)
     by_lines, by_table = build(lines, sampling=sampling), build(f"{table}:text", sampling=sampling)
     assert by_lines.tokens_hash == by_table.tokens_hash
-    assert set(decoded(build(f"{lines}:other", sampling=sampling).ids[0])) == {"x"}
+    others = "\n\n".join(str(row["other"]) for row in rows)
+    assert decoded(build(f"{lines}:other", sampling=sampling).ids[0]) in others
     if sampling == "first":
         joined = "\n\n".join(str(row["text"]) for row in rows)
         assert decoded(by_lines.ids.reshape(-1)) == joined[: 7 * 16]
@@ -87,14 +89,19 @@ def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
 
 def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    turns = [{"role": "user", "content": "skip it " * 9}, {"role": "assistant", "content": "done " * 9}]
-    share = [{"from": "human", "value": "skip it " * 9}, {"from": "gpt", "value": "done " * 9}]
-    path.write_text("\n".join(json.dumps({"messages": turns, "shared": share, "text": "no"}) for _ in range(9)))
+    said = [tiny.text(80, seed) for seed in range(9)]
+    turns = [[{"role": "user", "content": each}, {"role": "assistant", "content": "done"}] for each in said]
+    share = [[{"from": "human", "value": each}, {"from": "gpt", "value": "done"}] for each in said]
+    rows = zip(turns, share, strict=True)
+    path.write_text("\n".join(json.dumps({"messages": one, "shared": two, "text": "no"}) for one, two in rows))
     chat = build(f"{path}:messages", chat=True, chat_template=True, sampling="first")
-    rendered = f"user: {turns[0]['content']}\nassistant: {turns[1]['content']}\n"
-    assert decoded(chat.ids.reshape(-1)) == "\n\n".join([rendered] * 9)[: 7 * 16]
+    rendered = [f"user: {each}\nassistant: done\n" for each in said]
+    assert decoded(chat.ids.reshape(-1)) == "".join(rendered)[: 7 * 16]  # one behind another, as the model reads them
+    assert build(path, chat=True, chat_template=True, sampling="first").tokens_hash == chat.tokens_hash
     shared = build(f"{path}:shared", chat=True, chat_template=True, sampling="first")
     assert shared.tokens_hash == chat.tokens_hash
+    before = build(f"{path}:messages", chat=True, chat_template=True, sampling="first", drawing=1)
+    assert decoded(before.ids.reshape(-1)) == "\n\n".join(rendered)[: 7 * 16]
     with pytest.raises(CalibrationError, match="no chat template"):
         build(f"{path}:messages", chat=True)
     with pytest.raises(CalibrationError, match="--chat needs"):
@@ -117,7 +124,7 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
         ("typed.jsonl", b'{"text": 3}\n', "holds int, not text"),
         ("deep.jsonl", b"[" * 100_000, "Line 1"),
         ("broken.parquet", b"PAR1 not really", "cannot be read as parquet"),
-        ("picture.png", b"\x89PNG", "none of the files"),
+        ("picture.png", b"\x89PNG", "not UTF-8"),
     ],
 )
 def test_bad_files_are_sentences(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -138,7 +145,7 @@ def test_a_table_of_few_bytes_that_holds_more_than_memory_is_ended(
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), ["a" * (4 << 20)])
     pq.write_table(pa.table({"text": column}), path, compression="zstd")
     assert path.stat().st_size < 100_000  # and 40 GB of text
-    monkeypatch.setattr(calibration, "_PARQUET_BYTES", 600 << 20)
+    monkeypatch.setattr(text_files, "_PARQUET_BYTES", 600 << 20)
     with pytest.raises(CalibrationError, match=r"cannot be read as parquet: it needed more than 0\.6 GB of memory\."):
         build(path)
 
@@ -160,7 +167,7 @@ def test_texts_and_lines_without_an_end_are_refused(tmp_path: Path, monkeypatch:
         file.truncate(1 << 40)
     with pytest.raises(CalibrationError, match=r"has 1099\.5 GB"):
         build(path)
-    monkeypatch.setattr(calibration, "_LINE", 100)
+    monkeypatch.setattr(text_files, "_LINE", 100)
     lines = tmp_path / "long.jsonl"
     lines.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "a" * 100}))
     with pytest.raises(CalibrationError, match=r"Line 2 of .* is longer than"):
@@ -171,9 +178,9 @@ def test_the_buffer_of_a_shuffle_is_bounded(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": tiny.text(300, seed)}) for seed in range(20)))
     whole = build(path).tokens_hash
-    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(text_files, "_BUFFER_BYTES", 1 << 20)
     assert build(path).tokens_hash == whole
-    monkeypatch.setattr(calibration, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(text_files, "_BUFFER_BYTES", 1000)
     assert build(path).tokens_hash != whole
 
 
@@ -332,3 +339,88 @@ def test_a_folder_named_like_a_source_does_not_hide_it(tmp_path: Path, monkeypat
     for name in calibration.RESERVED:
         (tmp_path / name).mkdir()
         calibration.require_there(CalibrationSpec(source=name))
+
+
+def rows_of(path: Path, *texts: str, name: str = "text") -> Path:
+    path.write_text("".join(json.dumps({name: text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+def test_windows_are_distinct_and_none_held_out_is_one_that_chose(tmp_path: Path, sampling: str) -> None:
+    documents = [tiny.text(60, seed)[:30] for seed in range(12)]  # with the separator two windows each
+    path = rows_of(tmp_path / "repeated.jsonl", *sorted(documents * 5))
+    found = build(path, sequences=18, held_out=6, sampling=sampling)
+    assert len({row.tobytes() for row in found.ids}) == 24
+    assert "60 documents, 119 windows of 16 tokens, 24 of them distinct" in found.text
+    before = build(path, sequences=18, held_out=6, sampling=sampling, drawing=1)
+    assert len({row.tobytes() for row in before.ids}) < 24
+    with pytest.raises(CalibrationError, match=r"asks for 18 .* and 7 held out; .* gives 119, 24 of them distinct\."):
+        build(path, sequences=18, held_out=7, sampling=sampling)
+
+
+def test_a_text_without_repeats_is_drawn_as_ever(text_file: Path) -> None:
+    for seed in range(4):
+        now, before = (build(text_file, sequences=9, sequence_length=64, seed=seed, drawing=each) for each in (2, 1))
+        assert now.tokens_hash == before.tokens_hash
+    text = text_file.read_text()
+    order = np.random.default_rng(3).permutation(len(text) // 64)[:11]
+    assert [decoded(row) for row in now.ids] == [text[64 * place : 64 * place + 64] for place in order]
+
+
+def test_more_is_read_where_a_text_repeats_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_STREAMED_CHARACTERS", 1000)
+    path = rows_of(
+        tmp_path / "long.jsonl", *["again and again " * 2] * 90, *[tiny.text(300, seed) for seed in range(9)]
+    )
+    found = build(path, sequences=20, sampling="first")
+    assert len({row.tobytes() for row in found.ids}) == 22
+
+
+def test_held_out_windows_that_repeat_at_another_place_are_counted(tmp_path: Path) -> None:
+    text = tiny.text(80, 5)[:79]  # 80 with the separator: no window is equal, and all is said again
+    path = tmp_path / "shifted.txt"
+    path.write_text((text + "\n" + "x") * 2 + tiny.text(400, 9))
+    found = build(path, sequences=4, held_out=4, sequence_length=20, sampling="first")
+    assert "4 of 4 held-out windows repeat half a window of those that choose" in found.text
+    assert "repeat" not in build(path, sequences=4, held_out=4, sequence_length=64, sampling="first").text
+    ids = np.arange(40).reshape(2, 20)
+    assert calibration.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
+    assert calibration.count_sharing(ids, ids[:, ::-1]) == 0
+
+
+@pytest.mark.parametrize("bos", ["auto", "yes"])
+def test_bos_stands_where_the_template_writes_it_and_never_twice(tmp_path: Path, bos: str) -> None:
+    turns = [[{"role": "user", "content": tiny.text(20, seed)[:20]}] for seed in range(9)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    tokenizer = tiny.tokenizer(adds_bos=True)
+    tokenizer.chat_template = "{{ bos_token }}" + tiny.CHAT
+    asked = CalibrationSpec(
+        source=str(path), sequences=6, sequence_length=14, chat=True, bos=bos, sampling="first"  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = calibration.build(asked, 2, 0, tokenizer, 128)
+    said = f"<s>user: {turns[0][0]['content']}\n"  # 28 tokens: two windows, of 14 and of 13 with one in front
+    assert decoded(found.ids[0]) == said[: 14 + 2]
+    assert decoded(found.ids[1]) == "<s>" + said[14 + 2 :][:13]
+    flat = found.ids.reshape(-1)
+    assert not ((flat[1:] == 1) & (flat[:-1] == 1)).any()
+    assert (found.ids[:, 0] == 1).all()
+
+
+def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    good = [{"role": "user", "content": "hello"}]
+    image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, image)))
+    with pytest.raises(
+        CalibrationError, match=r"^--chat: Line 2 of .* message 1 has a part of type 'image'; only text"
+    ):
+        build(path, chat=True, chat_template=True)
+    path.write_text("\n\n".join(json.dumps({"messages": each}) for each in (good, [{"role": "x", "content": ""}])))
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ {'user': 1}[m.role] + 1 }}{% endfor %}"
+    with pytest.raises(CalibrationError, match=r"chat template refuses Line 3 of .*chat\.jsonl \("):
+        calibration.build(CalibrationSpec(source=str(path), chat=True), 1, 0, tokenizer, 128)
+    with pytest.raises(CalibrationError, match=r"--chat needs .* and demo is text"):
+        build("demo", chat=True, chat_template=True)

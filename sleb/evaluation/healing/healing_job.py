@@ -140,6 +140,12 @@ class _Healing:
         if known is not None:
             self.subject.answer(known)
             return
+        shared = calibration.count_sharing(windows.ids, self.text.ids[: self.text.sequences])
+        if shared:
+            log.warning(
+                "%d of %d windows of %s repeat text that is healed on: what they say is no test of the healing.",
+                shared, len(windows.ids), windows.text.name,
+            )  # fmt: skip
         _, facts = self._weights()
         started = time.perf_counter()
         after = self._nats(windows)
@@ -157,6 +163,7 @@ class _Healing:
                 change_standard_error=error,
                 healed_on=self.text.tokens_hash,
                 healing_text=self.text.text,
+                windows_healed_on=shared,
                 held_out_before=Measured(nll_sum=facts.held_out_before, token_count=facts.held_out_tokens),
                 held_out_after=Measured(nll_sum=facts.held_out_after, token_count=facts.held_out_tokens),
                 trained_parameters=facts.trained_parameters,

@@ -21,6 +21,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import weights_hash
 from sleb.records import Healing, HealSpec
 from sleb.runtime.findings_folder import of_kind
+from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
 from tests.support import tiny
 from tests.support.families import build
@@ -261,6 +262,14 @@ def test_a_family_with_a_norm_behind_its_last_layer_is_refused() -> None:
 # --- the job
 
 
+def windows_with_text_of(found: Healing, text_file: Path) -> int:
+    """Evaluated windows with sixteen characters in a row of what was healed on; a token is a character."""
+    healed = calibration.build(healing_job._text_of(found.ask), 3, found.ask.seed, tiny.tokenizer(), 128)
+    passages = {tuple(row[start : start + 16]) for row in healed.ids[:24].tolist() for start in range(17)}
+    windows = perplexity.windows(str(text_file), tiny.tokenizer(), 128, window=64, limit=6).ids.tolist()
+    return sum(any(tuple(row[start : start + 16]) in passages for start in range(49)) for row in windows)
+
+
 def test_a_healing_is_measured_kept_and_not_computed_again(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -270,6 +279,7 @@ def test_a_healing_is_measured_kept_and_not_computed_again(
     assert found.change is not None
     assert found.change < -0.1  # the text it was trained on
     assert found.after.nll_sum == pytest.approx(found.before.nll_sum + found.change * found.after.token_count)
+    assert found.windows_healed_on == windows_with_text_of(found, text_file) > 0
     assert found.held_out_before is not None
     assert found.held_out_after is not None
     assert found.held_out_after.nll_sum < found.held_out_before.nll_sum
