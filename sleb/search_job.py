@@ -13,12 +13,20 @@ import numpy as np
 from sleb.analysis import block_output_cache, token_sample
 from sleb.analysis.measure import analyze
 from sleb.analysis.similarity import block_influence
-from sleb.errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
+from sleb.errors import (
+    ModelError,
+    NotNumbers,
+    OptionError,
+    RunError,
+    ScoringError,
+    model_without,
+)
 from sleb.methods.cost_forecast import cost_of_search
 from sleb.methods.problem import Decision, Problem, Score, number_to_remove, require_possible
 from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
+from sleb.model.generation import require_positions
 from sleb.model.loading import LoadedModel, weights_hash
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
 from sleb.runtime import origin, record_files, run_folder, trace_file
@@ -56,7 +64,7 @@ class Session:
         """Sequences at once; what fitted, once the search is over."""
         self.stack = BlockStack(self.loaded.model)
         config = self.stack.config
-        _require_positions(config, self.spec.calibration.sequence_length)
+        require_positions(config, self.spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
         self.text = self.group.share(
             lambda: calibration.build(
@@ -200,12 +208,8 @@ class Session:
         self.meter.within("Scoring the unmodified model")
         start = time.perf_counter()
         on_calibration, held_out, nats = baseline(problem, scorer.score)
-        wrong = np.flatnonzero(~np.isfinite(nats))
-        if len(wrong):
-            raise ModelError(
-                f"The unmodified model's predictions for sequence {wrong[0]} are not numbers in {self.loaded.dtype}. "
-                "Use --dtype float32 or bfloat16, or check the weights."
-            )
+        if not np.isfinite(nats).all():
+            raise NotNumbers(model_without(()), self.loaded.dtype)
         first = Baseline(
             calibration=on_calibration,
             held_out=held_out,
@@ -346,15 +350,6 @@ def _uncounted(scorer: Scorer, score: Score) -> Score:
         return scores
 
     return again
-
-
-def _require_positions(config: Any, length: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise CalibrationError(
-            f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
-            f"Lower --sequence-length to {limit} or less."
-        )
 
 
 def _require_same(run: Run, hashed: str, tokens_hash: str) -> None:
