@@ -209,8 +209,8 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
     token_view(run, analysis.passage, num_blocks, at)
     if not has_ids(analysis.passage):
         st.caption(
-            "This was recorded without token ids, and different tokens may look the same: the final prediction is marked "
-            "where it is the first choice and known to be it, at the first agreement and from where it settles on. "
+            "This was recorded without token ids, and different tokens may look the same: the final prediction is "
+            "marked where it is known to be the first choice, at the first agreement and from where it settles on. "
             "Whether the text goes on in the same way is not said. Analyse again to see both."
         )
 

@@ -6,6 +6,7 @@ text goes as data and is set as text there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def view_data(passage: Passage, num_blocks: int, removed: tuple[int, ...]) -> di
         return places[token]
 
     def top(each: PassageToken) -> list[list[list[int]]]:
-        ids = each.top_ids or [[text for text, _ in block] for block in each.top]
+        ids: Sequence[Sequence[int | str]] = each.top_ids or [[text for text, _ in block] for block in each.top]
         return [
             [[word(token, text), round(1000 * share)] for token, (text, share) in zip(own, block, strict=True)]
             for own, block in zip(ids, each.top, strict=True)

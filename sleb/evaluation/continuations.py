@@ -238,12 +238,15 @@ def _flips(tokenizer: Any, text: list[int], before: _Predictions, after: _Predic
     """Where the two find another token most likely, as text in its place."""
     flips = []
     for index in (before.tokens != after.tokens).nonzero()[:, 0].tolist():
-        context = text[: index + 1]
+        context, own = text[: index + 1], (int(before.tokens[index]), int(after.tokens[index]))
+        pieces = [piece_after(tokenizer, context, token) for token in own]
+        if pieces[0] == pieces[1]:  # different tokens all the same
+            pieces = [f"{piece} (token {token})" for piece, token in zip(pieces, own, strict=True)]
         flips.append(
             Flip(
                 position=index + 1,
-                before=piece_after(tokenizer, context, int(before.tokens[index])),
-                after=piece_after(tokenizer, context, int(after.tokens[index])),
+                before=pieces[0],
+                after=pieces[1],
                 before_probability=float(before.probabilities[index]),
                 after_probability=float(after.probabilities[index]),
             )
@@ -270,7 +273,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def piece_after(tokenizer: Any, context: Sequence[int], token: int) -> str:
-    """The text one token adds to a text; its bytes where they are no text yet, its name where it adds none of its own."""
+    """The text one token adds to a text; its bytes where they are no text yet, its name where it adds none at all."""
     near = context[-8:]
     old, new = _decoded(tokenizer, near), _decoded(tokenizer, [*near, token])
     while not new.startswith(old):

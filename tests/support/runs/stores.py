@@ -127,7 +127,7 @@ def _write_trace(
 
 
 def write_analysis(folder: Path, num_blocks: int, words: tuple[str, ...], seed: int = 0) -> None:
-    """Both analyses and the tokens a run takes along, over made-up block outputs; a token's id is its place in words."""
+    """Both analyses and the tokens a run takes along, over made-up block outputs; ids are places in `words`."""
     draw = np.random.default_rng(seed)
     count, points = 4 * LENGTH, num_blocks + 1
     walk = np.cumsum(draw.normal(0, 1, (points, count, 16)), axis=0) + draw.normal(0, 4, (1, count, 16))
