@@ -167,6 +167,7 @@ class Session:
             racing=self.spec.races,
             seed=self.spec.seed,
             refine=self.spec.refine,
+            dtype=self.loaded.dtype,
         )
         if self.stack.streamed is not None:
             scorer.round_size([(block,) for block in problem.candidates])  # refused now, not after the baseline

@@ -179,7 +179,7 @@ def describe_baseline(baseline: Baseline) -> str:
 def describe_step(step: Step, baseline: Baseline) -> str:
     """What was decided, on what evidence, as a row under `describe_baseline`."""
     chosen = _chosen(step)
-    margin = "only candidate"
+    margin = "others no number" if len(step.candidates) > 1 else "only candidate"
     if step.margin is not None:
         margin = f"{step.margin:.4f}"
         if step.margin_standard_error is not None:
