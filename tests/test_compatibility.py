@@ -421,9 +421,7 @@ def test_block_outputs_cached_then_are_used_now(fresh: Path, monkeypatch: pytest
     assert found.description.cached
     assert found.description.cache_key == key
     assert calls.count("LlamaForCausalLM") <= 1  # the look at a model's blocks; no pass over any text
-    now, before = (
-        each.model_dump(mode="json", exclude={"description"}, exclude_unset=True) for each in (found, then)
-    )
+    now, before = (each.model_dump(mode="json", exclude={"description"}, exclude_unset=True) for each in (found, then))
     assert_says(now, before, rel=1e-5)
     assert {each.id for each in then.passage.tokens} == {None}  # which token it was, nobody wrote down then
     assert None not in {each.id for each in found.passage.tokens}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import sleb
 from sleb import api, execution, forecast, specs
-from sleb.errors import NotNumbers, ScoringError, model_without, not_numbers
+from sleb.errors import ExportError, NotNumbers, ScoringError, model_without, not_numbers
 from sleb.evaluation import request
 from sleb.formats.findings_tables import tables_of
 from sleb.model.block_stack import BlockStack
@@ -223,11 +225,22 @@ def test_a_training_that_diverged_keeps_nothing(once: Path, text_file: Path, tmp
 
 
 def test_the_self_check_compares_nothing_where_nothing_is_a_number(always: Path, once: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     ids = torch.arange(4, 36).view(2, 16).numpy()
     stacks = [BlockStack(AutoModelForCausalLM.from_pretrained(each, dtype=torch.float16)) for each in (always, once)]
     nothing, some = (self_check(stack, [1, 2, 3], ids) for stack in stacks)
     assert (nothing.max_difference, nothing.scoring) == (None, "sweep")
     assert some.max_difference is not None
     assert some.scoring == "sweep"
+
+
+def test_a_model_without_numbers_is_not_written(once: Path, text_file: Path, tmp_path: Path) -> None:
+    """An export has the checkpoint's type, whatever the search had."""
+    half = tmp_path / "half"
+    shutil.copytree(once, half)
+    model = AutoModelForCausalLM.from_pretrained(once, dtype=torch.float16)
+    model.save_pretrained(half)
+    run = search(half, text_file, dtype="bfloat16", method="early-exit", remove=4, protect=())
+    assert set(run.removal_list) == {2, 3, 4, 5}
+    with pytest.raises(ExportError, match=r"^The model without blocks \[2, 3, 4, 5\] .* in float16, in which it would"):
+        api.export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
