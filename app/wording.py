@@ -7,8 +7,9 @@ import re
 from typing import Literal
 
 from app import data
+from sleb.formats.findings_tables import NO_NUMBER
 from sleb.formats.list_formats import display_name
-from sleb.records import Baseline, JobState, Run, RunSpec, Step
+from sleb.records import Baseline, JobState, Measured, Run, RunSpec, Step
 from sleb.report.figures import style
 from sleb.runtime.processes import progress
 from sleb.runtime.run_index import Outline, Standing
@@ -86,6 +87,11 @@ def number(value: float | None, digits: int = 2) -> str:
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def perplexity(measured: Measured) -> str:
+    """A perplexity for the screen; where predictions were not numbers, that."""
+    return NO_NUMBER if measured.no_number else number(measured.perplexity)
 
 
 def share_of_parameters(run: Run) -> float:

@@ -6,7 +6,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from app import data
-from app.components.token_view import token_view
+from app.components.token_view import has_ids, token_view
 from app.page import run_page
 from app.panels.token_choice import EVERYTHING, analysis_of, calibration_tokens, nothing_chosen, origin
 from app.widgets import chart, empty
@@ -207,6 +207,12 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
         empty("No passage", "This run recorded no text for the token view.")
         return
     token_view(run, analysis.passage, num_blocks, at)
+    if not has_ids(analysis.passage):
+        st.caption(
+            "This was recorded without token ids, and different tokens may look the same: the final prediction is "
+            "marked where it is known to be the first choice, at the first agreement and from where it settles on. "
+            "Whether the text goes on in the same way is not said. Analyse again to see both."
+        )
 
 
 def _heading(text: str) -> DeltaGenerator:

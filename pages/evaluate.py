@@ -12,7 +12,8 @@ from app.components import side_by_side
 from app.page import run_page
 from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
 from app.widgets import chart, empty
-from app.wording import number, plain
+from app.wording import in_fields, number, plain
+from sleb.formats.findings_tables import NO_NUMBER, without_numbers
 from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
 from sleb.report.summaries import gates, list_curves
@@ -115,6 +116,7 @@ def _notes(found: Curves, gated: bool) -> list[str]:
     else:
         about = "; ".join(f"{each.name}: {each.about}" for each in found.speed)
         notes.append(f"Speed of {plain(about)}; dashed: were time proportional to blocks.")
+    notes += [plain(in_fields(each)) for each in found.notes]
     if found.elsewhere:
         notes.append(
             f"Findings about other lists, which are not on this run's way: {found.elsewhere} (sleb show tells them)."
@@ -175,6 +177,7 @@ def _quantized(run: Run, found: Curves, findings: Sequence[Finding], proposed: i
             empty("Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list.")
             return
         _table(evaluate.quantization_table(own), ("Before", "Quantised"), "Perplexity before and after quantisation")
+        _missing(own)
 
 
 def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
@@ -193,11 +196,17 @@ def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int 
         }
         numbers = ("Unmodified", "Before", "Healed")
         _table(evaluate.healing_table(own), numbers, "Perplexity before and after healing", columns)
+        _missing(own)
+
+
+def _missing(found: Sequence[Finding]) -> None:
+    for each in without_numbers(found):
+        st.caption(plain(in_fields(each)))
 
 
 def _table(table: Any, numbers: tuple[str, ...], alt: str, columns: dict[str, Any] | None = None) -> None:
     st.dataframe(
-        table.style.format(number, subset=list(numbers), na_rep="–"), hide_index=True, placeholder="–",
+        table.style.format(number, subset=list(numbers), na_rep=NO_NUMBER), hide_index=True, placeholder="–",
         column_config=columns, alt=alt,
     )  # fmt: skip
     if table["Text"].str.endswith("≈").any():

@@ -7,7 +7,7 @@ import streamlit as st
 from app.page import run_page
 from app.panels import export_panel, foreign_names
 from app.widgets import chart, empty
-from app.wording import number, plain, rise
+from app.wording import perplexity, plain, rise
 from sleb.errors import SlebError
 from sleb.formats.list_formats import in_words, render
 from sleb.records import Run
@@ -94,7 +94,7 @@ def _which_list(run: Run) -> int:
         st.metric("Parameters", f"−{gone / stack.total_parameters:.1%}", help="Of all, embeddings and head included.")
         st.metric(
             "Held-out perplexity",
-            f"{number(first.held_out.perplexity)} → {number(step.held_out.perplexity)}",
+            f"{perplexity(first.held_out)} → {perplexity(step.held_out)}",
             rise(first, step),
             delta_color="off",
             delta_arrow="off",
@@ -103,7 +103,7 @@ def _which_list(run: Run) -> int:
         )
         st.metric(
             "Calibration perplexity",
-            f"{number(first.perplexity)} → {number(step.perplexity)}",
+            f"{perplexity(first.calibration)} → {perplexity(step.calibration)}",
             help="Before and after, on the text by which the blocks were chosen: too good to be true elsewhere.",
         )
     nested = tuple(each.removal_list for each in done[:steps])

@@ -12,12 +12,13 @@ from app import access, actions, data, page
 from app.components.copy_link import copy_link
 from app.page import choose
 from app.panels import foreign_names, run_form
-from app.widgets import badge, empty, progress
+from app.widgets import badge, empty, log_of, progress
 from app.wording import (
     duration,
+    in_fields,
     method_name,
     model_name,
-    number,
+    perplexity,
     plain,
     rise,
     share_of_parameters,
@@ -26,7 +27,7 @@ from app.wording import (
 )
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
-from sleb.records import Job, JobSpec, JobState, Run, RunSpec
+from sleb.records import Job, JobSpec, JobState, Measured, Run, RunSpec
 from sleb.runtime import origin
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
@@ -78,9 +79,8 @@ def act(what: str, run: Run) -> None:
 
 def _as_before(run: Run) -> JobSpec:
     """The last try once more, with what this server allows."""
-    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
-    last = unanswered or (own[-1] if own else None)
+    last = unanswered or job_processes.own_job(run)
     if last is None:
         return data.job_spec(run.spec.kind)
     changes: dict[str, Any] = dict(data.permissions())
@@ -221,21 +221,23 @@ def panel(run: Run) -> None:
                 buttons(run, job, sample)
         if job is not None:
             progress(job)
-        elif state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED) and not sample:
-            trouble(run, state)
+        elif state is not JobState.FINISHED and not sample:
+            trouble(run)
         found(run)
         with st.container(horizontal=True):
             for name, (title, icon) in _PAGES.items():
                 st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
 
 
-def trouble(run: Run, state: JobState) -> None:
+def trouble(run: Run) -> None:
     """Why it is not going on, and its log."""
-    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
-    sentence = plain(own[-1].status.message or "It ended without a word.")
-    (st.error if state is JobState.FAILED else st.warning)(sentence, icon=":material/error:")
-    with st.expander("Log", icon=":material/notes:"):
-        st.code(data.log_of(run) or "The log is empty.", language=None, wrap_lines=True)
+    own = job_processes.own_job(run)
+    if own is None:
+        st.warning("This run has not been started.", icon=":material/error:")
+        return
+    said = st.error if own.status.state is JobState.FAILED else st.warning
+    said(plain(in_fields(job_processes.last_word(own))), icon=":material/error:")
+    log_of(run, own)
 
 
 def found(run: Run) -> None:
@@ -257,11 +259,11 @@ def found(run: Run) -> None:
         help="Steps that are finished, and how much smaller the model is without those blocks.",
     )
     second.metric(
-        "Perplexity", _from_to(trace.baseline.perplexity, last.perplexity if last else None), help="Calibration text."
+        "Perplexity", _from_to(trace.baseline.calibration, last.calibration if last else None), help="Calibration text."
     )
     third.metric(
         "Held-out perplexity",
-        _from_to(trace.baseline.held_out.perplexity, last.held_out.perplexity if last else None),
+        _from_to(trace.baseline.held_out, last.held_out if last else None),
         delta=rise(trace.baseline, last) if last else None,
         delta_color="off",
         delta_arrow="off",
@@ -275,13 +277,13 @@ def found(run: Run) -> None:
         fourth.metric("Search", duration(seconds), help="Time spent on finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
-    attempts = [job.attempt for job in run.jobs if job.spec.kind == run.spec.kind and job.attempt is not None]
+    attempts = [job.attempt for job in run.jobs if job.spec.is_own(run.spec) and job.attempt is not None]
     if attempts:
         st.caption(f"Searched {plain(attempts[-1].described)}.")
 
 
-def _from_to(before: float | None, after: float | None) -> str:
-    return number(before) + (f" → {number(after)}" if after is not None else "")
+def _from_to(before: Measured, after: Measured | None) -> str:
+    return perplexity(before) + (f" → {perplexity(after)}" if after is not None else "")
 
 
 def buttons(run: Run, job: Job | None, sample: bool) -> None:

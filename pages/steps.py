@@ -10,7 +10,7 @@ from app import data
 from app.components import stepper
 from app.page import run_page
 from app.widgets import chart, csv, empty, progress
-from app.wording import plain
+from app.wording import in_fields, plain
 from sleb.methods.statistics import Comparison
 from sleb.records import JobState, Method, Run
 from sleb.report.figures import steps as charts
@@ -78,24 +78,22 @@ def wanted(count: int) -> int:
 
 def ended(run: Run) -> None:
     """Say that a search came to no good end: what it finished is shown all the same."""
-    state = job_processes.state_of(run)
-    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
+    own = job_processes.own_job(run)
     unfinished = run.trace is not None and run.trace.finished is None
-    if unfinished and state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
-        what = "failed" if state is JobState.FAILED else f"was {state.value}"
-        why = f" {plain(own[-1].status.message)}" if own and own[-1].status.message else ""
-        st.warning(f"This search {what}; its finished steps are below. Resume it on **Runs**.{why}")
+    if unfinished and own and own.status.state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
+        what = "failed" if own.status.state is JobState.FAILED else f"was {own.status.state.value}"
+        why = plain(in_fields(job_processes.last_word(own)))
+        st.warning(f"This search {what}; its finished steps are below. Resume it on **Runs**. {why}")
 
 
 def waiting(run: Run) -> None:
     """What to do where there is no step yet."""
-    state = job_processes.state_of(run)
-    if state in (JobState.RUNNING, JobState.QUEUED):
+    own = job_processes.own_job(run)
+    if own is not None and job_processes.is_active(own):
         empty("No step is finished yet", "The first one appears here as soon as it is.")
         return
-    own = [job for job in run.jobs if job.spec.kind == run.spec.kind]
-    why = plain(own[-1].status.message) if own and own[-1].status.message else ""
-    empty("No step is finished", f"{why} Resume the run on **Runs**.".strip())
+    why = "This run has not been started." if own is None else job_processes.last_word(own)
+    empty("No step is finished", f"{plain(in_fields(why))} Resume the run on **Runs**.")
     st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
 
 

@@ -110,6 +110,25 @@ class ScoringError(SlebError):
     """The model's predictions cannot be scored (not numbers, or not enough memory)."""
 
 
+class NotNumbers(ScoringError, BadInput):
+    """Predictions are not numbers, so that nothing is found out from them; says whose, and what to do."""
+
+    def __init__(self, whose: str, dtype: str, what: str = "predictions") -> None:
+        super().__init__(not_numbers(whose, dtype, what))
+
+
+def model_without(blocks: Sequence[int]) -> str:
+    """Whose predictions they are, as a sentence begins."""
+    return f"The model without blocks {sorted(blocks)}" if blocks else "The unmodified model"
+
+
+def not_numbers(whose: str, dtype: str, what: str = "predictions") -> str:
+    """The sentence about predictions that are not numbers: whose they are, in which type, and what to use."""
+    others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
+    advice = f"Use --dtype {others}, or check the weights." if others else "Check the weights."
+    return f"{whose} gives {what} that are not numbers in {dtype}. {advice}"
+
+
 class ExportError(SlebError):
     """The smaller model cannot be written, or its proof failed."""
 

@@ -11,10 +11,11 @@ import torch
 
 from sleb.analysis import block_output_cache
 from sleb.analysis.measure import NEW_TOKENS, PROMPTS
-from sleb.errors import OptionError
+from sleb.errors import NotNumbers, model_without
 from sleb.methods.cost_forecast import cost_of_spec
 from sleb.methods.race import looks_of
 from sleb.model.block_stack import BlockStack, call_model
+from sleb.model.generation import require_positions
 from sleb.model.loading import load_model
 from sleb.records import Forecast, JobSpec, RunSpec
 from sleb.scoring.self_check import self_check
@@ -44,16 +45,15 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
     loading = time.perf_counter() - began
     config, count = stack.config, len(stack)
     length = spec.calibration.sequence_length
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise OptionError(f"Sequences of {length} tokens are longer than the {limit} positions of the model.")
+    require_positions(config, length)
     cost, removing = cost_of_spec(spec, count) if spec.kind == "search" else (None, 0)
 
     batch = min(Scorer(stack, np.zeros((1, length), np.int64), batch_size=job.batch_size).batch_size, 64)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length))
     scorer = Scorer(stack, ids, batch_size=batch)
     some = [(), *((block,) for block in range(1, count, max(1, count // 4)))]
-    scorer.score([()], np.arange(batch))  # the first pass allocates
+    if not np.isfinite(scorer.score([()], np.arange(batch))).any():  # the first pass allocates
+        raise NotNumbers(model_without(()), loaded.dtype)
     _settle(stack)
     waited = stack.streamed.seconds_waited if stack.streamed else 0.0
     blocks, heads, start = scorer.block_evaluations, scorer.head_evaluations, time.perf_counter()

@@ -13,12 +13,20 @@ import numpy as np
 from sleb.analysis import block_output_cache, token_sample
 from sleb.analysis.measure import analyze
 from sleb.analysis.similarity import block_influence
-from sleb.errors import CalibrationError, ModelError, OptionError, RunError, ScoringError
+from sleb.errors import (
+    ModelError,
+    NotNumbers,
+    OptionError,
+    RunError,
+    ScoringError,
+    model_without,
+)
 from sleb.methods.cost_forecast import cost_of_search
 from sleb.methods.problem import Decision, Problem, Score, number_to_remove, require_possible
 from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
+from sleb.model.generation import require_positions
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model, require_same_scoring
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
@@ -57,7 +65,7 @@ class Session:
         """Sequences at once; what fitted, once the search is over."""
         self.stack = BlockStack(self.loaded.model)
         config = self.stack.config
-        _require_positions(config, self.spec.calibration.sequence_length)
+        require_positions(config, self.spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
         self.drawing = run.stack.drawing if run.stack else calibration.DRAWING
         self.text = self.group.share(
@@ -165,6 +173,7 @@ class Session:
             racing=self.spec.races,
             seed=self.spec.seed,
             refine=self.spec.refine,
+            dtype=self.loaded.dtype,
         )
         if self.stack.streamed is not None:
             scorer.round_size([(block,) for block in problem.candidates])  # refused now, not after the baseline
@@ -221,12 +230,8 @@ class Session:
         self.meter.within("Scoring the unmodified model")
         start = time.perf_counter()
         on_calibration, held_out, nats = baseline(problem, scorer.score)
-        wrong = np.flatnonzero(~np.isfinite(nats))
-        if len(wrong):
-            raise ModelError(
-                f"The unmodified model's predictions for sequence {wrong[0]} are not numbers in {self.loaded.dtype}. "
-                "Use --dtype float32 or bfloat16, or check the weights."
-            )
+        if not np.isfinite(nats).all():
+            raise NotNumbers(model_without(()), self.loaded.dtype)
         first = Baseline(
             calibration=on_calibration,
             held_out=held_out,
@@ -366,15 +371,6 @@ def _uncounted(scorer: Scorer, score: Score) -> Score:
         return scores
 
     return again
-
-
-def _require_positions(config: Any, length: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < length:
-        raise CalibrationError(
-            f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
-            f"Lower --sequence-length to {limit} or less."
-        )
 
 
 def _require_same_text(run: Run, tokens_hash: str) -> None:

@@ -402,8 +402,10 @@ def test_block_outputs_cached_then_are_read_and_made_anew_the_same(fresh: Path) 
     found = sleb.resume("metric3", device="cpu").analysis
     assert found is not None
     assert not found.description.cached
-    now, before = (each.model_dump(mode="json", exclude={"description"}) for each in (found, then))
+    now, before = (each.model_dump(mode="json", exclude={"description"}, exclude_unset=True) for each in (found, then))
     assert_says(now, before, rel=1e-5)
+    assert {each.id for each in then.passage.tokens} == {None}  # which token it was, nobody wrote down then
+    assert None not in {each.id for each in found.passage.tokens}
 
 
 # --- the smaller model

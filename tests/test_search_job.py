@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import sleb
-from sleb.errors import BadInput, CalibrationError, ModelError, OptionError, RunBusy, RunError
+from sleb.errors import BadInput, CalibrationError, ModelError, NotNumbers, OptionError, RunBusy, RunError
 from sleb.formats.run_json import summary
 from sleb.model.block_stack import BlockStack
 from sleb.records import JobSpec, JobState, Step
@@ -284,7 +284,7 @@ def test_bad_options_are_sentences(
 def test_predictions_that_are_not_numbers_end_the_search_early(tmp_path: Path, text_file: Path) -> None:
     folder = tiny.save(tmp_path / "model")
     _change_weights(folder, "model.layers.2.mlp.down_proj.weight", float("nan"))
-    with pytest.raises(ModelError, match="not numbers"):
+    with pytest.raises(NotNumbers, match=r"^The unmodified model .*not numbers in float32\. Check the weights\.$"):
         sleb.search(str(folder), **options(text_file))
 
 

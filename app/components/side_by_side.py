@@ -6,7 +6,7 @@ as data and is set as text there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def draw(found: Generation) -> None:
 
 def payload(found: Generation) -> dict[str, Any]:
     """What the browser needs."""
-    before, after = differing(found.baseline_tokens, found.tokens)
+    before, after = differing(*found.known_apart)
     blocks = ", ".join(map(str, found.removal_list)) or "nothing"
     return {
         "id": found.question,
@@ -65,7 +65,7 @@ def payload(found: Generation) -> dict[str, Any]:
     }
 
 
-def differing(before: Sequence[str], after: Sequence[str]) -> tuple[list[int], list[int]]:
+def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[int], list[int]]:
     """Places of the tokens that the other text does not have there, once both are laid beside each other."""
     first: list[int] = []
     second: list[int] = []

@@ -102,7 +102,7 @@ def words(shown: step_comparison.Bars, confidence: float) -> str:
     else:
         text = f"Step {step.number} removed block {_and(step.removed)}"
     if step.margin is None:
-        return f"{text}, the only candidate."
+        return f"{text}, the only candidate{'' if len(step.candidates) == 1 else ' whose predictions are numbers'}."
     others = [shown.names[index] for index in shown.tied]
     if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
         return f"{text}: {_margin(shown, confidence)} better than the next best, but one sequence tells nobody apart."
@@ -122,7 +122,7 @@ def _words_of_swap(shown: step_comparison.Bars, confidence: float) -> str:
         text += f", {step.improvement:.4f} {step_comparison.UNITS[objective]} better than before"
         text += f" (standard error {error:.4f})" if error is not None else ""
     if step.margin is None:
-        return f"{text}; the only swap."
+        return f"{text}; the only swap{'' if len(step.candidates) == 1 else ' whose predictions are numbers'}."
     if shown.tied:
         return f"{text}; tied with {step_comparison.swaps_in_words(len(shown.tied))}."
     return f"{text}; {_margin(shown, confidence)} better than the next best swap, told apart."

@@ -145,14 +145,15 @@ class View {
   }
 
   drawPredictions() {
-    const { tokens, words, blocks, removed } = this.data;
+    const { tokens, words, blocks, removed, known } = this.data;
     const token = tokens[this.picked];
     const final = token.top.length ? token.top[token.top.length - 1][0] : null;
     const next = tokens[this.picked + 1];
     const about = [part("Token "), piece(token.text), part(`, position ${this.picked}: the model goes on with `)];
     if (final) about.push(piece(words[final[0]]), part(` (${share(final[1])})`));
-    if (next) about.push(part(final && words[final[0]] === next.text ? ", as the text does" : ", the text with "));
-    if (next && !(final && words[final[0]] === next.text)) about.push(piece(next.text));
+    const same = known && final && next && final[0] === next.word; // by their ids: different tokens may look the same
+    if (next) about.push(part(same ? ", as the text does" : ", the text with "));
+    if (next && !same) about.push(piece(next.text));
     about.push(part(". First predicted "));
     about.push(make("strong", "", `after block ${token.first}`), part(token.first === token.settled ? ", and " : "; "));
     about.push(part("settled "), make("strong", "", token.first === token.settled ? "from there on" : `after block ${token.settled}`));
@@ -162,9 +163,10 @@ class View {
     const rows = token.top.map((best, block) => {
       const row = make("div", "row");
       row.setAttribute("role", "row");
-      const agrees = final != null && best.length && best[0][0] === final[0];
+      const settled = block >= token.settled;
+      const agrees = final != null && best.length && (known ? best[0][0] === final[0] : settled || block === token.first);
       row.classList.toggle("agrees", agrees);
-      row.classList.toggle("settled", block >= token.settled);
+      row.classList.toggle("settled", settled);
       const head = row.appendChild(make("span", "block", String(block)));
       head.setAttribute("role", "rowheader");
       head.classList.toggle("gone", gone.has(block));
@@ -174,10 +176,10 @@ class View {
       head.title = `after block ${block}${gone.has(block) ? ", which this run removes" : ""}`;
       const mark = row.appendChild(make("span", "mark", block === token.first ? "◆" : block === token.settled ? "■" : agrees ? "✓" : ""));
       mark.title = block === token.first ? "first agreement" : block === token.settled ? "settles here" : agrees ? "agrees" : "";
-      for (const [word, mille] of best) {
+      for (const [rank, [word, mille]] of best.entries()) {
         const cell = row.appendChild(make("span", "cell"));
         cell.setAttribute("role", "cell");
-        cell.classList.toggle("final", final != null && word === final[0]);
+        cell.classList.toggle("final", known ? final != null && word === final[0] : agrees && rank === 0);
         cell.style.setProperty("--share", `${Math.min(mille / 10, 100)}%`);
         cell.title = `${cellText(words[word])} ${share(mille)}`;
         cell.append(make("span", "word", cellText(words[word])), make("span", "share", share(mille)));

@@ -6,13 +6,15 @@ text goes as data and is set as text there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 from plotly.colors import sample_colorscale
 
-from sleb.records import Passage, Run
+from sleb.model.token_text import without_bytes
+from sleb.records import Passage, PassageToken, Run
 from sleb.report.figures import style
 
 _HERE = Path(__file__).resolve().parent
@@ -56,32 +58,54 @@ def _worth(passage: Passage, place: int) -> tuple[bool, int, int]:
     token = passage.tokens[place]
     final = token.top[-1][0][0] if token.top and token.top[-1] else ""
     early = token.settled_exit < len(token.top) - 1
-    return any(char.isalpha() for char in final), early * (token.settled_exit - token.first_exit), -place
+    return any(char.isalpha() for char in without_bytes(final)), early * (token.settled_exit - token.first_exit), -place
 
 
 def view_data(passage: Passage, num_blocks: int, removed: tuple[int, ...]) -> dict[str, Any]:
-    """What the browser needs, each prediction's text once: a token repeats at most blocks."""
-    words: dict[str, int] = {}
+    """What the browser needs, each token's text once: a prediction repeats at most blocks.
 
-    def word(text: str) -> int:
-        return words.setdefault(text, len(words))
+    Tokens are told apart by their ids. Without ids (`known` is false) equal texts may be different tokens: then only
+    the exits say which predictions are the final one.
+    """
+    places: dict[int | str, int] = {}
+    words: list[str] = []
+
+    def word(token: int | str, text: str) -> int:
+        if token not in places:
+            places[token] = len(words)
+            words.append(text)
+        return places[token]
+
+    def top(each: PassageToken) -> list[list[list[int]]]:
+        ids: Sequence[Sequence[int | str]] = each.top_ids or [[text for text, _ in block] for block in each.top]
+        return [
+            [[word(token, text), round(1000 * share)] for token, (text, share) in zip(own, block, strict=True)]
+            for own, block in zip(ids, each.top, strict=True)
+        ]
 
     tokens = [
         {
             "text": each.token,
+            "word": word(each.token if each.id is None else each.id, each.token),
             "first": each.first_exit,
             "settled": each.settled_exit,
-            "top": [[[word(text), round(1000 * share)] for text, share in block] for block in each.top],
+            "top": top(each),
         }
         for each in passage.tokens
     ]
     return {
         "tokens": tokens,
-        "words": list(words),
+        "words": words,
+        "known": has_ids(passage),
         "blocks": num_blocks,
         "removed": sorted(removed),
         "colours": block_colours(num_blocks),
     }
+
+
+def has_ids(passage: Passage) -> bool:
+    """Whether it is known which token is which."""
+    return all(each.id is not None for each in passage.tokens)
 
 
 def block_colours(num_blocks: int) -> list[list[str]]:

@@ -15,7 +15,7 @@ from app import access, data
 from app.page import choose
 from app.panels import foreign_names
 from app.widgets import badge, log_of, stop_job
-from app.wording import duration, plain, state_word
+from app.wording import duration, in_fields, plain, state_word
 from sleb.errors import OptionError, SlebError
 from sleb.export import gguf_plan
 from sleb.export.destination import Destination
@@ -177,7 +177,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
     state = job.status.state
     if state is JobState.FINISHED:
         return
-    message = plain(job.status.message or "It ended without a word.")
+    message = plain(in_fields(job_processes.last_word(job)))
     if state is JobState.FAILED:
         st.error(message, icon=":material/error:")
     elif state is JobState.QUEUED:

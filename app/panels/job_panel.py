@@ -93,7 +93,7 @@ def _how_it_ended(run: Run, job: Job) -> None:
     state = job.status.state
     if state is JobState.FINISHED:
         return
-    message = plain(in_fields(job.status.message or "It ended without a word."))
+    message = plain(in_fields(job_processes.last_word(job)))
     what = WORDS[job.spec.kind]
     if state is JobState.FAILED:
         st.error(f"{what} failed: {message}", icon=":material/error:")

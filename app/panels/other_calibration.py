@@ -9,8 +9,9 @@ import streamlit as st
 from app import access, data
 from app.panels import evaluation_forms, foreign_names, job_panel
 from app.widgets import empty
-from app.wording import method_name, plain, text_name
+from app.wording import in_fields, method_name, plain, text_name
 from sleb.errors import RunError
+from sleb.formats.findings_tables import without_numbers
 from sleb.records import NAMED_TEXTS, EvaluateSpec, Finding, Run, TextPerplexity
 from sleb.report.figures import evaluate
 from sleb.report.summaries.list_curves import lists_of
@@ -78,7 +79,9 @@ def _table(sides: list[evaluate.Side]) -> None:
     notes = ["Perplexity, and its rise over the unmodified model ± one standard error."]
     notes += ["**Bold** is lower by more than both errors together."]
     notes += ["≈: from some of the windows."] if not all(each.is_whole for each in texts) else []
-    st.caption(" ".join(notes))
+    shown = [each for side in sides for each in of_kind(side.findings, TextPerplexity) if each.text in texts]
+    own = [each for each in shown if each.removal_list in ((), *(side.removal_list for side in sides))]
+    st.caption(" ".join([*notes, *(plain(in_fields(each)) for each in without_numbers(own))]))
 
 
 def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> None:

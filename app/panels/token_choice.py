@@ -10,8 +10,9 @@ from app import data
 from app.data import TokenChoice
 from app.page import choose
 from app.widgets import empty
-from app.wording import plain
+from app.wording import in_fields, plain
 from sleb.records import Analysis, JobState, Run, StackDescription
+from sleb.runtime.processes import job_processes
 
 ALL = "All"
 EVERYTHING = TokenChoice()
@@ -43,20 +44,19 @@ def analysis_of(run: Run) -> tuple[Analysis, StackDescription]:
 def _missing(run: Run) -> tuple[str, str]:
     if run.spec.kind == "evaluate":
         return "Not analysed", "This run judges a list that was given. Start a search, or the analyses, on **Runs**."
-    own = [job for job in run.jobs if job.spec.is_own(run.spec)]
-    state = own[-1].status.state if own else None
+    own = job_processes.own_job(run)
     if run.analysis_unavailable is not None:
         return "This model cannot be analysed", plain(run.analysis_unavailable)
-    if state in (JobState.QUEUED, JobState.RUNNING):
+    if own is not None and job_processes.is_active(own):
         return (
             "Not analysed yet",
             "The analyses follow the last step of the search; the **Runs** page says how far it is.",
         )
-    if state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
-        why = plain(own[-1].status.message)
-        about = f"The run ended before its analyses{': ' + why if why else '.'}"
+    if own is not None and own.status.state is not JobState.FINISHED:
+        why = plain(in_fields(job_processes.last_word(own)))
+        about = f"The run ended before its analyses: {why}"
         return "Not analysed", f"{about}\n\nResume it on the **Runs** page: what is done already is kept."
-    if state is None:
+    if own is None:
         return "Nothing here yet", "This run has not been started. Start it on the **Runs** page."
     return (
         "Recorded without analyses",

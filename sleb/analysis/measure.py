@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sleb.analysis import block_output_cache, prediction_alignment, similarity, token_sample
-from sleb.errors import ModelError, ScoringError
+from sleb.errors import ModelError, NotNumbers
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import in_batches
 from sleb.records import ANALYSIS_VERSION, Alignment, Analysis, AnalysisDescription
@@ -301,8 +301,7 @@ def _to_host(stack: BlockStack, outputs: list[torch.Tensor], target: np.ndarray,
             )
         target[index] = output.flatten(0, 1).float().cpu().numpy()
         if not np.isfinite(target[index]).all():
-            advice = "" if dtype == "float32" else "; try --dtype float32"
-            raise ScoringError(f"{where} puts out values that are not numbers in {dtype}{advice}.")
+            raise NotNumbers(where, dtype, "outputs")
 
 
 def _int32(values: torch.Tensor) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sleb.errors import ModelError, SlebError
+from sleb.errors import ModelError, NotNumbers, SlebError
+from sleb.model.token_text import token_text
 from sleb.records import ExitStatistics, Passage, PassageToken
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def predictions_after_blocks(
     """Most likely next token after each block, int32 (N, tokens); the first of equals, as argmax takes it.
 
     `outputs` are the N+1 of `stack.outputs(ids)`; tokens go row by row, only those that are True in `keep` if
-    given.
+    given. Raises `NotNumbers`.
     """
     import torch
 
@@ -97,11 +98,13 @@ def predictions_after_blocks(
     keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
     kept_ids = ids[keep]
     found = []
-    for output in outputs[1:]:
+    for block, output in enumerate(outputs[1:]):
         hidden = output[keep.to(output.device)].to(end)
         # max is several times faster than argmax on bfloat16, and finds the same index.
-        tops = [logits.max(dim=-1).indices for logits in stack.read_out_chunks(hidden, kept_ids)]
-        found.append(torch.cat(tops).int() if tops else kept_ids.int())
+        tops = [logits.max(dim=-1) for logits in stack.read_out_chunks(hidden, kept_ids)]
+        if not all(bool(top.values.isfinite().all()) for top in tops):
+            raise NotNumbers(f"Block {block}", str(stack.model.dtype).removeprefix("torch."))
+        found.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
     return torch.stack([tops.cpu() for tops in found]).numpy()
 
 
@@ -171,24 +174,15 @@ def passage_from(
         tokens=tuple(
             PassageToken(
                 token=text(int(token_ids[index])),
+                id=int(token_ids[index]),
                 top=tuple(
                     tuple((text(int(token)), round(float(share), 5)) for token, share in zip(*block, strict=True))
                     for block in zip(top[index], probability[index], strict=True)
                 ),
+                top_ids=tuple(tuple(int(token) for token in block) for block in top[index]),
                 first_exit=int(first[index]),
                 settled_exit=int(settled[index]),
             )
             for index in range(len(top))
         )
     )
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """One token as text, its leading space kept (some tokenizers drop it when they decode a token alone)."""
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if isinstance(piece, bytes):
-        return str(text)
-    if piece is not None and piece.startswith("\u2581") and not text.startswith(" "):
-        return " " + str(text)
-    return str(text)

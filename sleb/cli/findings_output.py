@@ -77,10 +77,11 @@ def _generation(found: Generation) -> None:
 
 def _parting(found: Generation) -> str:
     """How long both say the same."""
-    pairs = zip(found.baseline_tokens, found.tokens, strict=False)
+    before, after = found.known_apart
+    pairs = zip(before, after, strict=False)
     same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
     if same is None:
-        return "the same text" if found.tokens == found.baseline_tokens else "the same as far as it goes"
+        return "the same text" if before == after else "the same as far as it goes"
     return f"another text from token {same + 1} on"
 
 

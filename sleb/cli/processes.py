@@ -26,7 +26,7 @@ from sleb.cli.options import (
 )
 from sleb.cli.output import say
 from sleb.errors import OptionError, RunBusy, RunError, quoted
-from sleb.records import JobState, Permissions
+from sleb.records import JobState, Permissions, Run
 from sleb.runtime import dashboard_files, files, job_folder, run_folder
 from sleb.runtime.processes import distributed, job_processes
 
@@ -36,8 +36,10 @@ _NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}:
 def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
     found = run_folder.load(run)
-    job_processes.stop(found)
-    say(f"Stopped {found.run_id}. Go on with: sleb resume {run_folder.reference(found)}")
+    job = job_processes.stop(found)
+    is_export = job.spec.kind == "export"  # which begins at its beginning
+    how = "Export once more." if is_export else f"Go on with: sleb resume {run_folder.reference(found)}"
+    say(f"Stopped {found.run_id}. {how}")
 
 
 def work(
@@ -163,17 +165,24 @@ def _job_dir(directory: Path, allowed: Permissions) -> Path:
         if state is JobState.RUNNING:
             job_processes.require_idle(run)
         if state not in (JobState.QUEUED, JobState.INTERRUPTED):
-            how = f"Go on with: sleb resume {run_folder.reference(run)}"
-            raise RunError(f"Job {directory.name} is {state.value if state else 'not there'}, not waiting. {how}")
+            what = f"Job {directory.name} is {state.value if state else 'not there'}, not waiting."
+            raise RunError(f"{what} {_how_to_go_on(run)}")
         return directory
     run = job_processes.watched(run_folder.load(directory))
     waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]
     if not waiting:
         if execution.is_finished(run):
-            raise RunError(f"Run {run.run_id} has no job waiting. Go on with: sleb resume {run_folder.reference(run)}")
+            raise RunError(f"Run {run.run_id} has no job waiting. {_how_to_go_on(run)}")
         confirm_names(run, allowed.trust_paths)
         spec = specs.job_spec(
             run.spec.kind, allow_pickle=allowed.allow_pickle, trust_remote_code=allowed.trust_remote_code
         )
         return job_processes.next_job(run, spec).directory
     return waiting[-1].directory
+
+
+def _how_to_go_on(run: Run) -> str:
+    """What is left to do with a run, or to see of it."""
+    if execution.is_finished(run) and job_processes.unanswered(run) is None:
+        return f"It is finished; see what it found with: sleb show {run_folder.reference(run)}"
+    return f"Go on with: sleb resume {run_folder.reference(run)}"

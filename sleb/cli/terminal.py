@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
-from sleb.records import Attempt, Baseline, Candidate, Job, Run, StackDescription, Step
+from sleb.records import Attempt, Baseline, Candidate, Job, JobState, Run, StackDescription, Step
 from sleb.records import Progress as Done
 from sleb.runtime import run_folder
 from sleb.runtime.processes import job_processes
@@ -157,6 +157,8 @@ def describe(stack: StackDescription) -> str:
     text = f"{shown(stack.text)}\n{stack.sequences} sequences {use}; {bos}"
     if check.scoring == "plain":
         trust = f"[bold yellow]scored the plain way[/]: {shown(check.reason or '')}"
+    elif check.max_difference is None:
+        trust = "nothing to compare the sweep with: the predictions are not numbers"
     elif check.max_difference:
         trust = f"the sweep differs from plain forward passes by at most {check.max_difference:.1g} nats per token"
     else:
@@ -177,7 +179,7 @@ def describe_baseline(baseline: Baseline) -> str:
 def describe_step(step: Step, baseline: Baseline) -> str:
     """What was decided, on what evidence, as a row under `describe_baseline`."""
     chosen = _chosen(step)
-    margin = "only candidate"
+    margin = "others no number" if len(step.candidates) > 1 else "only candidate"
     if step.margin is not None:
         margin = f"{step.margin:.4f}"
         if step.margin_standard_error is not None:
@@ -278,9 +280,11 @@ def print_run(run: Run, console: Console | None = None) -> None:
     console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}{refined}"))
     last: dict[str, Job] = {job.spec.kind: job for job in job_processes.watched(run).jobs}  # earlier tries are history
     for job in last.values():
-        if job.status.message:
-            console.print(_labelled("", f"{job.name} {job.status.state.value}: {shown(job.status.message)}"))
-    attempt = last[run.spec.kind].attempt if run.spec.kind in last else None
+        if job.status.message or not (job.status.state is JobState.FINISHED or job_processes.is_active(job)):
+            said = shown(job_processes.last_word(job))
+            console.print(_labelled("", f"{job.name} {job.status.state.value}: {said}"))
+    own = job_processes.own_job(run)
+    attempt = own.attempt if own else None
     if attempt is not None:
         console.print(_labelled("how", shown(attempt.described)))
     if run.stack:
@@ -300,8 +304,6 @@ def print_runs(found: Sequence[Outline], every: bool) -> None:
     shown_runs = found if every or not Console().is_terminal else found[:MOST_SHOWN]
     rows = []
     for run in shown_runs:
-        first = run.baseline.perplexity if run.baseline else None
-        last = run.last.perplexity if run.last else None
         rows.append(
             (
                 run.run_id,
@@ -309,7 +311,7 @@ def print_runs(found: Sequence[Outline], every: bool) -> None:
                 run.spec.model,
                 run.spec.what,
                 str(list(run.removal_list)) if run.removal_list else "-",
-                f"{decimal(first)} → {decimal(last)}",
+                " → ".join("-" if each is None else decimal(each.perplexity) for each in (run.baseline, run.last)),
             )
         )
     if not rows:

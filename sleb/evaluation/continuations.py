@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from sleb.errors import ModelError, OptionError, ScoringError, WorkEnded
+from sleb.errors import ModelError, NotNumbers, OptionError, ScoringError, WorkEnded, model_without
 from sleb.evaluation.evaluated_model import Subject
-from sleb.model.generation import continued, positions_of, require_resident
+from sleb.model.generation import are_numbers, continued, numbers_only, positions_of, require_resident
 from sleb.model.out_of_memory import is_out_of_memory
+from sleb.model.token_text import UNFINISHED, token_text
 from sleb.records import Flip, GenerateSpec, Generation, RemovalList
 from sleb.scoring import chat_template
 
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _AGREES = 0.9  # of the tokens generated with a cache; what rounding turns over at a near tie is less
 _LOGIT_BYTES = 64 << 20  # of one chunk of float32 logits
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ def require(ask: GenerateSpec) -> None:
 def work(subject: Subject, ask: GenerateSpec) -> None:
     """What the ask says, for the baseline and its lists; each finding is kept as soon as it is there.
 
-    Raises `OptionError` for a prompt that the model cannot be given, `ScoringError` where memory is too small, and
-    `ModelError` where the family cannot generate.
+    Raises `OptionError` for a prompt that the model cannot be given, `ScoringError` where memory is too small,
+    `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts none; of a list,
+    once the others are done.
     """
     require(ask)
     require_resident(subject.stack.streamed, "generating")
@@ -77,6 +78,7 @@ def _work(subject: Subject, ask: GenerateSpec, lists: Sequence[RemovalList], pro
         (_Said(each.baseline_ids, each.baseline_seconds, each.baseline_cached) for each in known.values()), None
     )
     before: _Predictions | None = None
+    refused: NotNumbers | None = None
     for each in dict.fromkeys(lists):
         if each in known:
             subject.answer(known[each])
@@ -86,10 +88,16 @@ def _work(subject: Subject, ask: GenerateSpec, lists: Sequence[RemovalList], pro
         flips: tuple[Flip, ...] = ()
         own, text = said, [*prompt, *said.ids]
         if each:
-            own = _said(subject, each, prompt, ask.tokens)
             before = before or _predictions(subject, (), text)
-            flips = _flips(subject.tokenizer, text, before, _predictions(subject, each, text))
+            try:
+                own = _said(subject, each, prompt, ask.tokens)
+                flips = _flips(subject.tokenizer, text, before, _predictions(subject, each, text))
+            except NotNumbers as error:
+                refused = refused or error
+                continue
         subject.keep(_generation(subject, ask, each, prompt, (said, own), flips, started))
+    if refused is not None:
+        raise refused
 
 
 def _generation(
@@ -188,7 +196,7 @@ def _generated(subject: Subject, removal_list: RemovalList, prompt: list[int], t
         count += 1
         subject.meter.part(count / tokens, f"token {count} of {tokens}")
 
-    with subject.without(removal_list) as model:
+    with subject.without(removal_list) as model, numbers_only(model, model_without(removal_list)):
         ids = torch.tensor([prompt], device=subject.stack.device)
         started = time.perf_counter()
         text, _ = continued(model, ids, tokens, stop=True, cached=cached, tick=tick)
@@ -198,7 +206,10 @@ def _generated(subject: Subject, removal_list: RemovalList, prompt: list[int], t
 
 @torch.inference_mode()
 def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int]) -> _Predictions:
-    """In one forward pass over the text, the blocks skipped the plain way. All its logits never exist at once."""
+    """In one forward pass over the text, the blocks skipped the plain way. All its logits never exist at once.
+
+    Raises `NotNumbers`.
+    """
     stack = subject.stack
     ids = torch.tensor([text[:-1]], device=stack.device)
     if ids.shape[1] == 0:
@@ -206,12 +217,18 @@ def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int
     nothing_undone = torch.zeros(len(stack), 1, dtype=torch.bool)
     with stack.skipping(removal_list):
         hidden = stack.last_output(ids, nothing_undone)
-    return _read_out(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
+    found = _read_out(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
+    if found is None:
+        raise NotNumbers(model_without(removal_list), subject.loaded.dtype)
+    return found
 
 
-def _read_out(chunks: Iterator[torch.Tensor]) -> _Predictions:
+def _read_out(chunks: Iterator[torch.Tensor]) -> _Predictions | None:
+    """Nothing where the logits are not numbers."""
     tokens, probabilities = [], []
     for logits in chunks:
+        if not are_numbers(logits):
+            return None
         top = logits.max(dim=-1).indices  # on the model's own logits, as `generate` takes it
         exact = logits.float()
         logarithm = exact.gather(-1, top[:, None])[:, 0] - exact.logsumexp(dim=-1)
@@ -224,12 +241,15 @@ def _flips(tokenizer: Any, text: list[int], before: _Predictions, after: _Predic
     """Where the two find another token most likely, as text in its place."""
     flips = []
     for index in (before.tokens != after.tokens).nonzero()[:, 0].tolist():
-        context = text[: index + 1]
+        context, own = text[: index + 1], (int(before.tokens[index]), int(after.tokens[index]))
+        pieces = [piece_after(tokenizer, context, token) for token in own]
+        if pieces[0] == pieces[1]:  # different tokens all the same
+            pieces = [f"{piece} (token {token})" for piece, token in zip(pieces, own, strict=True)]
         flips.append(
             Flip(
                 position=index + 1,
-                before=piece_after(tokenizer, context, int(before.tokens[index])),
-                after=piece_after(tokenizer, context, int(after.tokens[index])),
+                before=pieces[0],
+                after=pieces[1],
                 before_probability=float(before.probabilities[index]),
                 after_probability=float(after.probabilities[index]),
             )
@@ -247,7 +267,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     for end in range(1, len(ids) + 1):
         old, new = _decoded(tokenizer, ids[start:done]), _decoded(tokenizer, ids[start:end])
         is_last = end == len(ids)
-        if len(new) > len(old) and (is_last or not new.endswith(_UNFINISHED)):
+        if len(new) > len(old) and (is_last or not new.endswith(UNFINISHED)):
             pieces.append(new[len(old) :])
             start, done = done, end
         else:
@@ -256,17 +276,18 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def piece_after(tokenizer: Any, context: Sequence[int], token: int) -> str:
-    """The text one token adds to a text; its name in the vocabulary where it adds none of its own."""
+    """The text one token adds to a text; its bytes where they are no text yet, its name where it adds none at all."""
     near = context[-8:]
     old, new = _decoded(tokenizer, near), _decoded(tokenizer, [*near, token])
     while not new.startswith(old):
         old = old[:-1]  # half a character that has become a whole one
     piece = new[len(old) :]
-    if piece.strip(_UNFINISHED):
+    if piece and UNFINISHED not in piece:
         return piece
-    return str(
+    own = token_text(tokenizer, token)
+    return own or str(
         tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
-    )  # a model may know more tokens than its tokenizer
+    )  # a model may know more than its tokenizer
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from sleb.errors import ExportError, OptionError, SlebError
+from sleb.errors import ExportError, NotNumbers, OptionError, SlebError, model_without
 from sleb.evaluation import perplexity
 from sleb.export.removal import streamlined
 from sleb.methods.statistics import measured
@@ -168,16 +168,26 @@ class Subject:
     def perplexities(
         self, windows: perplexity.Windows, lists: tuple[RemovalList, ...]
     ) -> dict[RemovalList, np.ndarray]:
-        """Nats of the baseline and of each list on every window: what is known is read, the rest is found and kept."""
+        """Nats of the baseline and of each list on every window: what is known is read, the rest is found and kept.
+
+        Infinite where a list's predictions are not numbers. Raises `NotNumbers` where the baseline's are not: then
+        nothing that it would be compared with says anything.
+        """
         wanted = tuple(dict.fromkeys([(), *lists]))
         table, started = self.table(windows, self.loaded.dtype), time.perf_counter()
         scorer = self.scorer(windows)
         rows = table.read() or self._rows_without_key(windows, scorer)
+        self.require_numbers((), rows.get((), np.zeros(0)))
         ahead = [each for each in wanted if each not in rows or np.isnan(rows[each]).any()]
         if ahead:
             self.meter.expect(scorer.cost(ahead, len(windows.ids)).units(scorer.head_weight), 0, 0)
             self.meter.within(f"Perplexity on {windows.text.name}")
-        nats = perplexity.score(scorer, wanted, rows, lambda found: table.write(rows | found))
+
+        def keep(found: dict[RemovalList, np.ndarray]) -> None:
+            self.require_numbers((), found[()])
+            table.write(rows | found)
+
+        nats = perplexity.score(scorer, wanted, rows, keep)
         seconds = (time.perf_counter() - started) / max(1, len(ahead))
         have = {each.question: each for each in self.known(TextPerplexity)}
         for each in wanted:
@@ -207,6 +217,11 @@ class Subject:
             return rows
         log.warning("What was scored on %s was of another model, and is scored again.", windows.text.name)
         return {}
+
+    def require_numbers(self, removal_list: RemovalList, nats: np.ndarray) -> None:
+        """Raises `NotNumbers` where a list's predictions for a window were not."""
+        if np.isinf(nats).any():
+            raise NotNumbers(model_without(removal_list), self.loaded.dtype)
 
     def facts(self, removal_list: RemovalList, seconds: float) -> dict[str, Any]:
         """What every finding says."""

@@ -13,18 +13,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 
-from sleb.errors import OptionError, ScoringError
+from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, load, seeded, told
 from sleb.methods.statistics import mean_and_error
+from sleb.model.generation import numbers_only
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import EvaluateSpec, RemovalList, TaskAccuracy
 from sleb.runtime import findings_folder
@@ -47,7 +49,11 @@ def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:
-    """Every task and group, for the baseline and its lists; each finding is kept as soon as it is there."""
+    """Every task and group, for the baseline and its lists; each finding is kept as soon as it is there.
+
+    A list whose predictions are not numbers is found to have no metrics. Raises `NotNumbers` where the baseline's are
+    none.
+    """
     trusted = subject.job.trust_remote_code
     tasks = _ready.pop((ask, trusted), None) or load(ask, trusted)
     with tasks.files.as_data():
@@ -82,7 +88,12 @@ def _work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
                     tell(leaf, removed, 0.0)
                     start = time.perf_counter()
                     with told(tasks.files, leaf.name, "cannot be evaluated with this model"):
-                        found = _evaluated(lm, leaf, partial(tell, leaf, removed))
+                        try:
+                            found = _evaluated(lm, leaf, partial(tell, leaf, removed))
+                        except NotNumbers:
+                            if not removed:
+                                raise
+                            found = _Result(examples=leaf.count, not_numbers=True)
                     done += leaf.count
                     answer = _kept(subject, removed, leaf, found, time.perf_counter() - start, have)
                     have[answer.question] = answer
@@ -115,13 +126,13 @@ class _Result:
     examples: int = 0
     values: dict[str, np.ndarray] = field(default_factory=dict)
     """Metric -> float64 (examples,), of metrics that are a mean over them."""
+    truncated: int | None = None
+    not_numbers: bool = False
 
 
 @contextmanager
 def _opened(subject: Subject, removed: RemovalList) -> Iterator[Any]:
     """lm-eval's wrapper around the model without these blocks; leaves model and tokenizer as they are."""
-    from lm_eval.models.huggingface import HFLM
-
     streamed = subject.stack.streamed
     with ExitStack() as opened:
         model: Any
@@ -131,15 +142,47 @@ def _opened(subject: Subject, removed: RemovalList) -> Iterator[Any]:
         else:
             model = opened.enter_context(subject.without(removed))
         with apart(logging.ERROR), _keeping_weights(model):  # that the model is there already is no news
-            lm = HFLM(
+            lm = _counting()(
                 pretrained=model,
                 backend="causal",
                 tokenizer=copy.deepcopy(subject.tokenizer),  # it may be given a padding token
                 batch_size=subject.job.batch_size or _batch_size(subject),
                 softmax_dtype="float32",  # in bfloat16 sums of log-likelihoods have three digits, and choices tie
             )
+        lm.whose = model_without(removed)
         opened.enter_context(_uncached(model))
         yield lm
+
+
+def _counting() -> Any:
+    """lm-eval's wrapper, which remembers the prompts that it cuts: it says so in its log alone."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        whose: str
+        """Whose predictions they are."""
+        cut: set[Any]
+        """Requests by their texts: (context, continuation), or the context that is to be gone on from."""
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            self.cut |= {texts for texts, context, rest in requests if len(context) + len(rest) > self.max_length + 1}
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> Any:
+            found = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            if left_truncate_len is not None and found[0].shape[1] == left_truncate_len:
+                _, read = super().tok_batch_encode(strings, padding_side, None, truncation)
+                lengths = read.sum(dim=1).tolist()
+                self.cut |= {each for each, length in zip(strings, lengths, strict=True) if length > left_truncate_len}
+            return found
+
+    return Counting
 
 
 def _batch_size(subject: Subject) -> int:
@@ -180,7 +223,7 @@ def _uncached(model: Any) -> Iterator[None]:
 
 def _require_possible(lm: Any, leaf: Leaf, removed: RemovalList, subject: Subject) -> None:
     """A cache knows how far a text is by its first block: where that is skipped, nothing can be generated with it."""
-    if removed and lm.model is subject.model and leaf.task.OUTPUT_TYPE == "generate_until":
+    if removed and lm.model is subject.model and _generates(leaf):
         raise OptionError(
             f"Task {leaf.name!r} has text generated, for which blocks must be gone; from this model they can only be "
             "skipped. Choose tasks that compare choices."
@@ -188,17 +231,19 @@ def _require_possible(lm: Any, leaf: Leaf, removed: RemovalList, subject: Subjec
 
 
 def _evaluated(lm: Any, leaf: Leaf, tell: Callable[[float], None]) -> _Result:
-    """One task. A batch that does not fit into memory is halved. Raises `OptionError`, `ScoringError`."""
+    """One task. A batch that does not fit into memory is halved. Raises `NotNumbers`, `ScoringError`."""
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    lm.cut = set()
     while True:
-        with apart(), seeded(lm.device):
+        with apart(), seeded(lm.device), numbers_only(lm.model, lm.whose) if _generates(leaf) else nullcontext():
             leaf.task.set_fewshot_seed(DEFAULT_OTHER_SEED)
-            lm.set_cache_hook(_Counter(leaf, tell))
+            lm.set_cache_hook(_Counter(leaf, tell, partial(NotNumbers, lm.whose, dtype)))
             try:
                 found = evaluate(lm, {"tasks": {leaf.name: leaf.task}}, limit=leaf.limit, bootstrap_iters=_BOOTSTRAPS)
-                return _result(found, leaf.name)
+                return replace(_result(found, leaf.name), truncated=_truncated(leaf, lm.cut))
             except failures() as error:
                 if not is_out_of_memory(error):
                     raise
@@ -212,14 +257,28 @@ def _evaluated(lm: Any, leaf: Leaf, tell: Callable[[float], None]) -> _Result:
             torch.cuda.empty_cache()
 
 
+def _generates(leaf: Leaf) -> bool:
+    """Whether answers are texts, which do not show what they were chosen from."""
+    return bool(leaf.task.OUTPUT_TYPE == "generate_until")
+
+
+def _truncated(leaf: Leaf, cut: set[Any]) -> int:
+    """Examples with a request that did not fit."""
+    texts = itemgetter(0) if _generates(leaf) else tuple  # settings come with a context that is to be gone on from
+    return len({each.doc_id for each in leaf.task.instances if texts(each.args) in cut})
+
+
 class _Counter:
-    """lm-eval tells whoever caches its answers of each of them: that is how far it is."""
+    """lm-eval tells whoever caches its answers of each of them: that is how far it is, and whether they are numbers."""
 
-    def __init__(self, leaf: Leaf, tell: Callable[[float], None]) -> None:
-        self._leaf, self._tell, self._count = leaf, tell, 0
+    def __init__(self, leaf: Leaf, tell: Callable[[float], None], refusal: Callable[[], NotNumbers]) -> None:
+        self._leaf, self._tell, self._refusal, self._count = leaf, tell, refusal, 0
 
-    def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
-        """One more is there."""
+    def add_partial(self, _kind: str, _request: Any, answer: Any) -> None:
+        """One more is there. Raises `NotNumbers` for a likelihood that is none."""
+        likelihood = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(likelihood, float) and math.isnan(likelihood):
+            raise self._refusal()
         self._count += 1
         self._tell(min(1.0, self._count / max(1, len(self._leaf.task.instances))))
 
@@ -271,6 +330,8 @@ def _finding(
         standard_errors=found.standard_errors,
         higher_is_better=found.higher_is_better,
         examples=found.examples,
+        truncated=found.truncated,
+        not_numbers=found.not_numbers,
     )
 
 
@@ -308,7 +369,14 @@ def _aggregated(
     parts: list[TaskAccuracy],
     baseline: TaskAccuracy | None,
 ) -> TaskAccuracy:
-    """A group's own metrics, by lm-eval, out of what was found about its tasks."""
+    """A group's own metrics, by lm-eval, out of what was found about its tasks; none where a task has none."""
+    seconds = sum(part.seconds for part in parts)
+    counts = [part.truncated for part in parts]
+    truncated = None if None in counts else sum(each or 0 for each in counts)
+    if any(part.not_numbers for part in parts):
+        examples = sum(part.examples for part in parts)
+        nothing = _Result(examples=examples, truncated=truncated, not_numbers=True)
+        return _finding(subject, removed, asked, nothing, seconds)
     rows: dict[str, dict[str, Any]] = {}
     for part in parts:
         row = rows[part.task] = {"name": part.task, "alias": part.task, "sample_len": part.examples}
@@ -325,7 +393,7 @@ def _aggregated(
     agreed = {metric: each.pop() for metric, each in directions.items() if len(each) == 1}
     found = {"results": {group.name: entry}, "higher_is_better": {group.name: agreed}, "samples": {group.name: []}}
     result = _result(found | {"n-samples": {group.name: {"effective": entry["sample_len"]}}}, group.name)
-    finding = _finding(subject, removed, asked, result, sum(part.seconds for part in parts))
+    finding = _finding(subject, removed, asked, replace(result, truncated=truncated), seconds)
     return finding if baseline is None else finding.model_copy(update={"changes": _changes(finding, baseline)})
 
 

@@ -1,4 +1,5 @@
-"""Seconds of removal lists and of the baseline, in turn on the same input. Reads no text, judges no prediction.
+"""Seconds of removal lists and of the baseline, in turn on the same input. Reads no text; of predictions it asks in
+the warm-up whether they are numbers.
 
 What is timed is the model's own `generate`, which every family has and which users of the smaller model call: reading a
 prompt is the time to the first token, generating is a fixed number of tokens from a short prompt, whatever ends a
@@ -11,16 +12,16 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from sleb.errors import ModelError, OptionError, ScoringError
+from sleb.errors import ModelError, NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation.evaluated_model import Subject
-from sleb.model.generation import cache_bytes, continued, positions_of, require_resident
+from sleb.model.generation import cache_bytes, continued, numbers_only, positions_of, require_resident
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.records import BenchmarkSpec, RemovalList, Timing
 
@@ -79,23 +80,28 @@ def work(subject: Subject, ask: BenchmarkSpec) -> None:
     """Both shapes one after the other, each kept when it is done.
 
     Raises `OptionError` for a shape that the model has no positions for, `ScoringError` for one that memory has no room
-    for, `ModelError` where the family cannot generate.
+    for, `ModelError` where the family cannot generate, `NotNumbers` where one of these models predicts none; of a
+    list, once the others are done.
     """
     require(ask)
     require_resident(subject.stack.streamed, "timing it")
     shapes = _shapes(ask)
     for shape in shapes:
         _require_positions(subject, shape)
+    refused: NotNumbers | None = None
     for shape in shapes:
         asked = {each: _asked(subject, shape, each) for each in ask.lists or ((),)}
         known = {each.question: each for each in subject.known(Timing) if len(each.times) >= shape.repetitions}
         ahead = [each for each in asked if asked[each].question not in known]
-        found = _measured(subject, shape, ahead) if ahead else {}
+        found, without_numbers = _measured(subject, shape, ahead) if ahead else ({}, None)
+        refused = refused or without_numbers
         for each in asked:
             if each in found:
                 subject.keep(found[each])
-            else:
+            elif each not in ahead:
                 subject.answer(known[asked[each].question])
+    if refused is not None:
+        raise refused
 
 
 def _shapes(ask: BenchmarkSpec) -> list[_Shape]:
@@ -143,14 +149,16 @@ def _where(subject: Subject, shape: _Shape) -> dict[str, Any]:
     )
 
 
-def _measured(subject: Subject, shape: _Shape, lists: list[RemovalList]) -> dict[RemovalList, Timing]:
-    """All these lists beside the baseline, round by round."""
+def _measured(
+    subject: Subject, shape: _Shape, lists: list[RemovalList]
+) -> tuple[dict[RemovalList, Timing], NotNumbers | None]:
+    """All these lists beside the baseline, round by round; and why some are missing: they predict no numbers."""
     what = f"{shape.sequences} x {shape.tokens}"
     subject.meter.phase(f"Reading a prompt: {what} tokens" if shape.name == "prompt" else f"Generating: {what} tokens")
     started = time.perf_counter()
     try:
         with _turns(subject, lists) as turns:
-            _take_turns(subject, shape, turns)
+            refused = _take_turns(subject, shape, turns)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -160,7 +168,7 @@ def _measured(subject: Subject, shape: _Shape, lists: list[RemovalList]) -> dict
         ) from error
     seconds = (time.perf_counter() - started) / len(lists)
     baseline, blocks = turns[0], len(subject.stack)
-    return {
+    found = {
         each.removal_list: Timing(
             **subject.facts(each.removal_list, seconds)
             | _where(subject, shape)
@@ -180,6 +188,7 @@ def _measured(subject: Subject, shape: _Shape, lists: list[RemovalList]) -> dict
         for each in turns
         if each.removal_list in lists
     }
+    return found, refused
 
 
 @contextmanager
@@ -200,15 +209,26 @@ def _turns(subject: Subject, lists: list[RemovalList]) -> Iterator[list[_Turn]]:
         yield turns
 
 
-def _take_turns(subject: Subject, shape: _Shape, turns: list[_Turn]) -> None:
+def _take_turns(subject: Subject, shape: _Shape, turns: list[_Turn]) -> NotNumbers | None:
+    """Whoever predicts no numbers in the warm-up has no other turn; raises `NotNumbers` where that is the baseline."""
+    refused: NotNumbers | None = None
     ids = _ids(subject, shape)
     total, done = (shape.repetitions + 1) * len(turns), 0
     for number in range(shape.repetitions + 1):
-        for turn in turns if number % 2 == 0 else reversed(turns):
+        for turn in list(turns if number % 2 == 0 else reversed(turns)):
             whose = subject.num_removed(turn.removal_list)
             try:
-                with nullcontext() if turn.gone else subject.stack.skipping(turn.removal_list):
+                with ExitStack() as around:
+                    if not turn.gone:
+                        around.enter_context(subject.stack.skipping(turn.removal_list))
+                    if number == 0:
+                        around.enter_context(numbers_only(turn.model, model_without(turn.removal_list)))
                     _take(turn, ids, shape.generated)
+            except NotNumbers as error:
+                if not turn.removal_list:
+                    raise
+                refused = refused or error
+                turns.remove(turn)
             except ModelError as error:
                 other = "" if shape.name == "prompt" else "; --generation none times the prompt alone"
                 sentence = f"{whose}: {str(error).removesuffix('.')}{other}."
@@ -219,6 +239,7 @@ def _take_turns(subject: Subject, shape: _Shape, turns: list[_Turn]) -> None:
         if number == 0:
             for turn in turns:
                 turn.times.clear()  # one dummy each (paper, Appendix B.5)
+    return refused
 
 
 def _take(turn: _Turn, ids: torch.Tensor, tokens: int) -> None:

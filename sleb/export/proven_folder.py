@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
-from sleb.errors import ExportError
+from sleb.errors import ExportError, model_without
 from sleb.export import proof_process
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
@@ -72,9 +72,10 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
         ) from error
     logits = torch.cat([row.cpu() for row in rows])
     if not bool(torch.isfinite(logits).all()):
+        dtype = str(model.dtype).removeprefix("torch.")
         raise ExportError(
-            f"Without blocks {sorted(skipped)} the model's predictions are not numbers; load it in another "
-            "dtype (bfloat16 or float32), or choose another removal list."
+            f"{model_without(sorted(skipped))} gives predictions that are not numbers in {dtype}, in which it would be "
+            "written. Convert the checkpoint to bfloat16 or float32 first, or choose another removal list."
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Expectation(ids, logits, prompt, generated, parameters, cache_works)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from sleb.errors import model_without, not_numbers
 from sleb.records import (
     EvaluatedText,
     Finding,
@@ -18,6 +19,9 @@ from sleb.records import (
 )
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes.progress import duration
+
+NO_NUMBER = "no number"
+"""In the place of one, where predictions were not numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,40 @@ def in_order(found: Iterable[Finding]) -> list[Finding]:
     return sorted(found, key=lambda each: (len(each.removal_list), each.removal_list))
 
 
+def without_numbers(found: Iterable[Finding]) -> tuple[str, ...]:
+    """Why some findings have no number: whose predictions were not numbers, and in which type. Each is said once."""
+    said = []
+    for each in in_order(found):
+        whose = model_without(each.removal_list)
+        match each:
+            case TextPerplexity() if each.measured.no_number:
+                said.append(not_numbers(whose, each.dtype))
+            case TaskAccuracy() if each.not_numbers:
+                said.append(not_numbers(whose, each.dtype))
+            case Quantization() if each.measured.no_number:
+                own = whose if each.before.no_number else f"{whose}, quantised to {each.scheme},"
+                said.append(not_numbers(own, each.dtype))
+            case Healing() if each.after.no_number:
+                said.append(not_numbers(f"{whose}, healed,", each.dtype))
+    return tuple(dict.fromkeys(said))
+
+
+def truncated_prompts(found: Iterable[TaskAccuracy]) -> tuple[str, ...]:
+    """How many examples of each task did not fit into the model: the same for every list."""
+    return tuple(
+        dict.fromkeys(
+            f"{each.truncated:,} of {each.examples:,} examples of {each.task} are longer than the model: the beginning "
+            "of their prompts was cut off."
+            for each in found
+            if each.truncated
+        )
+    )
+
+
 def decimal(value: float | None) -> str:
     """A perplexity for people."""
     if value is None:
-        return "-"
+        return NO_NUMBER
     return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
@@ -74,7 +108,7 @@ def _perplexities(found: Sequence[TextPerplexity]) -> Iterator[Table]:
         if sum(other.description == text.description for other in texts) > 1:  # two files of one name
             estimate += f" [{text.tokens_hash[:6]}]"
         title = f"Perplexity on {text.description}, {own[0].dtype}{estimate}"
-        yield Table(title, ("removed", "perplexity", "rise", "nats per token"), tuple(rows))
+        yield Table(title, ("removed", "perplexity", "rise", "nats per token"), tuple(rows), without_numbers(own))
 
 
 def _accuracies(found: Sequence[TaskAccuracy]) -> Iterator[Table]:
@@ -89,9 +123,11 @@ def _accuracies(found: Sequence[TaskAccuracy]) -> Iterator[Table]:
         rows = []
         for own in tasks.values():
             for metric in own[0].metrics:
-                rows += [_accuracy(metric, each) for each in own if metric in each.metrics]
+                rows += [_accuracy(metric, each) for each in own if metric in each.metrics or each.not_numbers]
+        every = [each for own in tasks.values() for each in own]
         columns = ("task", "metric", "removed", "value", "change", "examples")
-        yield Table(f"Accuracy by lm-eval, {how}", columns, tuple(_without_repeats(rows, 2)))
+        notes = (*truncated_prompts(every), *without_numbers(every))
+        yield Table(f"Accuracy by lm-eval, {how}", columns, tuple(_without_repeats(rows, 2)), notes)
 
 
 def _accuracy(metric: str, found: TaskAccuracy) -> tuple[str, ...]:
@@ -100,7 +136,7 @@ def _accuracy(metric: str, found: TaskAccuracy) -> tuple[str, ...]:
         found.task if not found.subtasks else f"{found.task} ({len(found.subtasks)} tasks)",
         metric,
         name_of(found.removal_list),
-        _with_error(found.metrics[metric], found.standard_errors.get(metric)),
+        NO_NUMBER if found.not_numbers else _with_error(found.metrics[metric], found.standard_errors.get(metric)),
         "" if change is None else _with_error(change, error, "+"),
         f"{found.examples:,}" if found.limit is None else f"the first {found.examples:,}",
     )
@@ -209,7 +245,7 @@ def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
     if rows:
         columns = ("removed", "scheme", "text", "before", "after", "nats over before", "all weights, packed")
         title = "Weight-only quantisation: linear weights of the blocks, rounded to nearest"
-        yield Table(title, columns, tuple(rows), folders=_folders(each.out for each in found))
+        yield Table(title, columns, tuple(rows), without_numbers(found), _folders(each.out for each in found))
 
 
 def _folders(outs: Iterable[str | None]) -> tuple[str, ...]:
@@ -236,7 +272,7 @@ def _healings(found: Sequence[Healing]) -> Iterator[Table]:
         )
     if not rows:
         return
-    last, notes = found[-1], []
+    last, notes = found[-1], [*without_numbers(found)]
     if last.held_out_before is not None and last.held_out_after is not None:
         before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
         notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")

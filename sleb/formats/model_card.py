@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from sleb.formats.findings_tables import tables_of
+from sleb.formats.findings_tables import NO_NUMBER, tables_of
 from sleb.formats.list_formats import in_words, yaml_string
-from sleb.records import Finding, Healing, Proof, RemovalList, Run, Step, sorted_list
+from sleb.records import Finding, Healing, Measured, Proof, RemovalList, Run, Step, sorted_list
 
 PAPER = "https://arxiv.org/abs/2402.09025"
 
@@ -65,7 +65,7 @@ def model_card(
         "",
         "| step | removed | perplexity | held-out perplexity | margin ± standard error (nats) | tied with |",
         "|---:|:---|---:|---:|---:|:---|",
-        f"| baseline | | {_number(baseline.perplexity)} | {_number(baseline.held_out.perplexity)} | | |",
+        f"| baseline | | {_perplexity(baseline.calibration)} | {_perplexity(baseline.held_out)} | | |",
         *(_row(step) for step in steps),
         "",
         "Perplexity is of the calibration text, on which the blocks were chosen, and so too good; the "
@@ -101,7 +101,7 @@ def _evaluation(found: Sequence[Finding], removal_list: RemovalList) -> list[str
     for table in tables_of(own):
         lines += [f"{escaped(table.title)}:", "", _cells(table.columns), _cells("---" for _ in table.columns)]
         lines += [_cells(map(escaped, row)) for row in table.rows]
-        lines.append("")
+        lines += ["", *(line for note in table.notes for line in (escaped(note), ""))]
     return lines
 
 
@@ -169,8 +169,8 @@ def _row(step: Step) -> str:
     cells = [
         step.number,
         removed,
-        _number(step.perplexity),
-        _number(step.held_out.perplexity),
+        _perplexity(step.calibration),
+        _perplexity(step.held_out),
         margin,
         _tied(step),
     ]
@@ -181,6 +181,10 @@ def _tied(step: Step) -> str:
     if step.is_swap and step.tied:
         return f"{len(step.tied)} other swap{'s' if len(step.tied) > 1 else ''}"
     return ", ".join(map(str, step.tied))
+
+
+def _perplexity(measured: Measured) -> str:
+    return NO_NUMBER if measured.no_number else _number(measured.perplexity)
 
 
 def _number(value: float | None) -> str:

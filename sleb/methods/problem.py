@@ -40,6 +40,8 @@ class Problem:
     """Of the order in which a race sees the sequences."""
     refine: Literal["none", "swap"] = "none"
     """What follows once `num_remove` blocks are removed."""
+    dtype: str = "its type"
+    """Of the model: what a message names where its predictions are not numbers."""
 
     @property
     def candidates(self) -> tuple[int, ...]:

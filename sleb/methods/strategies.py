@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from sleb.errors import ScoringError
+from sleb.errors import NotNumbers, model_without
 from sleb.methods.problem import Decision, Problem, Score, contiguous_chunks
 from sleb.methods.race import lasted_before, race
 from sleb.methods.statistics import compare, measured
@@ -46,7 +46,8 @@ def search(
 
     `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only. `judge`
     is the likelihood, by which the model a step leaves is measured, where `score` is another objective. Where
-    `problem.refine` asks for them, swaps follow the last removal.
+    `problem.refine` asks for them, swaps follow the last removal. Raises `NotNumbers` where no candidate's predictions
+    are, or where it cannot be told for that how far the perplexity rose.
     """
     rank = {
         Method.METRIC3: _greedy,
@@ -63,23 +64,24 @@ def search(
         decisions = rank[method](problem, score, judge or score, last)
     number = len(steps)
     for decision in decisions:
-        if _too_far(decision.step, first, problem.until_perplexity):
+        if _too_far(decision.step, first, problem):
             return
         yield decision
         removed, number = decision.step.removal_list, decision.step.number
     if problem.refine == "swap":
         for decision in _swaps(problem, score, judge or score, removed, number):
-            if _too_far(decision.step, first, problem.until_perplexity):
+            if _too_far(decision.step, first, problem):
                 return
             yield decision
 
 
-def _too_far(step: Step, first: Baseline, until: float | None) -> bool:
+def _too_far(step: Step, first: Baseline, problem: Problem) -> bool:
+    until = problem.until_perplexity
     if until is None or first.held_out.perplexity is None:
         return False
     before, now = first.held_out, step.held_out
-    if before.nll_sum is None or now.nll_sum is None:
-        return True
+    if before.nll_sum is None or now.nll_sum is None:  # how far is not known
+        raise NotNumbers(model_without(step.removal_list), problem.dtype)
     # In nats: a perplexity can be too large for a number, and a rise of it still be one.
     return now.nll_sum / now.token_count - before.nll_sum / before.token_count > math.log1p(until)
 
@@ -217,10 +219,7 @@ def _decide(
             )
         )
     if candidates[result.winner].score_sum is None:
-        raise ScoringError(
-            f"No candidate of step {number} gives predictions that are numbers. "
-            "Use --dtype bfloat16 or float32, or remove fewer blocks."
-        )
+        raise NotNumbers(f"Every candidate of step {number}", problem.dtype)
     removal_list = (*before, *chosen) if alone else chosen
     on_calibration = scores[result.winner]
     if objective != "nll" or set(removal_list) != set(chosen):  # nobody has run this model yet

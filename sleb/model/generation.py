@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb.errors import ModelError, OptionError
+from sleb.errors import CalibrationError, ModelError, NotNumbers, OptionError
 from sleb.model.out_of_memory import is_out_of_memory
 
 # What `generate` raises where a family cannot do what is asked of it.
@@ -68,6 +68,27 @@ def continued(
         how = "with its cache" if cached else "without a cache"
         raise ModelError(f"{name} cannot generate text {how} ({type(error).__name__}: {reason}).") from error
     return done.sequences, done.past_key_values
+
+
+@contextmanager
+def numbers_only(model: nn.Module, whose: str) -> Iterator[None]:
+    """Within it a forward pass raises `NotNumbers` where its next token cannot be told: greedy text would go on."""
+
+    def look(_model: Any, _args: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if logits is not None and not are_numbers(logits[:, -1]):
+            raise NotNumbers(whose, str(model.dtype).removeprefix("torch."))
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def are_numbers(logits: torch.Tensor) -> bool:
+    """Whether each row of logits (rows, vocabulary) is a prediction; a token that is ruled out may have -inf."""
+    return bool(logits.float().logsumexp(dim=-1).isfinite().all())
 
 
 def ends_of(model: nn.Module) -> list[int]:
@@ -129,3 +150,13 @@ def positions_of(config: Any) -> int | None:
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def require_positions(config: Any, length: int) -> None:
+    """Raises `CalibrationError` for sequences of text that are longer than the model: it would read on unprepared."""
+    limit = positions_of(config)
+    if limit is not None and limit < length:
+        raise CalibrationError(
+            f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
+            f"Lower --sequence-length to {limit} or less."
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sleb.records.base import Record
 
@@ -60,9 +60,20 @@ class PassageToken(Record):
 
     token: str
     top: tuple[tuple[tuple[str, float], ...], ...]
-    """Per block: the five most likely next tokens and their probabilities."""
+    """Per block: the five most likely next tokens and their probabilities. Bytes that are no text are named."""
     first_exit: int
     settled_exit: int
+    id: int | None = None
+    """In the vocabulary; None in what was analysed by version 0.1.0. Different tokens may have the same text."""
+    top_ids: tuple[tuple[int, ...], ...] = ()
+    """Of the tokens in `top`; none where `id` is None."""
+
+    @model_validator(mode="after")
+    def _known_alike(self) -> PassageToken:
+        shape = [len(block) for block in self.top] if self.id is not None else []
+        if [len(block) for block in self.top_ids] != shape:
+            raise ValueError("the predictions of a token have one id each, or none")
+        return self
 
 
 class Passage(Record):

@@ -34,3 +34,8 @@ class Measured(Record):
             return None
         nats = self.nll_sum / self.token_count
         return math.exp(nats) if nats < 700 else math.inf
+
+    @property
+    def no_number(self) -> bool:
+        """Whether there was something to predict, and the predictions were not numbers."""
+        return self.nll_sum is None

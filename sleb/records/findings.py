@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
+from collections.abc import Hashable, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -98,6 +99,10 @@ class TaskAccuracy(Finding):
     """Over examples, in pairs; of metrics that are a mean over them."""
     subtasks: tuple[str, ...] = ()
     """Of a group: the tasks that its metrics are taken over."""
+    truncated: int | None = None
+    """Examples with a prompt longer than the model, of which only the end was read; None where nobody counted."""
+    not_numbers: bool = False
+    """Whether the list's predictions were not numbers: then there are no metrics."""
 
 
 class Timing(Finding):
@@ -258,6 +263,14 @@ class Generation(Finding):
     baseline_cached: bool = True
     """Whether it was generated with a KV cache; else every token took a whole forward pass."""
     cached: bool = True
+
+    @property
+    def known_apart(self) -> tuple[Sequence[Hashable], Sequence[Hashable]]:
+        """What tells the tokens of both continuations apart: ids, since of a character in several tokens only the last
+        has text; texts where there are no ids."""
+        if len(self.baseline_ids) == len(self.baseline_tokens) and len(self.ids) == len(self.tokens):
+            return self.baseline_ids, self.ids
+        return self.baseline_tokens, self.tokens
 
 
 AnyFinding = Annotated[

@@ -11,7 +11,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from sleb.export.finished_exports import Export, read_exports
-from sleb.formats.findings_tables import name_of, tables_of
+from sleb.formats.findings_tables import NO_NUMBER, name_of, tables_of
 from sleb.formats.list_formats import display_name, in_words, kept_ranges
 from sleb.methods import step_evidence
 from sleb.methods.statistics import Comparison
@@ -115,10 +115,10 @@ def _at_a_glance(run: Run, trace: Trace, stack: StackDescription, step: Step) ->
         (f"{len(step.removal_list)} of {stack.num_blocks}", "blocks removed"),
         (f"−{gone / stack.total_parameters:.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
         (
-            f"{_number(first.held_out.perplexity)} → {_number(step.held_out.perplexity)}",
+            f"{_perplexity(first.held_out)} → {_perplexity(step.held_out)}",
             "held-out perplexity" + (f", {rise} nats per token" if rise else ""),
         ),
-        (f"{_number(first.perplexity)} → {_number(step.perplexity)}", "calibration perplexity"),
+        (f"{_perplexity(first.calibration)} → {_perplexity(step.calibration)}", "calibration perplexity"),
         (
             f"{unclear} of {len(trace.steps)}",
             f"steps in which the removed block could not be told from another at {run.spec.confidence:.0%} confidence",
@@ -202,7 +202,7 @@ def _apart(difference: float | None) -> str:
 def _baseline(trace: Trace) -> str:
     first = trace.baseline
     rows = [
-        (name, _number(each.perplexity), _nats(each, 4), f"{each.token_count:,}")
+        (name, _perplexity(each), _nats(each, 4), f"{each.token_count:,}")
         for name, each in (("Calibration", first.calibration), ("Held-out", first.held_out))
     ]
     warnings = "".join(f'<p class="warning">{escape(each)}</p>' for each in first.warnings)
@@ -217,8 +217,8 @@ def _all_steps(run: Run, trace: Trace, comparisons: Sequence[Comparison | None],
         (
             "0",
             "unmodified",
-            _number(first.perplexity),
-            _number(first.held_out.perplexity),
+            _perplexity(first.calibration),
+            _perplexity(first.held_out),
             "",
             "",
             "",
@@ -236,8 +236,8 @@ def _all_steps(run: Run, trace: Trace, comparisons: Sequence[Comparison | None],
             (
                 str(step.number),
                 removed,
-                _number(step.perplexity),
-                _number(step.held_out.perplexity),
+                _perplexity(step.calibration),
+                _perplexity(step.held_out),
                 _rise(first.held_out, step),
                 margin,
                 (step_comparison.swaps_in_words(len(step.tied)) if step.is_swap else ", ".join(map(str, step.tied)))
@@ -353,7 +353,7 @@ def _versions(found: dict[str, str]) -> str:
 
 
 def _how(run: Run, stack: StackDescription) -> str:
-    attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.spec.kind == run.spec.kind]
+    attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.spec.is_own(run.spec)]
     made = [
         (
             "Perplexity",
@@ -452,6 +452,10 @@ def _nats(measured: Measured, digits: int) -> str:
         if measured.nll_sum is None or not measured.token_count
         else f"{measured.nll_sum / measured.token_count:.{digits}f}"
     )
+
+
+def _perplexity(measured: Measured) -> str:
+    return NO_NUMBER if measured.no_number else _number(measured.perplexity)
 
 
 def _number(value: float | None) -> str:

@@ -15,13 +15,13 @@ from sleb.analysis.prediction_alignment import (
     passage_from,
     predictions_after_blocks,
     skipped_shares,
-    token_text,
     top_after_blocks,
 )
 from sleb.errors import Stopped
 from sleb.model import block_stack
 from sleb.model.block_stack import BlockStack
 from sleb.records import ExitStatistics
+from tests.model.test_token_text import Pieces
 from tests.support.families import build, token_ids
 
 # Four blocks, five tokens; the last row is the final prediction.
@@ -194,22 +194,6 @@ def test_a_stop_between_tokens_is_heard() -> None:
         generate(BlockStack(model), token_ids(model, batch=1, length=5), 4, stop)
 
 
-class Pieces:
-    """A tokenizer that drops leading spaces when it decodes a token alone, like SentencePiece ones."""
-
-    pieces = ("<s>", "\u2581the", "ing", "\u2581", "<script>")
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return self.pieces[token]
-
-    def decode(self, ids: list[int], **_: object) -> str:
-        return self.pieces[ids[0]].replace("\u2581", " ").removeprefix(" ")
-
-
-def test_token_text_keeps_the_leading_space() -> None:
-    assert [token_text(Pieces(), token) for token in range(5)] == ["<s>", " the", "ing", " ", "<script>"]
-
-
 def test_passage() -> None:
     tops = np.array([[[1, 2], [2, 1]], [[4, 0], [4, 1]]], dtype=np.int32)  # two tokens, two blocks, top two
     shares = np.array([[[0.5, 0.25], [0.75, 0.125]], [[0.123456, 0.1], [1.0, 0.0]]], dtype=np.float32)
@@ -218,3 +202,5 @@ def test_passage() -> None:
     assert found.tokens[0].top == (((" the", 0.5), ("ing", 0.25)), (("ing", 0.75), (" the", 0.125)))
     assert found.tokens[1].top[0][0] == ("<script>", 0.12346)
     assert [(token.first_exit, token.settled_exit) for token in found.tokens] == [(1, 1), (0, 0)]
+    assert [token.id for token in found.tokens] == [0, 1]
+    assert found.tokens[1].top_ids == ((4, 0), (4, 1))

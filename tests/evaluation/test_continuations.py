@@ -11,7 +11,9 @@ import torch
 from typer.testing import CliRunner
 
 import sleb
+from app.components import side_by_side
 from sleb import api, execution
+from sleb.cli.findings_output import _parting
 from sleb.cli.main import app
 from sleb.errors import OptionError, SlebError
 from sleb.evaluation import continuations, request
@@ -25,6 +27,8 @@ from sleb.runtime import findings_folder
 from sleb.runtime.processes.progress import Meter, Watcher
 from tests.support import tiny
 from tests.support.families import POSITIONS, build
+from tests.support.runs import judged
+from tests.support.runs.stores import write_run
 
 PROMPT = "the block of a model"
 
@@ -309,7 +313,7 @@ def test_tokens_are_shown_as_the_text_they_stand_for() -> None:
     assert pieces_of(tokenizer, []) == []
     assert piece_after(tokenizer, ids[:3], ids[1]) == " "
     assert piece_after(tokenizer, ids[:4], ids[4]) == "ü"
-    assert piece_after(tokenizer, ids[:3], ids[3]) == "Ã"  # half a character: its name in the vocabulary
+    assert piece_after(tokenizer, ids[:3], ids[3]) == "<0xC3>"  # half a character: its byte
     assert piece_after(tokenizer, [], 0) == "</s>"
 
     tokenizer = with_word_marks()
@@ -347,3 +351,36 @@ def test_a_refused_prompt_leaves_no_run_behind(folder: Path) -> None:
     with pytest.raises(OptionError, match="The prompt is empty"):
         command(folder, "--removal-list", "[1]", "--prompt", " ")
     assert sleb.runs() == []
+
+
+def test_parts_of_characters_are_their_bytes_and_told_apart_by_their_ids(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    ids = tokenizer("a€", add_special_tokens=False)["input_ids"]
+    assert [piece_after(tokenizer, ids[:at], ids[at]) for at in range(4)] == ["a", "<0xE2>", "<0x82>", "€"]
+    other = tokenizer("é", add_special_tokens=False)["input_ids"]
+    assert piece_after(tokenizer, ids[:2], other[0]) == "<0xC3>"  # which ends the character before
+
+    flips = continuations._flips(tokenizer, ids, predictions(ids[1:]), predictions([ids[1], other[1], ids[3]]))
+    assert [(each.position, each.before, each.after) for each in flips] == [(2, "<0x82>", "<0xA9>")]
+    alike = continuations._flips(Alike(), [0, 0], predictions([1]), predictions([2]))
+    assert [(each.before, each.after) for each in alike] == [("x (token 1)", "x (token 2)")]
+
+    run = write_run(tmp_path / "run")
+    tokens = {"baseline_tokens": ("", "", "€"), "tokens": ("", "", "é")}
+    known = judged.generation(run, (1,), **tokens, baseline_ids=ids[1:], ids=(ids[1], other[1], ids[3]))
+    assert _parting(known) == "another text from token 2 on"
+    assert side_by_side.payload(known)["texts"][1]["differs"] == [1]
+    earlier = judged.generation(run, (1,), **tokens)  # texts are all that is known of it
+    assert _parting(earlier) == "another text from token 3 on"
+    assert side_by_side.payload(earlier)["texts"][1]["differs"] == [2]
+
+
+class Alike:
+    """A vocabulary in which all tokens look the same."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "x" * len(ids)
+
+
+def predictions(tokens: list[int]) -> continuations._Predictions:
+    return continuations._Predictions(torch.tensor(tokens), torch.full((len(tokens),), 0.5))

@@ -21,8 +21,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb import api
+from sleb.cli.findings_output import print_findings
 from sleb.errors import OptionError, SlebError, Stopped
 from sleb.evaluation import lm_eval_tasks, task_accuracy
+from sleb.formats.findings_tables import tables_of
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model, weights_hash
 from sleb.records import EvaluateSpec, TaskAccuracy
@@ -435,3 +437,41 @@ def imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         return [node.module or ""]
     return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@pytest.mark.parametrize("kind", ["questions", "says"])
+def test_prompts_that_are_longer_than_the_model_are_counted(
+    folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One token is one character; a model reads 128, and answers take some of them."""
+    rows = [
+        {"question": "q" * length, "choices": {"text": ["yes", "no"], "label": ["A", "B"]}, "answerKey": "A"}
+        for length in (20, 126, 127, 300)
+    ]
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = (QUESTIONS if kind == "questions" else SAYS) | {
+        "task": "long", "tag": None, "doc_to_text": "{{question}}", "training_split": None,
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+    }  # fmt: skip
+    write(folder, own)
+    found = evaluated(tiny.save(tmp_path / "model"), "long", folder=folder)
+    # A choice of " yes" after 126 characters is 130 tokens, of which the last is not read: 129 are too many by one. Six
+    # tokens that are generated leave room for 122.
+    assert {each.truncated for each in found.values()} == {3}
+    (table,) = tables_of(found.values())
+    assert table.notes == (
+        "3 of 4 examples of long are longer than the model: the beginning of their prompts was cut off.",
+    )
+    print_findings(list(found.values()))
+    assert table.notes[0] in " ".join(capsys.readouterr().out.split())
+
+
+def test_findings_of_earlier_versions_say_nothing_of_cut_prompts(folder: Path, tmp_path: Path) -> None:
+    found = evaluated(tiny.save(tmp_path / "model"), "questions", folder=folder)[("questions", ())]
+    assert found.truncated == 0
+    earlier = json.loads(found.model_dump_json())
+    del earlier["truncated"], earlier["not_numbers"]
+    read = TaskAccuracy.model_validate(earlier)
+    assert (read.truncated, read.not_numbers, read.question) == (None, False, found.question)
+    assert tables_of([read])[0].notes == ()

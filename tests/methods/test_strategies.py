@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sleb.errors import OptionError, ScoringError
+from sleb.errors import NotNumbers, OptionError
 from sleb.methods.problem import Problem, number_to_remove, require_possible
 from sleb.methods.race import looks_of, race
 from sleb.methods.statistics import compare
@@ -171,8 +171,18 @@ def test_candidates_whose_predictions_are_not_numbers_never_win() -> None:
     assert step.removed == (2,)
     assert step.candidates[1].nll_sum is None
     assert step.candidates[1].perplexity is None
-    with pytest.raises(ScoringError, match="--dtype"):
-        run(Method.METRIC3, problem(), lambda skipped, sequence: math.nan)
+    with pytest.raises(NotNumbers, match=r"^Every candidate of step 1 .* not numbers in float16\. Use --dtype bfloat"):
+        run(Method.METRIC3, problem(dtype="float16"), lambda skipped, sequence: math.nan)
+
+
+def test_how_far_a_perplexity_rose_that_is_no_number_is_not_told() -> None:
+    def table(skipped: tuple[int, ...], sequence: int) -> float:
+        return math.nan if len(skipped) == 2 and sequence == 3 else interacting(skipped, sequence)
+
+    limited = problem(until_perplexity=1e6, dtype="float16")
+    with pytest.raises(NotNumbers, match=r"^The model without blocks \[\d, \d\] gives .* not numbers in float16\."):
+        run(Method.METRIC3, limited, table)
+    assert len(run(Method.METRIC3, problem(), table)) == 2  # a search without a limit shows the step, without a number
 
 
 def test_held_out_sequences_take_no_part_in_any_choice() -> None:

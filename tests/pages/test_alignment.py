@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from app import data
 from app.components import token_view
@@ -127,6 +128,45 @@ def test_predictions_travel_as_numbers_with_every_text_once(runs: Path) -> None:
             [text for text, _ in block] for block in passage.tokens[place].top
         ]
     assert len(json.dumps(found)) < 200_000
+
+
+def test_tokens_that_look_the_same_stay_different_ones(runs: Path) -> None:
+    """Two parts of characters, which an earlier version wrote down as the same sign."""
+    run = write_run(runs / "one", 12, 4, words=("<0xE2>", "a", "<0xE2>", "b", "c", "d", "e"))
+    assert run.analysis is not None
+    found = token_view.view_data(run.analysis.passage, 12, run.removal_list)
+    assert sorted(found["words"]) == ["<0xE2>", "<0xE2>", "a", "b", "c", "d", "e"]
+    assert found["known"] is True
+    assert found["tokens"][0]["word"] != found["tokens"][2]["word"]
+    assert found["tokens"][0]["word"] == found["tokens"][7]["word"]
+    first = found["tokens"][0]["top"][0]
+    assert len({word for word, _ in first}) == 5
+    assert [found["words"][word] for word, _ in first] == ["<0xE2>", "a", "<0xE2>", "b", "c"]
+
+
+def test_what_earlier_analyses_cannot_tell_is_said(runs: Path) -> None:
+    run = write_run(runs / "one", 12, 4)
+    said = "recorded without token ids"
+    assert said not in words(open_page("alignment", run="one"))
+    path = run.run_dir / "analysis" / "analysis.json"
+    kept = json.loads(path.read_text())
+    for each in kept["passage"]["tokens"]:
+        del each["id"], each["top_ids"]
+    path.write_text(json.dumps(kept))
+    app = open_page("alignment", run="one")
+    assert not app.exception
+    assert said in words(app)
+    found = token_view.view_data(Passage.model_validate(kept["passage"]), 12, ())
+    assert found["known"] is False
+    assert len(found["words"]) == 7
+
+
+def test_ids_that_do_not_fit_their_predictions_are_refused() -> None:
+    fields: dict[str, Any] = dict(token="x", top=((("a", 0.5),),), first_exit=0, settled_exit=0)
+    assert PassageToken(**fields, id=3, top_ids=((4,),)).top_ids == ((4,),)
+    for own in ({"id": 3}, {"id": 3, "top_ids": ((4, 5),)}, {"top_ids": ((4,),)}):
+        with pytest.raises(ValidationError, match="one id each, or none"):
+            PassageToken(**fields, **own)
 
 
 def test_the_sample_shows_its_numbers(runs: Path) -> None:

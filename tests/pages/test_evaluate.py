@@ -25,6 +25,7 @@ from sleb.records import (
     JobSpec,
     JobState,
     JobStatus,
+    Measured,
     Permissions,
     Progress,
     QuantizeSpec,
@@ -405,6 +406,33 @@ def test_quantisation_and_healing_are_tables(full: Run) -> None:
     assert list(table["How"]) == ["LoRA, rank 8", "least squares"]
     assert table["Change, nats"][0] == "−0.1193 ± 0.0041"
     assert list(table["Healed"]) == pytest.approx([14.2, 15.4])
+
+
+def test_what_has_no_number_and_what_was_cut_is_said_with_its_cause(full: Run, other: Run) -> None:
+    blocks = judged.lists_of(full)[2]
+    nothing = Measured(nll_sum=None, token_count=10)
+    unknown = {"rise": None, "rise_standard_error": None}
+    judged.keep(
+        full,
+        [
+            judged.perplexity(full, blocks, 0.0).model_copy(update={"measured": nothing} | unknown),
+            judged.accuracy(full, (), "piqa", 0.6, truncated=7),
+            judged.accuracy(full, blocks, "piqa", 0.6, truncated=7, metrics={}, not_numbers=True),
+            judged.quantization(full, blocks).model_copy(update={"measured": nothing, "change": None}),
+        ],
+    )
+    sentence = f"The model without blocks {list(blocks)} gives predictions that are not numbers in bfloat16."
+    app = opened(run="full")
+    shown = words(app).replace("\\", "")
+    assert "7 of 1,838 examples of piqa are longer than the model" in shown
+    assert sentence in shown
+    assert "Leaving the chart" not in shown
+    app = show(app, "Quantise")
+    assert "without blocks [" in words(app).replace("\\", "")
+    assert ", quantised to int8, gives predictions" in words(app).replace("\\", "")
+    app = show(app, "Another calibration set")
+    assert app.table[0].value["wikitext2"].iloc[1].startswith("no number")
+    assert words(app).replace("\\", "").count(sentence) == 2  # beside the panels, and here
 
 
 @pytest.fixture

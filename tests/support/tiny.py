@@ -47,3 +47,28 @@ def text(characters: int = 6000, seed: int = 0) -> str:
         out.append(draw.choice(words) + (".\n" if draw.random() < 0.1 else ""))
         length += len(out[-1]) + 1
     return " ".join(out)
+
+
+def overflowing(folder: Path, num_blocks: int = 6, *, without: int | None = None) -> Path:
+    """A Llama whose float16 predictions are not numbers: always, or only without one block (a middle one).
+
+    In bfloat16 and float32 they are. `without`: that block drowns a dimension which the head reads with huge weights.
+    """
+    import torch
+
+    model = build("llama", num_blocks)
+    blocks: Any = model.model.layers
+    with torch.no_grad():
+        if without is None:
+            blocks[0].mlp.up_proj.weight.mul_(3e3)
+            blocks[0].mlp.down_proj.weight.mul_(1e3)
+        else:
+            blocks[without].mlp.down_proj.weight.mul_(300.0)
+            for block in blocks:
+                block.mlp.down_proj.weight[0] = 0.0
+                block.self_attn.o_proj.weight[0] = 0.0
+            model.model.embed_tokens.weight[:, 0] = 3.0
+            model.lm_head.weight[:, 0] *= 6e4 / model.lm_head.weight[:, 0].abs().max()
+    model.save_pretrained(str(folder))
+    tokenizer().save_pretrained(str(folder))
+    return folder

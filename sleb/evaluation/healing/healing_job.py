@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from sleb.errors import OptionError
+from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation import perplexity
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.healing import least_squares, lora
@@ -30,6 +30,7 @@ from sleb.export.destination import require_free
 from sleb.export.removal import streamlined
 from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
+from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
 from sleb.runtime.files import inside, replace_file
@@ -66,11 +67,13 @@ def require(ask: HealSpec) -> None:
 def work(subject: Subject, ask: HealSpec) -> None:
     """Heal the last list and measure it on every text; write it where the ask names a folder.
 
-    Raises `OptionError` for a model that cannot be healed so, `ExportError` where no config can say what is removed.
+    Raises `OptionError` for a model that cannot be healed so, `ExportError` where no config can say what is removed,
+    `NotNumbers` where there is nothing to heal from, `ScoringError` where the training diverged.
     """
     _require_whole(subject)
     if ask.how != "lora" and subject.is_plain:
         raise OptionError(f"This model's blocks cannot be run one by one, as --how {ask.how} needs; use --how lora.")
+    require_positions(subject.stack.config, ask.sequence_length)
     texts = [subject.windows(name, window=ask.window, limit=ask.limit) for name in ask.texts]
     healing = _Healing(subject, ask)
     for windows in texts:
@@ -136,6 +139,7 @@ class _Healing:
     def measure(self, windows: perplexity.Windows) -> None:
         """Perplexity on one text before and after, unless it is known."""
         nats = self.subject.perplexities(windows, (self.removal_list,))
+        self.subject.require_numbers(self.removal_list, nats[self.removal_list])
         known = self._known(windows.text)
         if known is not None:
             self.subject.answer(known)
@@ -149,6 +153,8 @@ class _Healing:
         _, facts = self._weights()
         started = time.perf_counter()
         after = self._nats(windows)
+        if not np.isfinite(after).all():
+            raise self._diverged("the healed model's predictions are not numbers")
         seconds = facts.seconds + time.perf_counter() - started
         change, error = perplexity.rise(after, nats[self.removal_list], windows.token_counts)
         self.subject.keep(
@@ -242,8 +248,14 @@ class _Healing:
         if self.ask.how != "linear":
             trained, losses, more = self._trained(tensors)
             tensors, seconds = tensors | trained, seconds + more
+        if not all(each.isfinite().all() for each in tensors.values()):
+            raise self._diverged("the healed weights are not numbers")
         healed = self._healed = self._with(tensors)
         before, after = self._held_out(self.subject.stack, self.removal_list), self._held_out(healed.stack, ())
+        if before is None:
+            raise NotNumbers(model_without(self.removal_list), self.subject.loaded.dtype)
+        if after is None:
+            raise self._diverged("the healed model's predictions are not numbers")
         epochs = 1 if self.ask.how == "linear" else self.ask.epochs
         length = self.text.ids.shape[1]
         facts = _Facts(
@@ -258,6 +270,12 @@ class _Healing:
         _store(self._path, tensors, asdict(facts))
         self._tidy()
         return tensors, facts
+
+    def _diverged(self, how: str) -> ScoringError:
+        """Without a training it is the type alone: its weights are those that the fit found, rounded."""
+        if self.ask.how == "linear":
+            return NotNumbers("The healed model", self.subject.loaded.dtype)
+        return lora.diverged(how, self.subject.loaded.dtype)
 
     def _tidy(self) -> None:
         """What a training goes on from is needed no longer."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleb.errors import OptionError
+from sleb.errors import NotNumbers, OptionError
 from sleb.evaluation.healing.lora import is_linear
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
 from sleb.scoring.sweep import default_batch_size
@@ -83,7 +83,7 @@ def mend(
     that is how the norm behind them sees a difference, and because the first token of many models has one that is a
     hundred times longer than all others.
 
-    Raises `OptionError` where no cut can be mended.
+    Raises `OptionError` where no cut can be mended, `NotNumbers` where there is nothing to fit to.
     """
     count, length = ids.shape
     where = cuts(removal_list, len(original))
@@ -104,6 +104,7 @@ def mend(
         outputs = original.outputs(batch)
         for behind, found in goals.items():
             found.append(outputs[behind])
+            _require_numbers(found[-1], "The unmodified model")
         tell(0.4 * (done + 1) / len(batches), "what the cuts took away")
     inputs = [smaller.capture(batch) for batch in batches]
     streams = [each.start() for each in inputs]
@@ -155,6 +156,7 @@ def _fit(
     normal = {held: _Normal.empty(old) for held in (False, True)}
     for each, stream, goal, held in zip(inputs, streams, goals, is_held_out, strict=True):
         entering, leaving, output = _run(stack, position, layer.module, each, stream.fork())
+        _require_numbers(output, "The model without its removed blocks")
         rest = output.float() - layer.scale * leaving.float().view_as(output)
         bias = 0.0 if layer.module.bias is None else layer.module.bias.float()
         wanted = (goal.to(rest.device).float() - rest) / layer.scale - bias
@@ -164,6 +166,11 @@ def _fit(
     before, after = (normal[True].error(each) * layer.scale**2 for each in (old, best))
     log.info("%s fitted anew (ridge %g): error %.4f, was %.4f", layer.name, ridge, after, before)
     return Mended(layer.name, layer.module.weight.detach(), ridge, before, after)
+
+
+def _require_numbers(hidden: torch.Tensor, whose: str) -> None:
+    if not hidden.isfinite().all():
+        raise NotNumbers(whose, str(hidden.dtype).removeprefix("torch."), "hidden states")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from sleb.errors import OptionError, ScoringError
+from sleb.errors import NotNumbers, OptionError, ScoringError
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.runtime.files import replace_file
@@ -136,7 +136,8 @@ def train(
     to norm 1, a learning rate that rises over the first updates and falls to nothing. Nothing is dropped out. `tell`
     hears of the updates done, of all. Without `in_pieces` the logits of a whole sequence exist at once.
 
-    Raises `ScoringError` when the loss is no number, or a single sequence does not fit into memory.
+    Raises `NotNumbers` where the model predicts none before anything is trained, `ScoringError` when the loss or its
+    gradients become none, or a single sequence does not fit into memory.
     """
     stack = BlockStack(adapted.get_base_model())
     parameters = _trainable(adapted)
@@ -151,11 +152,11 @@ def train(
     for number in range(progress.updates, len(batches)):
         rows = torch.from_numpy(ids[batches[number]]).to(stack.device)
         loss, piece = _gradients(stack, parameters, rows, piece, in_pieces)
-        if not np.isfinite(loss):
-            raise ScoringError(
-                f"The training's loss is no number at update {number + 1} of {len(batches)}; lower --learning-rate."
-            )
-        torch.nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
+        if not np.isfinite(loss) and not number:  # an adapter does nothing yet
+            raise NotNumbers("The model without its removed blocks", _dtype(stack))
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), _LARGEST_GRADIENT)
+        if not (np.isfinite(loss) and norm.isfinite()):
+            raise diverged(f"the loss is not a number at update {number + 1} of {len(batches)}", _dtype(stack))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _rate(number, len(batches))
         optimizer.step()
@@ -168,6 +169,19 @@ def train(
             _write(checkpoint, parameters, optimizer, progress)
             written = now
     return progress
+
+
+def diverged(how: str, dtype: str) -> ScoringError:
+    """Of a training whose numbers are none: what was seen of it, and what to do."""
+    wider = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}.get(dtype)
+    return ScoringError(
+        f"The training diverged in {dtype}: {how}. Nothing was kept. Lower --learning-rate"
+        + (f", or use {wider}." if wider else ".")
+    )
+
+
+def _dtype(stack: BlockStack) -> str:
+    return str(stack.model.dtype).removeprefix("torch.")
 
 
 def course(losses: Sequence[float]) -> tuple[float, ...]:

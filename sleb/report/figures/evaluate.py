@@ -280,7 +280,7 @@ def _log_ticks(lowest: float, highest: float) -> dict[str, Any]:
 def beyond(lines: Sequence[Line]) -> list[str]:
     """Perplexities that leave the chart at its upper edge, by name."""
     top = _readable(lines)
-    return [line.name for line in lines if any(each.value > top for each in line.points)]
+    return [line.name for line in lines if any(each.value > top and each.change != math.inf for each in line.points)]
 
 
 def _readable(lines: Sequence[Line]) -> float:

@@ -156,7 +156,7 @@ def in_words(unit: Unit, reading: Reading) -> str:
     value = reading.value
     if unit == "rise":
         if not value < 10:
-            return "beyond all bounds" if math.isinf(value) else f"× {math.exp(min(value, 700)):.3g}"
+            return "no number" if math.isinf(value) else f"× {math.exp(min(value, 700)):.3g}"
         error = (reading.high - reading.low) / 2 if reading.low is not None and reading.high is not None else 0.0
         digits = 0 if math.expm1(value) >= 1 else 1
         told = f"{math.expm1(value):+.{digits}%}".replace("-", "−")

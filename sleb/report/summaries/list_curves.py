@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import pandas as pd
 
+from sleb.formats.findings_tables import truncated_prompts, without_numbers
 from sleb.records import (
     Finding,
     Measured,
@@ -85,6 +86,8 @@ class Curves:
     size: tuple[Line, ...]
     elsewhere: int
     """Findings about lists that are none of these."""
+    notes: tuple[str, ...] = ()
+    """Why numbers are missing, and which prompts were cut."""
 
     @property
     def texts(self) -> tuple[Line, ...]:
@@ -106,6 +109,7 @@ def curves(run: Run, findings: Sequence[Finding]) -> Curves:
         speed=_speeds(own, numbers),
         size=_sizes(run, own, lists, numbers),
         elsewhere=len(findings) - len(own),
+        notes=(*truncated_prompts(of_kind(own, TaskAccuracy)), *without_numbers(own)),
     )
 
 
@@ -160,6 +164,7 @@ def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
     )
     groups.sort(key=lambda group: (not (of := group[0].text).is_whole, -of.windows * of.window, -len(group)))
     lines = []
+    groups = [group for group in groups if all(each.removal_list or not each.measured.no_number for each in group)]
     for group in groups:
         text = group[0].text
         points = [_text_point(each, numbers[each.removal_list]) for each in group]
@@ -228,6 +233,7 @@ def _tasks(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
             points.append(Point(numbers[each.removal_list], value, low, high, *_lost(each, first, metric)))
         about = f"{metric}, {group[0].examples:,} examples"
         about += f", {group[0].shots} in the prompt" if group[0].shots else ""
+        about += f", {group[0].truncated:,} of them cut" if group[0].truncated else ""
         lines.append(Line("task", group[0].task, about, _ordered(points), group[0].limit is not None))
         shots.append(f"{group[0].shots}-shot")
     return _named(lines, shots)

@@ -153,10 +153,22 @@ def watched(run: Run) -> Run:
     return run.model_copy(update={"jobs": tuple(derived(job) for job in run.jobs)})
 
 
-def state_of(run: Run) -> JobState:
-    """The state of the run's newest search or analysis."""
+def own_job(run: Run) -> Job | None:
+    """The job whose state is the run's: its newest search or analysis, or of a run that searches nothing any job."""
     own = [job for job in watched(run).jobs if job.spec.is_own(run.spec)]
-    return own[-1].status.state if own else JobState.QUEUED
+    return own[-1] if own else None
+
+
+def state_of(run: Run) -> JobState:
+    """The state of the run's own job."""
+    own = own_job(run)
+    return own.status.state if own else JobState.QUEUED
+
+
+def last_word(job: Job) -> str:
+    """Why a job that no process executes brought nothing, or no more; of a job as `derived` gives it."""
+    never_began = "No process has taken it up." if job.status.state is JobState.QUEUED else "It ended without a word."
+    return job.status.message or never_began
 
 
 def unanswered(run: Run) -> Job | None:
@@ -167,7 +179,9 @@ def unanswered(run: Run) -> Job | None:
     own = [job for job in watched(run).jobs if job.spec.ask is not None]
     answered = [job.spec.ask for job in own if job.status.state is JobState.FINISHED]
     for job in reversed(own):
-        broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED)
+        broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED) or (
+            job.status.state is JobState.QUEUED and not is_active(job)
+        )
         if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
             return job
     return None

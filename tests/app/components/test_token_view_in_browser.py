@@ -29,6 +29,7 @@ SPACES = (
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = tmp_path_factory.mktemp("dashboard")
     write_run(place / "runs" / "hostile", 12, 4, words=SPACES)
+    write_run(place / "runs" / "parts", 11, 4, words=("<0xE2>", "a", "<0xE2>", "b", "c", "d", "e"))
     with browser.server(place) as address:
         yield address
 
@@ -63,6 +64,19 @@ def test_a_token_is_picked_by_mouse_and_keys_and_kept_in_the_address(tab: browse
     assert tab.page.locator('.token[tabindex="0"]').count() == 1
     tab.page.reload()
     about(tab, "position 47")
+
+
+def test_predictions_that_look_the_same_are_told_apart_by_their_ids(tab: browser.Tab) -> None:
+    tab.open("/alignment?run=parts&token=6")  # the text goes on with token 0, the model with token 2
+    about(tab, "the text with <0xE2>")
+    assert "as the text does" not in tab.page.locator(".about").inner_text()
+    rows = tab.page.locator(".predictions .row").all()
+    assert len(rows) == 11
+    alike = [row.locator(".word").all_text_contents().count("<0xE2>") for row in rows]
+    final = [row.locator(".cell.final").count() for row in rows]
+    assert max(alike) == 2
+    assert max(final) == 1
+    assert final[-1] == 1
 
 
 def test_the_colour_follows_the_exit_that_is_chosen(tab: browser.Tab) -> None:

@@ -127,7 +127,7 @@ def _write_trace(
 
 
 def write_analysis(folder: Path, num_blocks: int, words: tuple[str, ...], seed: int = 0) -> None:
-    """Both analyses and the tokens a run takes along, over made-up block outputs."""
+    """Both analyses and the tokens a run takes along, over made-up block outputs; ids are places in `words`."""
     draw = np.random.default_rng(seed)
     count, points = 4 * LENGTH, num_blocks + 1
     walk = np.cumsum(draw.normal(0, 1, (points, count, 16)), axis=0) + draw.normal(0, 4, (1, count, 16))
@@ -148,6 +148,10 @@ def write_analysis(folder: Path, num_blocks: int, words: tuple[str, ...], seed: 
             ),
             first_exit=int(first[index]),
             settled_exit=int(last[index]),
+            id=index % len(words),
+            top_ids=tuple(
+                tuple((index + rank + block) % len(words) for rank in range(5)) for block in range(num_blocks)
+            ),
         )
         for index in range(24)
     ]
