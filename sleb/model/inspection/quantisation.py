@@ -147,10 +147,10 @@ def _scheme(settings: Any) -> Scheme:
     return Scheme(said + (f" ({', '.join(details)})" if details else ""), method if isinstance(method, str) else None)
 
 
-def _known() -> Iterable[str]:
+def _known() -> frozenset[str]:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    return AUTO_QUANTIZATION_CONFIG_MAPPING.keys()
+    return frozenset(AUTO_QUANTIZATION_CONFIG_MAPPING)
 
 
 def _text_part(config: Any) -> Any:
