@@ -16,11 +16,10 @@ from sleb.errors import ModelError
 from sleb.model.inspection import stored_tensors
 from sleb.model.loading import load_model
 from tests.support import tiny
+from tests.support.quantised import FP8, Tensors, eight_bits
 
-Tensors = dict[str, torch.Tensor]
 Make = Callable[..., str]
 
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
 MLX = {"group_size": 64, "bits": 4}
 
@@ -45,22 +44,6 @@ def make(plain: Path, tmp_path: Path) -> Make:
         return str(folder)
 
     return made
-
-
-def eight_bits(plain: Path, scale_name: str = "weight_scale_inv") -> tuple[Tensors, Tensors]:
-    """Weights in 8-bit floats with their scales, as they are stored; and what they mean."""
-    stored: Tensors = {}
-    meant: Tensors = {}
-    for name, weight in load_file(plain / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            scale = weight.abs().max() / 448
-            stored[name] = (weight / scale).to(torch.float8_e4m3fn)
-            stored[name.replace("weight", scale_name)] = scale.reshape(1, 1)
-            meant[name] = stored[name].float() * scale
-        else:
-            stored[name] = weight.to(torch.bfloat16)
-            meant[name] = stored[name].float()
-    return stored, meant
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
