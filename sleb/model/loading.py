@@ -109,8 +109,9 @@ def load_model(
             lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load),
             checkpoint.scheme,
         )
-    _require_complete(name, report)
     quantised = checkpoint.applied(model, report) if header is None else _of_gguf(header)
+    _require_complete(name, report)
+    checkpoint.require_every_block(model, report)
     if name == "demo":
         quantised = _of_gguf(gguf_header.check(demo.model_file()))
     tokenizer = _loading(name, lambda: _tokenizer(name, str(source), options))
@@ -153,20 +154,17 @@ class _Checkpoint:
         quantisation.require_consistent(self.name, self.scheme, self.stored)
 
     def applied(self, model: Any, report: dict[str, Any]) -> str | None:
-        """What the loaded model is quantised with. Raises `ModelError` where something stored was left out of it."""
-        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        unused = [
-            key
-            for key in report.get("unexpected_keys") or ()
-            if not any(re.search(pattern, key) for pattern in ignored)
-        ]
-        found = quantisation.require_applied(self.name, self.scheme, model, self.stored, unused)
+        """What the loaded model is quantised with. Raises `ModelError` where its scales were left out."""
+        return quantisation.require_applied(self.name, self.scheme, model, self.stored, _unused(model, report))
+
+    def require_every_block(self, model: Any, report: dict[str, Any]) -> None:
+        """Raises `ModelError` where something that is stored for a block was left out of the model."""
         try:
             path, blocks = find_stack(model)
         except ModelError:  # told where it is used as a stack of blocks
-            return found
+            return
+        unused = _unused(model, report)
         model_files.require_every_block(self.name, path, len(blocks), self.raw, self.stored, unused)
-        return found
 
     def _beside(self) -> dict[str, Any]:
         from transformers.utils.hub import cached_file
@@ -190,6 +188,13 @@ def _require_complete(name: str, report: dict[str, Any]) -> None:
             f"{name} lacks {len(missing)} of the weights its config asks for ({missing[0]}, for one): the files are "
             "incomplete, or the config belongs to another model."
         )
+
+
+def _unused(model: Any, report: dict[str, Any]) -> list[str]:
+    """Stored tensors that the model did not take, those left out that its family always ignores."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = report.get("unexpected_keys") or ()
+    return [key for key in found if not any(re.search(pattern, key) for pattern in ignored)]
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -87,7 +87,13 @@ def require_applied(
 
     Raises `ModelError` where the loader left scales out, or weights packed.
     """
-    left = sorted(key for key in unused if _OF_A_WEIGHT.search(key) and not _OF_THE_CACHE.search(key))
+    unused = set(unused)  # with the weights of a part that is not loaded, such as a vision tower, go their scales
+    left = sorted(
+        key
+        for key in unused
+        if _OF_A_WEIGHT.search(key) and not _OF_THE_CACHE.search(key)
+        if f"{key.rpartition('.')[0]}.weight" not in unused
+    )
     if left:
         label = f"with {scheme.label}" if scheme else "though its config does not say how"
         raise ModelError(

@@ -124,6 +124,20 @@ def test_scales_beside_plain_weights_are_refused(make: Make, plain: Path, more: 
         load_model(make({}, tensors))
 
 
+def test_scales_of_a_part_that_is_not_loaded_are_not_missed(make: Make, plain: Path) -> None:
+    vision = {"visual.blocks.0.qkv.weight": torch.ones(2, 2), "visual.blocks.0.qkv.weight_scale_inv": torch.ones(1)}
+    assert load_model(make({}, load_file(plain / "model.safetensors") | vision), dtype="float32").quantisation is None
+
+
+def test_packed_weights_that_no_config_speaks_of_are_refused(make: Make, plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    del tensors[f"{name}.weight"]
+    packed = {f"{name}.{part}": torch.ones(4, 4, dtype=torch.int32) for part in ("qweight", "qzeros", "scales")}
+    with pytest.raises(ModelError, match=r"though its config does not say how.*up_proj\.qweight, for one"):
+        load_model(make({}, tensors | packed))
+
+
 def test_integers_for_weights_are_refused(make: Make, plain: Path) -> None:
     tensors = load_file(plain / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
