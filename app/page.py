@@ -109,7 +109,7 @@ def facts(run: Run) -> None:
         stack = run.stack
         about = (
             f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
-            f"{stack.dtype} · "
+            f"{stack.dtype} · " + ("" if stack.quantisation is None else f"quantised: {stack.quantisation} · ")
         ) + (
             f"{stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
             f"{stack.held_out} × held out"

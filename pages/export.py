@@ -9,7 +9,7 @@ from app.panels import export_panel, foreign_names
 from app.widgets import chart, empty
 from app.wording import perplexity, plain, rise
 from sleb.errors import SlebError
-from sleb.formats.list_formats import in_words, render
+from sleb.formats.list_formats import in_words, remarks, render
 from sleb.records import Run
 from sleb.report import build
 from sleb.report.figures import compare
@@ -39,8 +39,8 @@ FORMATS = {
     "mergekit": (
         "mergekit", "-mergekit.yaml", "application/yaml", "yaml",
         "For `mergekit-yaml FILE FOLDER`: a passthrough merge of the kept ranges. Beware: `layer_range` is half-open, "
-        "and mergekit does not filter lists of the config that hold one entry a block (`layer_types`). For a model "
-        "that mixes kinds of blocks write the checkpoint instead, which does.",
+        "and mergekit does not shorten lists of the config that hold one entry a block (`layer_types`): for such a "
+        "model write the checkpoint instead, which does.",
     ),
     "llama-quantize": (
         "llama.cpp", "-llama-quantize.sh", "text/x-shellscript", "bash",
@@ -125,8 +125,14 @@ def _for_other_tools(run: Run, steps: int) -> None:
         wrap=True,
     )  # fmt: skip
     _, ending, kind, language, note = FORMATS[chosen]
-    text = render(run, chosen, steps)
     st.markdown(note)
+    try:
+        text = render(run, chosen, steps)
+    except SlebError as error:
+        st.info(plain(error), icon=":material/block:")
+        return
+    for remark in remarks(run, chosen):
+        st.caption(plain(remark))
     st.code(text, language=language, wrap_lines=True, height=260 if text.count("\n") > 9 else "content")
     name = f"{export_panel.name_of(run, steps)}{ending}"
     st.download_button("Download", text, name, kind, icon=":material/download:", on_click="ignore", key="list-file")

@@ -55,13 +55,15 @@ def export(
     as they are. **mergekit**: a passthrough merge. **llama-quantize**: for llama.cpp's own tool. **sleb**:
     the reference's own option.
     """
-    from sleb.formats.list_formats import render
+    from sleb.formats.list_formats import remarks, render
 
     found = run_folder.load(run)
     if gguf is not None and format is not Format.GGUF:
         raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
     if format not in (Format.HF, Format.GGUF):
         text = render(found, format.value, steps)
+        for remark in remarks(found, format.value):
+            say(remark)
         if out is not None:
             save_text(out, text, replace=replace)
             say(f"Wrote {out}.")

@@ -152,6 +152,8 @@ def describe(stack: StackDescription) -> str:
         f"{shown(stack.model_class)}: {stack.num_blocks} blocks of {shown(stack.block_class)} "
         f"({shown(stack.path)}), {stack.total_parameters / 1e6:,.0f} M parameters, {shown(stack.dtype)}"
     )
+    if stack.quantisation is not None:
+        model += f"\n[yellow]quantised: {shown(stack.quantisation)}[/]"
     bos = "BOS at the head of each" if stack.bos else "no BOS added"
     use = f"to choose by, {stack.held_out} held out" if stack.num_remove else "of it"
     text = f"{shown(stack.text)}\n{stack.sequences} sequences {use}; {bos}"

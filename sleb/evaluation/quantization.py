@@ -164,7 +164,7 @@ def quantised(model: nn.Module, scheme: str, group_size: int = 128) -> Quantised
     path, blocks = find_stack(twin)
     linear = {f"{path}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
     _require_linear(twin, blocks, linear)
-    sizes = {name: _group_size(name, module, group_size) for name, module in linear.items()} if scheme == "int4" else {}
+    sizes = _group_sizes(linear, group_size) if scheme == "int4" else {}
     _quantise(blocks, {id(module): sizes.get(name) for name, module in linear.items()})
     try:
         stack = BlockStack(twin)
@@ -216,15 +216,26 @@ def _require_linear(model: nn.Module, blocks: nn.ModuleList, linear: dict[str, n
         )
 
 
-def _group_size(name: str, module: nn.Linear, asked: int) -> int:
-    """The size asked for, halved until it divides a row: 128, 64 and 32 are what kernels for int4 are built for."""
-    row, size = module.in_features, asked
-    while row % size and size // 2 >= SMALLEST_GROUP:
-        size //= 2
-    if row % size:
-        fitting = [each for each in range(SMALLEST_GROUP, min(row, asked) + 1) if row % each == 0]
-        advice = f"give --group-size {fitting[-1]}" if fitting else "use int8"
+def _group_sizes(linear: dict[str, nn.Linear], asked: int) -> dict[str, int]:
+    """The size asked for, halved until it divides a module's rows: 128, 64 and 32 are what kernels for int4 are for.
+
+    Raises `OptionError` where no half of it divides some rows, with a size that does for all of them.
+    """
+    rows = {module.in_features: name for name, module in reversed(linear.items())}
+    unfit = sorted(row for row in rows if _fitting(row, asked) is None)
+    if unfit:
+        smaller = range(min(asked, max(rows)), SMALLEST_GROUP - 1, -1)
+        best = next((size for size in smaller if all(_fitting(row, size) for row in rows)), None)
+        listed = ", ".join(f"{row} ({rows[row]})" for row in unfit[:5]) + (" and others" if len(unfit) > 5 else "")
         raise OptionError(
-            f"Groups of {asked} weights, or of halves of that, do not divide {name}'s rows of {row}; {advice}."
+            f"Groups of {asked} weights, or of halves of that, do not divide rows of {listed}; "
+            f"{f'give --group-size {best}' if best else 'use int8'}."
         )
-    return size
+    return {name: _fitting(module.in_features, asked) or asked for name, module in linear.items()}
+
+
+def _fitting(row: int, size: int) -> int | None:
+    """The size or the first half of it that divides a row; None where none does."""
+    while row % size and size % 2 == 0 and size // 2 >= SMALLEST_GROUP:
+        size //= 2
+    return None if row % size else size

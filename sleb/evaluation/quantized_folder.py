@@ -9,7 +9,6 @@ process and answers as the quantised model with the blocks skipped.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -29,9 +28,10 @@ from sleb.export.checkpoint import mend_generation_config
 from sleb.export.destination import Destination, saving
 from sleb.export.proven_folder import expect, prove, write_expectation
 from sleb.export.removal import plan_removal, streamlined
-from sleb.formats.list_formats import display_name, in_words, public_name
-from sleb.formats.model_card import PAPER, code, escaped
+from sleb.formats.list_formats import display_name, in_words
+from sleb.formats.model_card import PAPER, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
+from sleb.model.inspection import licence
 from sleb.model.loading import forget_quantisation
 from sleb.records import Proof, Quantization, RemovalList
 
@@ -212,25 +212,15 @@ def _stored(folder: Path) -> int:
 
 
 def _card(subject: Subject, quantised: Quantised, removal_list: RemovalList, measured: Sequence[Quantization]) -> str:
-    """Front matter and provenance; no licence, which the base model has."""
-    run, stack = subject.run, subject.run.stack
-    name = public_name(run.spec.model)
-    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
-    shown = name if on_hub else display_name(run.spec.model)
+    """Front matter and provenance."""
+    run = subject.run
+    shown, named = display_name(run.spec.model), licence.of_model(run.spec.model, subject.loaded.revision)
     groups = " or ".join(map(str, sorted(set(quantised.group_sizes.values()))))
     whose = f"each group of {groups} weights" if groups else "each row"
     scheme = f"{quantised.bits} bits a weight, a scale for {whose}"
     found = measured[0]
     lines = [
-        "---",
-        "library_name: transformers",
-        *([f"base_model: {json.dumps(name)}"] if on_hub else []),
-        "tags:",
-        "  - sleb",
-        "  - depth-pruning",
-        "  - compressed-tensors",
-        "  - text-generation",
-        "---",
+        *front_matter(run.spec.model, "quantized", named, "compressed-tensors"),
         "",
         f"# {escaped(shown)} without {len(removal_list)} of its {len(subject.stack)} blocks, in {quantised.scheme}",
         "",
@@ -238,8 +228,8 @@ def _card(subject: Subject, quantised: Quantised, removal_list: RemovalList, mea
         f"nearest of {2**quantised.bits} values ({scheme}, symmetric, {escaped(found.library)}). Embeddings, head and "
         "norms are as they were; nothing was trained.",
         "",
-        f"- **Base model:** {escaped(shown)}"
-        + (f", weights hash {code(stack.weights_hash)}" if stack is not None else ""),
+        base_model(run),
+        licence_line(named),
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list))}",
         f"- **Weights:** {found.weight_bytes:,} bytes; {found.weight_bytes_before:,} before in {found.dtype}",

@@ -6,12 +6,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.errors import OptionError
+from sleb.errors import ExportError, OptionError, excerpt
 from sleb.export import gguf_file, gguf_plan
 from sleb.export.checkpoint import export_checkpoint
 from sleb.export.destination import require_free
-from sleb.formats.list_formats import public_name
+from sleb.formats.list_formats import display_name
 from sleb.formats.model_card import model_card
+from sleb.model.inspection import licence
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model
 from sleb.records import Job, JobSpec, Run
@@ -36,6 +37,7 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
         raise OptionError("An export needs a folder to write: --out PATH.")
     out, removal_list = Path(job.out), run.removal_list_after(job.steps)
     if job.format != "gguf":
+        _require_plain(run.spec.model, run.stack.quantisation if run.stack else None)
         require_free(out, job.replace)
         return Plan(removal_list, out, None)
     source = gguf_plan.source_of(run, job)
@@ -44,9 +46,25 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
     return Plan(removal_list, out, source)
 
 
+def _require_plain(model: str, quantisation: str | None) -> None:
+    """A folder would hold other weights than the checkpoint. Raises `ExportError`.
+
+    Of a GGUF file it holds the dequantised ones, as its card says; `--format gguf` keeps them as they are.
+    """
+    if quantisation is None or model == "demo" or model.lower().endswith(".gguf"):
+        return
+    raise ExportError(
+        f"{display_name(model)} is quantised ({excerpt(quantisation, 80)}), and its smaller model would not be. Search "
+        "the checkpoint that it was made from, export that, and quantise it as the other was; or take the list alone "
+        "(--format json)."
+    )
+
+
 def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
     """Write the smaller model, prove it, and keep the proof with the job."""
     asked = job.spec
+    if plan.gguf is None:
+        _require_plain(run.spec.model, loaded.quantisation)
     if asked.gguf is None:
         require_same_model(run, asked, loaded)
         if run.stack is not None and run.stack.identity is None:
@@ -58,7 +76,7 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             loaded.tokenizer,
             plan.removal_list,
             plan.out,
-            model_card(run, plan.removal_list, base_model=public_name(run.spec.model), found=found),
+            model_card(run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), found=found),
             allow_existing=asked.replace,
             progress=meter.phase,
             trust_remote_code=asked.trust_remote_code,

@@ -265,12 +265,10 @@ def refused(cut: Cut, reason: str, instead: str = "") -> ExportError:
 def _read(path: Path) -> Any:
     """The file, open. Raises `ModelError` for what is no whole GGUF file, or only a part of one."""
     path = path.absolute()
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name, re.IGNORECASE):
-        raise _split(path)
+    gguf_header.require_single(path, {})
     status = path.stat()
     reader = opened(path, status.st_size, status.st_mtime_ns)
-    if (value_of(reader, "split.count") or 0) > 1:
-        raise _split(path)
+    gguf_header.require_single(path, {"split.count": value_of(reader, "split.count")})
     if reader.byte_order != "I":
         raise ModelError(f"{path} was written for machines of the other byte order; convert it first.")
     return reader
@@ -290,12 +288,6 @@ def _open(path: Path) -> Any:
         return GGUFReader(path)
     except FAILURES as error:
         raise ModelError(f"{path} is no GGUF file, or damaged ({type(error).__name__}); fetch it again.") from error
-
-
-def _split(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} is one of several parts; merge them into one file first: llama-gguf-split --merge {path.name} OUT.gguf"
-    )
 
 
 def value_of(reader: Any, key: str) -> Any:

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sleb.errors import OptionError, quoted
+from sleb.errors import OptionError, excerpt, quoted
 from sleb.records import Run, Step
 
 MODELS = ("hf", "gguf")
@@ -26,12 +26,75 @@ MODELS = ("hf", "gguf")
 def render(run: Run, format: str, steps: int | None = None, *, model_name: str | None = None) -> str:
     """The run's removal list after `steps` steps, as text in one of `FORMATS`; ends with a newline.
 
-    `model_name` stands in for the name the run was started with, where the other tool needs another one.
+    `model_name` stands in for the name the run was started with, where the other tool needs another one. Raises
+    `OptionError` where the other tool could not read the model.
     """
     if format not in _RENDERERS:
         raise OptionError(f"There is no format {quoted(format)}; choose one of {', '.join((*FORMATS, *MODELS))}.")
     taken = run.steps_until(steps)
-    return _RENDERERS[format](run, taken, model_name or public_name(run.spec.model))
+    _require_readable(run, format)
+    name = public_name(run.spec.model) if format in _RUN else display_name(run.spec.model)
+    return _RENDERERS[format](run, taken, model_name or name)
+
+
+def remarks(run: Run, format: str) -> tuple[str, ...]:
+    """What to beware of where another tool takes this run's list: a sentence each."""
+    assert run.stack is not None
+    said: list[str] = []
+    lists = run.stack.per_block_lists
+    if format == "mergekit" and lists:
+        said.append(
+            f"The model's config has an entry for each block in {', '.join(lists)}, which mergekit 0.1.5 does not "
+            "shorten, and fails on: use `sleb export --format hf` instead, which does, and proves it."
+        )
+    elif format == "mergekit" and lists is None:
+        said.append(
+            "mergekit 0.1.5 fails where the model's config has a list with an entry for each block, such as the "
+            "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it, and proves it."
+        )
+    if format == "mergekit" and run.spec.model == "demo":
+        said.append(
+            "The search was on a 4-bit file of this model, dequantised; the hub's weights are not quite the same."
+        )
+    revision = _revision(run)
+    if format == "llama-quantize" and revision is not None:
+        said.append(f"The list is for revision {excerpt(revision, 60)} of the model: convert that to MODEL.gguf.")
+    if format == "sleb" and not re.search("opt|llama", public_name(run.spec.model).lower()):
+        said.append(
+            "The reference knows OPT and LLaMA models by their names only, and removes nothing from any other, without "
+            "saying so: this name has neither opt nor llama in it."
+        )
+    return tuple(said)
+
+
+def _require_readable(run: Run, format: str) -> None:
+    """Raises `OptionError` where the tool cannot read the model of the run, or not the one that was searched."""
+    if format not in ("mergekit", "sleb"):
+        return
+    assert run.stack is not None
+    tool = {"mergekit": "mergekit", "sleb": "the reference"}[format]
+    model = run.spec.model
+    if model.lower().endswith(".gguf"):
+        raise OptionError(
+            f"{display_name(model)} is a GGUF file, which {tool} cannot read. Use --format gguf, or --format "
+            "llama-quantize for llama.cpp's own tool; --format hf writes a folder without the blocks."
+        )
+    if format == "mergekit" and run.stack.quantisation is not None and model != "demo":
+        raise OptionError(
+            f"{display_name(model)} is quantised ({excerpt(run.stack.quantisation, 80)}), and mergekit reads plain "
+            "weights only. Search the checkpoint that it was made from, and give mergekit that."
+        )
+    if format == "sleb" and run.spec.revision is not None and is_hub_id(model):
+        raise OptionError(
+            f"The run searched revision {excerpt(run.spec.revision, 60)} of {model}, and the reference takes no "
+            "revision: it would load the newest one. Download that revision into a folder, and search the folder."
+        )
+
+
+def _revision(run: Run) -> str | None:
+    """Of a model on the hub: what was loaded, or else asked for."""
+    found = (run.stack.revision if run.stack else None) or run.spec.revision
+    return found if is_hub_id(run.spec.model) else None
 
 
 def public_name(model: str) -> str:
@@ -40,10 +103,26 @@ def public_name(model: str) -> str:
 
 
 def display_name(model: str) -> str:
-    """A name for the screen: the last part of a folder or file, a hub name as it is."""
-    name = public_name(model)
+    """A name for the screen, and for what travels: the last part of a folder or file, a hub name as it is."""
+    return without_folder(public_name(model))
+
+
+def without_folder(name: str) -> str:
+    """The last part of a folder or file: where it lies is nobody else's business. Other names as they are."""
     local = name.startswith(("/", "~")) or ":\\" in name
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether this can be a model's name on the hub, as the hub's own library has it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return model != "demo" and not model.lower().endswith(".gguf") and model.isascii()
 
 
 def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int, int]]:
@@ -104,7 +183,8 @@ def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
         "in_words": in_words(run.stack.num_blocks, last.removal_list),
         "method": run.spec.method.value,
         "refine": run.spec.refine,
-        "calibration": run.spec.calibration.model_dump(mode="json") | {"text": run.stack.text},
+        "calibration": run.spec.calibration.model_dump(mode="json")
+        | {"source": without_folder(run.spec.calibration.source), "text": run.stack.text},
         "perplexity": {
             "baseline": _finite(baseline.perplexity),
             "baseline_held_out": _finite(baseline.held_out.perplexity),
@@ -120,7 +200,9 @@ def _csv(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     first = run.require_trace().baseline
-    writer.writerow([0, "[]", "[]", first.perplexity, first.held_out.perplexity, None, None, "[]"])
+    assert run.stack is not None
+    model = [model_name, run.stack.revision or run.spec.revision, run.stack.weights_hash]
+    writer.writerow([0, "[]", "[]", first.perplexity, first.held_out.perplexity, None, None, "[]", *model])
     for step in steps:  # lists are JSON; what was not measured is an empty cell
         writer.writerow(
             [
@@ -132,6 +214,7 @@ def _csv(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
                 step.margin,
                 step.margin_standard_error,
                 json.dumps(step.tied),
+                *model,
             ]
         )
     return text.getvalue()
@@ -146,6 +229,9 @@ CSV_COLUMNS = (
     "margin",
     "margin_standard_error",
     "tied",
+    "model",
+    "revision",
+    "weights_hash",
 )
 
 
@@ -159,27 +245,32 @@ def _sleb(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     return shlex.join([*command, "--removal_list", json.dumps(steps[-1].removal_list)]) + "\n"
 
 
-_DEMO_REMARK = (
-    "# The search was on a 4-bit file of this model, dequantised; the hub's weights are not quite the same.",
-)
+_DTYPES = ("bfloat16", "float16", "float32")
+"""Types that mergekit knows."""
 
 
 def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
-    """A passthrough merge: `layer_range` is half-open, and names the blocks that stay."""
+    """A passthrough merge: `layer_range` is half-open, and names the blocks that stay.
+
+    The type is that of the checkpoint, not of the search; without one mergekit keeps each tensor's own.
+    """
     assert run.stack is not None
     removal_list = steps[-1].removal_list
-    model = yaml_string(model_name)
+    revision, model = _revision(run), yaml_string(model_name)
+    if revision is not None or re.search("[@+]", model_name):  # both mean something where a name stands alone
+        pinned = "" if revision is None else f", revision: {yaml_string(revision)}"
+        model = f"{{model: {{path: {model}{pinned}}}}}"
     lines = [
         f"# {in_words(run.stack.num_blocks, removal_list)}",
         "# layer_range is half-open: [0, 14] keeps blocks 0 to 13.",
-        "# mergekit does not filter per-layer lists of the config (layer_types and its like): for a model that",
-        "# mixes kinds of blocks use `sleb export --format hf` instead, which does and proves it.",
-        *(_DEMO_REMARK if run.spec.model == "demo" else ()),
+        *(f"# {each}" for each in remarks(run, "mergekit")),
         "slices:",
     ]
     for start, end in kept_ranges(run.stack.num_blocks, removal_list):
         lines += ["  - sources:", f"      - model: {model}", f"        layer_range: [{start}, {end}]"]
-    lines += ["merge_method: passthrough", f"dtype: {run.stack.dtype.removeprefix('torch.')}"]
+    lines.append("merge_method: passthrough")
+    if run.stack.checkpoint_dtype in _DTYPES and run.spec.model != "demo":  # its file is not the hub's
+        lines.append(f"dtype: {run.stack.checkpoint_dtype}")
     return "\n".join(lines) + "\n"
 
 
@@ -205,6 +296,9 @@ _RENDERERS: dict[str, Callable[[Run, tuple[Step, ...], str], str]] = {
     "mergekit": _mergekit,
     "llama-quantize": _llama_quantize,
 }
+
+_RUN = ("sleb", "mergekit", "llama-quantize")
+"""Formats that are run where the model lies; the others travel, and name it without its folder."""
 
 FORMATS = tuple(_RENDERERS)
 """Names of the formats that are text."""

@@ -6,10 +6,11 @@ Whatever comes from outside (names, folders, descriptions of texts) is escaped f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from sleb.formats.findings_tables import NO_NUMBER, tables_of
-from sleb.formats.list_formats import in_words, yaml_string
+from sleb.formats.list_formats import display_name, in_words, is_hub_id, public_name, without_folder, yaml_string
 from sleb.records import Finding, Healing, Measured, Proof, RemovalList, Run, Step, sorted_list
 
 PAPER = "https://arxiv.org/abs/2402.09025"
@@ -17,47 +18,89 @@ PAPER = "https://arxiv.org/abs/2402.09025"
 
 DEMO_ORIGIN = " (from its 4-bit GGUF file, Q4\\_1, dequantised)"
 
+Relation = Literal["finetune", "quantized", "adapter"]
+"""How a model follows from its base, as the hub has it; a model with fewer blocks counts as a finetune there."""
+
+
+def front_matter(
+    model: str,
+    relation: Relation,
+    licence: Mapping[str, str],
+    *tags: str,
+    library: str = "transformers",
+) -> list[str]:
+    """The lines of a card that the hub reads, for what was made of `model`; `licence` are its own fields.
+
+    The hub refuses a base model that is not one of its names; such a one is in the prose alone.
+    """
+    name = public_name(model)
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if is_hub_id(name):
+        lines += [f"base_model: {yaml_string(name)}", f"base_model_relation: {relation}"]
+    lines += [f"{field}: {yaml_string(licence[field])}" for field in _LICENCE if field in licence]
+    return [*lines, "tags:", *(f"  - {tag}" for tag in ("sleb", "pruned", "depth-pruning", *tags)), "---"]
+
+
+def base_model(run: Run, *, origin: str = "") -> str:
+    """What the model was made of, as a line of prose: its name, never where it lies, and the hash of its weights."""
+    stack = run.stack
+    facts = [escaped(display_name(run.spec.model)) + origin]
+    if not is_hub_id(public_name(run.spec.model)):
+        facts.append("which is not on the Hugging Face hub")
+    if stack is not None:
+        facts += [_revision(run), escaped(stack.model_class)]
+        if stack.quantisation is not None and not origin:
+            facts.append(f"quantised: {escaped(stack.quantisation)}")
+        facts.append(f"weights hash {code(stack.weights_hash)}")
+    return f"- **Base model:** {', '.join(facts)}"
+
+
+def licence_line(licence: Mapping[str, str]) -> str:
+    """Which licence the base model names, as a line of prose."""
+    named = licence.get("license_name") or licence.get("license")
+    where = f" ({escaped(licence['license_link'])})" if "license_link" in licence else ""
+    return (
+        f"- **Licence:** {escaped(named)}{where}, the base model's"
+        if named
+        else "- **Licence:** the base model names none"
+    )
+
+
+_LICENCE = ("license", "license_name", "license_link")
+
 
 def model_card(
-    run: Run, removal_list: Sequence[int], *, base_model: str | None = None, found: Sequence[Finding] = ()
+    run: Run, removal_list: Sequence[int], *, licence: Mapping[str, str] | None = None, found: Sequence[Finding] = ()
 ) -> str:
-    """Front matter and provenance of the run's model without these blocks; no licence, which the base model
-    has.
+    """Front matter and provenance of the run's model without these blocks.
 
-    `base_model` is the model's name on the hub, where the run was started with another name. Of the findings `found`
-    those of this list and of the baseline are told.
+    `licence` are the fields of a card that say the base model's. Of the findings `found` those of this list and of the
+    baseline are told.
     """
     trace = run.require_trace()
     stack = run.stack
     assert stack is not None  # require_trace() has looked
-    name = base_model or run.spec.model
-    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
-    # Where a folder lies is nobody else's business.
-    shown = name if on_hub else re.split(r"[\\/]", name.rstrip("\\/"))[-1]
+    shown = display_name(run.spec.model)
     last = max((step.number for step in trace.steps if set(step.removal_list) == set(removal_list)), default=None)
     steps = list(trace.steps[:last])
     refined = any(step.is_swap for step in steps)
-    front = ["---", "library_name: transformers"]
-    front += [f"base_model: {yaml_string(name)}"] if on_hub else []
-    front += ["tags:", "  - sleb", "  - depth-pruning", "  - text-generation", "---"]
     calibration = run.spec.calibration
     baseline = trace.baseline
     lines = [
-        *front,
+        *front_matter(run.spec.model, "finetune", licence or {}),
         "",
         f"# {escaped(shown)} without {len(removal_list)} of its {stack.num_blocks} blocks",
         "",
         "Transformer blocks that the calibration text needs least were removed whole "
         f"([SLEB]({PAPER})); nothing was trained afterwards.",
         "",
-        f"- **Base model:** {escaped(shown)}{DEMO_ORIGIN if run.spec.model == 'demo' else ''}, {_revision(run)}, "
-        f"{escaped(stack.model_class)}, "
-        f"weights hash {code(stack.weights_hash)}",
+        base_model(run, origin=DEMO_ORIGIN if run.spec.model == "demo" else ""),
+        licence_line(licence or {}),
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(stack.num_blocks, removal_list))}",
         f"- **Method:** {run.spec.method.value}{', refined by swaps' if refined else ''}, seed {run.spec.seed}, blocks "
         f"{code(list(stack.protected))} protected",
-        f"- **Calibration:** {escaped(_without_folder(calibration.source))} ({escaped(stack.text)}), {stack.sequences} "
+        f"- **Calibration:** {escaped(without_folder(calibration.source))} ({escaped(stack.text)}), {stack.sequences} "
         f"sequences of {stack.sequence_length} tokens, sampling {calibration.sampling}, "
         f"{'with' if stack.bos else 'without'} BOS, {stack.held_out} held-out sequences",
         f"- **Scored in:** {escaped(stack.dtype)}",
@@ -147,11 +190,6 @@ def code(text: object) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
     padding = " " if "`" in line else ""
     return f"{fence}{padding}{line}{padding}{fence}"
-
-
-def _without_folder(source: str) -> str:
-    """Where a file lies is nobody else's business."""
-    return re.split(r"[\\/]", source)[-1] if source.startswith("/") or ":\\" in source else source
 
 
 def _revision(run: Run) -> str:

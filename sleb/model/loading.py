@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,11 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo
-from sleb.model.inspection import gguf_header, model_files, tokenizer_growth
+from sleb.model.block_stack import find_stack
+from sleb.model.inspection import gguf_header, model_files, quantisation, stored_tensors, tokenizer_growth
 from sleb.model.inspection.presence import is_path, not_there, require_code_elsewhere, require_file
+from sleb.model.inspection.quantisation import Scheme
+from sleb.model.inspection.stored_tensors import StoredTensor, main_dtype
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.runtime import run_folder
@@ -41,6 +44,10 @@ class LoadedModel:
     """The commit that was loaded, where the hub names one."""
     dtype: str
     device: str
+    checkpoint_dtype: str | None = None
+    """The type that most of the stored weights have; None where they are packed, or their files do not say."""
+    quantisation: str | None = None
+    """What the checkpoint is quantised with, in words; None if it is not."""
 
 
 def load_model(
@@ -77,13 +84,14 @@ def load_model(
     else:
         revision = options["revision"] = _commit(name, revision)
     _loading(name, lambda: model_files.require_no_adapter(name, str(source), revision))
-    config = _config(str(source), name, options)
+    config, raw = _config(str(source), name, options)
+    checkpoint = _Checkpoint(name, str(source), config, raw, options)
     if header is not None:
         model_files.require_enough(name, config, options, header.elements)
+        _loading(name, lambda: gguf_header.require_rope(Path(name), header, config))
     else:
-        stored = _loading(name, lambda: _weight_files(source, options, allow_pickle))
-        _loading(name, lambda: model_files.require_stored(name, config, options, stored))
-    chosen = _dtype(dtype, config, where)
+        _loading(name, lambda: checkpoint.inspect())
+    chosen = _dtype(dtype, config, checkpoint.dtype, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
         # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
@@ -93,23 +101,84 @@ def load_model(
         return _auto_model().from_pretrained(str(source), output_loading_info=True, **(kwargs | others))
 
     if memory_budget is None:
-        model, report = _loading(name, load)
+        model, report = _loading(name, load, checkpoint.scheme)
     elif gguf is not None:
         raise OptionError(f"{name} is dequantised as a whole; --memory-budget needs a safetensors folder.")
     else:
         scratch = run_folder.home() / "cache" / "offload"
         model, report = _loading(
-            name, lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load)
+            name,
+            lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load),
+            checkpoint.scheme,
         )
+    quantised = checkpoint.applied(model, report) if header is None else _of_gguf(header)
     _require_complete(name, report)
+    checkpoint.require_every_block(model, report)
+    if name == "demo":
+        quantised = _of_gguf(gguf_header.check(demo.model_file()))
     tokenizer = _loading(name, lambda: _tokenizer(name, str(source), options))
-    if kwargs.get("device_map") is None and streamed_blocks(model) is None:
-        model.to(where)
+    if streamed_blocks(model) is None:
+        _cast(model, chosen)
+        if kwargs.get("device_map") is None:
+            model.to(where)
     model.eval()
     model.requires_grad_(False)
     if not getattr(tokenizer, "vocab_size", None):
         raise ModelError(f"{name} has no usable tokenizer; save one beside the weights (tokenizer.json).")
-    return LoadedModel(model, tokenizer, name, revision, str(chosen).removeprefix("torch."), str(where))
+    if quantised is not None:
+        log.info("%s is quantised: %s.", name, quantised)
+    kind = str(chosen).removeprefix("torch.")
+    return LoadedModel(model, tokenizer, name, revision, kind, str(where), checkpoint.dtype, quantised)
+
+
+class _Checkpoint:
+    """What is stored in a model's safetensors files, and whether all of it was used; empty without such files."""
+
+    def __init__(self, name: str, source: str, config: Any, raw: dict[str, Any], options: dict[str, Any]) -> None:
+        self.name, self.source, self.config, self.raw, self.options = name, source, config, raw, options
+        self.stored: dict[str, StoredTensor] = {}
+        self.scheme: Scheme | None = None
+
+    @property
+    def dtype(self) -> str | None:
+        """The type that most weights have; None where they are packed."""
+        return None if self.scheme is not None else main_dtype(self.stored)
+
+    def inspect(self) -> None:
+        """Raises `ModelError` where the files are not those of the config, or quantised as the loader cannot undo."""
+        beside = {} if quantisation.is_named(self.raw) else self._beside()
+        self.scheme = quantisation.scheme_of(self.name, self.raw, self.config, beside)
+        files = list(dict.fromkeys(files_by_key(self.source, self.options).values()))
+        self.stored = stored_tensors.read(files)
+        size = sum(Path(each).stat().st_size for each in files)
+        model_files.require_stored(self.name, self.config, self.options, self.stored, size)
+        quantisation.require_consistent(self.name, self.scheme, self.stored)
+
+    def applied(self, model: Any, report: dict[str, Any]) -> str | None:
+        """What the loaded model is quantised with. Raises `ModelError` where its scales were left out."""
+        return quantisation.require_applied(self.name, self.scheme, model, self.stored, _unused(model, report))
+
+    def require_every_block(self, model: Any, report: dict[str, Any]) -> None:
+        """Raises `ModelError` where something that is stored for a block was left out of the model."""
+        try:
+            path, blocks = find_stack(model)
+        except ModelError:  # told where it is used as a stack of blocks
+            return
+        unused = _unused(model, report)
+        model_files.require_every_block(self.name, path, len(blocks), self.raw, self.stored, unused)
+
+    def _beside(self) -> dict[str, Any]:
+        from transformers.utils.hub import cached_file
+
+        quiet = dict.fromkeys(
+            ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
+        )
+        found = {}
+        for file in quantisation.BESIDE if Path(self.source).is_dir() else quantisation.BESIDE[:1]:
+            path = cached_file(self.source, file, revision=self.options["revision"], **quiet)
+            if path is not None:
+                found[file] = model_files.read_text_json(Path(path))
+        return found
 
 
 def _require_complete(name: str, report: dict[str, Any]) -> None:
@@ -120,9 +189,21 @@ def _require_complete(name: str, report: dict[str, Any]) -> None:
             f"{name} lacks {len(missing)} of the weights its config asks for ({missing[0]}, for one): the files are "
             "incomplete, or the config belongs to another model."
         )
-    unused = sorted(key for key in report.get("unexpected_keys") or () if re.search(r"\.\d+\.", key))
-    if unused:
-        log.warning("%s holds weights that its config does not ask for (%s, for one).", name, excerpt(unused[0]))
+
+
+def _unused(model: Any, report: dict[str, Any]) -> list[str]:
+    """Stored tensors that the model did not take, those left out that its family always ignores."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = report.get("unexpected_keys") or ()
+    return [key for key in found if not any(re.search(pattern, key) for pattern in ignored)]
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """What was dequantised may have kept the type of the checkpoint; float32 is some families' own choice."""
+    if getattr(model, "hf_quantizer", None) is None:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dtype is not dtype:
+                parameter.data = parameter.data.to(dtype)
 
 
 def convert_gguf(source: Path, folder: Path) -> None:
@@ -218,8 +299,9 @@ def _cpu_is_faster_in(dtype: torch.dtype) -> bool:
     return best[0] * 1.3 < best[1]
 
 
-def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    stored = getattr(config, "dtype", None)
+def _dtype(asked: str, config: Any, stored_as: str | None, device: torch.device) -> torch.dtype:
+    """The files are believed before the config, which names another type in some checkpoints, or none."""
+    stored = stored_as or getattr(config, "dtype", None)
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     if asked == "checkpoint":
@@ -227,10 +309,12 @@ def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
     return fast_dtype(stored, device) if asked == "auto" else getattr(torch, asked)
 
 
-def _config(source: str, name: str, options: dict[str, Any]) -> Any:
+def _config(source: str, name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config as a library reads it, and what its file says; that is empty for GGUF files."""
     from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    raw: dict[str, Any] = {}
     if "gguf_file" not in options:
         raw, _ = _loading(name, lambda: PreTrainedConfig.get_config_dict(source, **options))
         model_files.require_modest(name, raw)
@@ -246,10 +330,10 @@ def _config(source: str, name: str, options: dict[str, Any]) -> Any:
         )
     if kind not in CAUSAL and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
         raise ModelError(f"{name} ({kind}) is no causal language model; a decoder-only language model is needed.")
-    return config
+    return config, raw
 
 
-def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
+def _loading(name: str, load: Callable[[], Loaded], scheme: Scheme | None = None) -> Loaded:
     """What a library makes of a model's files; what it raises for damaged or foreign ones, in a sentence."""
     from transformers.utils import logging as transformers_logging
 
@@ -262,11 +346,11 @@ def _loading(name: str, load: Callable[[], Loaded]) -> Loaded:
     except SlebError:
         raise
     except Exception as error:  # any class there is: the data decides how far a library gets with it
-        raise ModelError(_explain(name, error)) from error
+        raise ModelError(_explain(name, error, scheme)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of a library in Rust; it has no class to import
             raise
-        raise ModelError(_explain(name, error)) from error
+        raise ModelError(_explain(name, error, scheme)) from error
 
 
 def _printable(record: logging.LogRecord) -> bool:
@@ -277,7 +361,7 @@ def _printable(record: logging.LogRecord) -> bool:
     return True
 
 
-def _explain(name: str, error: BaseException) -> str:
+def _explain(name: str, error: BaseException, scheme: Scheme | None) -> str:
     text = str(error).strip()
     first = excerpt(text if text.split("\n")[0].endswith(":") else text.split("\n")[0]) or type(error).__name__
     if "trust_remote_code" in text:
@@ -286,6 +370,8 @@ def _explain(name: str, error: BaseException) -> str:
         return f"{name} is gated or private on the hub: accept its terms there and log in with: hf auth login."
     if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
         return f"{name} has no safetensors weights that can be read: {first}"
+    if scheme is not None:
+        return f"{name} is quantised with {scheme.label}, which cannot be loaded here ({type(error).__name__}): {first}"
     if isinstance(error, ImportError):
         return f"{name} needs a library that is not installed: {first}"
     if isinstance(error, OSError) and not Path(name).exists() and name != "demo":
@@ -319,13 +405,6 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")
 
 
-def _weight_files(source: str | Path, options: dict[str, Any], allow_pickle: bool) -> Iterable[str]:
-    """The safetensors files of a model, none where a pickle is allowed and may be all there is."""
-    if Path(source).is_dir():
-        return map(str, Path(source).glob("*.safetensors"))
-    return [] if allow_pickle else files_by_key(str(source), options).values()
-
-
 def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -342,13 +421,18 @@ def _header(path: Path) -> gguf_header.Header:
     """The header of a GGUF file that can be a model. Raises `ModelError` for any other."""
     require_file(path)
     header = gguf_header.check(path)
-    if not header.tensors:
-        raise ModelError(f"{path} holds no tensors; fetch it again.")
+    gguf_header.require_model(path, header)
     own = {
         key.rpartition(".")[2]: value for key, value in header.settings.items() if key.startswith(header.architecture)
     }
     model_files.require_modest(str(path), own)
     return header
+
+
+def _of_gguf(header: gguf_header.Header) -> str | None:
+    """What the weights of a GGUF file are quantised with; None where they are not."""
+    kind = header.weight_type
+    return None if kind in ("F32", "F16", "BF16", "F64") else f"GGUF ({kind}){quantisation.DEQUANTISED}"
 
 
 def quieten_torchao() -> None:

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from sleb.errors import ModelError, OptionError
 from sleb.model.block_stack import find_stack
 from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
 from sleb.runtime import run_folder
@@ -51,6 +52,10 @@ def load_within(
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if fits(total, budget):
         return load(device_map={"": device} if device.type == "cuda" else None)
+    if any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config(decoder=True))):
+        raise OptionError(
+            f"{source} is quantised, and --memory-budget needs plain weights where they do not fit into it."
+        )
     path, _ = find_stack(model)
     places = _device_map(model, path, device)
     scratch = _scratch(scratch_home)
@@ -60,6 +65,7 @@ def load_within(
         with _quiet("accelerate.big_modeling"):
             model, report = load(device_map=places, offload_folder=scratch.name)
     else:
+        _require_ties(model, source, found)
         report = _read_surroundings(model, found, index, device)
         model.tie_weights()
         _generation_config(model, source, options)
@@ -128,6 +134,22 @@ def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> 
     return found
 
 
+def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
+    """Weights that the config ties are equal where both are stored: transformers would keep them apart, and warn."""
+    for one, other in getattr(model, "all_tied_weights_keys", {}).items():
+        if one in files and other in files and not torch.equal(_stored(files, one), _stored(files, other)):
+            raise ModelError(
+                f"{source} stores {one} and {other} with different values, and its config ties them; say "
+                '"tie_word_embeddings": false in config.json, or take the one away that is not the model\'s.'
+            )
+
+
+def _stored(files: dict[str, str], name: str) -> torch.Tensor:
+    with safe_open(files[name], framework="pt", backend="pread") as file:
+        found: torch.Tensor = file.get_tensor(name)
+    return found
+
+
 def _read_surroundings(
     model: Any, files: dict[str, str], index: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
@@ -139,9 +161,7 @@ def _read_surroundings(
     for name, empty in wanted.items():
         if name in index or name not in files:
             continue
-        with safe_open(files[name], framework="pt", backend="pread") as file:
-            value = file.get_tensor(name)
-        set_module_tensor_to_device(model, name, device, value=value, dtype=empty.dtype)
+        set_module_tensor_to_device(model, name, device, value=_stored(files, name), dtype=empty.dtype)
     for name, buffer in model.named_buffers():
         if buffer.device != device:
             set_module_tensor_to_device(model, name, device, value=buffer)

@@ -16,6 +16,8 @@ from sleb.records.job import Job
 from sleb.records.spec import RunSpec
 from sleb.records.trace import Step, Trace
 
+_DTYPE = r"^(float|bfloat)(16|32|64)$"
+
 
 class SelfCheck(Record):
     """Every candidate, on one tiny batch: the sweep against a plain forward pass with the block skipped."""
@@ -43,7 +45,13 @@ class StackDescription(Record):
     total_parameters: Annotated[int, Field(gt=0)]
     hidden_size: int
     vocab_size: int
-    dtype: Annotated[str, Field(pattern=r"^(float|bfloat)(16|32|64)$")]
+    dtype: Annotated[str, Field(pattern=_DTYPE)]
+    checkpoint_dtype: Annotated[str, Field(pattern=_DTYPE)] | None = None
+    """The type of the stored weights; None where they are packed, and in runs that did not look."""
+    quantisation: str | None = None
+    """What the checkpoint is quantised with, in words."""
+    per_block_lists: tuple[Annotated[str, Field(pattern=r"^\w{1,80}$")], ...] | None = None
+    """Lists in the model's config with an entry for each block; None in runs that did not look."""
     revision: str | None = None
     weights_hash: str
     identity: ModelIdentity | None = None

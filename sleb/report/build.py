@@ -184,6 +184,7 @@ def _asked(run: Run, stack: StackDescription) -> str:
         ("Model", display_name(spec.model)),
         ("Revision", stack.revision or spec.revision or "unknown"),
         ("Weights hash", stack.weights_hash),
+        *([("Quantised", stack.quantisation)] if stack.quantisation is not None else []),
         ("Blocks", f"{stack.num_blocks} × {stack.block_class} in {stack.model_class}"),
         ("Parameters", f"{stack.total_parameters:,}, of which {sum(stack.block_parameters):,} in blocks"),
         ("Hidden size, vocabulary", f"{stack.hidden_size:,}, {stack.vocab_size:,} tokens"),

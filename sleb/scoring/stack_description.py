@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,18 @@ def facts_of(stack: BlockStack, loaded: LoadedModel) -> dict[str, Any]:
         hidden_size=stack.config.hidden_size,
         vocab_size=stack.config.vocab_size,
         dtype=loaded.dtype,
+        checkpoint_dtype=loaded.checkpoint_dtype,
+        quantisation=loaded.quantisation,
+        per_block_lists=_per_block_lists(stack),
         revision=loaded.revision,
         weights_hash=weights_hash(loaded.model),
         identity=identity_of(loaded),
         scoring_version=SCORING_VERSION,
     )
+
+
+def _per_block_lists(stack: BlockStack) -> tuple[str, ...]:
+    """Which settings have an entry for each block."""
+    settings = stack.config.to_dict()
+    found = (key for key, value in settings.items() if isinstance(value, list | tuple) and len(value) == len(stack))
+    return tuple(sorted(key for key in found if re.fullmatch(r"\w{1,80}", key) and "token" not in key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,13 +235,28 @@ def test_a_sweep_that_was_cut_short_goes_on(
     ("row", "asked", "size"), [(576, 128, 64), (1536, 128, 128), (32, 128, 32), (96, 96, 96), (80, 128, 16)]
 )
 def test_a_group_divides_its_row(row: int, asked: int, size: int) -> None:
-    assert quantization._group_size("q_proj", torch.nn.Linear(row, 1), asked) == size
+    assert quantization._group_sizes({"q_proj": torch.nn.Linear(row, 1)}, asked) == {"q_proj": size}
 
 
-@pytest.mark.parametrize(("row", "advice"), [(88, "--group-size 88"), (8, "use int8")])
-def test_a_group_that_cannot_divide_is_refused(row: int, advice: str) -> None:
-    with pytest.raises(OptionError, match=f"q_proj's rows of {row}; (give )?{advice}"):
-        quantization._group_size("q_proj", torch.nn.Linear(row, 1), 128)
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        ((88,), "rows of 88 (0); give --group-size 88."),
+        ((8,), "rows of 8 (0); use int8."),
+        ((96, 88), "rows of 88 (1); use int8."),  # each alone could be divided, by 96 and by 88
+        ((72, 144), "rows of 72 (0); give --group-size 96."),  # 144 by 48, and 72 by 24
+        ((88, 128, 72), "rows of 72 (2), 88 (0); use int8."),
+    ],
+)
+def test_advice_about_groups_holds_for_all_rows(rows: tuple[int, ...], advice: str) -> None:
+    modules = {str(index): torch.nn.Linear(row, 1) for index, row in enumerate(rows)}
+    with pytest.raises(OptionError) as refused:
+        quantization._group_sizes(modules, 128)
+    assert advice in str(refused.value)
+    said = re.search(r"--group-size (\d+)", advice)
+    if said:
+        sizes = quantization._group_sizes(modules, int(said[1])).values()
+        assert all(row % size == 0 for row, size in zip(rows, sizes, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from sleb.errors import OptionError, RunError
-from sleb.formats.list_formats import FORMATS, in_words, kept_ranges, render, yaml_string
-from sleb.records import Method, Run
+from sleb.formats.list_formats import FORMATS, in_words, is_hub_id, kept_ranges, remarks, render, yaml_string
+from sleb.records import CalibrationSpec, Method, Run
 from tests.support.builders import make_run, make_step, measured
 
 LISTS = [((14, 23, 11), 30), ((0,), 4), ((3,), 4), ((1, 2), 4), ((29, 0, 15, 16), 30), ((2, 0, 1), 4)]
@@ -112,8 +112,14 @@ def test_csv_says_what_each_step_found() -> None:
         "margin",
         "margin_standard_error",
         "tied",
+        "model",
+        "revision",
+        "weights_hash",
     ]
     baseline, *rows = rows
+    assert {(row["model"], row["revision"], row["weights_hash"]) for row in (baseline, *rows)} == {
+        ("example/model-1b", "0123abc", "feedbeef")
+    }
     assert (baseline["number"], baseline["removal_list"], baseline["tied"]) == ("0", "[]", "[]")
     assert float(baseline["perplexity"]) == pytest.approx(math.exp(3.0))
     assert [row["number"] for row in rows] == ["1", "2"]
@@ -148,20 +154,110 @@ def test_json_stays_json_where_a_perplexity_is_no_number() -> None:
 
 @pytest.mark.parametrize("name", [AWKWARD, "org/model name", "-rf", "null", "1.0", "C:\\models\\x"])
 def test_names_from_outside_stay_names(name: str) -> None:
-    run = make_run(spec={"model": name})
+    run = make_run(spec={"model": name}, stack={"revision": None})
     plan = yaml.safe_load(render(run, "mergekit"))
     assert {source["model"] for part in plan["slices"] for source in part["sources"]} == {name}
     assert yaml.safe_load(yaml_string(name)) == name
     words = shlex.split(render(run, "sleb"))
     assert words[words.index("--model_name") + 1] == name
-    assert json.loads(render(run, "json"))["model"] == name
+    assert json.loads(render(run, "json"))["model"] == name.removeprefix("C:\\models\\")
 
 
 def test_another_name_can_stand_in() -> None:
     run = make_run(spec={"model": "demo"})
     plan = yaml.safe_load(render(run, "mergekit", model_name="org/real"))
     assert plan["slices"][0]["sources"][0]["model"] == "org/real"
-    assert plan["dtype"] == "bfloat16"
+    assert "dtype" not in plan  # the hub's own, not the dequantised file's
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "bfloat16"])
+def test_mergekit_keeps_the_type_of_the_checkpoint(kind: str) -> None:
+    run = make_run(stack={"dtype": "bfloat16", "checkpoint_dtype": kind})
+    assert yaml.safe_load(render(run, "mergekit"))["dtype"] == kind
+    unknown = make_run(stack={"dtype": "bfloat16"})  # as runs of earlier versions are
+    assert "dtype" not in yaml.safe_load(render(unknown, "mergekit"))
+
+
+def test_mergekit_is_told_the_revision() -> None:
+    """As its ModelReference and ModelPath have it; in a plain name @ and + would mean something."""
+    plan = yaml.safe_load(render(make_run(spec={"revision": "v2"}, stack={"revision": None}), "mergekit"))
+    assert plan["slices"][0]["sources"][0]["model"] == {"model": {"path": "example/model-1b", "revision": "v2"}}
+    plan = yaml.safe_load(render(make_run(), "mergekit"))
+    assert plan["slices"][0]["sources"][0]["model"] == {"model": {"path": "example/model-1b", "revision": "0123abc"}}
+    plan = yaml.safe_load(render(make_run(spec={"model": "/models/a@b+c"}), "mergekit"))
+    assert plan["slices"][0]["sources"][0]["model"] == {"model": {"path": "/models/a@b+c"}}
+
+
+def test_tools_that_cannot_read_the_model_are_refused() -> None:
+    gguf = make_run(spec={"model": "/models/mine.GGUF"})
+    for format in ("mergekit", "sleb"):
+        with pytest.raises(OptionError, match=r"mine\.GGUF is a GGUF file.*--format llama-quantize"):
+            render(gguf, format)
+    packed = make_run(spec={"model": "/models/mine"}, stack={"quantisation": "compressed-tensors (pack-quantized)"})
+    with pytest.raises(OptionError, match=r"mine is quantised .*Search the checkpoint that it was made from"):
+        render(packed, "mergekit")
+    assert "eval" in render(packed, "sleb")
+    with pytest.raises(OptionError, match="revision v2 of example/model-1b, and the reference takes no revision"):
+        render(make_run(spec={"revision": "v2"}), "sleb")
+    assert "eval" in render(make_run(spec={"model": "/models/mine", "revision": "v2"}), "sleb")
+
+
+@pytest.mark.parametrize(
+    ("format", "changes", "sentence"),
+    [
+        ("mergekit", {"stack": {"per_block_lists": ("layer_types",)}}, "entry for each block in layer_types"),
+        ("mergekit", {}, "such as the layer_types of Qwen2 and Qwen3"),
+        ("mergekit", {"stack": {"per_block_lists": ()}}, None),
+        ("llama-quantize", {}, "for revision 0123abc of the model"),
+        ("llama-quantize", {"spec": {"model": "/models/mine.gguf"}}, None),
+        ("sleb", {}, "neither opt nor llama"),
+        ("sleb", {"spec": {"model": "meta-llama/Llama-2-7b-hf"}}, None),
+        ("json", {}, None),
+    ],
+)
+def test_what_to_beware_of_is_said(format: str, changes: dict[str, dict[str, object]], sentence: str | None) -> None:
+    run = make_run(**changes)  # type: ignore[arg-type]
+    said = remarks(run, format)
+    assert len(said) == (sentence is not None)
+    if sentence is not None:
+        assert sentence in said[0]
+    if format == "mergekit":
+        assert all(f"# {each}\n" in render(run, format) for each in said)
+
+
+@pytest.mark.parametrize("format", ["json", "csv", "list"])
+def test_formats_that_travel_name_no_folder(format: str) -> None:
+    run = make_run(
+        spec={
+            "model": "/home/somebody/models/mine",
+            "calibration": CalibrationSpec(source="/home/somebody/notes.txt", sequences=16, sequence_length=256),
+        }
+    )
+    text = render(run, format)
+    assert "somebody" not in text
+    if format == "json":
+        found = json.loads(text)
+        assert (found["model"], found["weights_hash"]) == ("mine", "feedbeef")
+        assert found["calibration"]["source"] == "notes.txt"
+    for other in ("mergekit", "sleb"):
+        assert "/home/somebody/models/mine" in render(run, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("org/real", True),
+        ("gpt2", True),
+        ("demo", False),
+        ("/models/mine", False),
+        ("a/b/c", False),
+        ("org/--x", False),
+        ("org/model.gguf", False),
+        ("org/\u0430", False),
+    ],
+)
+def test_which_names_are_of_the_hub(name: str, is_one: bool) -> None:
+    assert is_hub_id(name) is is_one
 
 
 def test_llama_quantize_names_the_gguf_file_of_the_run() -> None:

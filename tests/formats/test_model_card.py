@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
-from sleb.formats.model_card import code, escaped, model_card
+from sleb.formats.model_card import Relation, code, escaped, front_matter, model_card
 from tests.support.builders import make_run, make_step
 
 
@@ -13,9 +14,14 @@ def test_the_card_carries_the_provenance() -> None:
     card = model_card(run, (14, 23))
     _, front, body = card.split("---\n", 2)
     matter = yaml.safe_load(front)
-    assert matter["base_model"] == "example/model-1b"
-    assert matter["library_name"] == "transformers"
-    assert "license" not in matter
+    assert matter == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "example/model-1b",
+        "base_model_relation": "finetune",
+        "tags": ["sleb", "pruned", "depth-pruning"],
+    }
+    assert "the base model names none" in body
     for fact in (
         "0123abc",
         "feedbeef",
@@ -40,7 +46,7 @@ def test_names_from_outside_cannot_break_the_card() -> None:
     run = make_run(spec={"model": evil}, stack={"text": evil, "weights_hash": "`a` | b"})
     card = model_card(run, (14, 23, 11))
     _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front).keys() == {"library_name", "tags"}
+    assert yaml.safe_load(front).keys() == {"library_name", "pipeline_tag", "tags"}
     assert "\n---" not in body
     assert "\nlicense" not in body
     assert "<script>" not in body
@@ -54,8 +60,37 @@ def test_the_card_does_not_say_where_a_folder_lies() -> None:
     assert "somebody" not in card
     assert "# mine without" in card
     assert "base_model" not in card
-    named = model_card(make_run(spec={"model": "demo"}), (14,), base_model="org/real")
-    assert yaml.safe_load(named.split("---\n")[1])["base_model"] == "org/real"
+    assert "which is not on the Hugging Face hub" in card
+    named = model_card(make_run(spec={"model": "demo"}), (14,))
+    assert yaml.safe_load(named.split("---\n")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("relation", ["finetune", "quantized", "adapter"])
+def test_front_matter_says_how_a_model_follows_from_its_base(relation: Relation) -> None:
+    lines = front_matter("org/real", relation, {"license": "mit"}, "healed", library="peft")
+    matter = yaml.safe_load("\n".join(lines[1:-1]))
+    assert matter["base_model_relation"] == relation
+    assert (matter["library_name"], matter["license"]) == ("peft", "mit")
+    assert matter["tags"] == ["sleb", "pruned", "depth-pruning", "healed"]
+    assert "base_model_relation" not in "".join(front_matter("/models/mine", relation, {}))
+
+
+def test_the_card_carries_the_licence_and_quotes_it() -> None:
+    evil = '"\n---\nbase_model: stolen\n# <b>'
+    named = {"license": "other", "license_name": "llama3", "license_link": evil}
+    card = model_card(make_run(), (14,), licence=named)
+    _, front, body = card.split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert {name: matter[name] for name in named} == named
+    assert matter["base_model"] == "example/model-1b"
+    assert "**Licence:** llama3 (" in body
+    assert "\n---" not in body
+    assert "<b>" not in body
+
+
+def test_the_card_says_that_the_base_model_is_quantised() -> None:
+    card = model_card(make_run(stack={"quantisation": "GGUF (Q8_0), dequantised while loading"}), (14,))
+    assert r"quantised: GGUF \(Q8\_0\), dequantised while loading" in card
 
 
 def test_best_chunk_cards_show_every_step() -> None:

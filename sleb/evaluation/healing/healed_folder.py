@@ -7,9 +7,7 @@ process and answers as the unmodified model does with the blocks skipped and the
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +25,10 @@ from sleb.export.checkpoint import mend_generation_config
 from sleb.export.destination import Destination, saving
 from sleb.export.proven_folder import expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
-from sleb.formats.list_formats import display_name, in_words, public_name
-from sleb.formats.model_card import PAPER, code, escaped
+from sleb.formats.list_formats import display_name, in_words
+from sleb.formats.model_card import PAPER, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
+from sleb.model.inspection import licence
 from sleb.records import Healing, Proof, RemovalList
 from sleb.runtime import origin
 
@@ -81,7 +80,7 @@ def write_adapter(
     base, meter = _exported(subject, removal), subject.meter
     with destination.writing() as folder:
         meter.phase("Writing the adapter")
-        adapted.peft_config["default"].base_model_name_or_path = str(base or out / "base")
+        adapted.peft_config["default"].base_model_name_or_path = _relative(base)
         card = _card(subject, removal_list, measured, adapter=True, base=base)
         with saving("adapter"):
             with warnings.catch_warnings():
@@ -164,33 +163,31 @@ def _exported(subject: Subject, removal: Removal) -> Path | None:
     return None
 
 
+def _relative(base: Path | None) -> str:
+    """The streamlined model's folder as an adapter names it: where it lies here says nothing elsewhere."""
+    return f"./{base.name if base else 'base'}"
+
+
 def _heading(subject: Subject, title: str, *tags: str, peft: bool = False) -> list[str]:
-    name = public_name(subject.run.spec.model)
-    on_hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
-    return [
-        "---",
-        f"library_name: {'peft' if peft else 'transformers'}",
-        *([f"base_model: {json.dumps(name)}"] if on_hub else []),
-        "tags:",
-        *(f"  - {tag}" for tag in ("sleb", "depth-pruning", *tags)),
-        "  - text-generation",
-        "---",
-        "",
-        f"# {title}",
-        "",
-    ]
+    model = subject.run.spec.model
+    front = front_matter(
+        model, "adapter" if peft else "finetune", _licence(subject), *tags, library="peft" if peft else "transformers"
+    )
+    return [*front, "", f"# {title}", ""]
+
+
+def _licence(subject: Subject) -> dict[str, str]:
+    return licence.of_model(subject.run.spec.model, subject.loaded.revision)
 
 
 def _shown(subject: Subject) -> str:
-    name = public_name(subject.run.spec.model)
-    return escaped(name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) else display_name(subject.run.spec.model))
+    return escaped(display_name(subject.run.spec.model))
 
 
 def _provenance(subject: Subject, removal_list: RemovalList) -> list[str]:
-    stack = subject.run.stack
     return [
-        f"- **Base model:** {_shown(subject)}"
-        + (f", weights hash {code(stack.weights_hash)}" if stack is not None else ""),
+        base_model(subject.run),
+        licence_line(_licence(subject)),
         f"- **Removal list:** {code(list(removal_list))}",
         f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list))}",
         f"- **Run:** {code(subject.run.run_id)}",
@@ -200,7 +197,7 @@ def _provenance(subject: Subject, removal_list: RemovalList) -> list[str]:
 def _card(
     subject: Subject, removal_list: RemovalList, measured: Sequence[Healing], *, adapter: bool, base: Path | None = None
 ) -> str:
-    """Front matter and provenance; no licence, which the base model has."""
+    """Front matter and provenance."""
     found = measured[0]
     ask = found.ask
     tokens = f"{ask.sequences:,} sequences of {ask.sequence_length} tokens from {escaped(found.healing_text)}"
@@ -242,8 +239,10 @@ def _card(
         where = "`base` in this folder" if base is None else f"{code(base.name)}, which the same run exported"
         lines += [
             f"The adapter belongs to the streamlined model in {where}, and to no other: the base model itself has "
-            "other blocks in these places. `adapter_config.json` names the folder as it was when the adapter was "
-            "written.",
+            "other blocks in these places. Hand both on together. `adapter_config.json` names it as "
+            f"{code(_relative(base))} (`base_model_name_or_path`), which is looked for in the folder that Python is "
+            "started in: move it there, write into that field where it lies or what it is called on the "
+            "hub, or load it by hand:",
             "",
             "```python",
             "from peft import PeftModel",

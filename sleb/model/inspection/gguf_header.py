@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import ModelError, excerpt
+from sleb.errors import ModelError, excerpt, quoted
 from sleb.model.inspection import model_files
 
 MAGIC = b"GGUF"
@@ -33,6 +35,16 @@ _LONGEST_NAME = 1 << 16  # bytes, as the format has it
 _LONGEST_KEPT = 1 << 12  # bytes of a string setting that is handed on
 _MOST_DIMENSIONS = 8
 _LARGEST_ALIGNMENT = 1 << 20
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.")
+_SIZES = (
+    ("block_count",),
+    ("embedding_length",),
+    ("attention.head_count", "ssm.state_size"),
+    ("feed_forward_length", "expert_feed_forward_length", "ssm.inner_size"),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
+"""What llama.cpp needs from every file, too: one of each."""
 _FAILURES = (OSError, ValueError, struct.error, OverflowError, UnicodeDecodeError)
 
 
@@ -55,6 +67,8 @@ class Header:
     settings: dict[str, Any]
     """Numbers, and texts that are short; lists are left out."""
     tensors: tuple[TensorInfo, ...]
+    keys: frozenset[str] = frozenset()
+    """Of all settings, lists included."""
 
     @property
     def architecture(self) -> str:
@@ -67,18 +81,29 @@ class Header:
         """Weights in the file."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
+    @property
+    def weight_type(self) -> str:
+        """The type that most weights have, as llama.cpp calls it."""
+        from gguf.constants import GGMLQuantizationType
+
+        counts: Counter[int] = Counter()
+        for tensor in self.tensors:
+            counts[tensor.kind] += math.prod(tensor.shape)
+        return GGMLQuantizationType(max(counts, key=counts.__getitem__)).name
+
 
 def check(path: Path) -> Header:
     """The header of a file that the gguf library may open. Raises `ModelError` for every other file."""
     try:
         with _opened(path) as cursor:
-            settings, tensors = cursor.settings(cursor.counts()), cursor.tensors()
+            found, tensors = cursor.settings(cursor.counts()), cursor.tensors()
+            settings = _kept(found)
             cursor.require_inside(settings.get("general.alignment", 32), tensors)
     except _Refused as error:
         raise ModelError(f"{path} cannot be read as GGUF: {error}; fetch it again.") from error
     except _FAILURES as error:
         raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
-    header = Header(settings, tensors)
+    header = Header(settings, tensors, frozenset(found))
     own = ((key, value) for key, value in settings.items() if key.startswith(header.architecture))
     model_files.require_modest(str(path), {key.rpartition(".")[2]: value for key, value in own})
     return header
@@ -88,9 +113,71 @@ def settings(path: Path) -> dict[str, Any]:
     """The settings alone, of a file that may be cut off behind them. Raises `ModelError`."""
     try:
         with _opened(path) as cursor:
-            return cursor.settings(cursor.counts())
+            return _kept(cursor.settings(cursor.counts()))
     except (_Refused, *_FAILURES) as error:
         raise ModelError(f"{path} cannot be read as GGUF ({excerpt(error)}); fetch it again.") from error
+
+
+def require_single(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises `ModelError` for one of several parts of a model, by its name or by what it says."""
+    count = settings.get("split.count")
+    if _PART.search(path.name) or (isinstance(count, int) and count > 1):
+        raise ModelError(
+            f"{path} is one of several parts; merge them into one file first: llama-gguf-split --merge {path.name} "
+            "OUT.gguf"
+        )
+
+
+def require_model(path: Path, header: Header) -> None:
+    """The file is a whole model and says how large: what it leaves out would be guessed. Raises `ModelError`."""
+    require_single(path, header.settings)
+    if not header.architecture:
+        raise ModelError(f"{path} does not say of which architecture it is (general.architecture); fetch it again.")
+    if header.settings.get("general.type", "model") != "model":
+        raise ModelError(f"{path} is no model but a file of type {quoted(header.settings['general.type'])}.")
+    if not header.tensors:
+        raise ModelError(f"{path} holds no tensors; fetch it again.")
+    for names in _SIZES:
+        if not any(f"{header.architecture}.{name}" in header.keys for name in names):
+            raise ModelError(
+                f"{path} does not say its {header.architecture}.{names[0]}, and transformers would take another "
+                "model's; fetch it again."
+            )
+    count = header.settings.get(f"{header.architecture}.block_count")
+    found = {int(block[1]) for each in header.tensors if (block := _BLOCK.match(each.name))}
+    if found != set(range(count if isinstance(count, int) else 0)):
+        raise ModelError(
+            f"{path} says it has {excerpt(count, 30)} blocks and holds tensors of {len(found)}; fetch it again."
+        )
+
+
+def require_rope(path: Path, header: Header, config: Any) -> None:
+    """Rotary positions that the file scales are scaled in the config read from it. Raises `ModelError`.
+
+    transformers reads that for few architectures, and computes with plain positions for the others.
+    """
+    named = header.settings.get(f"{header.architecture}.rope.scaling.type", "none")
+    said = named not in ("none", "")
+    scaled = said or any(each.name.startswith("rope_f") for each in header.tensors)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, Mapping)]
+    base = header.settings.get(f"{header.architecture}.rope.freq_base", 10_000.0)
+    theta = rope.get("rope_theta", base)  # some families have several
+    if scaled and set(kinds) <= {"default"}:
+        what = f"{excerpt(named, 30)} scaling" if said else "factors of their own (rope_freqs.weight, for one)"
+    elif not math.isclose(theta, base, rel_tol=1e-6):
+        what = f"a base of {base:,.0f}"
+    else:
+        return
+    raise ModelError(
+        f"{path} has rotary positions with {what}, which transformers does not read from a GGUF file of the "
+        f"architecture {excerpt(header.architecture, 40)}: its numbers would be another model's. Use the model's "
+        "safetensors."
+    )
+
+
+def _kept(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in found.items() if value is not None}
 
 
 class _Refused(Exception):
@@ -132,14 +219,14 @@ class _Cursor:
         return count
 
     def settings(self, count: int) -> dict[str, Any]:
-        """All settings; of lists only that they end inside the file."""
+        """All settings; of lists only that they end inside the file, and None."""
         found: dict[str, Any] = {}
         for _ in range(count):
             key = self.text(_LONGEST_NAME, "a setting's name")
             if key in found:
                 raise _Refused(f"it says {excerpt(key)!r} twice")
             found[key] = self.value(self.number("I"))
-        return {key: value for key, value in found.items() if value is not None}
+        return found
 
     def value(self, kind: int, depth: int = 0) -> Any:
         """A setting's value; None for a list, and for a text that is long."""

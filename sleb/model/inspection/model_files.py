@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError, excerpt, quoted
+from sleb.model.inspection.stored_tensors import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,13 @@ _TIMES, _SPARE = 2, 1 << 24
 """A config may ask for so many times the weights that are stored, and for some more: those that are tied, or made."""
 _BUFFER_BYTES = 1 << 28  # masks and positions of older families
 _PACKED_PER_BYTE = 8  # weights, in the densest quantisation
+
+_BLOCK = re.compile(r"(\D+?)\.(\d{1,6})\.")
+_FURTHER = re.compile(r"(num_)?(nextn_predict|mtp|mtp_num_hidden|mtp_hidden)_layers?|num_mtp_modules|mtp_num_layers")
+_NO_WEIGHT = re.compile(
+    r"rotary|inv_freq|masked_bias|attn\.bias$|attention\.bias$|[kvq]_scale$|kv_scale$|_proj\.output_scale$"
+)
+"""Tables that older versions of a family stored, and scales of a cache that no search keeps."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -120,23 +127,53 @@ def require_plain_files(folder: Path) -> None:
             _require_printable_names(path)
 
 
-def require_stored(name: str, config: Any, options: dict[str, Any], files: Iterable[str]) -> None:
-    """The safetensors files hold the weights that the config asks for, as far as their number tells.
+def require_stored(
+    name: str, config: Any, options: dict[str, Any], stored: Mapping[str, StoredTensor], size: int
+) -> None:
+    """The safetensors files, of so many bytes, hold the weights that the config asks for, as far as their number tells.
 
     Raises `ModelError` where it asks for more than twice as many; a few that are missing are told after loading.
     """
-    from safetensors import safe_open
-
-    paths = [Path(each) for each in dict.fromkeys(files)]
-    if not paths:
+    if not stored:
         return
-    stored = 0
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            stored += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    elements = sum(each.elements for each in stored.values())
     if getattr(config, "quantization_config", None):
-        stored = max(stored, _PACKED_PER_BYTE * sum(path.stat().st_size for path in paths))
-    require_enough(name, config, options, stored)
+        elements = max(elements, _PACKED_PER_BYTE * size)
+    require_enough(name, config, options, elements)
+
+
+def require_every_block(
+    name: str, path: str, num_blocks: int, raw: Mapping[str, Any], stored: Iterable[str], unused: Iterable[str]
+) -> None:
+    """No weight of a block is left out: neither whole blocks, nor a part of one. Raises `ModelError`.
+
+    `path` is that of the model's blocks, `unused` are stored tensors that the model did not take. Blocks behind the
+    stack that predict further tokens (MTP) stay out, as many as the config says.
+    """
+    further = max((int(value) for key, value in _numbers(raw) if _FURTHER.fullmatch(key)), default=0)
+    blocks = {int(found[2]) for key in stored if (found := _BLOCK.match(key)) and _same_stack(found[1], path)}
+    highest = max(blocks, default=-1)
+    if highest >= num_blocks + further:
+        raise ModelError(
+            f"{name} stores weights of block {highest} and says in its config that it has {num_blocks} blocks "
+            "(num_hidden_layers): the others would be left out. Correct the config, or take their weights away."
+        )
+    left = sorted(
+        key
+        for key in unused
+        if (found := _BLOCK.match(key)) and _same_stack(found[1], path) and int(found[2]) < num_blocks
+        if not _NO_WEIGHT.search(key)
+    )
+    if left:
+        raise ModelError(
+            f"{name} stores {len(left)} weights in its blocks that its config does not ask for ({excerpt(left[0], 100)}"
+            ", for one), and without them it computes something else: the config is not this checkpoint's."
+        )
+
+
+def _same_stack(prefix: str, path: str) -> bool:
+    """Whether both names mean one list of modules: checkpoints leave the first parts of a path out, or have more."""
+    return prefix == path or path.endswith(f".{prefix}") or prefix.endswith(f".{path}")
 
 
 def require_enough(name: str, config: Any, options: dict[str, Any], stored: int) -> None:
@@ -161,6 +198,21 @@ def _require_own_shards(index: Path) -> None:
     for name in set(shards.values()):
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise ModelError(f"{index} names the file {excerpt(name)!r} outside the folder; the folder is damaged.")
+    if index.name != "model.safetensors.index.json":
+        return
+    single = index.parent / "model.safetensors"
+    missing = sorted(name for name in set(shards.values()) if not (index.parent / name).is_file())
+    if single.is_file():
+        if single.name not in shards.values() and len(missing) < len(set(shards.values())):
+            raise ModelError(
+                f"{index.parent} holds its weights twice, in model.safetensors and in the files that {index.name} "
+                "names, and programs read the one or the others; take away which are not the model's."
+            )
+    elif missing:
+        raise ModelError(
+            f"{index} names {len(set(shards.values()))} files and {len(missing)} of them are not there "
+            f"({excerpt(missing[0], 100)}, for one); fetch them again."
+        )
 
 
 def _require_printable_names(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from sleb.formats.list_formats import display_name
+from sleb.formats.list_formats import display_name, without_folder
 from sleb.formats.published_lists import PublishedList, jaccard, shared
 from sleb.records import Measured, Method, Run, StackDescription, Step
 from sleb.report.figures import style
@@ -81,7 +80,7 @@ def _facts(run: Run) -> tuple[str, ...]:
     return (
         display_name(spec.model).split("/")[-1],
         style.method_name(spec),
-        _file(text.source),
+        without_folder(text.source),
         f"{text.sequences} × {text.sequence_length}",
         f"seed {spec.seed}",
         run.stack.dtype if run.stack else "",
@@ -104,11 +103,6 @@ def same_name_other_model(runs: Sequence[Run], rows: Sequence[Listed]) -> list[s
 
 def _end(run_id: str) -> str:
     return run_id if len(run_id) <= 18 else "…" + run_id[-17:]
-
-
-def _file(source: str) -> str:
-    """A text by its name; where a file lies does not matter here."""
-    return re.split(r"[\\/]", source)[-1] if source.startswith(("/", "~")) or ":\\" in source else source
 
 
 def _cut(text: str, length: int = _LABEL) -> str:
@@ -520,7 +514,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
         "Calibration before": first.perplexity if first else None,
         "Calibration after": last.perplexity if last else None,
         "Seconds": None,
-        "Text": f"{_file(text.source)}, {run.stack.sequences} × {run.stack.sequence_length}",
+        "Text": f"{without_folder(text.source)}, {run.stack.sequences} × {run.stack.sequence_length}",
         "Removal list": ", ".join(map(str, row.removal_list)),
         "Run": run.run_id,
     }

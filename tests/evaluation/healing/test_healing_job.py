@@ -329,7 +329,12 @@ def test_an_adapter_belongs_to_the_streamlined_folder_that_it_names(
     out = tmp_path / "adapter"
     (found,) = of_kind(sleb.heal(str(tiny_model), **ask(text_file), out=out, adapter=True), Healing)
     config = json.loads((out / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(out / "base")
+    assert config["base_model_name_or_path"] == "./base"
+    card = (out / "README.md").read_text()
+    assert "base_model_relation" not in card  # a folder is no name on the hub
+    assert "`./base` (`base_model_name_or_path`)" in card
+    assert all(str(tmp_path) not in path.read_text() for path in out.rglob("*.json"))
+    assert str(tmp_path) not in card
     assert json.loads((out / "base" / "proof.json").read_text())["passed"]
     assert "belongs to the streamlined model in `base` in this folder" in (out / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
@@ -365,7 +370,7 @@ def test_a_run_that_exported_the_list_lends_its_folder_to_the_adapter(
     settings = {key: value for key, value in ask(text_file).items() if key not in ("removal_list", "dtype")}
     sleb.heal(run, **settings, out=tmp_path / "adapter", adapter=True)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "smaller")
+    assert config["base_model_name_or_path"] == "./smaller"
     assert not (tmp_path / "adapter" / "base").exists()
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sleb.errors import ModelError
-from sleb.model.inspection import model_files
+from sleb.model.inspection import model_files, stored_tensors
 from sleb.model.inspection.block_count import num_blocks
 from sleb.model.loading import load_model
 from tests.support.families import FAMILIES
@@ -150,9 +150,10 @@ def test_a_real_family_is_never_refused(tmp_path: Path, monkeypatch: pytest.Monk
     model_files.read_config(tmp_path)
     model_files.require_plain_files(tmp_path)
     files = [str(path) for path in tmp_path.glob("*.safetensors")]
-    model_files.require_stored(family, config, {}, files)
+    stored = stored_tensors.read(files)
+    model_files.require_stored(family, config, {}, stored, 0)
     with pytest.raises(ModelError, match="its files hold"):
-        model_files.require_stored(family, FAMILIES[family].config(8), {}, files)
+        model_files.require_stored(family, FAMILIES[family].config(8), {}, stored, 0)
 
 
 def test_names_of_settings_that_only_sound_like_counts_may_be_large() -> None:
