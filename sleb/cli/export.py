@@ -114,6 +114,12 @@ def export(
         f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
         "equal with and without cache."
     )
+    if proof.checked:
+        put(f"Compared, too: {'; '.join(proof.checked)}.")
+    for note in proof.notes:
+        put(f"Note: {note}")
+    for each in proof.left_behind:
+        put(f"Left behind: {each.name} ({each.why}).")
 
 
 def report(

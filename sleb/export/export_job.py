@@ -11,6 +11,7 @@ from sleb.export.checkpoint import export_checkpoint
 from sleb.export.destination import require_free
 from sleb.formats.list_formats import public_name
 from sleb.formats.model_card import model_card
+from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_weights
 from sleb.records import Job, JobSpec, Run
@@ -56,6 +57,7 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             model_card(run, plan.removal_list, base_model=public_name(run.spec.model), found=found),
             allow_existing=asked.replace,
             progress=meter.phase,
+            source=source_folder(loaded.name, loaded.revision),
             trust_remote_code=asked.trust_remote_code,
             memory_budget=asked.memory_budget,
         )

@@ -19,6 +19,7 @@ from torch import nn
 from sleb.errors import ExportError
 from sleb.export import proof_process
 from sleb.export.destination import saving
+from sleb.export.model_folder import Contents
 from sleb.export.removal import Removal
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
@@ -51,6 +52,10 @@ class Expectation:
     parameters: int
     cache_works: bool
     """Whether the intact model generates the same with and without the KV cache; not every model does."""
+    generation: dict[str, Any] | None
+    """Its defaults for generating."""
+    text: dict[str, Any] | None
+    """What its tokenizer makes of text and of conversations; None where there is none."""
 
 
 def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
@@ -77,7 +82,16 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
             "dtype (bfloat16 or float32), or choose another removal list."
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Expectation(ids, logits, prompt, generated, parameters, cache_works)
+    return Expectation(
+        ids,
+        logits,
+        prompt,
+        generated,
+        parameters,
+        cache_works,
+        proof_process.generation_of(model),
+        None if tokenizer is None else proof_process.text_of(tokenizer, PROOF_TEXT),
+    )
 
 
 @torch.inference_mode()
@@ -99,8 +113,12 @@ def write_expectation(
     parameters_after: int,
     dtype: str,
     gguf_file: str | None = None,
+    contents: Contents | None = None,
 ) -> None:
-    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file."""
+    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file.
+
+    `contents` is what the folder was given beside the weights.
+    """
     facts = {
         "path": removal.path,
         "blocks_before": removal.num_blocks,
@@ -110,6 +128,7 @@ def write_expectation(
         "dtype": dtype,
         "cache_works": expectation.cache_works,
         "gguf_file": gguf_file,
+        "contents": None if contents is None else _facts(contents, expectation),
     }
     tensors = {
         "ids": expectation.ids,
@@ -119,6 +138,19 @@ def write_expectation(
     }
     with saving():
         save_file(tensors, folder / proof_process.EXPECTED, metadata={"facts": json.dumps(facts)})
+
+
+def _facts(contents: Contents, expectation: Expectation) -> dict[str, Any]:
+    return {
+        "files": contents.files,
+        "tensors": contents.tensors,
+        "config": json.loads(json.dumps(contents.config, default=str)),
+        "generation": expectation.generation,
+        "proof_text": PROOF_TEXT,
+        "text": expectation.text,
+        "left_behind": [each.model_dump() for each in contents.left_behind],
+        "notes": contents.notes,
+    }
 
 
 def prove(

@@ -16,7 +16,7 @@ from torch import nn
 
 from sleb.errors import ModelError, OptionError, SlebError, excerpt
 from sleb.model import demo
-from sleb.model.inspection import gguf_header, model_files, tokenizer_growth
+from sleb.model.inspection import gguf_header, model_files, stored_tensors, tokenizer_growth
 from sleb.model.inspection.presence import is_path, not_there, require_code_elsewhere, require_file
 from sleb.model.streamed_loading import files_by_key, load_within
 from sleb.model.streaming import streamed_blocks
@@ -76,12 +76,14 @@ def load_model(
         _require_folder(source, allow_pickle)
     _loading(name, lambda: model_files.require_no_adapter(name, str(source), revision))
     config = _config(str(source), name, options)
+    first = None
     if header is not None:
         model_files.require_enough(name, config, options, header.elements)
     else:
-        stored = _loading(name, lambda: _weight_files(source, options, allow_pickle))
+        stored = list(_loading(name, lambda: _weight_files(source, options, allow_pickle)))
         _loading(name, lambda: model_files.require_stored(name, config, options, stored))
-    chosen = _dtype(dtype, config, where)
+        first = _loading(name, lambda: stored_tensors.first_float(map(Path, stored)))
+    chosen = _dtype(dtype, config, where, first)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
     if where.type == "cuda" and gguf is None:
         # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
@@ -217,8 +219,9 @@ def _cpu_is_faster_in(dtype: torch.dtype) -> bool:
     return best[0] * 1.3 < best[1]
 
 
-def _dtype(asked: str, config: Any, device: torch.device) -> torch.dtype:
-    stored = getattr(config, "dtype", None)
+def _dtype(asked: str, config: Any, device: torch.device, first: str | None = None) -> torch.dtype:
+    """`first` is the type of the stored weights, for a config that names none."""
+    stored = getattr(config, "dtype", None) or first
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     if asked == "checkpoint":

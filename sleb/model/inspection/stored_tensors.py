@@ -1,0 +1,87 @@
+"""What safetensors files hold: names, types, shapes, where the bytes lie. Reads headers, no weights. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sleb.errors import ModelError, excerpt
+
+_HEADER_BYTES = 100_000_000  # as the format has it
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+_BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Types that a model can be loaded in, by the format's name, as torch calls them."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    file: Path
+    dtype: str
+    """As the format calls it: BF16, F32, U8 and so on."""
+    shape: tuple[int, ...]
+    begin: int
+    """Of its bytes in the file."""
+    size: int
+    """In bytes."""
+
+    @property
+    def item_size(self) -> int | None:
+        """Bytes of one number; None where several share a byte."""
+        bits = _BITS.get(self.dtype, 0)
+        return bits // 8 if bits and bits % 8 == 0 else None
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of these files by name. Raises `ModelError` for a file that does not hold what its header says."""
+    found: dict[str, StoredTensor] = {}
+    for path in files:
+        found |= _header(path)
+    return found
+
+
+def first_float(files: Iterable[Path]) -> str | None:
+    """The type that transformers loads weights in whose config names none: that of the first one that is a float."""
+    first = min(files, default=None)
+    if first is None:
+        return None
+    from safetensors import safe_open
+
+    with safe_open(first, framework="np") as file:
+        kinds = (file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+        return next((FLOATS[kind] for kind in kinds if kind in FLOATS), None)
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, _HEADER_BYTES):
+            raise ModelError(f"{path} is not a whole safetensors file; fetch it again.")
+        raw = file.read(length)
+    try:
+        listing = json.loads(raw)
+        listing.pop("__metadata__", None)
+        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in listing.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} has a damaged header ({excerpt(error)}); fetch it again.") from error
+
+
+def _entry(path: Path, name: str, entry: dict[str, object], data: int, size: int) -> StoredTensor:
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError(f"{name} is described as no tensor is")
+    begin, end = offsets
+    numbers = (*shape, begin, end)
+    sound = all(type(each) is int and each >= 0 for each in numbers) and begin <= end <= size - data
+    if not sound or (kind in _BITS and math.prod(shape) * _BITS[kind] != 8 * (end - begin)):
+        raise ValueError(f"{name} does not lie where the header says")
+    return StoredTensor(path, kind, tuple(shape), data + begin, end - begin)
