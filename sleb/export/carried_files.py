@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleb.errors import printable
+from sleb.errors import excerpt
 from sleb.export.destination import PROOF, saving
 from sleb.model.inspection.source_folder import INDEX, LARGEST, WEIGHTS, SourceFolder
 from sleb.records import LeftBehind
@@ -52,7 +52,7 @@ class Carried:
 def carry_over(source: SourceFolder, folder: Path, num_blocks: int, *, with_code: bool) -> Carried:
     """Copy what can be carried over into `folder`; `with_code`: the model's own Python files, too."""
     files: dict[str, str] = {}
-    left = [LeftBehind(name=printable(name), why="it was not fetched from the hub") for name in source.elsewhere]
+    left = [LeftBehind(name=excerpt(name), why="it was not fetched from the hub") for name in source.elsewhere]
     total = 0
     for name, path in _entries(source):
         why = _reason(source, name, path, num_blocks, with_code)
@@ -60,7 +60,7 @@ def carry_over(source: SourceFolder, folder: Path, num_blocks: int, *, with_code
         if why is None and (len(files) >= _MOST_FILES or total + size > _MOST_BYTES):
             why = "it is one file too many to carry over"
         if why:
-            left.append(LeftBehind(name=printable(name)[:200], why=why))
+            left.append(LeftBehind(name=excerpt(name), why=why))
         if why is not None:
             continue
         total += size

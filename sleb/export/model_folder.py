@@ -39,7 +39,7 @@ class Plan:
     removal: Removal
     source: SourceFolder | None
     copy: tensor_files.Copy | None
-    """None where the names of the stored tensors do not tell which block each is of."""
+    """None where blocks share weights, or the names of the stored tensors do not tell which block each is of."""
     config: Any
     """The model's, as it was loaded."""
 
@@ -154,7 +154,7 @@ def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]
     """The tensors of the source that belong to no block that was removed, and were not written."""
     assert plan.source is not None
     if plan.copy is None:
-        why = "the names of the stored tensors do not tell which block each is of"
+        why = "blocks share weights, or the names of the stored tensors do not tell which block each is of"
         return [LeftBehind(name="tensors that transformers does not load, if any", why=why)]
     written = set()
     for path in folder.glob("model*.safetensors"):
@@ -188,7 +188,8 @@ def _write_config(model: Any, plan: Plan, folder: Path, with_code: bool, *, copi
         if not copied and getattr(model.config, _QUANTISATION, None):
             data[_QUANTISATION] = model.config.quantization_config
     if copied and not _names_dtype(raw) and len(_float_types(plan.copy)) == 1:
-        _forget_dtype(data)  # so that the weights tell, as they did
+        _forget(data, *_DTYPES)  # so that the weights tell, as they did
+    _forget(data, "_name_or_path")  # where the source lies is nobody else's business
     with saving():
         (folder / CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -222,12 +223,12 @@ def _names_dtype(raw: Mapping[str, Any]) -> bool:
     return any(part.get(name) for part in parts for name in _DTYPES)
 
 
-def _forget_dtype(data: dict[str, Any]) -> None:
-    for name in _DTYPES:
+def _forget(data: dict[str, Any], *names: str) -> None:
+    for name in names:
         data.pop(name, None)
     for value in data.values():
         if isinstance(value, dict):
-            _forget_dtype(value)
+            _forget(value, *names)
 
 
 def _float_types(copy: tensor_files.Copy | None) -> set[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_READINGS = 32
 """Configs offered at most: the likeliest, then those that differ from it in one attribute, then in two."""
 
-_PER_BLOCK = re.compile("layer|block|idx|indices|_ids|pattern|types")  # names that speak of blocks
+_PER_BLOCK = re.compile("layer|block|idx|indices|pattern|types")  # names that speak of blocks
 _OTHER = re.compile("token|label|^mtp|^architectures$|^_")  # names that speak of something else
 _NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
 _COUNT = re.compile("layer|block|dense")
@@ -340,7 +340,7 @@ def _read_list(path: Path, value: list[Any], stack: _Stack) -> list[Any]:
         return [[[[repeated[block] for block in kept], 1]]]
     options: list[Any] = []
     numbers = _numbers_in(name, value)
-    if numbers and _PER_BLOCK.search(name):
+    if numbers and _NUMBERED.search(name):
         options += _read_indices(path, numbers, stack)
     elif len(numbers) > 1 and any(frozenset(number - base for number in numbers) in stack.kinds for base in (0, 1)):
         options += _read_indices(path, numbers, stack)  # the blocks of a kind, whatever the list is called
