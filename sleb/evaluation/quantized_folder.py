@@ -25,8 +25,8 @@ from torch import nn
 from sleb.errors import OptionError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import proof_process
+from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
-from sleb.export.model_folder import plan_folder, write_saved
 from sleb.export.proven_folder import expect, prove, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words, public_name

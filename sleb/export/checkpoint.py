@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 from sleb.errors import StorageError
-from sleb.export.carried_files import CARD
+from sleb.export.contents.carried_files import CARD
+from sleb.export.contents.model_folder import Plan, plan_folder, require_as_stored, write_copied, write_saved
 from sleb.export.destination import Destination, saving
-from sleb.export.model_folder import Plan, plan_folder, require_as_stored, write_copied, write_saved
 from sleb.export.proven_folder import Expectation, expect, let_go, prove, write_expectation
 from sleb.export.removal import carry_out, plan_removal
 from sleb.export.smaller_config import check_removal_list

@@ -18,8 +18,8 @@ from torch import nn
 
 from sleb.errors import ExportError
 from sleb.export import proof_process
+from sleb.export.contents.model_folder import Contents
 from sleb.export.destination import saving
-from sleb.export.model_folder import Contents
 from sleb.export.removal import Removal
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks

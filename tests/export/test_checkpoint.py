@@ -30,7 +30,7 @@ from transformers import (
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
-from sleb.export.model_folder import plan_folder
+from sleb.export.contents.model_folder import plan_folder
 from sleb.export.proven_folder import expect, run_proof
 from sleb.export.removal import plan_removal, remove_blocks
 from sleb.formats.model_card import with_proof

@@ -21,7 +21,7 @@ from transformers import AutoImageProcessor
 
 from sleb.errors import ExportError
 from sleb.export.checkpoint import write_checkpoint
-from sleb.export.model_folder import plan_folder, renumbered_names, require_as_stored
+from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored
 from sleb.export.proven_folder import expect
 from sleb.export.removal import plan_removal
 from sleb.model.inspection.source_folder import source_folder

@@ -17,7 +17,8 @@ from typing import Any
 from safetensors import safe_open
 
 from sleb.errors import ExportError, excerpt, quoted
-from sleb.export import carried_files, proof_process, tensor_files
+from sleb.export import proof_process
+from sleb.export.contents import carried_files, tensor_files
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
 from sleb.export.smaller_config import changes, further_blocks

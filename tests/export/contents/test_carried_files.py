@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sleb.export.carried_files import SOURCE_CARD, carry_over
+from sleb.export.contents.carried_files import SOURCE_CARD, carry_over
 from sleb.model.inspection.source_folder import SourceFolder
 from tests.support.source_folders import with_odd_files
 
