@@ -116,10 +116,6 @@ def export(
     )
     if proof.checked:
         put(f"Compared, too: {'; '.join(proof.checked)}.")
-    for note in proof.notes:
-        put(f"Note: {note}")
-    for each in proof.left_behind:
-        put(f"Left behind: {each.name} ({each.why}).")
 
 
 def report(

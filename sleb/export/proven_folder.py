@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -25,6 +26,10 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Proof
 
+log = logging.getLogger(__name__)
+
+MOST_SAID = 20
+"""Things left behind that a log names one by one."""
 PROOF_SEQUENCES = 2
 PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short enough to be gone past
 LONGEST_PROOF = 1088  # tokens
@@ -156,8 +161,18 @@ def _facts(contents: Contents, expectation: Expectation) -> dict[str, Any]:
 def prove(
     folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory_budget: int | None = None
 ) -> Proof:
-    """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that."""
+    """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that.
+
+    What the folder does not have of its source is said in the log, which is the terminal's, too.
+    """
     proof = run_proof(folder, device, trust_remote_code, memory_budget)
+    for each in proof.left_behind[:MOST_SAID]:
+        log.warning("Left behind: %s (%s).", each.name, each.why)
+    if len(proof.left_behind) > MOST_SAID:
+        more = len(proof.left_behind) - MOST_SAID
+        log.warning("%d more are left behind; %s and the card name them.", more, proof_process.PROOF)
+    for note in proof.notes:
+        log.warning("%s", note)
     with saving():
         (folder / proof_process.EXPECTED).unlink()
     return proof

@@ -85,6 +85,9 @@ def load_model(
         first = _loading(name, lambda: stored_tensors.first_float(map(Path, stored)))
     chosen = _dtype(dtype, config, where, first)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
+    told_by_pickle = dtype == "checkpoint" and header is None and not (first or getattr(config, "dtype", None))
+    if told_by_pickle and memory_budget is None:
+        kwargs["dtype"] = "auto"
     if where.type == "cuda" and gguf is None:
         # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
         kwargs["device_map"] = "auto" if device == "all" else {"": where}
@@ -102,6 +105,7 @@ def load_model(
             name, lambda: load_within(memory_budget, str(source), config, chosen, where, scratch, options, load)
         )
     _require_complete(name, report)
+    chosen = model.dtype if kwargs["dtype"] == "auto" else chosen
     tokenizer = _loading(name, lambda: _tokenizer(name, str(source), options))
     if kwargs.get("device_map") is None and streamed_blocks(model) is None:
         model.to(where)

@@ -96,7 +96,7 @@ def _reason(source: SourceFolder, name: str, path: Path, num_blocks: int, with_c
     if name.startswith("."):
         return "it is hidden"
     if suffix in WEIGHTS or name.endswith(".index.json"):
-        return "it holds weights that were not loaded, of the whole model"
+        return "it holds weights of the whole model"
     if name in _OURS or name == SOURCE_CARD:
         return "an earlier export wrote it"
     if name.startswith(TEMPLATES) and suffix != ".jinja":

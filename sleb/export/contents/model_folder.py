@@ -155,7 +155,8 @@ def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]
     """The tensors of the source that belong to no block that was removed, and were not written."""
     assert plan.source is not None
     if plan.copy is None:
-        why = "blocks share weights, or the names of the stored tensors do not tell which block each is of"
+        shared = "blocks share weights, or the names of the stored tensors do not tell which block each is of"
+        why = shared if plan.source.weights else "only transformers reads a pickle"
         return [LeftBehind(name="tensors that transformers does not load, if any", why=why)]
     written = set()
     for path in folder.glob("model*.safetensors"):

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from sleb.errors import ExportError
-from sleb.export.checkpoint import write_checkpoint
+from sleb.export.checkpoint import export_checkpoint, write_checkpoint
 from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored
 from sleb.export.proven_folder import expect
 from sleb.export.removal import plan_removal
@@ -240,6 +240,31 @@ def test_a_quantised_checkpoint_that_cannot_be_copied_is_refused(tmp_path: Path)
     assert plan.copy is None
     with pytest.raises(ExportError, match="stored quantised, and which tensor is of which block cannot be told"):
         require_as_stored(plan)
+
+
+def test_what_is_left_behind_is_said_in_the_log_and_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a pickle, too, whose config names no type: transformers writes its weights, in the type they have."""
+    source = source_folders.save(tmp_path / "model", build("llama").half())
+    torch.save(source_folders.tensors(source), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    source_folders.settings(source, "dtype")
+    (source / "run.sh").write_text("true")
+    (source / "LICENSE").write_text("as is")
+    loaded = load_model(str(source), dtype="checkpoint", device="cpu", allow_pickle=True)
+    assert loaded.dtype == "float16"
+    folder = source_folder(str(source), None)
+    proof = export_checkpoint(loaded.model, loaded.tokenizer, (1, 3), tmp_path / "out", "# A card", source=folder)
+    assert {each.name: each.why for each in proof.left_behind} == {
+        "pytorch_model.bin": "it holds weights of the whole model",
+        "tensors that transformers does not load, if any": "only transformers reads a pickle",
+        "run.sh": "it is a program",
+    }
+    assert "Left behind: run.sh (it is a program)." in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- `run.sh`: it is a program" in card
+    assert "- the defaults for generating are equal" in card
+    assert (tmp_path / "out" / "LICENSE").read_text() == "as is"
+    assert {each.dtype for each in tensors(tmp_path / "out").values()} == {torch.float16}
 
 
 def test_names_of_modules_follow_and_patterns_are_refused() -> None:
