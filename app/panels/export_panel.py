@@ -228,8 +228,13 @@ def _proof_card(export: Export) -> None:
             f"- Logits at {proof.tokens} positions {apart} of the original with these blocks skipped "
             f"({proof.tolerance:.3g} apart would pass).\n"
             f"- {build.generation(proof)}.\n"
-            f"- Reloaded with {plain(versions)}."
+            f"- Reloaded with {plain(versions)}." + "".join(f"\n- {plain(each)}." for each in proof.checked)
         )
+        for note in proof.notes:
+            st.info(plain(note))
+        if proof.left_behind:
+            st.markdown("**Left behind**")
+            st.dataframe([{"What": each.name, "Since": each.why} for each in proof.left_behind], hide_index=True)
         st.code(str(export.out), language=None, wrap_lines=True)
         if access.allows(export.out) and not export.out.exists():
             st.caption(f"The {'folder' if before is None else 'file'} is no longer there: it was moved or deleted.")

@@ -116,6 +116,8 @@ def export(
         f"{proof.max_logit_difference:.2g} (allowed {proof.tolerance:.2g}), {proof.generated_tokens} tokens generated "
         "equal with and without cache."
     )
+    if proof.checked:
+        put(f"Compared, too: {'; '.join(proof.checked)}.")
 
 
 def report(

@@ -22,6 +22,7 @@ from sleb.methods.statistics import measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import positions_of
 from sleb.model.identity import identity_of
+from sleb.model.inspection.source_folder import SourceFolder, source_folder
 from sleb.model.loading import LoadedModel
 from sleb.records import (
     EVALUATION_VERSION,
@@ -78,6 +79,10 @@ class Subject:
     def tokenizer(self) -> Any:
         """Its own."""
         return self.loaded.tokenizer
+
+    def source(self) -> SourceFolder | None:
+        """The folder that the model was loaded from, where it has one."""
+        return source_folder(self.loaded.name, self.loaded.revision)
 
     @property
     def is_plain(self) -> bool:

@@ -24,12 +24,12 @@ from torch import nn
 from sleb.errors import OptionError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import proof_process
-from sleb.export.checkpoint import mend_generation_config
+from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
 from sleb.export.proven_folder import expect, prove, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words
-from sleb.formats.model_card import PAPER, base_model, code, escaped, front_matter, licence_line
+from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection import licence
 from sleb.model.loading import forget_quantisation
@@ -114,12 +114,11 @@ def write(
         forget_quantisation(smaller)
         smaller.config.quantization_config = _config(smaller, quantised.stack.path, quantised.bits)
         card = _card(subject, quantised, removal_list, measured)
-        with saving():
-            mend_generation_config(smaller, folder)
-            smaller.save_pretrained(folder, state_dict=tensors)
-            subject.tokenizer.save_pretrained(folder)
+        plan = plan_folder(subject.model, removal, subject.source())
+        trusted = subject.job.trust_remote_code
+        contents = write_saved(smaller, subject.tokenizer, plan, folder, with_code=trusted, state=tensors)
         # A reload counts words and scales until its first forward pass; the numbers of the model are put in below.
-        write_expectation(folder, removal, expectation, _stored(folder), subject.loaded.dtype)
+        write_expectation(folder, removal, expectation, _stored(folder), subject.loaded.dtype, contents=contents)
         del smaller, tensors
         meter.phase("Reloading it in a new process, to compare")
         proof = prove(folder, str(quantised.stack.device), subject.job.trust_remote_code)
@@ -273,5 +272,6 @@ def _with_proof(card: str, proof: Proof) -> str:
         f"quantised model with the blocks skipped ({proof.tolerance:.3g} allowed in {escaped(proof.dtype)}). The "
         "details are in `proof.json`.",
         "",
+        *accounted_for(proof),
     ]
     return card.rstrip("\n") + "\n\n" + "\n".join(lines)

@@ -13,6 +13,7 @@ from sleb.export.destination import require_free
 from sleb.formats.list_formats import display_name
 from sleb.formats.model_card import model_card
 from sleb.model.inspection import licence
+from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model
 from sleb.records import Job, JobSpec, Run
@@ -79,6 +80,7 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             model_card(run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), found=found),
             allow_existing=asked.replace,
             progress=meter.phase,
+            source=source_folder(loaded.name, loaded.revision),
             trust_remote_code=asked.trust_remote_code,
             memory_budget=asked.memory_budget,
         )

@@ -9,28 +9,34 @@ with the blocks skipped; the verdict is written beside the model as `PROOF`, wit
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 EXPECTED = "proof-expected.safetensors"
 PROOF = "proof.json"
 
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a model raises that cannot do what it is asked."""
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generating that need `do_sample`."""
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 4e-3}
 """Share of the largest logit by which two logits may differ, per dtype of the weights.
@@ -64,10 +70,14 @@ def prove(
     if memory_budget is None:
         model.to(device)
 
+    contents = facts["contents"]
+    copied = contents is not None and contents["tensors"] is not None
+    # Of a copied checkpoint the original, too, held what transformers does not load.
+    faults = ("missing_keys", "mismatched_keys") if copied else ("missing_keys", "unexpected_keys", "mismatched_keys")
     reasons = [
         f"{len(loading[kind])} weights are {kind.removesuffix('_keys')} when it is reloaded, such as "
         f"{min(map(str, loading[kind]))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        for kind in faults
         if loading.get(kind)
     ]
     blocks, parameters = len(model.get_submodule(facts["path"])), sum(p.numel() for p in model.parameters())
@@ -79,6 +89,10 @@ def prove(
         )
     if parameters != facts["parameters_after"]:
         reasons.append(f"the reloaded model has {parameters} parameters, and {facts['parameters_after']} were written")
+
+    checked: list[str] = []
+    if contents is not None:
+        checked = contents_checked(folder, facts, model, trust_remote_code, reasons)
 
     ids = expected["ids"]  # (sequences, length)
     logits = expected["logits"]  # (sequences, positions, vocabulary)
@@ -133,10 +147,142 @@ def prove(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
+        "checked": checked,
+        "files": sorted(contents["files"]) if contents else [],
+        "left_behind": contents["left_behind"] if contents else [],
+        "notes": contents["notes"] if contents else [],
     }
     scratch.cleanup()
     (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     return proof
+
+
+def contents_checked(
+    folder: Path, facts: dict[str, Any], model: Any, trust_remote_code: bool, reasons: list[str]
+) -> list[str]:
+    """What was compared besides predictions; adds to `reasons` what is not as it must be."""
+    contents = facts["contents"]
+    wrong = [
+        *wrong_files(folder, contents["files"]),
+        *(wrong_tensors(folder, contents["tensors"]) if contents["tensors"] is not None else ()),
+        *wrong_config(folder, contents["config"], model),
+        *stale_settings(folder, facts["blocks_before"], len(facts["kept_blocks"])),
+    ]
+    checked = ["every list and count in config.json follows the blocks"]
+    if contents["tensors"] is not None:
+        checked.append(f"{len(contents['tensors'])} tensors have the names, types and shapes of the source's")
+    if contents["files"]:
+        checked.append(f"{len(contents['files'])} files of the source's folder are there, byte for byte as written")
+    if contents["generation"] is not None:
+        found, given = generation_of(model) or {}, contents["generation"]
+        differ = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
+        wrong += [f"its defaults for generating differ ({', '.join(differ)})"] if differ else []
+        checked.append("the defaults for generating are equal")
+    if contents["text"] is not None:
+        options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+        text = text_of(AutoTokenizer.from_pretrained(str(folder), **options), contents["proof_text"])
+        wrong += [f"its tokenizer has other {name}" for name in text if text[name] != contents["text"][name]]
+        checked.append("the tokenizer gives the same tokens, and every conversation the same text")
+    reasons += wrong
+    return checked
+
+
+def text_of(tokenizer: Any, text: str) -> dict[str, Any]:
+    """All that the text of a conversation and its tokens depend on, as JSON."""
+    found = {
+        "tokens": list(tokenizer(text)["input_ids"]),
+        "chat templates": getattr(tokenizer, "chat_template", None),
+        "special tokens": dict(tokenizer.special_tokens_map),
+    }
+    return dict(json.loads(json.dumps(found, default=str)))
+
+
+def generation_of(model: Any) -> dict[str, Any] | None:
+    """The defaults for generating, as JSON; those of sampling only where it samples."""
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return None
+    idle = () if config.do_sample is True else SAMPLING
+    found = json.loads(json.dumps(config.to_dict(), default=str))
+    return {
+        name: each for name, each in found.items() if name not in ("transformers_version", "_from_model_config", *idle)
+    }
+
+
+def wrong_files(folder: Path, files: dict[str, str]) -> list[str]:
+    """Files that are not there as they were carried over."""
+    wrong = []
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            wrong.append(f"{name} is missing")
+        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            wrong.append(f"{name} is not as it was written")
+    return wrong
+
+
+def wrong_tensors(folder: Path, expected: dict[str, list[Any]]) -> list[str]:
+    """Tensors whose names, types or shapes are not those of the source without the removed blocks."""
+    found: dict[str, list[Any]] = {}
+    listed: dict[str, str] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name], listed[name] = [part.get_dtype(), list(part.get_shape())], path.name
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and json.loads(index.read_bytes())["weight_map"] != listed:
+        return ["its index names other tensors than its files hold"]
+    differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    what = f"{len(differ)} tensors are not those of the source without the blocks, such as"
+    return [f"{what} {differ[0]}"] if differ else []
+
+
+def wrong_config(folder: Path, expected: dict[str, Any], model: Any) -> list[str]:
+    """Settings that are not what the removal makes of them."""
+    found = json.loads(json.dumps(model.config.get_text_config().to_dict(), default=str))
+    return [
+        f"its config says {name} = {found.get(name)!r:.200}, and {value!r:.200} was to be written"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+
+
+COUNTS = re.compile(r"(n|num)_?(hidden_|decoder_)?(layers?|blocks?)")
+OF_BLOCKS = re.compile("layer|block|idx|indices")
+OF_OTHERS = re.compile(
+    "vision|visual|image|video|audio|speech|encoder|talker|project|quant|^rope|draft|mtp|token|label"
+)
+TEXT_PART = re.compile("text|language|llm|thinker|decoder")
+
+
+def stale_settings(folder: Path, before: int, after: int) -> list[str]:
+    """Settings in config.json that still speak of the whole model.
+
+    Counts of its blocks, lists with an entry for each of them, and numbers of blocks that are not there.
+    """
+    config = json.loads((folder / "config.json").read_bytes())
+    further = max(
+        [0, *(each for name, each, _ in walked(config) if re.search("nextn|mtp", name) and type(each) is int)]
+    )
+    wrong = []
+    for name, value, own in walked(config):
+        if COUNTS.fullmatch(name):
+            wrong += [f"its config still says {name} = {before}"] if own and value == before != after else []
+        elif OF_BLOCKS.search(name) and not OF_OTHERS.search(name) and isinstance(value, list | dict):
+            numbers = [int(each) for each in value if type(each) is int or (type(each) is str and each.isdecimal())]
+            if isinstance(value, list) and len(value) == before != after and not len(numbers) == len(set(numbers)) > 0:
+                wrong.append(f"{name} in its config still has an entry for each of {before} blocks")
+            elif len(numbers) == len(value) and any(after + further < each <= before for each in numbers):
+                wrong.append(f"{name} in its config names a block that is not there")
+    return wrong
+
+
+def walked(settings: Any, own: bool = True) -> Iterator[tuple[str, Any, bool]]:
+    """Every setting and its name, nested ones too, and whether it stands where the stack's size does."""
+    for name, value in settings.items():
+        yield name, value, own
+        if isinstance(value, dict) and not OF_OTHERS.search(name):
+            yield from walked(value, own and TEXT_PART.search(name) is not None)
 
 
 def tolerance_of(dtype: str, logits: torch.Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,12 +19,17 @@ from torch import nn
 
 from sleb.errors import ExportError, model_without
 from sleb.export import proof_process
+from sleb.export.contents.model_folder import Contents
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Proof
 
+log = logging.getLogger(__name__)
+
+MOST_SAID = 20
+"""Things left behind that a log names one by one."""
 PROOF_SEQUENCES = 2
 PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short enough to be gone past
 LONGEST_PROOF = 1088  # tokens
@@ -51,6 +57,10 @@ class Expectation:
     parameters: int
     cache_works: bool
     """Whether the intact model generates the same with and without the KV cache; not every model does."""
+    generation: dict[str, Any] | None
+    """Its defaults for generating."""
+    text: dict[str, Any] | None
+    """What its tokenizer makes of text and of conversations; None where there is none."""
 
 
 def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
@@ -78,7 +88,16 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
             "written. Convert the checkpoint to bfloat16 or float32 first, or choose another removal list."
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Expectation(ids, logits, prompt, generated, parameters, cache_works)
+    return Expectation(
+        ids,
+        logits,
+        prompt,
+        generated,
+        parameters,
+        cache_works,
+        proof_process.generation_of(model),
+        None if tokenizer is None else proof_process.text_of(tokenizer, PROOF_TEXT),
+    )
 
 
 @torch.inference_mode()
@@ -100,8 +119,12 @@ def write_expectation(
     parameters_after: int,
     dtype: str,
     gguf_file: str | None = None,
+    contents: Contents | None = None,
 ) -> None:
-    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file."""
+    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file.
+
+    `contents` is what the folder was given beside the weights.
+    """
     facts = {
         "path": removal.path,
         "blocks_before": removal.num_blocks,
@@ -111,6 +134,7 @@ def write_expectation(
         "dtype": dtype,
         "cache_works": expectation.cache_works,
         "gguf_file": gguf_file,
+        "contents": None if contents is None else _facts(contents, expectation),
     }
     tensors = {
         "ids": expectation.ids,
@@ -122,11 +146,34 @@ def write_expectation(
         save_file(tensors, folder / proof_process.EXPECTED, metadata={"facts": json.dumps(facts)})
 
 
+def _facts(contents: Contents, expectation: Expectation) -> dict[str, Any]:
+    return {
+        "files": contents.files,
+        "tensors": contents.tensors,
+        "config": json.loads(json.dumps(contents.config, default=str)),
+        "generation": expectation.generation,
+        "proof_text": PROOF_TEXT,
+        "text": expectation.text,
+        "left_behind": [each.model_dump() for each in contents.left_behind],
+        "notes": contents.notes,
+    }
+
+
 def prove(
     folder: Path, device: str = "cpu", trust_remote_code: bool = False, memory_budget: int | None = None
 ) -> Proof:
-    """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that."""
+    """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that.
+
+    What the folder does not have of its source is said in the log, which is the terminal's, too.
+    """
     proof = run_proof(folder, device, trust_remote_code, memory_budget)
+    for each in proof.left_behind[:MOST_SAID]:
+        log.warning("Left behind: %s (%s).", each.name, each.why)
+    if len(proof.left_behind) > MOST_SAID:
+        more = len(proof.left_behind) - MOST_SAID
+        log.warning("%d more are left behind; %s and the card name them.", more, proof_process.PROOF)
+    for note in proof.notes:
+        log.warning("%s", note)
     with saving():
         (folder / proof_process.EXPECTED).unlink()
     return proof

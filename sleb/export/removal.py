@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sleb.errors import ExportError
-from sleb.export.smaller_config import check_removal_list, readings, rebuilt
+from sleb.export.smaller_config import check_removal_list, readings, rebuilt, undecided
 from sleb.model.block_stack import find_stack
 
 _PASSING = frozenset({"training", "gradient_checkpointing"})  # how a module is used, not what it is
@@ -54,6 +54,7 @@ def plan_removal(model: nn.Module, removal_list: Sequence[int]) -> Removal:
         except ExportError as error:
             reasons.append(str(error))
             continue
+        _require_decided(model, data, removal_list, path, kept)
         return Removal(path, len(blocks), kept, skeleton, packed)
     if any(parameter.numel() and not parameter.is_floating_point() for parameter in model.parameters()):
         raise ExportError(
@@ -64,6 +65,22 @@ def plan_removal(model: nn.Module, removal_list: Sequence[int]) -> Removal:
         f"{type(model).__name__} cannot be saved without blocks {sorted(removed)}: {reasons[0]}. "
         "Choose other blocks, such as the last ones (nothing moves then), or skip them while running instead."
     )
+
+
+def _require_decided(
+    model: Any, data: dict[str, Any], removal_list: Sequence[int], path: str, kept: tuple[int, ...]
+) -> None:
+    """Where the config does not tell from where a list of block numbers counts, the model itself must."""
+    for name, other in undecided(model.config, removal_list, data):
+        try:
+            _compare(model, _skeleton(model, rebuilt(model.config, other, removal_list)), path, kept)
+        except ExportError:
+            continue
+        raise ExportError(
+            f"{type(model).__name__} cannot be saved without blocks {sorted(removal_list)}: {name} in its config lists "
+            "block numbers, and nothing tells whether they count from 0 or from 1. Choose blocks behind all that it "
+            "lists, or take the list out of config.json if nothing reads it."
+        )
 
 
 def require_same_blocks(model: nn.Module, config: Any, removal: Removal) -> None:

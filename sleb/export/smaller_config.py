@@ -12,7 +12,8 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -25,13 +26,21 @@ if TYPE_CHECKING:
 MAX_READINGS = 32
 """Configs offered at most: the likeliest, then those that differ from it in one attribute, then in two."""
 
-_PER_BLOCK = re.compile("layer|block|idx|indices|_ids|pattern|types")  # names that speak of blocks
+_PER_BLOCK = re.compile("layer|block|idx|indices|pattern|types")  # names that speak of blocks
 _OTHER = re.compile("token|label|^mtp|^architectures$|^_")  # names that speak of something else
 _NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
 _COUNT = re.compile("layer|block|dense")
 _FROM_START = re.compile(r"first|start_index$|^num_dense_layers$|^max_window_layers$")
 _FROM_END = re.compile(r"_last_|shared_layers$")
 _END_INDEX = re.compile(r"end_index$")
+_NUMBERED = re.compile("layer|block|idx|indices|indexes")  # a list of numbers so named holds block numbers
+FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers")
+"""How configs call the number of further blocks that predict several tokens at once."""
+_OTHER_PART = re.compile("vision|visual|image|video|audio|speech|encoder|talker|project|quant|rope|draft|mtp")
+"""Nested settings of something else than the stack."""
+
+Path = tuple[str | int, ...]
+"""Where a setting stands in a config: keys, and places in lists."""
 
 
 def check_removal_list(removal_list: Sequence[int], num_blocks: int) -> None:
@@ -63,17 +72,117 @@ def readings(config: PreTrainedConfig, removal_list: Sequence[int]) -> Iterator[
     """The config as plain data, rewritten for fewer blocks, the likeliest reading first."""
     text = config.get_text_config()
     check_removal_list(removal_list, text.num_hidden_layers)
-    data = _as_data(text)
-    kept = tuple(block for block in range(text.num_hidden_layers) if block not in set(removal_list))
-    data = _with_explicit_dense_blocks(data, text.num_hidden_layers)
-    blocks_name = type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    choices = {name: _read(name, value, text.num_hidden_layers, kept) for name, value in data.items()}
-    if blocks_name in data:
-        choices[blocks_name] = [len(kept)]
-    likeliest = {name: options[0] for name, options in choices.items()}
-    others = {name: options[1:] for name, options in choices.items() if len(options) > 1}
-    for reading in itertools.islice(_deviations(likeliest, others), MAX_READINGS):
+    stack = _stack_of(text, removal_list)
+    choices = _choices(text, stack)
+    likeliest = {path: options[0] for path, options in choices.items()}
+    others = {path: options[1:] for path, options in choices.items() if len(options) > 1}
+    for chosen in itertools.islice(_deviations(likeliest, others), MAX_READINGS):
+        reading = copy.deepcopy(stack.settings)
+        for path, value in chosen.items():
+            _put(reading, path, value)
         yield reading if text is config else _as_data(config) | {_text_name(config): reading}
+
+
+def undecided(config: PreTrainedConfig, removal_list: Sequence[int], data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Lists of block numbers whose reading in `data` is one of two: their name, and `data` with the other one."""
+    text = config.get_text_config()
+    stack = _stack_of(text, removal_list)
+    reading = data if text is config else data[_text_name(config)]
+    for path, options in _choices(text, stack).items():
+        value = _at(stack.settings, path)
+        if not _is_undecided(path, value, stack):
+            continue
+        for option in options:
+            if option != value and option != _at(reading, path):
+                other = copy.deepcopy(reading)
+                _put(other, path, option)
+                yield named(path), other if text is config else data | {_text_name(config): other}
+
+
+def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
+    """What the config of the text part says otherwise for the smaller model, by the names of the settings."""
+    before, after = (each.get_text_config().to_dict() for each in (old, new))
+    loading = ("dtype", "quantization_config", "_name_or_path", "transformers_version")
+    return {name: value for name, value in after.items() if before.get(name) != value and name not in loading}
+
+
+def named(path: Path) -> str:
+    """A setting as a message names it."""
+    return ".".join(map(str, path))
+
+
+def further_blocks(settings: Mapping[str, Any]) -> dict[str, int]:
+    """How many blocks a config counts behind the last one, to predict several tokens at once, by the count's name."""
+    counts = {name: settings.get(name) for name in FURTHER}
+    return {name: count for name, count in counts.items() if type(count) is int and count > 0}
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The settings of a model's stack, and which of its blocks stay."""
+
+    settings: dict[str, Any]
+    num_blocks: int
+    kept: tuple[int, ...]
+    further: int
+    """Blocks behind the last one; lists may hold entries for them."""
+    kinds: tuple[frozenset[int], ...]
+    """The blocks of each kind, for each list with an entry per block."""
+
+    @property
+    def position(self) -> dict[int, int]:
+        """The new number of every block that has one."""
+        moved = {block: index for index, block in enumerate(self.kept)}
+        behind = range(self.num_blocks, self.num_blocks + self.further)
+        return moved | {block: block - self.num_blocks + len(self.kept) for block in behind}
+
+
+def _stack_of(text: PreTrainedConfig, removal_list: Sequence[int]) -> _Stack:
+    count = text.num_hidden_layers
+    kept = tuple(block for block in range(count) if block not in set(removal_list))
+    data = _with_explicit_dense_blocks(_as_data(text), count)
+    lists = [value for value in data.values() if isinstance(value, list) and len(value) == count]
+    kinds = [
+        frozenset(block for block, entry in enumerate(value) if entry == kind)
+        for value in lists
+        if all(isinstance(entry, str) for entry in value)
+        for kind in sorted(set(value))
+    ]
+    further = max(further_blocks(data).values(), default=0)
+    return _Stack(data, count, kept, further, tuple(kinds))
+
+
+def _choices(text: PreTrainedConfig, stack: _Stack) -> dict[Path, list[Any]]:
+    blocks_name = type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    choices = {path: _read(path, value, stack) for path, value in _settings(stack.settings, stack.num_blocks)}
+    if (blocks_name,) in choices:
+        choices[blocks_name,] = [len(stack.kept)]
+    return choices
+
+
+def _settings(data: Any, num_blocks: int, above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every setting of a config that may speak of blocks, nested ones too."""
+    for name, value in data.items():
+        path = (*above, name)
+        other = _OTHER_PART.search(str(name)) or (isinstance(value, dict) and "model_type" in value)
+        if isinstance(value, dict) and not other and not all(str(key).isdecimal() for key in value):
+            yield from _settings(value, num_blocks, path)
+        elif isinstance(value, list) and 0 < len(value) < num_blocks and all(isinstance(each, dict) for each in value):
+            for index, entry in enumerate(value):
+                yield from _settings(entry, num_blocks, (*path, index))
+        else:
+            yield path, value
+
+
+def _at(data: Any, path: Path) -> Any:
+    for key in path:
+        data = data[key]
+    return data
+
+
+def _put(data: Any, path: Path, value: Any) -> None:
+    *above, last = path
+    _at(data, tuple(above))[last] = copy.deepcopy(value)
 
 
 def rebuilt(config: PreTrainedConfig, data: dict[str, Any], removal_list: Sequence[int]) -> PreTrainedConfig:
@@ -96,10 +205,13 @@ def _require_accepted(old: PreTrainedConfig, new: PreTrainedConfig, data: dict[s
     if old.get_text_config() is not old:
         data = data[_text_name(old)]
     becomes = new.get_text_config().to_dict()
-    for name, given in data.items():
-        taken = becomes.get(name, given)
+    for path, given in _settings(data, 0):
+        try:
+            taken = _at(becomes, path)
+        except (KeyError, IndexError, TypeError):
+            continue
         if isinstance(given, list) and isinstance(taken, list) and taken != given:
-            raise ExportError(f"its config turns {name} of the blocks that stay, {given}, into {taken}")
+            raise ExportError(f"its config turns {named(path)} of the blocks that stay, {given}, into {taken}")
 
 
 def _as_data(config: PreTrainedConfig) -> dict[str, Any]:
@@ -117,7 +229,7 @@ def _text_name(config: PreTrainedConfig) -> str:
     return names[0]
 
 
-def _deviations(likeliest: dict[str, Any], others: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+def _deviations(likeliest: dict[Path, Any], others: dict[Path, list[Any]]) -> Iterator[dict[Path, Any]]:
     """The likeliest reading, then those that deviate from it in one attribute, then in two."""
     for number in range(3):
         for names in itertools.combinations(others, number):
@@ -125,8 +237,9 @@ def _deviations(likeliest: dict[str, Any], others: dict[str, list[Any]]) -> Iter
                 yield likeliest | dict(zip(names, values, strict=True))
 
 
-def _read(name: str, value: Any, num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+def _read(path: Path, value: Any, stack: _Stack) -> list[Any]:
     """What the attribute may be for the kept blocks alone, the likeliest first."""
+    name, num_blocks, kept = str(path[-1]), stack.num_blocks, stack.kept
     options: list[Any] = []
     if _OTHER.search(name) or isinstance(value, bool):
         pass
@@ -134,26 +247,80 @@ def _read(name: str, value: Any, num_blocks: int, kept: tuple[int, ...]) -> list
         # MiniCPM divides it by the root of num_hidden_layers.
         options = [value * math.sqrt(len(kept) / num_blocks)]
     elif isinstance(value, int):
-        options = _read_number(name, value, num_blocks, kept)
-    elif isinstance(value, str) and len(value) == num_blocks and "pattern" in name:  # a letter per block
-        options = ["".join(value[block] for block in kept)]
+        options = _read_number(path, value, num_blocks, kept)
+    elif isinstance(value, str):
+        options = _read_text(name, value, stack)
     elif isinstance(value, list | tuple):
-        options = [type(value)(option) for option in _read_list(name, list(value), num_blocks, kept)]
+        options = [type(value)(option) for option in _read_list(path, list(value), stack)]
     elif isinstance(value, dict) and "layer" in name and all(str(key).isdecimal() for key in value):
         by_block = {int(key): entry for key, entry in value.items()}
-        options = [{str(new): by_block[old] for new, old in enumerate(kept) if old in by_block}]
+        position = stack.position
+        options = [{str(position[old]): by_block[old] for old in sorted(by_block) if old in position}]
     certain = isinstance(value, list | tuple | dict | str) and bool(_PER_BLOCK.search(name))
     if not (options and certain):  # what surely speaks of blocks cannot stay as it is
         options.append(value)
     return [option for index, option in enumerate(options) if option not in options[:index]]
 
 
-def _read_number(name: str, value: int, num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+def _read_text(name: str, value: str, stack: _Stack) -> list[str]:
+    """A letter for each block, or block numbers between commas (Step's moe_layers_enum)."""
+    if len(value) == stack.num_blocks and "pattern" in name:
+        return ["".join(value[block] for block in stack.kept)]
+    numbers = _numbers_in(name, value)
+    return [",".join(map(str, option)) for option in _read_indices((name,), numbers, stack)] if numbers else []
+
+
+def _numbers_in(name: str, value: Any) -> list[int]:
+    """The block numbers that a setting lists; none where it lists something else."""
+    if isinstance(value, str) and _NUMBERED.search(name) and re.fullmatch(r"\s*\d{1,4}(\s*,\s*\d{1,4})*\s*", value):
+        value = [int(entry) for entry in value.split(",")]
+    if not isinstance(value, list | tuple) or not value or len(set(map(repr, value))) != len(value):
+        return []
+    return list(value) if all(type(entry) is int for entry in value) else []
+
+
+def _bases(path: Path, numbers: list[int], stack: _Stack) -> list[int]:
+    """What the block numbers of a list may count from: 0, 1, both where it cannot be told, or neither."""
+    last = stack.num_blocks + stack.further
+    bases = [base for base in (0, 1) if all(base <= number < last + base for number in numbers)]
+    if len(bases) == 1:
+        return bases
+    if 0 in numbers or not bases:
+        return bases[:1]
+    siblings = _at(stack.settings, path[:-1]) if len(path) > 1 else stack.settings
+    beside = [_numbers_in(str(name), value) for name, value in siblings.items() if _NUMBERED.search(str(name))]
+    everything = sorted(number for each in beside for number in each)
+    for base in bases:  # lists that name every block once, between them
+        if everything == list(range(base, stack.num_blocks + base)) and len([each for each in beside if each]) > 1:
+            return [base]
+    told = [base for base in bases if frozenset(number - base for number in numbers) in stack.kinds]
+    return told if len(told) == 1 else bases
+
+
+def _is_undecided(path: Path, value: Any, stack: _Stack) -> bool:
+    """Whether a list holds block numbers, and nothing in the config tells from where they count."""
+    numbers = _numbers_in(str(path[-1]), value)
+    if not numbers or len(numbers) == stack.num_blocks or _OTHER.search(str(path[-1])):
+        return False
+    return bool(_NUMBERED.search(str(path[-1]))) and len(_bases(path, numbers, stack)) > 1
+
+
+def _read_indices(path: Path, numbers: list[int], stack: _Stack) -> list[list[int]]:
+    """Block numbers as they are without the removed blocks."""
+    position = stack.position
+    return [
+        [position[number - base] + base for number in numbers if number - base in position]
+        for base in _bases(path, numbers, stack)
+    ]
+
+
+def _read_number(path: Path, value: int, num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+    name = str(path[-1])
     from_start = sum(block < value for block in kept)
     from_end = sum(block >= num_blocks - value for block in kept)
     if _NUM_BLOCKS.search(name) and value == num_blocks:
         return [len(kept)]
-    if value <= 0:
+    if value <= 0 or len(path) > 1 or name in FURTHER:
         return []
     if _END_INDEX.search(name):  # the last block, included
         return [sum(block <= value for block in kept) - 1]
@@ -166,18 +333,17 @@ def _read_number(name: str, value: int, num_blocks: int, kept: tuple[int, ...]) 
     return []
 
 
-def _read_list(name: str, value: list[Any], num_blocks: int, kept: tuple[int, ...]) -> list[Any]:
+def _read_list(path: Path, value: list[Any], stack: _Stack) -> list[Any]:
+    name, num_blocks, kept = str(path[-1]), stack.num_blocks, stack.kept
     repeated = _expanded(value)
     if repeated is not None and len(repeated) == num_blocks:  # GPT-Neo's attention_types
         return [[[[repeated[block] for block in kept], 1]]]
     options: list[Any] = []
-    numbers = bool(value) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in value)
-    if numbers and len(set(value)) == len(value) and _PER_BLOCK.search(name):
-        position = {block: index for index, block in enumerate(kept)}
-        if all(0 <= entry < num_blocks for entry in value):
-            options.append([position[entry] for entry in value if entry in position])
-        if all(1 <= entry <= num_blocks for entry in value):  # indices that count from one
-            options.append([position[entry - 1] + 1 for entry in value if entry - 1 in position])
+    numbers = _numbers_in(name, value)
+    if numbers and _NUMBERED.search(name):
+        options += _read_indices(path, numbers, stack)
+    elif len(numbers) > 1 and any(frozenset(number - base for number in numbers) in stack.kinds for base in (0, 1)):
+        options += _read_indices(path, numbers, stack)  # the blocks of a kind, whatever the list is called
     if len(value) == num_blocks and name.endswith("_source_layers"):
         # Per block the one whose keys and values it uses.
         position = {block: index for index, block in enumerate(kept)}
@@ -185,10 +351,11 @@ def _read_list(name: str, value: list[Any], num_blocks: int, kept: tuple[int, ..
         if lost:
             raise ExportError(f"blocks that stay use keys and values of block {lost[0]} ({name})")
         return [[position[value[block]] for block in kept]]
+    behind = len(value) == num_blocks + stack.further and (stack.further > 0) and bool(_PER_BLOCK.search(name))
     too_long = len(value) > num_blocks and "layer" in name  # SmolLM3 allows it
-    if len(value) == num_blocks or too_long:
-        per_block = [value[block] for block in kept]
-        certain = len(value) == num_blocks and value != list(range(num_blocks))
+    if len(value) == num_blocks or behind or (too_long and not numbers):
+        per_block = [value[block] for block in kept] + (value[num_blocks:] if behind else [])
+        certain = (len(value) == num_blocks or behind) and value != list(range(num_blocks))
         options.insert(0 if certain else len(options), per_block)
     elif value and re.search("types|pattern", name):  # repeated up the stack (RecurrentGemma's block_types)
         options += [value, [value[block % len(value)] for block in kept]]

@@ -116,7 +116,7 @@ def without_folder(name: str) -> str:
 def is_hub_id(model: str) -> bool:
     """Whether this can be a model's name on the hub, as the hub's own library has it."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(model)

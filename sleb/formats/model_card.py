@@ -166,8 +166,26 @@ def with_proof(card: str, proof: Proof) -> str:
         f"blocks skipped ({proof.tolerance:.3g} allowed). {_generation(proof)} The details are in "
         "`proof.json`.",
         "",
+        *accounted_for(proof),
     ]
     return card.rstrip("\n") + "\n\n" + "\n".join(lines)
+
+
+def accounted_for(proof: Proof) -> list[str]:
+    """A section on the folder's other files: what was compared, and what of the source is not here."""
+    if not proof.checked:
+        return []
+    lines = [
+        "## What else was carried over",
+        "",
+        *(f"- {escaped(each)}" for each in (*proof.checked, *proof.notes)),
+        "",
+    ]
+    if proof.left_behind:
+        lines += ["Left behind, since:", ""]
+        lines += [f"- {code(each.name)}: {escaped(each.why)}" for each in proof.left_behind]
+        lines.append("")
+    return lines
 
 
 def _generation(proof: Proof) -> str:

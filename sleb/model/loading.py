@@ -93,6 +93,10 @@ def load_model(
         _loading(name, lambda: checkpoint.inspect())
     chosen = _dtype(dtype, config, checkpoint.dtype, where)
     kwargs = dict(options, dtype=chosen, use_safetensors=None if allow_pickle or gguf else True)
+    told = checkpoint.dtype or getattr(config, "dtype", None)
+    told_by_pickle = dtype == "checkpoint" and header is None and not checkpoint.stored and not told
+    if told_by_pickle and memory_budget is None:
+        kwargs["dtype"] = "auto"
     if where.type == "cuda" and gguf is None:
         # Straight to the GPU, without a second copy in memory; or where accelerate finds room for it.
         kwargs["device_map"] = "auto" if device == "all" else {"": where}
@@ -114,6 +118,7 @@ def load_model(
     quantised = checkpoint.applied(model, report) if header is None else _of_gguf(header)
     _require_complete(name, report)
     checkpoint.require_every_block(model, report)
+    chosen = model.dtype if kwargs["dtype"] == "auto" else chosen
     if name == "demo":
         quantised = _of_gguf(gguf_header.check(demo.model_file()))
     tokenizer = _loading(name, lambda: _tokenizer(name, str(source), options))
@@ -149,7 +154,7 @@ class _Checkpoint:
         beside = {} if quantisation.is_named(self.raw) else self._beside()
         self.scheme = quantisation.scheme_of(self.name, self.raw, self.config, beside)
         files = list(dict.fromkeys(files_by_key(self.source, self.options).values()))
-        self.stored = stored_tensors.read(files)
+        self.stored = stored_tensors.read_headers(map(Path, files))
         size = sum(Path(each).stat().st_size for each in files)
         model_files.require_stored(self.name, self.config, self.options, self.stored, size)
         quantisation.require_consistent(self.name, self.scheme, self.stored)

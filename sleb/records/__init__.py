@@ -12,7 +12,7 @@ from sleb.records.analysis import (
     Similarity,
 )
 from sleb.records.base import FORMAT_VERSION, MOST, Measured, Record
-from sleb.records.export import Proof
+from sleb.records.export import LeftBehind, Proof
 from sleb.records.findings import (
     AnyFinding,
     EvaluatedText,
@@ -77,6 +77,7 @@ __all__ = [
     "JobSpec",
     "JobState",
     "JobStatus",
+    "LeftBehind",
     "Measured",
     "Method",
     "ModelIdentity",

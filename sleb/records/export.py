@@ -9,6 +9,15 @@ from pydantic import Field
 from sleb.records.base import Record
 
 
+class LeftBehind(Record):
+    """Something of a model's folder that its export does not have."""
+
+    name: str
+    """Of a file, or of what the tensors are."""
+    why: str
+    """A clause, such as "it is a program"."""
+
+
 class Proof(Record):
     """An exported model, reloaded in a fresh process with plain transformers and compared with the skipped original."""
 
@@ -37,3 +46,11 @@ class Proof(Record):
     """By the original model with the blocks skipped, without a cache."""
     seconds: float
     versions: dict[str, str]
+    checked: tuple[str, ...] = ()
+    """What was compared besides predictions, one clause each; empty for a proof by an earlier version."""
+    files: tuple[str, ...] = ()
+    """Of the source's folder, carried over."""
+    left_behind: tuple[LeftBehind, ...] = ()
+    """Of the source's folder, and why."""
+    notes: tuple[str, ...] = ()
+    """What else somebody who uses the model should know, one sentence each."""

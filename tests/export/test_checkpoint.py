@@ -30,9 +30,11 @@ from transformers import (
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
+from sleb.export.contents.model_folder import plan_folder
 from sleb.export.proven_folder import expect, run_proof
 from sleb.export.removal import plan_removal, remove_blocks
 from sleb.formats.model_card import with_proof
+from sleb.model.inspection.source_folder import SourceFolder
 from sleb.model.loading import load_model
 from sleb.records import Proof
 from tests.support.families import FAMILIES, build
@@ -89,12 +91,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write(model: Any, removal_list: tuple[int, ...], folder: Path) -> Path:
+def write(model: Any, removal_list: tuple[int, ...], folder: Path, source: SourceFolder | None = None) -> Path:
     """All of an export but its proof."""
     folder.mkdir()
-    removal = plan_removal(model, removal_list)
-    expectation = expect(model, None, removal)
-    write_checkpoint(model, None, removal, expectation, folder, CARD)
+    plan = plan_folder(model, plan_removal(model, removal_list), source)
+    write_checkpoint(model, None, plan, expect(model, None, plan.removal), folder, CARD)
     return folder
 
 

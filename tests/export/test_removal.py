@@ -13,7 +13,7 @@ from sleb.errors import ExportError
 from sleb.export.removal import plan_removal, remove_blocks
 from sleb.export.smaller_config import readings, streamlined_config
 from sleb.model.block_stack import BlockStack
-from tests.support.families import build, token_ids
+from tests.support.families import FAMILIES, build, token_ids
 
 REFUSED = {
     ("diffllama", (1, 3)): r"block 2 would change as block 1: self_attn\.lambda_init is 0\.47",
@@ -102,6 +102,65 @@ def test_lists_counts_and_indices_of_the_config_follow() -> None:
     full = {block for block, kind in enumerate(gemma4.layer_types) if kind == "full_attention"}
     overrides = streamlined_config(gemma4, (0,)).to_dict()["per_layer_config"]
     assert {int(block) + 1 for block in overrides} == full
+
+
+LISTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "that count from one, named by one that none has": (
+        {"plan": {"deep": {"full_layers": [2, 3, 6]}}},
+        {"plan": {"deep": {"full_layers": [2, 4]}}},
+    ),
+    "of a kind, whatever they are called": ({"global_attention": [1, 2, 5]}, {"global_attention": [1, 3]}),
+    "in a list of settings": (
+        {"parts": [{"layers": [0, 1, 2]}, {"layers": [3, 4, 5]}]},
+        {"parts": [{"layers": [0, 1]}, {"layers": [2, 3]}]},
+    ),
+    "in a text": ({"moe_layers_enum": "0,2,3, 5"}, {"moe_layers_enum": "0,1,3"}),
+    "with entries for further blocks": (
+        {"num_nextn_predict_layers": 1, "per_layer_kind": list("abcdefg"), "sparse_layers": [0, 4, 6]},
+        {"num_nextn_predict_layers": 1, "per_layer_kind": list("acefg"), "sparse_layers": [0, 2, 4]},
+    ),
+    "that name each block once between them": (
+        {"one": {"kda_layers": [1, 2, 4], "mla_layers": [3, 5, 6]}},
+        {"one": {"kda_layers": [1], "mla_layers": [2, 3, 4]}},
+    ),
+    "by keys": ({"layer_gain": {"0": 1.0, "3": 2.0, "4": 3.0}}, {"layer_gain": {"0": 1.0, "2": 3.0}}),
+    "of another part": (
+        {"vision_tower": {"layers": [1, 3]}, "block_size": 6, "stop_ids": [1, 2]},
+        {"vision_tower": {"layers": [1, 3]}, "block_size": 6, "stop_ids": [1, 2]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_of_blocks_follow_wherever_they_stand(case: str) -> None:
+    """Settings that the class does not know, as those of a model's own code, in a stack of mixed kinds."""
+    given, expected = LISTS[case]
+    config = build("qwen3").config
+    for name, value in given.items():
+        setattr(config, name, value)
+    found = streamlined_config(config, (1, 3)).to_dict()
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_list_that_nothing_explains_is_refused_where_it_matters() -> None:
+    model = build("llama")
+    model.config.special = {"layers": [2, 4]}
+    with pytest.raises(ExportError, match=r"special\.layers in its config .* count from 0 or from 1"):
+        plan_removal(model, (1, 3))
+    assert plan_removal(model, (5,)).skeleton.config.special == {"layers": [2, 4]}  # either way
+    model.config.special = {"layers": [0, 4]}
+    assert plan_removal(model, (1, 3)).skeleton.config.special == {"layers": [0, 2]}
+    model.config.special = {"layers": [2, 6]}
+    assert plan_removal(model, (1, 3)).skeleton.config.special == {"layers": [4]}
+
+
+def test_a_list_that_the_model_itself_uses_explains_itself() -> None:
+    model = build("qwen3-moe")
+    model.config.mlp_only_layers = [3, 4]  # from nought: blocks 3 and 4 are dense, as their modules show
+    config = FAMILIES["qwen3-moe"].config(6)
+    config.mlp_only_layers = [3, 4]
+    model = type(model)._from_config(config).eval()
+    assert plan_removal(model, (1,)).skeleton.config.mlp_only_layers == [2, 3]
 
 
 def test_a_false_friend_is_left_alone() -> None:

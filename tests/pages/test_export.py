@@ -192,6 +192,21 @@ def test_a_running_export_is_watched_and_stopped(runs: Path, monkeypatch: pytest
     assert stopped == ["one"]
 
 
+def test_what_an_export_left_behind_is_shown(runs: Path) -> None:
+    run = write_run(runs / "one", 12, 4)
+    job = export_job(run, JobState.FINISHED)
+    left = [{"name": "run.sh", "why": "it is a program"}]
+    found = proof(checked=["the *defaults* are equal"], left_behind=left, notes=["Block 8 is now block 7."])
+    job_folder.write_result(job.directory, {"out": "/home/me/small", "proof": found.model_dump(mode="json")})
+    app = open_page("export", run="one")
+    assert not app.exception
+    assert "the \\*defaults\\* are equal" in words(app)
+    assert [each.value for each in app.info] == ["Block 8 is now block 7."]
+    assert [frame.value.to_dict("list") for frame in app.dataframe] == [
+        {"What": ["run.sh"], "Since": ["it is a program"]}
+    ]
+
+
 def test_a_failed_export_shows_its_sentence_and_its_log(runs: Path) -> None:
     run = write_run(runs / "one", 12, 4)
     job = export_job(run, JobState.FAILED, "The disk is *full*.")

@@ -21,12 +21,12 @@ from torch import nn
 from sleb.errors import ExportError
 from sleb.evaluation.evaluated_model import Subject
 from sleb.export import finished_exports, proof_process
-from sleb.export.checkpoint import mend_generation_config
+from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
 from sleb.export.proven_folder import expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words
-from sleb.formats.model_card import PAPER, base_model, code, escaped, front_matter, licence_line
+from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection import licence
 from sleb.records import Healing, Proof, RemovalList
@@ -119,11 +119,9 @@ def _write_proven(
     expectation = expect(whole, subject.tokenizer, removal)
     meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
-    with saving():
-        mend_generation_config(smaller, folder)
-        smaller.save_pretrained(folder)
-        subject.tokenizer.save_pretrained(folder)
-    write_expectation(folder, removal, expectation, parameters, subject.loaded.dtype)
+    plan = plan_folder(subject.model, removal, subject.source())
+    contents = write_saved(smaller, subject.tokenizer, plan, folder, with_code=subject.job.trust_remote_code)
+    write_expectation(folder, removal, expectation, parameters, subject.loaded.dtype, contents=contents)
     let_go(smaller)
     let_go(whole)
     meter.phase("Reloading it in a new process, to compare")
@@ -303,6 +301,7 @@ def _with_proof(card: str, proof: Proof, what: str) -> str:
         f"{proof.max_logit_difference:.3g} from those of the {what} with the blocks skipped ({proof.tolerance:.3g} "
         f"allowed in {escaped(proof.dtype)}). The details are in `proof.json`.",
         "",
+        *accounted_for(proof),
     ]
     return card.rstrip("\n") + "\n\n" + "\n".join(lines)
 

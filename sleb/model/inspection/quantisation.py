@@ -72,10 +72,10 @@ def is_named(raw: Mapping[str, Any]) -> bool:
 
 def require_consistent(name: str, scheme: Scheme | None, stored: Mapping[str, StoredTensor]) -> None:
     """The stored tensors are those of the scheme, or of none. Raises `ModelError`, before any of them is loaded."""
-    small = sorted(key for key, each in stored.items() if each.kind.startswith("F") and each.kind not in FLOATS)
+    small = sorted(key for key, each in stored.items() if each.dtype.startswith("F") and each.dtype not in FLOATS)
     if scheme is None and small:
         raise ModelError(
-            f"{name} stores weights as {stored[small[0]].kind} ({excerpt(small[0], 100)}, for one), and its config "
+            f"{name} stores weights as {stored[small[0]].dtype} ({excerpt(small[0], 100)}, for one), and its config "
             f"names no quantisation that says how they are scaled. {_INSTEAD}"
         )
 
@@ -109,12 +109,12 @@ def require_applied(
                 f"{name} has weights that are still packed after loading ({excerpt(key, 100)} in {kind}): "
                 f"{scheme.label if scheme else 'no quantisation'} was not applied to them. {_INSTEAD}"
             )
-        if scheme is None and key in stored and stored[key].kind not in FLOATS:
+        if scheme is None and key in stored and stored[key].dtype not in FLOATS:
             raise ModelError(
-                f"{name} stores weights as {stored[key].kind} ({excerpt(key, 100)}, for one), and its config names no "
+                f"{name} stores weights as {stored[key].dtype} ({excerpt(key, 100)}, for one), and its config names no "
                 f"quantisation that says how they are scaled. {_INSTEAD}"
             )
-    if scheme is None or (stored and all(each.kind in FLOATS for each in stored.values())):
+    if scheme is None or (stored and all(each.dtype in FLOATS for each in stored.values())):
         return None  # or there was nothing to undo
     if isinstance(getattr(model.config, "quantization_config", None), Mapping):
         raise _skipped(name, scheme, "its config")

@@ -1,35 +1,55 @@
-"""What the headers of a model's safetensors files announce: names, types and sizes of tensors. Reads no weight."""
+"""What safetensors files hold: names, types, shapes, where the bytes lie. Reads headers, no weights. No torch."""
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Types of plain weights: as the header has them, and as torch calls them."""
+from sleb.errors import ModelError, excerpt
+
+_HEADER_BYTES = 100_000_000  # as the format has it
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8}
+_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+_BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Types that a model can be loaded in, by the format's name, as torch calls them."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a header announces it."""
+    """A tensor in a safetensors file."""
 
-    kind: str
-    """As safetensors calls it, such as BF16 or F8_E4M3."""
-    elements: int
+    file: Path
+    dtype: str
+    """As the format calls it: BF16, F32, U8 and so on."""
+    shape: tuple[int, ...]
+    begin: int
+    """Of its bytes in the file."""
+    size: int
+    """In bytes."""
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def item_size(self) -> int | None:
+        """Bytes of one number; None where several share a byte."""
+        bits = _BITS.get(self.dtype, 0)
+        return bits // 8 if bits and bits % 8 == 0 else None
 
 
-def read(files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Name of each tensor in these files -> what its header says."""
-    from safetensors import safe_open
-
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of these files by name. Raises `ModelError` for a file that does not hold what its header says."""
     found: dict[str, StoredTensor] = {}
-    for path in dict.fromkeys(files):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                found[name] = StoredTensor(str(part.get_dtype()), math.prod(part.get_shape()))
+    for path in files:
+        found |= _header(path)
     return found
 
 
@@ -37,5 +57,33 @@ def main_dtype(stored: Mapping[str, StoredTensor]) -> str | None:
     """The type that most weights have, as torch calls it; None where they have none that is computed in."""
     counts: Counter[str] = Counter()
     for tensor in stored.values():
-        counts[tensor.kind] += tensor.elements
+        counts[tensor.dtype] += tensor.elements
     return FLOATS.get(max(counts, key=counts.__getitem__, default=""))
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, _HEADER_BYTES):
+            raise ModelError(f"{path} is not a whole safetensors file; fetch it again.")
+        raw = file.read(length)
+    try:
+        listing = json.loads(raw)
+        listing.pop("__metadata__", None)
+        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in listing.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path} has a damaged header ({excerpt(error)}); fetch it again.") from error
+
+
+def _entry(path: Path, name: str, entry: dict[str, object], data: int, size: int) -> StoredTensor:
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(kind, str) or not isinstance(shape, list) or not isinstance(offsets, list):
+        raise ValueError(f"{name} is described as no tensor is")
+    begin, end = offsets
+    numbers = (*shape, begin, end)
+    sound = all(type(each) is int and each >= 0 for each in numbers) and begin <= end <= size - data
+    if not sound or (kind in _BITS and math.prod(shape) * _BITS[kind] != 8 * (end - begin)):
+        raise ValueError(f"{name} does not lie where the header says")
+    return StoredTensor(path, kind, tuple(shape), data + begin, end - begin)

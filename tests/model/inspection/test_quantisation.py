@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sleb.errors import ModelError
-from sleb.model.inspection import stored_tensors
 from sleb.model.loading import load_model
 from tests.support import tiny
 from tests.support.quantised import FP8, Tensors, eight_bits
@@ -163,10 +162,3 @@ def test_the_files_say_which_type_the_checkpoint_has(make: Make, plain: Path, ki
     tensors = {name: each.to(getattr(torch, kind)) for name, each in load_file(plain / "model.safetensors").items()}
     loaded = load_model(make({"dtype": said}, tensors), dtype="checkpoint")
     assert (loaded.checkpoint_dtype, loaded.dtype, loaded.model.dtype) == (kind, kind, getattr(torch, kind))
-
-
-def test_the_main_type_is_that_of_most_weights() -> None:
-    few, many = stored_tensors.StoredTensor("F32", 3), stored_tensors.StoredTensor("BF16", 4)
-    assert stored_tensors.main_dtype({"a": few, "b": many}) == "bfloat16"
-    assert stored_tensors.main_dtype({"a": few, "b": stored_tensors.StoredTensor("I32", 9)}) is None
-    assert stored_tensors.main_dtype({}) is None
