@@ -103,10 +103,10 @@ def build(
         needed *= 4  # what there is repeats itself; there is more
     some = f", {distinct:,} of them distinct" if distinct < len(windows) else ""
     if len(chosen) < wanted:
+        more = ", or give more text" if some else ""
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
-            f"{found.origin} gives {len(windows)}{some}. Lower --sequences, --held-out or --sequence-length, or give "
-            "more text."
+            f"{found.origin} gives {len(windows)}{some}. Lower --sequences, --held-out or --sequence-length{more}."
         )
     ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"

@@ -465,7 +465,7 @@ def test_without_a_number_of_sequences_each_way_has_its_own() -> None:
     [
         ({"removal_list": []}, "There is nothing to heal in the unmodified model"),
         ({"perplexity": []}, "Nothing to measure: give --perplexity a text"),
-        ({"perplexity": ["missing.raw"]}, "There is no text"),
+        ({"perplexity": ["missing.raw"]}, "There is no file"),
         ({"source": "missing.txt"}, "There is no file"),
         ({"sequences": 10_000}, r"asks for 10000 sequences of 32 tokens and 32 held out; text\.txt gives 187"),
         ({"adapter": True}, "name a folder with --out"),
