@@ -22,7 +22,7 @@ from tests.support.command import run as sleb_run
 from tests.support.dashboard import open_page, words
 from tests.support.runs.stores import write_run
 
-PAGES = ("runs", "similarity", "alignment", "steps", "compare", "evaluate", "export")
+PAGES = ("runs", "similarity", "steps", "evaluate", "export")
 DIVERGED = "The training diverged at update 3; lower --learning-rate."
 GONE = "Its process is gone; resume it."
 NEVER = "No process has taken it up."
