@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
 import sleb
 from sleb.analysis import block_output_cache
@@ -192,12 +193,22 @@ def test_all_recorded_runs_are_listed(recorded: Path) -> None:
 @pytest.mark.parametrize("name", ["metric3", "best-chunk", "swap", "gguf"])
 def test_its_list_is_exported_as_it_was(name: str, recorded: Path) -> None:
     for format, text in expected_of(recorded, name)["exported"].items():
+        if name == "gguf" and format in ("mergekit", "sleb"):  # which cannot read it
+            assert "is a GGUF file" in command("export", name, "--format", format, code=2)[1]
+            continue
         found, _ = command("export", name, "--format", format)
-        if format == "json":
-            assert_says(json.loads(found), json.loads(text))
+        if format == "json":  # travels: without the folders that it named then
+            before = json.loads(text)
+            before["model"] = Path(before["model"]).name
+            before["calibration"]["source"] = Path(before["calibration"]["source"]).name
+            assert_says(json.loads(found), before)
         elif format == "csv":
-            rows, before = (list(csv.reader(io.StringIO(each))) for each in (found, text))
-            assert_says([[as_value(cell) for cell in row] for row in rows], [[as_value(c) for c in r] for r in before])
+            now, before = (list(csv.DictReader(io.StringIO(each))) for each in (found, text))
+            rows = [[{key: as_value(cell) for key, cell in row.items()} for row in each] for each in (now, before)]
+            assert_says(*rows)
+        elif format == "mergekit":  # named the type of the search, which need not be the checkpoint's
+            assert_says(yaml.safe_load(found), {k: v for k, v in yaml.safe_load(text).items() if k != "dtype"})
+            assert "dtype" not in yaml.safe_load(found)
         else:
             assert found == text
 

@@ -59,11 +59,19 @@ def remarks(run: Run, format: str) -> tuple[str, ...]:
     revision = _revision(run)
     if format == "llama-quantize" and revision is not None:
         said.append(f"The list is for revision {excerpt(revision, 60)} of the model: convert that to MODEL.gguf.")
-    if format == "sleb" and not re.search("opt|llama", public_name(run.spec.model).lower()):
-        said.append(
-            "The reference knows OPT and LLaMA models by their names only, and removes nothing from any other, without "
-            "saying so: this name has neither opt nor llama in it."
-        )
+    if format == "sleb":
+        name = public_name(run.spec.model).lower()
+        path = "model.decoder.layers" if "opt" in name else "model.layers" if "llama" in name else None
+        if path is None:
+            said.append(
+                "The reference knows OPT and LLaMA models by their names only, and removes nothing from any other, "
+                "without saying so: this name has neither opt nor llama in it."
+            )
+        elif path != run.stack.path:
+            said.append(
+                f"The reference knows models by their names only: by this one it looks for the blocks in {path}, and "
+                f"they are in {run.stack.path}. Give it the model under another name."
+            )
     return tuple(said)
 
 

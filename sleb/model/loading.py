@@ -59,12 +59,14 @@ def load_model(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     memory_budget: int | None = None,
+    only_to_compare: bool = False,
 ) -> LoadedModel:
     """Load for scoring. `dtype` "auto" is what is fast here (`fast_dtype`), "checkpoint" what the weights have.
 
     With a `memory_budget` in bytes that the weights exceed, the blocks stay on disk and are read when they are needed.
-    Raises `ModelError` for whatever is no causal language model that can be read here, `OptionError` for a device
-    that is not there, or a budget that is too small.
+    `only_to_compare` takes a GGUF file whose rotary positions transformers reads otherwise than llama.cpp: what is cut
+    out of it is copied, and read in the same way. Raises `ModelError` for whatever is no causal language model that can
+    be read here, `OptionError` for a device that is not there, or a budget that is too small.
     """
     quieten_torchao()
     where = resolve_device(device)
@@ -88,7 +90,8 @@ def load_model(
     checkpoint = _Checkpoint(name, str(source), config, raw, options)
     if header is not None:
         model_files.require_enough(name, config, options, header.elements)
-        _loading(name, lambda: gguf_header.require_rope(Path(name), header, config))
+        if not only_to_compare:
+            _loading(name, lambda: gguf_header.require_rope(Path(name), header, config))
     else:
         _loading(name, lambda: checkpoint.inspect())
     chosen = _dtype(dtype, config, checkpoint.dtype, where)

@@ -80,4 +80,5 @@ def load_run_model(run: Run, job: JobSpec, device: str, gguf: Path | None = None
         allow_pickle=job.allow_pickle,
         trust_remote_code=job.trust_remote_code,
         memory_budget=job.memory_budget,
+        only_to_compare=gguf is not None,
     )

@@ -212,6 +212,8 @@ def test_tools_that_cannot_read_the_model_are_refused() -> None:
         ("llama-quantize", {"spec": {"model": "/models/mine.gguf"}}, None),
         ("sleb", {}, "neither opt nor llama"),
         ("sleb", {"spec": {"model": "meta-llama/Llama-2-7b-hf"}}, None),
+        ("sleb", {"spec": {"model": "/opt/llama"}}, "in model.decoder.layers, and they are in model.layers"),
+        ("sleb", {"spec": {"model": "facebook/opt-125m"}, "stack": {"path": "model.decoder.layers"}}, None),
         ("json", {}, None),
     ],
 )

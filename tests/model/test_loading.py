@@ -54,6 +54,10 @@ def test_folders_that_are_no_model(model: Path, tmp_path: Path) -> None:
     (empty / "adapter_config.json").write_text("{}")
     refused(empty, "adapter")
     refused(model / "config.json", "is a file")
+    adapter = Path(shutil.copytree(model, tmp_path / "adapter"))
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
+    refused(adapter, "is an adapter")
     config = (model / "config.json").read_text()
     (model / "config.json").write_text("{")
     refused(model, "not JSON")
@@ -215,7 +219,9 @@ def test_gguf_files_that_are_no_whole_model(
 
 def test_gguf_files_whose_rotary_factors_would_be_lost(tmp_path: Path) -> None:
     factors = {"rope_freqs.weight": np.linspace(1, 8, 4, dtype=np.float32)}
-    refused(gguf_files.write(tmp_path / "a.gguf", extra=factors), "rotary positions with factors of their own")
+    path = gguf_files.write(tmp_path / "a.gguf", extra=factors)
+    refused(path, "rotary positions with factors of their own")
+    assert load_model(str(path), dtype="float32", only_to_compare=True).model.config.num_hidden_layers == 6
 
 
 def test_a_gguf_file_is_said_to_be_quantised(tmp_path: Path) -> None:

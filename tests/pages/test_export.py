@@ -45,6 +45,17 @@ def test_every_format_is_shown_as_it_is_written(name: str, runs: Path) -> None:
     assert app.code[0].value == render(run, name, 3).strip()
 
 
+def test_a_tool_that_cannot_read_the_model_gets_no_list(runs: Path) -> None:
+    write_run(runs / "file", 12, 4, model="/models/some.gguf")
+    app = open_page("export", run="file", format="mergekit")
+    assert not app.exception
+    assert ["which mergekit cannot read" in each.value for each in app.info] == [True]
+    assert not app.code
+    assert "such as the layer" in words(
+        open_page("export", run=write_run(runs / "one", 12, 4).run_id, format="mergekit")
+    )
+
+
 def test_the_list_after_any_step_with_its_cost(runs: Path) -> None:
     run = write_run(runs / "one", 12, 4)
     assert run.trace is not None

@@ -16,6 +16,7 @@ from sleb.model.loading import load_model
 from sleb.records import JobSpec
 from sleb.scoring.stack_description import facts_of
 from tests.support import gguf_files, quantised, tiny
+from tests.support.command import run as command
 
 
 @pytest.mark.parametrize(("family", "lists"), [("llama", ()), ("qwen2", ("layer_types",)), ("qwen3", ("layer_types",))])
@@ -46,6 +47,9 @@ def test_a_quantised_checkpoint_is_said_to_be_one_and_not_exported_as_another(ti
         export_job.plan_of(run, job)
     with pytest.raises(OptionError, match="mergekit reads plain weights only"):
         render(run, "mergekit")
+    screen, said = command("export", run.run_id, "--format", "sleb")
+    assert screen.startswith("python -m eval")
+    assert "removes nothing from any other" in " ".join(said.split())
 
 
 def test_a_gguf_file_may_become_a_folder_that_says_so(tmp_path: Path) -> None:

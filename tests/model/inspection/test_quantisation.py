@@ -162,3 +162,27 @@ def test_the_files_say_which_type_the_checkpoint_has(make: Make, plain: Path, ki
     tensors = {name: each.to(getattr(torch, kind)) for name, each in load_file(plain / "model.safetensors").items()}
     loaded = load_model(make({"dtype": said}, tensors), dtype="checkpoint")
     assert (loaded.checkpoint_dtype, loaded.dtype, loaded.model.dtype) == (kind, kind, getattr(torch, kind))
+
+
+def test_four_bit_experts_that_load_are_those_that_were_meant(tmp_path: Path) -> None:
+    """MXFP4 as gpt-oss has it: two numbers a byte, the lower half first, and an exponent for each 32."""
+    folder = tiny.save(tmp_path / "model", "gpt-oss", num_blocks=3)
+    tensors = load_file(folder / "model.safetensors")
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    meant: Tensors = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        exponents = torch.randint(-8, -3, blocks.shape[:3])
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = blocks, (exponents + 127).to(torch.uint8)
+        numbers = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], dim=-1).flatten(-2)
+        meant[name] = (numbers * 2.0 ** exponents[..., None]).flatten(-2).transpose(1, 2)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(str(folder), dtype="float32")
+    assert loaded.quantisation == "mxfp4, dequantised while loading"
+    found = loaded.model.state_dict()
+    assert len(meant) == 6
+    assert all(torch.equal(found[name], weight) for name, weight in meant.items())
