@@ -162,7 +162,7 @@ def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="np") as file:
             written |= {_PACKED.sub("", name) for name in file.keys()}  # noqa: SIM118
-    lost = sorted(tensor.name for tensor in plan.copy.tensors if tensor.name not in written | loaded)
+    lost = sorted(tensor.stored_as for tensor in plan.copy.tensors if tensor.name not in written | loaded)
     if not lost:
         return []
     what = f"{len(lost)} tensor{'s' if len(lost) > 1 else ''}, such as {excerpt(lost[0])}"
@@ -176,12 +176,14 @@ def _write_config(model: Any, plan: Plan, folder: Path, with_code: bool, *, copi
     config = _whole(model.config, raw, plan.source.folder, with_code) if copied else model.config
     data = json.loads(config.to_json_string(use_diff=True))
     _keep_explicit(data, raw, config.to_dict())
-    for name in ("architectures", "auto_map", _QUANTISATION):
+    classes = {
+        "architectures": raw.get("architectures") if copied else [type(model).__name__],
+        "auto_map": raw.get("auto_map") if with_code else None,
+    }
+    for name, value in classes.items():
         data.pop(name, None)
-        if name in raw:
-            data[name] = raw[name]
-    if not with_code:
-        data.pop("auto_map", None)
+        if value is not None:
+            data[name] = value
     if copied and _QUANTISATION in raw:
         assert plan.copy is not None
         data[_QUANTISATION] = renumbered_names(raw[_QUANTISATION], plan.copy.prefix, plan.removal, plan.copy.further)

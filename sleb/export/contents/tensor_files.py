@@ -33,6 +33,8 @@ class Tensor:
     """A tensor to be written: which stored one it is, and the slices of it that stay."""
 
     name: str
+    stored_as: str
+    """The name it had."""
     source: StoredTensor
     slices: _Slices | None = None
 
@@ -111,14 +113,14 @@ def without_blocks(
     for name, tensor in stored.items():
         number, rest = _number(name, prefix)
         if number is None:
-            tensors.append(Tensor(name, tensor, slices.get(name)))
+            tensors.append(Tensor(name, name, tensor, slices.get(name)))
             continue
         if number >= len(blocks):
             further[number] = number - len(blocks) + len(kept)
         elif number not in position:
             continue
         new = further.get(number, position.get(number))
-        tensors.append(Tensor(f"{prefix}.{new}.{rest}", tensor))
+        tensors.append(Tensor(f"{prefix}.{new}.{rest}", name, tensor))
     return Copy(tuple(tensors), prefix, tuple(sorted(further.items())))
 
 
