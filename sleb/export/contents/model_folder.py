@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sleb.export import proof_process
 from sleb.export.contents import carried_files, tensor_files
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
-from sleb.export.smaller_config import changes, further_blocks
+from sleb.export.smaller_config import broken_periods, changes, further_blocks
 from sleb.model.inspection.source_folder import SourceFolder
 from sleb.model.inspection.stored_tensors import FLOATS, read_headers
 from sleb.model.streaming import streamed_blocks
@@ -95,7 +95,7 @@ def write_copied(model: Any, plan: Plan, folder: Path, *, with_code: bool) -> Co
         tensors={tensor.name: (tensor.source.dtype, tensor.shape) for tensor in plan.copy.tensors},
         config=changes(plan.config, model.config),
         left_behind=carried.left_behind,
-        notes=tuple(_notes(plan.copy)),
+        notes=(*_notes(plan.copy), *_periods(plan, model)),
     )
 
 
@@ -132,7 +132,7 @@ def write_saved(
         files=carried.files,
         config=changes(plan.config, model.config),
         left_behind=(*lost, *carried.left_behind),
-        notes=tuple(notes),
+        notes=(*notes, *_periods(plan, model)),
     )
 
 
@@ -149,6 +149,12 @@ def _notes(copy: tensor_files.Copy) -> list[str]:
             f"{len(extra)} tensors that predict further tokens, such as {excerpt(extra[0])}, are carried over."
         )
     return notes
+
+
+def _periods(plan: Plan, model: Any) -> Iterator[str]:
+    """transformers goes by the list; other tools may go by the period."""
+    for name, other in broken_periods(plan.config, model.config).items():
+        yield f"{name} in the config no longer says of which kind each block is; {other} does."
 
 
 def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]:

@@ -39,6 +39,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "code": source_folders.with_own_code,
     "fp8": source_folders.in_fp8,
     "seeing": source_folders.seeing,
+    "part": source_folders.text_part,
     "sharded": lambda folder: source_folders.save(folder, build("mixtral"), max_shard_size="60KB"),
     "packed": lambda folder: source_folders.save(folder, build("gemma4")),
 }
@@ -140,7 +141,8 @@ def test_every_tensor_is_that_of_the_source_under_its_new_number(written: Simple
     assert written.proofs[name].max_logit_difference == 0.0
     kept = tuple(block for block in range(8 if name == "kimi" else 6) if block not in (1, 3))
     moved = {block: index for index, block in enumerate(kept)} | ({6: 4, 7: 5} if name == "further" else {})
-    prefix = "language_model.model.layers." if name == "seeing" else "model.layers."
+    prefixes = {"seeing": "language_model.model.layers.", "part": "model.language_model.layers."}
+    prefix = prefixes.get(name, "model.layers.")
     source, found = tensors(written.sources[name]), tensors(written.folders[name])
     expected = {}
     for key, tensor in source.items():
@@ -205,6 +207,15 @@ def test_what_sees_images_is_carried_over(written: SimpleNamespace) -> None:
     assert config["text_config"]["num_hidden_layers"] == 4
     assert config["vision_config"]["num_hidden_layers"] == 6
     assert "source seeing" not in json.dumps(config)
+
+
+def test_what_transformers_does_not_load_is_carried_over(written: SimpleNamespace) -> None:
+    config, source = config_of(written, "part"), json.loads((written.sources["part"] / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 4
+    assert config["text_config"]["layer_types"] == [source["text_config"]["layer_types"][block] for block in KEPT]
+    assert config["vision_config"] == source["vision_config"]
+    assert config["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert "mtp.layers.0.fc.weight, are carried over" in written.proofs["part"].notes[0]
 
 
 def test_the_proof_says_what_was_compared(written: SimpleNamespace) -> None:
