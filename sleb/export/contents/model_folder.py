@@ -87,7 +87,8 @@ def write_copied(model: Any, plan: Plan, folder: Path, *, with_code: bool) -> Co
     """Write the smaller model with the tensors of its source; `model` has lost the blocks already."""
     assert plan.source is not None
     assert plan.copy is not None
-    tensor_files.write(plan.copy, folder)
+    streamed = streamed_blocks(model)
+    tensor_files.write(plan.copy, folder, None if streamed is None else streamed.budget // 3)
     _write_config(model, plan, folder, with_code, copied=True)
     carried = carried_files.carry_over(plan.source, folder, plan.removal.num_blocks, with_code=with_code)
     return Contents(
