@@ -215,8 +215,10 @@ def wrong_files(folder: Path, files: dict[str, str]) -> list[str]:
     for name, digest in files.items():
         if not (folder / name).is_file():
             wrong.append(f"{name} is missing")
-        elif hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-            wrong.append(f"{name} is not as it was written")
+            continue
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                wrong.append(f"{name} is not as it was written")
     return wrong
 
 

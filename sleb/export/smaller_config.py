@@ -32,6 +32,7 @@ _NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
 _COUNT = re.compile("layer|block|dense")
 _FROM_START = re.compile(r"first|start_index$|^num_dense_layers$|^max_window_layers$")
 _FROM_END = re.compile(r"_last_|shared_layers$")
+_PERIOD = re.compile("interval|every_n|pattern$|_period$|_step$|_freq$|group_size$")
 _END_INDEX = re.compile(r"end_index$")
 _NUMBERED = re.compile("layer|block|idx|indices|indexes")  # a list of numbers so named holds block numbers
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers")
@@ -104,6 +105,23 @@ def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
     before, after = (each.get_text_config().to_dict() for each in (old, new))
     loading = ("dtype", "quantization_config", "_name_or_path", "transformers_version")
     return {name: value for name, value in after.items() if before.get(name) != value and name not in loading}
+
+
+def broken_periods(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, str]:
+    """Periods that said of which kind each block is and no longer do, and the list that says it in their place."""
+    before, after = (each.get_text_config().to_dict() for each in (old, new))
+    count = old.get_text_config().num_hidden_layers
+    lists = {name: value for name, value in before.items() if isinstance(value, list) and len(value) == count}
+    found: dict[str, str] = {}
+    for name, period in after.items():
+        if not _PERIOD.search(name) or type(period) is not int or not 1 < period <= count:
+            continue
+        for other, kinds in lists.items():
+            repeats = all(kind == kinds[block % period] for block, kind in enumerate(kinds))
+            stays = all(kind == kinds[block % period] for block, kind in enumerate(after.get(other) or ()))
+            if repeats and not stays and any(kind != kinds[0] for kind in kinds):
+                found[name] = other
+    return found
 
 
 def named(path: Path) -> str:

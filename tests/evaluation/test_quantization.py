@@ -133,6 +133,8 @@ def test_the_folder_holds_what_was_promised_and_is_proven(
     assert proof["passed"]
     assert proof["kept_blocks"] == [0, 2, 4, 5]
     assert proof["parameters_after"] < proof["parameters_before"]
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(proof["files"])
+    assert proof["left_behind"] == []
     file = (out / "model.safetensors").read_bytes()
     assert found[1].weight_bytes == len(file) - 8 - int.from_bytes(file[:8], "little")
     assert found[1].weight_bytes < (0.42 if scheme == "int8" else 0.35) * found[1].weight_bytes_before

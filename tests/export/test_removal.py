@@ -11,7 +11,7 @@ from transformers import Qwen3MoeConfig
 
 from sleb.errors import ExportError
 from sleb.export.removal import plan_removal, remove_blocks
-from sleb.export.smaller_config import readings, streamlined_config
+from sleb.export.smaller_config import broken_periods, readings, streamlined_config
 from sleb.model.block_stack import BlockStack
 from tests.support.families import FAMILIES, build, token_ids
 
@@ -152,6 +152,15 @@ def test_a_list_that_nothing_explains_is_refused_where_it_matters() -> None:
     assert plan_removal(model, (1, 3)).skeleton.config.special == {"layers": [0, 2]}
     model.config.special = {"layers": [2, 6]}
     assert plan_removal(model, (1, 3)).skeleton.config.special == {"layers": [4]}
+
+
+def test_a_period_that_no_longer_holds_is_told() -> None:
+    config = FAMILIES["smollm3"].config(6)
+    config.no_rope_layers, config.no_rope_layer_interval = [1, 1, 0, 1, 1, 0], 3
+    assert broken_periods(config, streamlined_config(config, (1,))) == {"no_rope_layer_interval": "no_rope_layers"}
+    assert broken_periods(config, streamlined_config(config, (3, 4, 5))) == {}
+    config.no_rope_layer_interval = 5  # it said nothing before
+    assert broken_periods(config, streamlined_config(config, (1,))) == {}
 
 
 def test_a_list_that_the_model_itself_uses_explains_itself() -> None:

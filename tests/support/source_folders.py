@@ -161,6 +161,25 @@ def seeing(folder: Path) -> Path:
     return folder
 
 
+def text_part(folder: Path) -> Path:
+    """A checkpoint that sees images, of which transformers loads the text part alone."""
+    import transformers
+
+    text = transformers.Qwen3_5TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    config = transformers.Qwen3_5Config(
+        text_config=text.to_dict(),
+        vision_config=dict(depth=6, hidden_size=16, intermediate_size=32, num_heads=2, out_hidden_size=32),
+    )
+    torch.manual_seed(0)
+    save(folder, transformers.Qwen3_5ForConditionalGeneration(config).eval())
+    rewrite(folder, lambda found: found | {"mtp.layers.0.fc.weight": torch.randn(3, 3)})
+    return folder
+
+
 def with_odd_files(folder: Path, outside: Path) -> None:
     """Put into a folder what must not be carried over, and what must."""
     for name, content in {

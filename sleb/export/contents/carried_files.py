@@ -53,6 +53,8 @@ def carry_over(source: SourceFolder, folder: Path, num_blocks: int, *, with_code
     """Copy what can be carried over into `folder`; `with_code`: the model's own Python files, too."""
     files: dict[str, str] = {}
     left = [LeftBehind(name=excerpt(name), why="it was not fetched from the hub") for name in source.elsewhere]
+    if not source.complete:
+        left.append(LeftBehind(name="further files of its repository, if any", why="the hub did not answer"))
     total = 0
     for name, path in _entries(source):
         why = _reason(source, name, path, num_blocks, with_code)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sleb.export import proof_process
 from sleb.export.contents import carried_files, tensor_files
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
-from sleb.export.smaller_config import changes, further_blocks
+from sleb.export.smaller_config import broken_periods, changes, further_blocks
 from sleb.model.inspection.source_folder import SourceFolder
 from sleb.model.inspection.stored_tensors import FLOATS, read_headers
 from sleb.model.streaming import streamed_blocks
@@ -87,7 +87,8 @@ def write_copied(model: Any, plan: Plan, folder: Path, *, with_code: bool) -> Co
     """Write the smaller model with the tensors of its source; `model` has lost the blocks already."""
     assert plan.source is not None
     assert plan.copy is not None
-    tensor_files.write(plan.copy, folder)
+    streamed = streamed_blocks(model)
+    tensor_files.write(plan.copy, folder, None if streamed is None else streamed.budget // 3)
     _write_config(model, plan, folder, with_code, copied=True)
     carried = carried_files.carry_over(plan.source, folder, plan.removal.num_blocks, with_code=with_code)
     return Contents(
@@ -95,7 +96,7 @@ def write_copied(model: Any, plan: Plan, folder: Path, *, with_code: bool) -> Co
         tensors={tensor.name: (tensor.source.dtype, tensor.shape) for tensor in plan.copy.tensors},
         config=changes(plan.config, model.config),
         left_behind=carried.left_behind,
-        notes=tuple(_notes(plan.copy)),
+        notes=(*_notes(plan.copy), *_periods(plan, model)),
     )
 
 
@@ -132,7 +133,7 @@ def write_saved(
         files=carried.files,
         config=changes(plan.config, model.config),
         left_behind=(*lost, *carried.left_behind),
-        notes=tuple(notes),
+        notes=(*notes, *_periods(plan, model)),
     )
 
 
@@ -151,6 +152,12 @@ def _notes(copy: tensor_files.Copy) -> list[str]:
     return notes
 
 
+def _periods(plan: Plan, model: Any) -> Iterator[str]:
+    """transformers goes by the list; other tools may go by the period."""
+    for name, other in broken_periods(plan.config, model.config).items():
+        yield f"{name} in the config no longer says of which kind each block is; {other} does."
+
+
 def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]:
     """The tensors of the source that belong to no block that was removed, and were not written."""
     assert plan.source is not None
@@ -162,7 +169,7 @@ def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]
     for path in folder.glob("model*.safetensors"):
         with safe_open(path, framework="np") as file:
             written |= {_PACKED.sub("", name) for name in file.keys()}  # noqa: SIM118
-    lost = sorted(tensor.name for tensor in plan.copy.tensors if tensor.name not in written | loaded)
+    lost = sorted(tensor.stored_as for tensor in plan.copy.tensors if tensor.name not in written | loaded)
     if not lost:
         return []
     what = f"{len(lost)} tensor{'s' if len(lost) > 1 else ''}, such as {excerpt(lost[0])}"
@@ -176,12 +183,14 @@ def _write_config(model: Any, plan: Plan, folder: Path, with_code: bool, *, copi
     config = _whole(model.config, raw, plan.source.folder, with_code) if copied else model.config
     data = json.loads(config.to_json_string(use_diff=True))
     _keep_explicit(data, raw, config.to_dict())
-    for name in ("architectures", "auto_map", _QUANTISATION):
+    classes = {
+        "architectures": raw.get("architectures") if copied else [type(model).__name__],
+        "auto_map": raw.get("auto_map") if with_code else None,
+    }
+    for name, value in classes.items():
         data.pop(name, None)
-        if name in raw:
-            data[name] = raw[name]
-    if not with_code:
-        data.pop("auto_map", None)
+        if value is not None:
+            data[name] = value
     if copied and _QUANTISATION in raw:
         assert plan.copy is not None
         data[_QUANTISATION] = renumbered_names(raw[_QUANTISATION], plan.copy.prefix, plan.removal, plan.copy.further)

@@ -33,6 +33,8 @@ class Tensor:
     """A tensor to be written: which stored one it is, and the slices of it that stay."""
 
     name: str
+    stored_as: str
+    """The name it had."""
     source: StoredTensor
     slices: _Slices | None = None
 
@@ -111,30 +113,40 @@ def without_blocks(
     for name, tensor in stored.items():
         number, rest = _number(name, prefix)
         if number is None:
-            tensors.append(Tensor(name, tensor, slices.get(name)))
+            tensors.append(Tensor(name, name, tensor, slices.get(name)))
             continue
         if number >= len(blocks):
             further[number] = number - len(blocks) + len(kept)
         elif number not in position:
             continue
         new = further.get(number, position.get(number))
-        tensors.append(Tensor(f"{prefix}.{new}.{rest}", tensor))
+        tensors.append(Tensor(f"{prefix}.{new}.{rest}", name, tensor))
     return Copy(tuple(tensors), prefix, tuple(sorted(further.items())))
 
 
-def write(copy: Copy, folder: Path) -> None:
-    """Write the tensors in as many files as they came from, and look whether every byte has arrived."""
-    by_file: dict[Path, list[Tensor]] = {}
-    for tensor in copy.tensors:
-        by_file.setdefault(tensor.source.file, []).append(tensor)
-    names = (
-        [SINGLE]
-        if len(by_file) == 1
-        else [f"model-{number:05}-of-{len(by_file):05}.safetensors" for number in range(1, len(by_file) + 1)]
-    )
+def write(copy: Copy, folder: Path, most: int | None = None) -> None:
+    """Write the tensors in as many files as they came from, and look whether every byte has arrived.
+
+    With `most`, in more files where one would have more bytes and more than one tensor.
+    """
+    shards: dict[tuple[Path, int], list[Tensor]] = {}
+    part = size = 0
+    for tensor in sorted(copy.tensors, key=lambda tensor: tensor.source.file):
+        own = (tensor.source.file, part)
+        if most is not None and shards.get(own) and size + tensor.size > most:
+            part += 1
+        elif own not in shards:
+            part = 0
+        own = (tensor.source.file, part)
+        size = tensor.size + (size if own in shards else 0)
+        shards.setdefault(own, []).append(tensor)
+    number = len(shards)
+    names = [SINGLE]
+    if number > 1:
+        names = [f"model-{index:05}-of-{number:05}.safetensors" for index in range(1, number + 1)]
     weight_map: dict[str, str] = {}
     with saving():
-        for name, (_, tensors) in zip(names, sorted(by_file.items()), strict=True):
+        for name, tensors in zip(names, shards.values(), strict=True):
             # The order of the reference implementation: in it no number lies across its own alignment.
             tensors.sort(key=lambda tensor: (-(tensor.source.item_size or 0), tensor.name))
             data = _write_file(folder / name, tensors)

@@ -34,6 +34,8 @@ class SourceFolder:
     """The safetensors files that hold its weights; none where these are a pickle."""
     elsewhere: tuple[str, ...] = ()
     """Files of the model's repository on the hub that are not in the folder."""
+    complete: bool = True
+    """Whether all files of the model are known: not where its hub did not answer."""
 
     def config(self) -> dict[str, Any]:
         """Its config.json as it is. Raises `ModelError`."""
@@ -67,7 +69,7 @@ def _of_hub(name: str, revision: str | None) -> SourceFolder | None:
     if not isinstance(found, str):
         return None
     folder = Path(found).parent
-    elsewhere = []
+    elsewhere, complete = [], True
     try:
         siblings = HfApi().model_info(name, revision=folder.name, files_metadata=True).siblings or ()
         for each in siblings:
@@ -80,5 +82,6 @@ def _of_hub(name: str, revision: str | None) -> SourceFolder | None:
             else:
                 elsewhere.append(file)
     except Exception as error:  # no answer: what the cache has is all there is
+        complete = False
         log.warning("The hub did not say which further files %s has (%s).", name, excerpt(error))
-    return SourceFolder(folder, tuple(_weights(folder)), tuple(elsewhere))
+    return SourceFolder(folder, tuple(_weights(folder)), tuple(elsewhere), complete)

@@ -21,9 +21,9 @@ from transformers import AutoImageProcessor
 
 from sleb.errors import ExportError
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
-from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored
+from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored, write_saved
 from sleb.export.proven_folder import expect
-from sleb.export.removal import plan_removal
+from sleb.export.removal import plan_removal, streamlined
 from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import load_model
 from sleb.records import Proof
@@ -39,6 +39,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "code": source_folders.with_own_code,
     "fp8": source_folders.in_fp8,
     "seeing": source_folders.seeing,
+    "part": source_folders.text_part,
     "sharded": lambda folder: source_folders.save(folder, build("mixtral"), max_shard_size="60KB"),
     "packed": lambda folder: source_folders.save(folder, build("gemma4")),
 }
@@ -140,7 +141,8 @@ def test_every_tensor_is_that_of_the_source_under_its_new_number(written: Simple
     assert written.proofs[name].max_logit_difference == 0.0
     kept = tuple(block for block in range(8 if name == "kimi" else 6) if block not in (1, 3))
     moved = {block: index for index, block in enumerate(kept)} | ({6: 4, 7: 5} if name == "further" else {})
-    prefix = "language_model.model.layers." if name == "seeing" else "model.layers."
+    prefixes = {"seeing": "language_model.model.layers.", "part": "model.language_model.layers."}
+    prefix = prefixes.get(name, "model.layers.")
     source, found = tensors(written.sources[name]), tensors(written.folders[name])
     expected = {}
     for key, tensor in source.items():
@@ -207,6 +209,15 @@ def test_what_sees_images_is_carried_over(written: SimpleNamespace) -> None:
     assert "source seeing" not in json.dumps(config)
 
 
+def test_what_transformers_does_not_load_is_carried_over(written: SimpleNamespace) -> None:
+    config, source = config_of(written, "part"), json.loads((written.sources["part"] / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 4
+    assert config["text_config"]["layer_types"] == [source["text_config"]["layer_types"][block] for block in KEPT]
+    assert config["vision_config"] == source["vision_config"]
+    assert config["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert "mtp.layers.0.fc.weight, are carried over" in written.proofs["part"].notes[0]
+
+
 def test_the_proof_says_what_was_compared(written: SimpleNamespace) -> None:
     said = "; ".join(written.proofs["sharded"].checked)
     number = len(tensors(written.folders["sharded"]))
@@ -240,6 +251,30 @@ def test_a_quantised_checkpoint_that_cannot_be_copied_is_refused(tmp_path: Path)
     assert plan.copy is None
     with pytest.raises(ExportError, match="stored quantised, and which tensor is of which block cannot be told"):
         require_as_stored(plan)
+
+
+def test_weights_that_are_others_leave_further_blocks_behind(tmp_path: Path) -> None:
+    """As those of a healed or a quantised model are."""
+    source = source_folders.with_further_blocks(tmp_path / "model")
+    (source / "LICENSE").write_text("as is")
+    (source / "own.py").write_text("")
+    source_folders.settings(source, auto_map={"AutoModelForCausalLM": "own.Model"})  # a class of transformers will do
+    loaded = load_model(str(source), dtype="checkpoint", device="cpu")
+    plan = plan_folder(loaded.model, plan_removal(loaded.model, (1, 3)), source_folder(str(source), None))
+    smaller = streamlined(loaded.model, (1, 3))
+    out = tmp_path / "out"
+    found = write_saved(smaller, loaded.tokenizer, plan, out, with_code=False)
+    further = [name for name in tensors(source) if ".layers.6." in name or ".layers.7." in name]
+    assert [each.name for each in found.left_behind] == [
+        f"{len(further)} tensors, such as model.layers.6.eh_proj.weight",
+        "own.py",
+    ]
+    assert found.notes == ("num_nextn_predict_layers is set to 0 in the config: no further block was carried over.",)
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert "auto_map" not in config
+    assert (out / "LICENSE").read_text() == "as is"
+    assert not any(".layers.4." in name for name in tensors(out))
 
 
 def test_what_is_left_behind_is_said_in_the_log_and_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,6 +83,24 @@ def test_types_that_torch_reads_only_when_aligned_are_aligned(tmp_path: Path) ->
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.parametrize(("most", "files"), [(None, 1), (72, 2), (1, 7)])
+def test_files_are_as_large_as_they_may_be(tmp_path: Path, most: int | None, files: int) -> None:
+    """Three blocks of 24 and 12 bytes, and eight bytes beside them."""
+    source = stored(tmp_path, "h", head=torch.ones(2))
+    copy = without_blocks(read_headers([source]), "h", BLOCKS, {}, (0, 1, 2))
+    assert copy is not None
+    tensor_files.write(copy, tmp_path, most)
+    written = sorted(tmp_path.glob("model*.safetensors"))
+    assert len(written) == files
+    found = [load_file(path) for path in written]
+    for name, tensor in load_file(source).items():
+        assert [torch.equal(each[name], tensor) for each in found if name in each] == [True]
+    sizes = [sum(each.numel() * 4 for each in shard.values()) for shard in found]
+    assert sum(sizes) == copy.size == 116
+    assert most is None or max(sizes) <= max(most, 24)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)
+
+
 def test_a_byte_that_did_not_arrive_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = without_blocks(read_headers([stored(tmp_path, "h")]), "h", BLOCKS, {}, (1,))
     assert copy is not None

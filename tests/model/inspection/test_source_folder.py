@@ -50,10 +50,10 @@ def test_a_hub_name_is_the_snapshot_in_the_cache(folder: Path, tmp_path: Path) -
     code = (
         "from sleb.model.inspection.source_folder import source_folder\n"
         "found = source_folder('some/model', None)\n"
-        "print(found.folder, found.elsewhere)\n"
+        "print(found.folder, found.elsewhere, found.complete)\n"
         "print(source_folder('some/other', None))\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"{folder} ()", "None"]
+    assert done.stdout.splitlines() == [f"{folder} () False", "None"]
     assert "did not say which further files some/model has" in done.stderr
