@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sleb.errors import ExportError, OptionError, excerpt
+from sleb.errors import OptionError
 from sleb.export import gguf_file, gguf_plan
 from sleb.export.checkpoint import export_checkpoint
 from sleb.export.destination import require_free
-from sleb.formats.list_formats import display_name
 from sleb.formats.model_card import model_card
 from sleb.model.inspection import licence
 from sleb.model.inspection.source_folder import source_folder
@@ -38,7 +37,6 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
         raise OptionError("An export needs a folder to write: --out PATH.")
     out, removal_list = Path(job.out), run.removal_list_after(job.steps)
     if job.format != "gguf":
-        _require_plain(run.spec.model, run.stack.quantisation if run.stack else None)
         require_free(out, job.replace)
         return Plan(removal_list, out, None)
     source = gguf_plan.source_of(run, job)
@@ -47,25 +45,9 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
     return Plan(removal_list, out, source)
 
 
-def _require_plain(model: str, quantisation: str | None) -> None:
-    """A folder would hold other weights than the checkpoint. Raises `ExportError`.
-
-    Of a GGUF file it holds the dequantised ones, as its card says; `--format gguf` keeps them as they are.
-    """
-    if quantisation is None or model == "demo" or model.lower().endswith(".gguf"):
-        return
-    raise ExportError(
-        f"{display_name(model)} is quantised ({excerpt(quantisation, 80)}), and its smaller model would not be. Search "
-        "the checkpoint that it was made from, export that, and quantise it as the other was; or take the list alone "
-        "(--format json)."
-    )
-
-
 def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
     """Write the smaller model, prove it, and keep the proof with the job."""
     asked = job.spec
-    if plan.gguf is None:
-        _require_plain(run.spec.model, loaded.quantisation)
     if asked.gguf is None:
         require_same_model(run, asked, loaded)
         if run.stack is not None and run.stack.identity is None:
