@@ -30,8 +30,8 @@ from sleb.methods.statistics import mean_and_error, measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import RACE_SEQUENCES, Baseline, CalibrationSpec, Method, Step
-from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
+from sleb.text import calibration
 
 WINDOW = 2048
 METHODS = (Method.METRIC1, Method.METRIC2, Method.BEST_CHUNK, Method.METRIC3)

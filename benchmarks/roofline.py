@@ -34,11 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring import calibration
 from sleb.scoring.packed_linear import pack, product
 from sleb.scoring.speedups import Compile, choose
 from sleb.scoring.sweep import Scorer
 from sleb.scoring.sweep_plan import cost_of
+from sleb.text import calibration
 
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
 SECONDS = 0.2  # for so long a product is repeated, at least three times

@@ -33,11 +33,12 @@ from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
 from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import calibration, recorded_baseline, speedups
+from sleb.scoring import recorded_baseline, speedups
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of
 from sleb.scoring.sweep import Scorer
 from sleb.scoring.sweep_plan import SkipSet
+from sleb.text import calibration
 
 log = logging.getLogger(__name__)
 

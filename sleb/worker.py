@@ -25,8 +25,8 @@ from sleb.records import Attempt, Job, JobSpec, Permissions, Run
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import distributed, job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import calibration
 from sleb.search_job import Session
+from sleb.text import calibration
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pytest
 from tests.support.paths import ROOT
 
 RULE = """
-    errors < records bounded < runtime < formats model specs < scoring analysis export < methods < evaluation
+    errors < records bounded < runtime < formats model specs < text scoring analysis export < methods < evaluation
            < search_job forecast < worker < execution < api < sleb < report < cli < app < pages
 """
 """docs/architecture.md explains it. `sleb` is the `__init__` of the package: the public functions."""

@@ -20,8 +20,8 @@ from sleb.records import JobSpec, JobState, Step
 from sleb.runtime import job_folder, origin, trace_file
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import calibration
 from sleb.scoring.sweep import plain_nll
+from sleb.text import calibration
 from tests.support import tiny
 from tests.support.families import build
 
@@ -166,7 +166,7 @@ def test_methods_differ_only_in_how_they_choose(tiny_model: Path, text_file: Pat
 
 
 def _ids(run: sleb.Run) -> torch.Tensor:
-    from sleb.scoring.calibration import build
+    from sleb.text.calibration import build
 
     text = build(run.spec.calibration, run.spec.held_out, run.spec.seed, tiny.tokenizer(), 128)
     return torch.from_numpy(text.ids)

@@ -20,7 +20,7 @@ from sleb.model.generation import are_numbers, continued, numbers_only, position
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.model.token_text import UNFINISHED, token_text
 from sleb.records import Flip, GenerateSpec, Generation, RemovalList
-from sleb.scoring import chat_template
+from sleb.text import chat_template
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from sleb.model.model_of_run import require_same_model
 from sleb.records import EvaluateSpec, Job, JobSpec, Run
 from sleb.runtime import origin
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import calibration, recorded_baseline
+from sleb.scoring import recorded_baseline
 from sleb.scoring.stack_description import describe
 from sleb.scoring.sweep import Scorer
+from sleb.text import calibration
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from sleb.evaluation import perplexity, request
 from sleb.records import EvaluateSpec, JobState, TextPerplexity
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes import job_processes
-from sleb.scoring import calibration
 from sleb.scoring.sweep import Scorer
+from sleb.text import calibration
 from tests.support import tiny
 from tests.support.runs import judged
 from tests.support.runs.stores import write_run

@@ -11,8 +11,8 @@ import pytest
 from sleb.errors import CalibrationError
 from sleb.evaluation import perplexity
 from sleb.records import CalibrationSpec
-from sleb.scoring import calibration, text_files
-from sleb.scoring.text_files import Wanted
+from sleb.text import calibration, text_files
+from sleb.text.text_files import Wanted
 from tests.support import tiny
 
 TEXTS = [tiny.text(90, seed) for seed in range(4)]

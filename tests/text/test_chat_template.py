@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from sleb.errors import WorkEnded
-from sleb.scoring import chat_template
-from sleb.scoring.chat_template import Conversation
+from sleb.text import chat_template
+from sleb.text.chat_template import Conversation
 from tests.support import tiny
 
 TALK = [

@@ -12,7 +12,7 @@ import pytest
 
 from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
-from sleb.scoring import calibration, text_files
+from sleb.text import calibration, text_files
 from tests.support import tiny
 
 

@@ -19,8 +19,8 @@ from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
 from sleb.runtime.array_files import NO_ARRAYS, read_arrays
 from sleb.runtime.files import inside, replace_file
-from sleb.scoring import chat_template, text_files
-from sleb.scoring.text_files import Document, Wanted
+from sleb.text import chat_template, text_files
+from sleb.text.text_files import Document, Wanted
 
 log = logging.getLogger(__name__)
 

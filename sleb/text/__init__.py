@@ -1,0 +1,1 @@
+"""Text -> what the model would see: files, conversations and windows of token ids."""

@@ -1,0 +1,1 @@
+"""Text as the model would see it."""
