@@ -26,7 +26,7 @@ from sleb.evaluation.evaluated_model import Subject
 from sleb.export import proof_process
 from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
-from sleb.export.proven_folder import expect, prove, write_expectation
+from sleb.export.proven_folder import Origin, expect, prove, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words
 from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
@@ -105,7 +105,7 @@ def write(
     meter = subject.meter
     meter.phase("Recording what the quantised model answers with the blocks skipped")
     removal = plan_removal(subject.model, removal_list)
-    expectation = expect(quantised.stack.model, subject.tokenizer, removal)
+    expectation = expect(quantised.stack.model, subject.tokenizer, removal, Origin.of(subject.run))
     with destination.writing() as folder:
         meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks in {quantised.scheme}")
         smaller: Any = streamlined(quantised.stack.model, removal_list)

@@ -18,7 +18,7 @@ from sleb.errors import StorageError
 from sleb.export.contents.carried_files import CARD
 from sleb.export.contents.model_folder import Plan, plan_folder, require_as_stored, write_copied, write_saved
 from sleb.export.destination import Destination, saving
-from sleb.export.proven_folder import Expectation, expect, let_go, prove, write_expectation
+from sleb.export.proven_folder import Expectation, Origin, expect, let_go, prove, write_expectation
 from sleb.export.removal import carry_out, plan_removal
 from sleb.export.smaller_config import check_removal_list
 from sleb.formats.model_card import with_proof
@@ -40,6 +40,7 @@ def export_checkpoint(
     progress: Callable[[str], None] = lambda message: None,
     *,
     source: SourceFolder | None = None,
+    origin: Origin | None = None,
     trust_remote_code: bool = False,
     memory_budget: int | None = None,
 ) -> Proof:
@@ -61,7 +62,7 @@ def export_checkpoint(
     _require_space(model, stack, plan, destination.out.parent)
 
     progress("Recording what the model answers with the blocks skipped")
-    expectation = expect(model, tokenizer, removal)
+    expectation = expect(model, tokenizer, removal, origin)
     with destination.writing() as folder:
         progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
         device = str(stack.device)

@@ -10,6 +10,7 @@ from sleb.errors import OptionError
 from sleb.export import gguf_file, gguf_plan
 from sleb.export.checkpoint import export_checkpoint
 from sleb.export.destination import require_free
+from sleb.export.proven_folder import Origin
 from sleb.formats.model_card import model_card
 from sleb.model.inspection import licence
 from sleb.model.inspection.source_folder import source_folder
@@ -63,6 +64,7 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             allow_existing=asked.replace,
             progress=meter.phase,
             source=source_folder(loaded.name, loaded.revision),
+            origin=Origin.of(run),
             trust_remote_code=asked.trust_remote_code,
             memory_budget=asked.memory_budget,
         )
@@ -78,6 +80,7 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             run.run_id,
             allow_existing=asked.replace,
             progress=meter.phase,
+            origin=Origin.of(run),
             trust_remote_code=asked.trust_remote_code,
         )
     job_folder.write_result(job.directory, {"out": asked.out, "proof": proof.model_dump(mode="json")})

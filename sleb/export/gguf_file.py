@@ -31,7 +31,7 @@ from sleb.export.gguf_plan import (
     refused,
     value_of,
 )
-from sleb.export.proven_folder import expect, let_go, run_proof, write_expectation
+from sleb.export.proven_folder import Origin, expect, let_go, run_proof, write_expectation
 from sleb.export.removal import Removal, plan_removal, require_same_blocks
 from sleb.model.block_stack import BlockStack
 from sleb.records import Proof, Run
@@ -52,6 +52,7 @@ def export_gguf(
     allow_existing: bool = False,
     progress: Callable[[str], None] = lambda message: None,
     *,
+    origin: Origin | None = None,
     trust_remote_code: bool = False,
 ) -> Proof:
     """Write `source` without these blocks to the file `out`, and prove that it reloads and answers as it did.
@@ -73,7 +74,7 @@ def export_gguf(
     _require_space(cut, out.parent)
 
     progress("Recording what the model answers with the blocks skipped")
-    expectation = expect(model, tokenizer, removal)
+    expectation = expect(model, tokenizer, removal, origin)
     blocks: Any = stack.blocks
     removed = sum(
         parameter.numel()

@@ -124,7 +124,7 @@ def prove(
         if reason is not None:
             reasons.append(f"greedy generation without the KV cache and {what} differ {reason}")
 
-    proof = {
+    proof = facts["origin"] | {
         "passed": not reasons,
         "reasons": reasons,
         "blocks_before": facts["blocks_before"],

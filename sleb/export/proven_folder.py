@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from sleb.export import proof_process
 from sleb.export.contents.model_folder import Contents
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
+from sleb.formats.list_formats import display_name
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
-from sleb.records import Proof
+from sleb.records import Proof, Run
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,19 @@ PROOF_TEXT = (
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model that loses blocks: its name, wherever it lies, and the hash of its weights."""
+
+    model: str = ""
+    weights_hash: str = ""
+
+    @classmethod
+    def of(cls, run: Run) -> Origin:
+        """The model of a run."""
+        return cls(display_name(run.spec.model), run.stack.weights_hash if run.stack else "")
+
+
+@dataclass(frozen=True)
 class Expectation:
     """What the intact model answers with the blocks skipped: what the exported one must answer."""
 
@@ -61,9 +75,10 @@ class Expectation:
     """Its defaults for generating."""
     text: dict[str, Any] | None
     """What its tokenizer makes of text and of conversations; None where there is none."""
+    origin: Origin
 
 
-def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
+def expect(model: nn.Module, tokenizer: Any, removal: Removal, origin: Origin | None = None) -> Expectation:
     """Ask the intact model, with the blocks skipped."""
     stack = BlockStack(model.eval())
     ids = _proof_ids(model, tokenizer)
@@ -97,6 +112,7 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal) -> Expectation:
         cache_works,
         proof_process.generation_of(model),
         None if tokenizer is None else proof_process.text_of(tokenizer, PROOF_TEXT),
+        origin or Origin(),
     )
 
 
@@ -135,6 +151,7 @@ def write_expectation(
         "cache_works": expectation.cache_works,
         "gguf_file": gguf_file,
         "contents": None if contents is None else _facts(contents, expectation),
+        "origin": asdict(expectation.origin),
     }
     tensors = {
         "ids": expectation.ids,

@@ -21,6 +21,10 @@ class LeftBehind(Record):
 class Proof(Record):
     """An exported model, reloaded in a fresh process with plain transformers and compared with the skipped original."""
 
+    model: str = ""
+    """Name of the model that lost the blocks; empty for a proof by an earlier version."""
+    weights_hash: str = ""
+    """Of that model, as its run has it."""
     passed: bool
     reasons: tuple[str, ...] = ()
     """Why it did not pass, one sentence each."""

@@ -322,5 +322,6 @@ def test_the_commit_is_recorded_and_everything_is_of_it(
     with pytest.raises(RunError, match=rf"owner/tiny at commit {commits[1]} is not the model .* rms_norm_eps was 0.2"):
         sleb.export_model(run.run_dir, tmp_path / "smaller")
     rewrite(entry / "snapshots" / commits[1], rms_norm_eps=0.2)
-    sleb.export_model(run.run_dir, tmp_path / "smaller")
+    proof = sleb.export_model(run.run_dir, tmp_path / "smaller")
+    assert (proof.model, proof.weights_hash) == ("owner/tiny", run.stack.weights_hash)
     assert commits[1] in (tmp_path / "smaller" / "README.md").read_text()

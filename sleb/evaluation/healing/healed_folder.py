@@ -23,7 +23,7 @@ from sleb.evaluation.evaluated_model import Subject
 from sleb.export import finished_exports, proof_process
 from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
-from sleb.export.proven_folder import expect, let_go, prove, write_expectation
+from sleb.export.proven_folder import Origin, expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
 from sleb.formats.list_formats import display_name, in_words
 from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
@@ -116,7 +116,7 @@ def _write_proven(
     """Into an existing folder: `smaller`, proven to answer as `whole` with the blocks skipped. Uses both up."""
     meter, device = subject.meter, str(subject.stack.device)
     meter.phase(f"Recording what the {what} answers with the blocks skipped")
-    expectation = expect(whole, subject.tokenizer, removal)
+    expectation = expect(whole, subject.tokenizer, removal, Origin.of(subject.run))
     meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
     parameters = sum(parameter.numel() for parameter in smaller.parameters())
     plan = plan_folder(subject.model, removal, subject.source())
