@@ -13,7 +13,7 @@ from app.page import run_page
 from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
 from app.widgets import chart, empty
 from app.wording import in_fields, number, plain
-from sleb.formats.findings_tables import NO_NUMBER, without_numbers
+from sleb.formats.findings_tables import NO_NUMBER, healing_notes, without_numbers
 from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
 from sleb.report.summaries import gates, list_curves
@@ -60,6 +60,11 @@ def main() -> None:
         judgement = gates.judge(on, found.lists)
         gate_controls.proposal(run, found, on, judgement)
     with left:
+        if found.too_good:
+            st.warning(
+                plain("; ".join(found.too_good)) + ". What lists cost there is too good; held-out text tells more.",
+                icon=":material/warning:",
+            )
         _panels(found, judgement, limits, gated=bool(on))
     _tabs(run, found, findings, judgement.proposal, busy)
 
@@ -177,7 +182,7 @@ def _quantized(run: Run, found: Curves, findings: Sequence[Finding], proposed: i
             empty("Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list.")
             return
         _table(evaluate.quantization_table(own), ("Before", "Quantised"), "Perplexity before and after quantisation")
-        _missing(own)
+        _said(without_numbers(own))
 
 
 def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
@@ -196,11 +201,11 @@ def _healed(run: Run, found: Curves, findings: Sequence[Finding], proposed: int 
         }
         numbers = ("Unmodified", "Before", "Healed")
         _table(evaluate.healing_table(own), numbers, "Perplexity before and after healing", columns)
-        _missing(own)
+        _said(healing_notes(own))
 
 
-def _missing(found: Sequence[Finding]) -> None:
-    for each in without_numbers(found):
+def _said(notes: Sequence[str]) -> None:
+    for each in notes:
         st.caption(plain(in_fields(each)))
 
 

@@ -240,7 +240,9 @@ class Session:
             head_evaluations=scorer.head_evaluations,
             seconds=time.perf_counter() - start,
             speedups=self.speedups,
-            warnings=tuple(self._doubts(on_calibration.perplexity or np.inf, nats)) if self.group.first else (),
+            warnings=(*self.text.warnings, *self._doubts(on_calibration.perplexity or np.inf, nats))
+            if self.group.first
+            else (),
         )
         if not self.group.first:
             return first

@@ -230,7 +230,7 @@ def _card(subject: Subject, quantised: Quantised, removal_list: RemovalList, mea
         base_model(run),
         licence_line(named),
         f"- **Removal list:** {code(list(removal_list))}",
-        f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list))}",
+        f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list, in_order=False))}",
         f"- **Weights:** {found.weight_bytes:,} bytes; {found.weight_bytes_before:,} before in {found.dtype}",
         f"- **Run:** {code(run.run_id)}",
         "",

@@ -168,7 +168,7 @@ def contents_checked(
         *wrong_config(folder, contents["config"], model),
         *stale_settings(folder, facts["blocks_before"], len(facts["kept_blocks"])),
     ]
-    checked = ["every list and count in config.json follows the blocks"]
+    checked = ["counts and lists in config.json that are named after layers or blocks follow the blocks"]
     if contents["tensors"] is not None:
         checked.append(f"{len(contents['tensors'])} tensors have the names, types and shapes of the source's")
     if contents["files"]:
@@ -182,7 +182,9 @@ def contents_checked(
         options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
         text = text_of(AutoTokenizer.from_pretrained(str(folder), **options), contents["proof_text"])
         wrong += [f"its tokenizer has other {name}" for name in text if text[name] != contents["text"][name]]
-        checked.append("the tokenizer gives the same tokens, and every conversation the same text")
+        talks = contents["text"]["chat templates"]
+        same = "the tokenizer gives the same tokens"
+        checked.append(f"{same}, and every conversation the same text" if talks else same)
     reasons += wrong
     return checked
 

@@ -224,17 +224,22 @@ def _beside(found: Timing, before: str, after: str) -> str:
     return f"{before} → {after}" if found.removal_list else after
 
 
+def scheme_of(found: Quantization) -> str:
+    """The scheme, with the sizes of its groups as they were used: a group must divide its row."""
+    groups = " or ".join(map(str, found.group_sizes))
+    return f"{found.scheme}, groups of {groups}" if groups else found.scheme
+
+
 def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
     rows = []
     for each in found:
         change = "" if each.change is None else f"{each.change:+.4f}"
         if change and each.change_standard_error is not None:
             change += f" ± {each.change_standard_error:.4f}"
-        groups = " or ".join(map(str, each.group_sizes))
         rows.append(
             (
                 name_of(each.removal_list),
-                f"{each.scheme}, groups of {groups}" if groups else each.scheme,
+                scheme_of(each),
                 _of_text(each.text),
                 decimal(each.before.perplexity),
                 decimal(each.measured.perplexity),
@@ -250,6 +255,21 @@ def _quantizations(found: Sequence[Quantization]) -> Iterator[Table]:
 
 def _folders(outs: Iterable[str | None]) -> tuple[str, ...]:
     return tuple(out for out in dict.fromkeys(outs) if out is not None)
+
+
+def healing_notes(found: Sequence[Healing]) -> list[str]:
+    """What to know beside the numbers: why some are missing, how held-out text fared, and what was no test."""
+    last, notes = found[-1], [*without_numbers(found)]
+    if last.held_out_before is not None and last.held_out_after is not None:
+        before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
+        notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
+    for each in found:
+        if each.windows_healed_on:
+            notes.append(
+                f"{each.windows_healed_on} of {each.text.windows} windows of {each.text.name} repeat text that was "
+                f"healed on ({each.ask.how}, {name_of(each.removal_list)}): no test of the healing."
+            )
+    return notes
 
 
 def _healings(found: Sequence[Healing]) -> Iterator[Table]:
@@ -272,16 +292,7 @@ def _healings(found: Sequence[Healing]) -> Iterator[Table]:
         )
     if not rows:
         return
-    last, notes = found[-1], [*without_numbers(found)]
-    if last.held_out_before is not None and last.held_out_after is not None:
-        before, after = decimal(last.held_out_before.perplexity), decimal(last.held_out_after.perplexity)
-        notes.append(f"On held-out sequences of the text it was healed on: {before} before, {after} after.")
-    for each in found:
-        if each.windows_healed_on:
-            notes.append(
-                f"{each.windows_healed_on} of {each.text.windows} windows of {each.text.name} repeat text that was "
-                f"healed on ({each.ask.how}, {name_of(each.removal_list)}): no test of the healing."
-            )
+    notes = healing_notes(found)
     columns = ("removed", "how", "text", "baseline", "before", "after", "nats over before", "took")
     yield Table("Healing", columns, tuple(rows), tuple(notes), _folders(each.out for each in found))
 

@@ -147,15 +147,15 @@ def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int,
     return ranges
 
 
-def in_words(num_blocks: int, removal_list: Sequence[int]) -> str:
-    """One sentence that leaves no doubt whether the last number is included."""
+def in_words(num_blocks: int, removal_list: Sequence[int], *, in_order: bool = True) -> str:
+    """One sentence that leaves no doubt whether the last number is included; `in_order`: that of removal."""
     ranges = kept_ranges(num_blocks, removal_list)
     removed = ", ".join(map(str, removal_list)) or "none"
     spans = [f"{start} to {end - 1}" if end - start > 1 else str(start) for start, end in ranges]
     half_open = _and([f"[{start}, {end})" for start, end in ranges])
     count = sum(end - start for start, end in ranges)
     return (
-        f"Removed (0-based, in this order): {removed}; kept: {count} of {num_blocks} blocks, "
+        f"Removed (0-based{', in this order' if in_order else ''}): {removed}; kept: {count} of {num_blocks} blocks, "
         f"{_and(spans) or 'none'}, both ends included" + (f", i.e. {half_open}." if half_open else ".")
     )
 

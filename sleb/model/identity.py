@@ -51,19 +51,25 @@ def identity_of(loaded: LoadedModel) -> ModelIdentity:
 def computing_fields(config: Any) -> dict[str, Any]:
     """Fields of a config that take part in computing and differ from the default of its class, as JSON has them.
 
-    However the rotary embedding was written down, it stands under `rope`. So versions of transformers that know more
+    The kind of model, by which a default means what it does, always stands there. However the rotary embedding was
+    written down, it stands under `rope`. So versions of transformers that know more
     fields than others agree on a model that does not use them.
     """
-    fields = _fields(config)
-    try:
-        defaults = _fields(type(config)())
-    except Exception:  # a class from elsewhere may need arguments: then every field counts
-        defaults = {}
-    return {
+    fields, defaults = _fields(config), default_fields(config)
+    kind = {"model_type": config.model_type} if getattr(config, "model_type", "") else {}
+    return kind | {
         name: value
         for name, value in sorted(fields.items())
         if (value is not None if name not in defaults else value != defaults[name])
     }
+
+
+def default_fields(config: Any) -> dict[str, Any]:
+    """What `computing_fields` leaves out where the config says nothing else: the defaults of its class."""
+    try:
+        return _fields(type(config)())
+    except Exception:  # a class from elsewhere may need arguments: then every field counts
+        return {}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

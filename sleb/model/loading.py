@@ -173,7 +173,8 @@ class _Checkpoint:
         except ModelError:  # told where it is used as a stack of blocks
             return
         unused = _unused(model, report)
-        model_files.require_every_block(self.name, path, len(blocks), self.raw, self.stored, unused)
+        modules = {part for part, _ in model.named_modules()}
+        model_files.require_every_block(self.name, path, len(blocks), self.raw, self.stored, unused, modules)
 
     def _beside(self) -> dict[str, Any]:
         from transformers.utils.hub import cached_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.errors import RunError
-from sleb.model.identity import identity_of
+from sleb.model.identity import default_fields, identity_of
 from sleb.model.loading import LoadedModel, load_model, weights_hash
 from sleb.records import SCORING_VERSION, JobSpec, Run
 
@@ -24,7 +24,7 @@ def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
     if weights_hash(loaded.model, dtype) != run.stack.weights_hash and not _searched_so(run, job, loaded):
         changes.append("the weights are others")
     if run.stack.identity is not None:
-        changes += run.stack.identity.differences(identity_of(loaded))
+        changes += run.stack.identity.differences(identity_of(loaded), default_fields(loaded.model.config))
     if changes:
         more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
         anew = "keep what is found now apart with --run-dir" if run.spec.kind == "evaluate" else "start a new run"

@@ -56,6 +56,12 @@ class EvaluatedText(Record):
     bos: bool
 
     @property
+    def overlap(self) -> str:
+        """What it shares with the text that the blocks were chosen on, in words; empty where nothing is known."""
+        said = self.description.rpartition("; ")[2]
+        return said if "the blocks were chosen on" in said else ""
+
+    @property
     def is_whole(self) -> bool:
         """Whether every window was evaluated."""
         return self.windows == self.of_windows

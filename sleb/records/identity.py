@@ -40,11 +40,14 @@ class ModelIdentity(Record):
         everything = [weights_hash, dtype, self.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
 
-    def differences(self, now: ModelIdentity) -> list[str]:
-        """What is another one now, in words; empty where all is the same."""
+    def differences(self, now: ModelIdentity, defaults: Mapping[str, Any] | None = None) -> list[str]:
+        """What is another one now, in words; empty where all is the same. `defaults`: the fields of its class."""
+        usual = dict(_flat(defaults or {}))
         before, after = dict(_flat(self.config)), dict(_flat(now.config))
         names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        found = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
+        found = [
+            f"{name[:_LONGEST]} was {_shown(before, usual, name)} and is {_shown(after, usual, name)}" for name in names
+        ]
         if self.tokenizer != now.tokenizer:
             found.append("the tokenizer is another one")
         if self.chat_template != now.chat_template:
@@ -64,8 +67,8 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    if name not in fields:
-        return "its default"
-    text = json.dumps(fields[name])
+def _shown(fields: Mapping[str, Any], usual: Mapping[str, Any], name: str) -> str:
+    if name not in fields and name not in usual:
+        return "not there"
+    text = json.dumps(fields.get(name, usual.get(name)))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +20,6 @@ from sleb.runtime.array_files import NO_ARRAYS, read_arrays
 from sleb.runtime.files import inside, replace_file
 from sleb.text import chat_template, text_files
 from sleb.text.text_files import Document, Wanted
-
-log = logging.getLogger(__name__)
 
 RESERVED = ("demo", "wikitext2", "c4", "wikitext2-rows")
 """Sources by name, whatever files of that name lie around."""
@@ -49,6 +46,8 @@ class CalibrationSet:
     bos: bool
     text: str
     """Where the text came from and how much of it there was, in words."""
+    warnings: tuple[str, ...] = ()
+    """What makes it a worse judge than it seems, one sentence each."""
 
     @property
     def held_out(self) -> int:
@@ -92,7 +91,7 @@ def build(
     needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
     while True:
         found = _documents(spec, needed, seed, drawing)
-        texts, said = _rendered(found.documents, found.origin, spec, tokenizer, drawing)
+        texts, said = _rendered(found.documents, spec, tokenizer, drawing)
         parts = texts if spec.chat and drawing >= 2 else [SEPARATOR.join(texts)]
         ids = token_ids(parts, tokenizer, vocab_size, found.origin)
         windows = cut(ids, spec.sequence_length, bos, twice=drawing < 2)
@@ -110,12 +109,13 @@ def build(
         )
     ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
+    doubts = [said] if said else []
     if drawing >= 2 and (shared := count_sharing(ids[spec.sequences :], ids[: spec.sequences])):
-        warning = f"{shared:,} of {held:,} held-out windows repeat half a window of those that choose"
-        log.warning("%s: %s, at another place in the window.", found.origin, warning)
-        said += f"; {warning}"
-    text = f"{found.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}{said}"
-    return CalibrationSet(ids, spec.sequences, bos is not None, text)
+        doubts.append(f"{shared:,} of {held:,} held-out windows repeat half a window of those that choose")
+    counted = f"{found.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}"
+    text = "; ".join([counted, *doubts])
+    warnings = tuple(f"{found.origin}: {each}." for each in doubts)
+    return CalibrationSet(ids, spec.sequences, bos is not None, text, warnings)
 
 
 def _chosen(windows: np.ndarray, order: np.ndarray | None, *, all_of_them: bool) -> tuple[np.ndarray, int]:
@@ -325,9 +325,7 @@ def _is_whole(documents: list[Document], needed: int | None) -> bool:
     return needed is None or sum(each.size for each in documents) < needed
 
 
-def _rendered(
-    documents: list[Document], origin: str, spec: CalibrationSpec, tokenizer: Any, drawing: int
-) -> tuple[list[str], str]:
+def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, drawing: int) -> tuple[list[str], str]:
     """Documents as text, and what is to be said of it: conversations go through the tokenizer's chat template."""
     if not spec.chat:
         return [each.content for each in documents], ""
@@ -352,9 +350,8 @@ def _rendered(
         raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
     if not found.without_tools:
         return found.texts, ""
-    said = f"the chat template leaves out the tools of {found.without_tools:,} of {len(documents):,} conversations"
-    log.warning("%s: %s.", origin, said)
-    return found.texts, f"; {said}"
+    some = f"{found.without_tools:,} of {len(documents):,} conversations"
+    return found.texts, f"the chat template leaves out the tools or calls of {some}"
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:

@@ -22,6 +22,14 @@ _GROWTH = 4
 """Text may become so many times as long, beside what a template writes around it."""
 _AROUND, _ONCE = 4_000, 1_000_000  # bytes, of each conversation and of all
 _FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
+_ARGUMENTS = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "tokenize"),
+        *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""Of `apply_chat_template` itself: a row that sets one changes more than its own text."""
 _SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _SHAREGPT |= {"tool": "tool", "observation": "tool"}
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -65,12 +73,16 @@ def conversation(messages: Sequence[dict[str, Any]], beside: dict[str, Any]) -> 
     system = beside.get("system")
     if system is not None and not isinstance(system, str):
         raise WorkEnded(f"its system column holds {type(system).__name__}, not text")
+    if system and turns and turns[0]["role"] == "system" and turns[0]["content"] != system:
+        raise WorkEnded("its system column and its first message say different things")
     if system and turns and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": system})
     options = _parsed(beside.get("chat_template_kwargs") or {}, "chat_template_kwargs")
     if not isinstance(options, dict):
         raise WorkEnded("its chat_template_kwargs are not an object")
-    tools = _parsed(beside.get("tools") or [], "tools")
+    if own := sorted(name for name in options if name in _ARGUMENTS or name.endswith("_token")):
+        raise WorkEnded(f"its chat_template_kwargs set {quoted(own[0])}, which is no variable of a template")
+    tools = _parsed(beside.get("tools") or [], "tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise WorkEnded("its tools are not a list of objects (JSON schemas)")
     return Conversation(turns, tools, options)

@@ -21,6 +21,7 @@ from sleb.cli.main import app
 from sleb.errors import OptionError, RunError, SlebError
 from sleb.evaluation import perplexity, request
 from sleb.records import EvaluateSpec, JobState, TextPerplexity
+from sleb.report.summaries import list_curves
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes import job_processes
 from sleb.scoring.sweep import Scorer
@@ -332,3 +333,5 @@ def test_the_searchs_own_text_is_called_so(run: sleb.Run, text: Path, source: st
     name = {"own": run.spec.calibration.source, "linked": str(linked), "other": str(text)}[source]
     found = evaluated(run.run_id, "--perplexity", name)["findings"]
     assert ("chosen on a part of it" in found[0]["text"]["description"]) is said
+    found = list_curves.curves(run, sleb.findings_of(run)).too_good
+    assert found == ((f"{Path(name).name}: the blocks were chosen on a part of it",) if said else ())

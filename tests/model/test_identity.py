@@ -12,7 +12,7 @@ import transformers
 
 import sleb
 from sleb.errors import RunError
-from sleb.model.identity import computing_fields, identity_of, tokenizer_hash
+from sleb.model.identity import computing_fields, default_fields, identity_of, tokenizer_hash
 from sleb.model.loading import load_model
 from sleb.records import ModelIdentity
 from sleb.runtime import origin
@@ -64,25 +64,33 @@ def test_what_computes_nothing_or_says_the_same_is_the_same_model(changes: dict[
     [
         (
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-            "rope.rope_theta was its default and is 500000",
+            "rope.rope_theta was 10000 and is 500000",
         ),
-        ({"rope_parameters": None, "rope_theta": 5e5}, "rope.rope_theta was its default and is 500000"),
+        ({"rope_parameters": None, "rope_theta": 5e5}, "rope.rope_theta was 10000 and is 500000"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
-            "rope.factor was its default and is 2; rope.rope_theta was its default and is 10000; rope.rope_type",
+            "rope.factor was not there and is 2; rope.rope_type",
         ),
-        ({"rms_norm_eps": 0.01}, "rms_norm_eps was its default and is 0.01"),
-        ({"hidden_act": "gelu"}, 'hidden_act was its default and is "gelu"'),
+        ({"rms_norm_eps": 0.01}, "rms_norm_eps was 1e-06 and is 0.01"),
+        ({"hidden_act": "gelu"}, 'hidden_act was "silu" and is "gelu"'),
         ({"eos_token_id": 7}, "eos_token_id was"),
-        ({"something_of_its_own": {"scale": 3}}, "something_of_its_own.scale was its default and is 3"),
+        ({"something_of_its_own": {"scale": 3}}, "something_of_its_own.scale was not there and is 3"),
     ],
 )
 def test_what_computes_is_another_model_and_is_named(changes: dict[str, Any], said: str, model: Path) -> None:
     before = identity(model)
     rewrite(model, **changes)
     now = identity(model)
-    assert said in "; ".join(before.differences(now))
+    config = load_model(str(model), dtype="float32", device="cpu").model.config
+    assert said in "; ".join(before.differences(now, default_fields(config)))
     assert before.key("weights", "float32") != now.key("weights", "float32")
+
+
+def test_equal_settings_of_another_kind_of_model_are_another_model() -> None:
+    settings: dict[str, Any] = dict(vocab_size=128, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    llama, granite = transformers.LlamaConfig(**settings), transformers.GraniteConfig(**settings)
+    before, now = (ModelIdentity(config=computing_fields(each), tokenizer="") for each in (llama, granite))
+    assert before.differences(now)[0] == 'model_type was "llama" and is "granite"'
 
 
 def test_each_kind_of_rope_and_nested_configs_count() -> None:
@@ -175,7 +183,7 @@ def run(model: Path, tmp_path: Path) -> sleb.Run:
 
 
 CHANGED = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
-SAID = r"rope\.rope_theta was its default and is 50"
+SAID = r"rope\.rope_theta was 10000 and is 50"
 
 
 def cut_short(run_dir: Path) -> None:

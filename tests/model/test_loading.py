@@ -155,9 +155,11 @@ def rewrite(model: Path, settings: dict[str, object], tensors: dict[str, torch.T
             "stores 1 weights in its blocks that its config does not ask for .model.layers.0.self_attn.q_proj.bias",
         ),
         ({}, {"model.layers.2.mlp.up_proj.lora_A.weight": torch.ones(2)}, "lora_A.weight, for one"),
+        ({}, {"lm_head.bias": torch.ones(128)}, "stores lm_head.bias, and the model .* has that part without it"),
+        ({}, {"model.embed_tokens.scale": torch.ones(1)}, "stores model.embed_tokens.scale, and the model"),
     ],
 )
-def test_weights_of_blocks_that_would_be_left_out_are_refused(
+def test_weights_that_would_be_left_out_are_refused(
     model: Path, settings: dict[str, object], more: dict[str, torch.Tensor], sentence: str
 ) -> None:
     rewrite(model, settings, more)

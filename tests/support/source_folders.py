@@ -196,6 +196,9 @@ def with_odd_files(folder: Path, outside: Path) -> None:
     (folder / "additional_chat_templates" / "tools.sh").write_text("true")
     outside.write_text("secret")
     (folder / "link.txt").symlink_to(outside)
+    (folder / "lost.txt").symlink_to(folder / "nowhere.txt")
+    (folder / "round.txt").symlink_to(folder / "round.txt")
+    (folder / "imatrix.dat").write_bytes(b"statistics of each block")
     (folder / "licence.txt").symlink_to(folder / "LICENSE")
     os.mkfifo(folder / "pipe.txt")
     with open(folder / "long.txt", "wb") as file:

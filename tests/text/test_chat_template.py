@@ -170,6 +170,17 @@ def test_the_conversation_that_a_template_refuses_is_named() -> None:
         ([{"role": "user", "content": "a"}], {"tools": "[{"}, "its tools are not JSON"),
         ([{"role": "user", "content": "a"}], {"tools": ["a"]}, "its tools are not a list of objects"),
         ([{"role": "user", "content": "a"}], {"system": ["a"]}, "its system column holds list"),
+        (
+            [{"role": "system", "content": "a"}],
+            {"system": "b"},
+            "its system column and its first message say different",
+        ),
+        (
+            [{"role": "user", "content": "a"}],
+            {"chat_template_kwargs": {"continue_final_message": True}},
+            "chat_template_kwargs set 'continue_final_message', which is no variable",
+        ),
+        ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"bos_token": "Z"}}, "set 'bos_token'"),
     ],
 )
 def test_what_is_no_text_is_refused_in_a_clause(messages: list[Any], beside: dict[str, Any], why: str) -> None:

@@ -25,6 +25,7 @@ from sleb.export.contents.model_folder import plan_folder, write_saved
 from sleb.export.destination import Destination, saving
 from sleb.export.proven_folder import Origin, expect, let_go, prove, write_expectation
 from sleb.export.removal import Removal, plan_removal, streamlined
+from sleb.formats.findings_tables import healing_notes
 from sleb.formats.list_formats import display_name, in_words
 from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
@@ -187,7 +188,7 @@ def _provenance(subject: Subject, removal_list: RemovalList) -> list[str]:
         base_model(subject.run),
         licence_line(_licence(subject)),
         f"- **Removal list:** {code(list(removal_list))}",
-        f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list))}",
+        f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list, in_order=False))}",
         f"- **Run:** {code(subject.run.run_id)}",
     ]
 
@@ -229,6 +230,8 @@ def _card(
         ),
         "",
         f"Measured in {found.dtype}" + (", with the adapter merged." if adapter else "."),
+        "",
+        *(f"- {escaped(each)}" for each in healing_notes(measured)),
         "",
         "## How to load it",
         "",

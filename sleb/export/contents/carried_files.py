@@ -90,7 +90,7 @@ def _reason(source: SourceFolder, name: str, path: Path, num_blocks: int, with_c
     if not name.isprintable():
         return "its name cannot be shown"
     if not _stays_inside(source.folder, path):
-        return "it is a link out of the folder"
+        return "it is a link out of the folder, or to nothing"
     if path.is_dir():
         return "it is a folder"
     if not stat.S_ISREG(path.stat().st_mode):
@@ -109,14 +109,18 @@ def _reason(source: SourceFolder, name: str, path: Path, num_blocks: int, with_c
         return "it is code, which only --trust-remote-code carries over"
     if path.stat().st_size > LARGEST:
         return f"it has more than {LARGEST >> 20} MiB"
-    return _WHOLE if _speaks_of_blocks(path, num_blocks) else None
+    return _WHOLE if "imatrix" in name.lower() or _speaks_of_blocks(path, num_blocks) else None
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
     """No link, or one within the folder; in a cache of the hub's, one to the model's own files there."""
     if not path.is_symlink():
         return True
-    root, target = folder.resolve(), path.resolve()
+    root = folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # it leads nowhere, or to itself
+        return False
     if root.parent.name == "snapshots" and root.parent.parent / "blobs" == target.parent:
         return True
     return target.parent == root

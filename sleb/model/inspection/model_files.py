@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,19 @@ def require_stored(
 
 
 def require_every_block(
-    name: str, path: str, num_blocks: int, raw: Mapping[str, Any], stored: Iterable[str], unused: Iterable[str]
+    name: str,
+    path: str,
+    num_blocks: int,
+    raw: Mapping[str, Any],
+    stored: Iterable[str],
+    unused: Iterable[str],
+    modules: Set[str] = frozenset(),
 ) -> None:
-    """No weight of a block is left out: neither whole blocks, nor a part of one. Raises `ModelError`.
+    """No weight of a block is left out, nor of what is around them. Raises `ModelError`.
 
-    `path` is that of the model's blocks, `unused` are stored tensors that the model did not take. Blocks behind the
-    stack that predict further tokens (MTP) stay out, as many as the config says.
+    `path` is that of the model's blocks, `unused` are stored tensors that the model did not take, `modules` the paths
+    of its parts. Blocks behind the stack that predict further tokens (MTP) stay out, as many as the config says, and
+    with a warning parts that the model does not have, such as a vision tower.
     """
     further = max((int(value) for key, value in _numbers(raw) if _FURTHER.fullmatch(key)), default=0)
     blocks = {int(found[2]) for key in stored if (found := _BLOCK.match(key)) and _same_stack(found[1], path)}
@@ -158,6 +165,7 @@ def require_every_block(
             f"{name} stores weights of block {highest} and says in its config that it has {num_blocks} blocks "
             "(num_hidden_layers): the others would be left out. Correct the config, or take their weights away."
         )
+    unused = list(unused)
     left = sorted(
         key
         for key in unused
@@ -169,6 +177,15 @@ def require_every_block(
             f"{name} stores {len(left)} weights in its blocks that its config does not ask for ({excerpt(left[0], 100)}"
             ", for one), and without them it computes something else: the config is not this checkpoint's."
         )
+    around = sorted(key for key in unused if not _BLOCK.match(key) and not _NO_WEIGHT.search(key))
+    if left := [key for key in around if key.rpartition(".")[0] in modules]:
+        raise ModelError(
+            f"{name} stores {excerpt(left[0], 100)}, and the model that its config describes has that part without it: "
+            "it would compute something else. The config is not this checkpoint's."
+        )
+    if around:
+        some = excerpt(around[0], 100)
+        log.warning("%s stores %d tensors that its model leaves out (%s, for one).", name, len(around), some)
 
 
 def _same_stack(prefix: str, path: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from sleb.formats.findings_tables import scheme_of
 from sleb.records import EvaluatedText, Finding, Healing, Quantization, RemovalList, TextPerplexity
 from sleb.report.figures import compare, style
 from sleb.report.summaries.gates import Reading, as_bytes, in_words
@@ -431,7 +432,7 @@ def quantization_table(found: Sequence[Quantization]) -> pd.DataFrame:
         [
             {
                 "Removed": len(each.removal_list),
-                "Scheme": each.scheme + (f", groups of {each.group_size}" if each.group_size else ""),
+                "Scheme": scheme_of(each),
                 "Text": each.text.name + ("" if each.text.is_whole else " ≈"),
                 "Before": each.before.perplexity,
                 "Quantised": each.measured.perplexity,

@@ -88,6 +88,8 @@ class Curves:
     """Findings about lists that are none of these."""
     notes: tuple[str, ...] = ()
     """Why numbers are missing, and which prompts were cut."""
+    too_good: tuple[str, ...] = ()
+    """Texts that share something with the one that the blocks were chosen on, and what."""
 
     @property
     def texts(self) -> tuple[Line, ...]:
@@ -110,6 +112,11 @@ def curves(run: Run, findings: Sequence[Finding]) -> Curves:
         size=_sizes(run, own, lists, numbers),
         elsewhere=len(findings) - len(own),
         notes=(*truncated_prompts(of_kind(own, TaskAccuracy)), *without_numbers(own)),
+        too_good=tuple(
+            dict.fromkeys(
+                f"{each.text.name}: {each.text.overlap}" for each in of_kind(own, TextPerplexity) if each.text.overlap
+            )
+        ),
     )
 
 

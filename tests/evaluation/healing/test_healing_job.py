@@ -312,7 +312,7 @@ def test_a_healed_folder_proves_itself_and_gives_the_perplexity_that_was_measure
     card = (out / "README.md").read_text()
     assert "LoRA, rank 4" in card
     assert "Reloaded in a fresh process" in card
-    assert "- every list and count in config.json follows the blocks" in card
+    assert "- counts and lists in config.json that are named after layers or blocks follow the blocks" in card
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(proof["files"])
     again = sleb.evaluate(str(out), removal_list=[], perplexity=[str(text_file)], window=64, limit=6, dtype="float32")
     assert again[0].measured.nll_sum == pytest.approx(found.after.nll_sum, rel=1e-6)  # type: ignore[attr-defined]

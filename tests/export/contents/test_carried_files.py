@@ -23,7 +23,10 @@ CARRIED = {
 LEFT_BEHIND = {
     ".gitattributes": "it is hidden",
     "additional_chat_templates/tools.sh": "it is not a chat template",
-    "link.txt": "it is a link out of the folder",
+    "link.txt": "it is a link out of the folder, or to nothing",
+    "lost.txt": "it is a link out of the folder, or to nothing",
+    "round.txt": "it is a link out of the folder, or to nothing",
+    "imatrix.dat": "it describes the blocks of the whole model",
     "long.txt": "it has more than 256 MiB",
     "onnx": "it is a folder",
     "other.safetensors": "it holds weights of the whole model",
@@ -86,5 +89,5 @@ def test_a_snapshot_in_the_hub_s_cache_is_links_to_its_blobs(tmp_path: Path) -> 
     assert list(found.files) == ["tokenizer.model"]
     assert [(each.name, each.why) for each in found.left_behind] == [
         ("further files of its repository, if any", "the hub did not answer"),
-        ("stolen.txt", "it is a link out of the folder"),
+        ("stolen.txt", "it is a link out of the folder, or to nothing"),
     ]

@@ -225,7 +225,7 @@ def test_the_proof_says_what_was_compared(written: SimpleNamespace) -> None:
         f"{number} tensors",
         "3 files",
         "defaults for generating",
-        "every list and count",
+        "counts and lists in config.json",
         "every conversation",
     ):
         assert what in said
