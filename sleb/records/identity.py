@@ -43,11 +43,10 @@ class ModelIdentity(Record):
     def differences(self, now: ModelIdentity, defaults: Mapping[str, Any] | None = None) -> list[str]:
         """What is another one now, in words; empty where all is the same. `defaults`: the fields of its class."""
         usual = dict(_flat(defaults or {}))
-        before, after = dict(_flat(self.config)), dict(_flat(now.config))
-        names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        found = [
-            f"{name[:_LONGEST]} was {_shown(before, usual, name)} and is {_shown(after, usual, name)}" for name in names
-        ]
+        before, after = usual | dict(_flat(self.config)), usual | dict(_flat(now.config))
+        names = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+        names.sort(key=lambda name: (name != "model_type", name))  # which explains the others
+        found = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
         if self.tokenizer != now.tokenizer:
             found.append("the tokenizer is another one")
         if self.chat_template != now.chat_template:
@@ -67,8 +66,8 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
-def _shown(fields: Mapping[str, Any], usual: Mapping[str, Any], name: str) -> str:
-    if name not in fields and name not in usual:
+def _shown(fields: Mapping[str, Any], name: str) -> str:
+    if name not in fields:
         return "not there"
-    text = json.dumps(fields.get(name, usual.get(name)))
+    text = json.dumps(fields[name])
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -173,7 +173,7 @@ def test_the_conversation_that_a_template_refuses_is_named() -> None:
         (
             [{"role": "system", "content": "a"}],
             {"system": "b"},
-            "its system column and its first message say different",
+            "its system column and its first message say",
         ),
         (
             [{"role": "user", "content": "a"}],
