@@ -226,7 +226,8 @@ def _beside(found: Timing, before: str, after: str) -> str:
 
 def scheme_of(found: Quantization) -> str:
     """The scheme, with the sizes of its groups as they were used: a group must divide its row."""
-    groups = " or ".join(map(str, found.group_sizes))
+    asked = () if found.group_size is None else (found.group_size,)
+    groups = " or ".join(map(str, found.group_sizes or asked))
     return f"{found.scheme}, groups of {groups}" if groups else found.scheme
 
 
