@@ -226,7 +226,7 @@ def test_the_proof_says_what_was_compared(written: SimpleNamespace) -> None:
         "3 files",
         "defaults for generating",
         "counts and lists in config.json",
-        "every conversation",
+        "the tokenizer gives the same tokens",
     ):
         assert what in said
     assert len(list(written.folders["sharded"].glob("model-*.safetensors"))) > 2
