@@ -38,7 +38,8 @@ def adopt(run_dir: Path, depends_on: str) -> None:
     """What an earlier version found without saying on which model was found on this one, and says so from now on."""
     for path, each in _by_file(run_dir):
         if not each.depends_on:
-            replace_file(path, each.model_copy(update={"depends_on": depends_on}).model_dump_json(indent=1))
+            named = each.model_copy(update={"depends_on": depends_on})
+            replace_file(path, named.model_dump_json(indent=1, exclude_unset=True))
 
 
 def _by_file(run_dir: Path) -> Iterator[tuple[Path, Finding]]:

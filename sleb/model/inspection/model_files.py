@@ -178,7 +178,7 @@ def require_every_block(
             ", for one), and without them it computes something else: the config is not this checkpoint's."
         )
     around = sorted(key for key in unused if not _BLOCK.match(key) and not _NO_WEIGHT.search(key))
-    if left := [key for key in around if key.rpartition(".")[0] in modules]:
+    if left := [key for key in around if (part := key.rpartition(".")[0]) and part in modules]:
         raise ModelError(
             f"{name} stores {excerpt(left[0], 100)}, and the model that its config describes has that part without it: "
             "it would compute something else. The config is not this checkpoint's."
