@@ -27,6 +27,7 @@ from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
+from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model, require_same_scoring
 from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
@@ -352,7 +353,7 @@ class Session:
             self.stack,
             self.loaded.tokenizer,
             self.text.ids[: self.text.sequences],
-            model_key=self.description.model_key or self.description.weights_hash,
+            model_key=identity_of(self.loaded).key(self.description.weights_hash, self.description.dtype),
             dtype=self.description.dtype,
             model_name=self.spec.model,
             home=run_folder.home(),

@@ -52,8 +52,8 @@ def computing_fields(config: Any) -> dict[str, Any]:
     """Fields of a config that take part in computing and differ from the default of its class, as JSON has them.
 
     The kind of model, by which a default means what it does, always stands there. However the rotary embedding was
-    written down, it stands under `rope`. So versions of transformers that know more
-    fields than others agree on a model that does not use them.
+    written down, it stands under `rope`. So versions of transformers that know more fields than others agree on a model
+    that does not use them.
     """
     fields, defaults = _fields(config), default_fields(config)
     kind = {"model_type": config.model_type} if getattr(config, "model_type", "") else {}
@@ -73,7 +73,7 @@ def default_fields(config: Any) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Of all that decides which token ids a text becomes; not of padding and truncation, which callers choose."""
+    """Hash of all that decides which token ids a text becomes; padding and truncation are left to callers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = {
@@ -86,7 +86,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
         file = getattr(tokenizer, "vocab_file", None)
         if file and Path(file).is_file():
             rules["file"] = _hash_file(Path(file))
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
     return _hash([rules, special])
 
 

@@ -42,8 +42,8 @@ class ModelIdentity(Record):
 
     def differences(self, now: ModelIdentity, defaults: Mapping[str, Any] | None = None) -> list[str]:
         """What is another one now, in words; empty where all is the same. `defaults`: the fields of its class."""
-        usual = dict(_flat(defaults or {}))
-        before, after = usual | dict(_flat(self.config)), usual | dict(_flat(now.config))
+        usual = dict(defaults or {})  # for whole fields: what one of them lacks inside is no default
+        before, after = dict(_flat(usual | self.config)), dict(_flat(usual | now.config))
         names = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
         names.sort(key=lambda name: (name != "model_type", name))  # which explains the others
         found = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]

@@ -22,9 +22,12 @@ def recorded(run: Run) -> np.ndarray:
     """Nats of the unmodified model on every sequence; one sum over the calibration's where the scores are gone."""
     assert run.trace is not None
     try:
-        return trace_file.read_scores(run.run_dir, "baseline")["nats"]
-    except (RunError, KeyError):
-        return np.array([run.trace.baseline.calibration.nll_sum], dtype=np.float64)
+        nats = np.asarray(trace_file.read_scores(run.run_dir, "baseline")["nats"], dtype=np.float64).ravel()
+        if len(nats):
+            return nats
+    except (RunError, KeyError, ValueError):
+        pass  # missing, or no scores
+    return np.array([run.trace.baseline.calibration.nll_sum], dtype=np.float64)
 
 
 def require_same(run: Run, scorer: Scorer, then: np.ndarray, sequences: int) -> None:

@@ -93,6 +93,16 @@ def test_equal_settings_of_another_kind_of_model_are_another_model() -> None:
     assert before.differences(now)[0] == 'model_type was "llama" and is "granite"'
 
 
+def test_what_a_rotary_embedding_lacks_is_no_default_of_its_class() -> None:
+    """GPT-NeoX turns a quarter of each head where nothing is said; whoever turns all of it is another model."""
+    usual = transformers.GPTNeoXConfig()
+    whole = transformers.GPTNeoXConfig(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    )
+    before, now = (ModelIdentity(config=computing_fields(each), tokenizer="") for each in (usual, whole))
+    assert before.differences(now, default_fields(usual)) == ["rope.partial_rotary_factor was 0.25 and is not there"]
+
+
 def test_each_kind_of_rope_and_nested_configs_count() -> None:
     rope = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
     plain = transformers.Gemma3TextConfig(num_hidden_layers=4, rope_parameters=rope)
