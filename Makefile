@@ -30,9 +30,10 @@ test: setup ## run the tests, without a network (ARGS="-m 'not demo'" leaves out
 fuzz: setup ## try inputs that nobody means, and count (ARGS="--examples 5000")
 	@$(VENV)/bin/python scripts/fuzz.py $(ARGS)
 
-lint: setup ## check style, format and types
+lint: setup ## check style, format, words and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python scripts/check_words.py
 	$(VENV)/bin/mypy
 
 format: setup ## mend what ruff can mend

@@ -7,6 +7,7 @@ import re
 from typing import Literal
 
 from app import data
+from sleb.errors import respelled
 from sleb.formats.findings_tables import NO_NUMBER
 from sleb.formats.list_formats import display_name
 from sleb.records import Baseline, JobState, Measured, Run, RunSpec, Step
@@ -28,8 +29,8 @@ STATES: dict[JobState, tuple[str, str, Colour]] = {
 # the first characters of each stops that.
 _EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
 
+_SERVER_OPTIONS = ("allow_path", "read_only", "allow_pickle", "trust_remote_code")
 _OF_SERVER = r"--(?:allow-path(?: DIR)?|read-only|allow-pickle|trust-remote-code)\b"
-_OPTION = re.compile(rf"(?!{_OF_SERVER})--")
 
 
 def plain(text: object) -> str:
@@ -48,8 +49,15 @@ def _escaped(text: str) -> str:
 
 
 def in_fields(error: object) -> str:
-    """A sentence for a page, where options are fields; those of the server keep their name."""
-    return _OPTION.sub("", str(error))
+    """A sentence for a page, where settings are fields; those of the server are its options."""
+    return respelled(str(error), _field)
+
+
+def _field(name: str, value: str | None) -> str:
+    if name in _SERVER_OPTIONS:
+        return f"--{name.replace('_', '-')}"
+    words = name.replace("_", " ")
+    return words if value is None else f"{words} {value}"
 
 
 def run_label(run: Outline) -> str:

@@ -1,8 +1,14 @@
-"""The tree of errors. A message is one sentence fit for the screen: what was found, what was needed, what to do."""
+"""The tree of errors. A message is one sentence fit for the screen: what was found, what was needed, what to do.
+
+Below the edges a message names a setting as Python spells it, in back quotes: "lower `sequence_length`", "use
+`memory_budget=24GB`". A notebook shows that as it is; the command line and the dashboard spell it their own way
+(`respelled`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from reprlib import Repr
 
 MOST_CHARACTERS = 1000
@@ -33,6 +39,14 @@ def sentence(text: str) -> str:
         return line
     end = MOST_CHARACTERS // 3
     return f"{line[: MOST_CHARACTERS - end - 3]} … {line[-end:]}"
+
+
+_SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`\n]*))?`")
+
+
+def respelled(text: str, spell: Callable[[str, str | None], str]) -> str:
+    """A message in which `spell(name, value)` has written each setting; its value is None where none is given."""
+    return _SETTING.sub(lambda match: spell(match[1], match[2]), text)
 
 
 def _escaped(character: str) -> str:

@@ -31,7 +31,8 @@ def is_asked() -> bool:
 
 def ask() -> None:
     """The question, if a job waits for its answer. Called by the page itself, never by a part of it that is drawn anew
-    by its own (see `really_delete` of the Runs page)."""
+    by its own (see `really_delete` of the Runs page).
+    """
     while waiting := st.session_state.get(_ASKED):
         run_id, job, again = waiting[0]
         try:

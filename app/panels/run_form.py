@@ -495,7 +495,8 @@ def _key(name: str) -> str:
 
 def _first(name: str) -> Any:
     """What a control begins with: a default of its own. Set through the session state, a quick second run of the page
-    could lose it on the way to the browser."""
+    could lose it on the way to the browser.
+    """
     return st.session_state.get("form-fields", _FIELDS)[name]
 
 

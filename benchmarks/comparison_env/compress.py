@@ -76,7 +76,8 @@ def recipe(method: str, group_size: int) -> list[Any]:
 
 def pin_nothing_without_a_gpu() -> None:
     """llm-compressor 0.14 pins the inputs of AWQ's grid search to copy them faster, also where nothing is to be copied
-    to and torch refuses. Pinned memory holds the same numbers."""
+    to and torch refuses. Pinned memory holds the same numbers.
+    """
     if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
 

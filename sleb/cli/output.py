@@ -6,17 +6,29 @@ import sys
 
 import typer
 
-from sleb.errors import SlebError, Stopped, printable, sentence
+from sleb.errors import SlebError, Stopped, printable, respelled, sentence
+
+
+def with_flags(text: str) -> str:
+    """A message in which settings are written as options: `batch_size=1` -> --batch-size 1."""
+    return respelled(text, _flag)
+
+
+def _flag(name: str, value: str | None) -> str:
+    option = name.replace("_", "-")
+    if value == "False":
+        return f"--no-{option}"
+    return f"--{option}" if value in (None, "True") else f"--{option} {value}"
 
 
 def say(text: str) -> None:
     """A remark, on stderr."""
-    typer.echo(printable(text), err=True)
+    typer.echo(printable(with_flags(text)), err=True)
 
 
 def fail(message: str) -> None:
     """The last line of a command that did not do what it was asked, on stderr."""
-    typer.echo(f"sleb: {sentence(message)}", err=True)
+    typer.echo(f"sleb: {sentence(with_flags(message))}", err=True)
 
 
 def require_yes(question: str, otherwise: str, option: str) -> None:

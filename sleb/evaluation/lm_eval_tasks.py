@@ -168,7 +168,8 @@ def _loaded(ask: EvaluateSpec, files: TaskFiles) -> Tasks:
 
 def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
     """lm-eval's index of tasks. Reading all of its own takes four seconds; a folder that has all that is asked for
-    needs none of them."""
+    needs none of them.
+    """
     from lm_eval.tasks import TaskManager
 
     if folder is None:

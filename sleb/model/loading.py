@@ -445,7 +445,7 @@ def _of_gguf(header: gguf_header.Header) -> str | None:
 
 
 def quieten_torchao() -> None:
-    """transformers imports torchao where it is installed, which warns of kernels for other machines and of itself."""
+    """Transformers imports torchao where it is installed, which warns of kernels for other machines and of itself."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

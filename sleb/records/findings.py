@@ -273,7 +273,8 @@ class Generation(Finding):
     @property
     def known_apart(self) -> tuple[Sequence[Hashable], Sequence[Hashable]]:
         """What tells the tokens of both continuations apart: ids, since of a character in several tokens only the last
-        has text; texts where there are no ids."""
+        has text; texts where there are no ids.
+        """
         if len(self.baseline_ids) == len(self.baseline_tokens) and len(self.ids) == len(self.tokens):
             return self.baseline_ids, self.ids
         return self.baseline_tokens, self.tokens

@@ -44,7 +44,7 @@ def read_arrays(root: Path, *parts: str, most: int = MOST_ARRAY_BYTES) -> dict[s
 
 
 def _require_as_large_as_promised(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """numpy allocates what an array's header promises before it reads what is there."""
+    """Numpy allocates what an array's header promises before it reads what is there."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -29,7 +29,7 @@ class PiecewiseAttention:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """transformers looks its attention up in one table, at each call."""
+        """Transformers looks its attention up in one table, at each call."""
         self.functions["sdpa"] = self.attend
         try:
             yield

@@ -190,7 +190,7 @@ def test_an_index_names_files_that_are_there_and_the_only_ones(model: Path) -> N
 
 
 def test_ties_that_the_stored_weights_contradict(model: Path) -> None:
-    """transformers loads what is stored; streaming would tie them."""
+    """Transformers loads what is stored; streaming would tie them."""
     head = torch.randn(128, 32)
     rewrite(model, {"tie_word_embeddings": True}, {"lm_head.weight": head})
     assert torch.equal(load_model(str(model), dtype="float32").model.lm_head.weight, head)

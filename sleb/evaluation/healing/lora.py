@@ -320,7 +320,7 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """peft warns of what it does by itself (the transposed layers of GPT-2, tied embeddings)."""
+    """Peft warns of what it does by itself (the transposed layers of GPT-2, tied embeddings)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

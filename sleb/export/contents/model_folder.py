@@ -153,7 +153,7 @@ def _notes(copy: tensor_files.Copy) -> list[str]:
 
 
 def _periods(plan: Plan, model: Any) -> Iterator[str]:
-    """transformers goes by the list; other tools may go by the period."""
+    """Transformers goes by the list; other tools may go by the period."""
     for name, other in broken_periods(plan.config, model.config).items():
         yield f"{name} in the config no longer says of which kind each block is; {other} does."
 

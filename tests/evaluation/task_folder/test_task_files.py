@@ -49,7 +49,6 @@ def _data_sets_of_the_test_alone(tmp_path_factory: pytest.TempPathFactory, monke
 @pytest.fixture(autouse=True)
 def _without_lm_evals_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading all of them takes four seconds."""
-
     real = lm_eval_tasks._manager
     monkeypatch.setattr(
         lm_eval_tasks, "_manager", lambda names, folder: real((), folder) if folder else real(names, folder)
