@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test fuzz lint format bench comparison sample screenshots hooks clean
+.PHONY: help setup run test fuzz lint format bench comparison sample screenshots animation hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -36,21 +36,24 @@ lint: setup ## check style, format, words and types
 	$(VENV)/bin/python scripts/check_words.py
 	$(VENV)/bin/mypy
 
-format: setup ## mend what ruff can mend
+format: setup ## let ruff repair what it can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: setup ## measure the sweep against the plain loop
-	@$(VENV)/bin/python benchmarks/search.py $(ARGS)
+bench: setup ## measure the sweep against the plain loop, beside the last recorded ratio (benchmarks/bench.json)
+	@$(VENV)/bin/python benchmarks/search.py --record benchmarks/bench.json $(ARGS)
 
 comparison: setup ## SparseGPT, Wanda and AWQ beside removal lists (ARGS="--text wiki.test.raw --calibration ...")
 	@$(VENV)/bin/python benchmarks/comparison.py $(ARGS)
 
-sample: setup ## record the dashboard's sample runs anew (a quarter of an hour)
+sample: setup ## record the dashboard's sample runs again (a quarter of an hour)
 	@$(VENV)/bin/python scripts/sample.py $(ARGS)
 
-screenshots: setup ## draw the README's pictures of the dashboard anew
+screenshots: setup ## draw the pictures of the dashboard again
 	@$(VENV)/bin/python scripts/screenshots.py
+
+animation: setup ## draw the README's animation of the removal steps again
+	@$(VENV)/bin/python scripts/animation.py
 
 hooks: setup ## check every commit (pre-commit)
 	@$(VENV)/bin/pre-commit install
