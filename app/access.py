@@ -55,8 +55,8 @@ def rule() -> Rule:
 def _folders(given: str) -> tuple[Path, ...]:
     """What cannot be read allows nothing."""
     with suppress(ValueError, TypeError):
-        found = json.loads(given)
-        return tuple(Path(each).resolve() for each in found) if isinstance(found, list) else ()
+        paths = json.loads(given)
+        return tuple(Path(each).resolve() for each in paths) if isinstance(paths, list) else ()
     return ()
 
 
@@ -101,15 +101,15 @@ def require_run(directory: Path) -> None:
 
 def refused_links(folder: Path) -> list[RunError]:
     """Why runs of a folder are not shown: the links in it that lead out of what the server may read."""
-    found: list[RunError] = []
+    refusals: list[RunError] = []
     if rule().folders is not None:
         with suppress(OSError), os.scandir(folder) as entries:
             for link in sorted(each.path for each in entries if each.is_symlink()):
                 try:
                     require_run(Path(link))
                 except RunError as error:
-                    found.append(error)
-    return found
+                    refusals.append(error)
+    return refusals
 
 
 def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:

@@ -65,8 +65,10 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
         job_processes.start(made, of_server if again else data.permissions_for(job))
     except NotPermitted as error:
         job_folder.withdraw_job(made)
-        how = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
-        raise access.NotAllowed(f"What this job asks for no page can allow; go on from a terminal: {how}") from error
+        command = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
+        raise access.NotAllowed(
+            f"What this job asks for no page can allow; go on from a terminal: {command}"
+        ) from error
     except SlebError:
         job_folder.withdraw_job(made)
         raise

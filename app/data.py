@@ -103,7 +103,7 @@ def rivals_of(run: Run) -> list[Outline]:
     """Searches of the same weights whose blocks were chosen on another text, newest first."""
     if run.stack is None:
         return []
-    found = []
+    rivals = []
     for each in outlines():
         if (
             isinstance(each, Outline)
@@ -113,8 +113,8 @@ def rivals_of(run: Run) -> list[Outline]:
         ):
             other = _stack(str(each.run_dir), _file_time(each.run_dir / "stack.json"))
             if other and other.is_of_same_model(run.stack) and other.tokens_hash != run.stack.tokens_hash:
-                found.append(each)
-    return found
+                rivals.append(each)
+    return rivals
 
 
 def tokens_of(run: Run) -> Tokens | None:
@@ -126,15 +126,15 @@ def tokens_of(run: Run) -> Tokens | None:
 
 def similarity_over(run: Run, choice: TokenChoice) -> TokenSimilarity | None:
     """Mean similarity over a choice of tokens; None where there is no token."""
-    found = tokens_of(run)
+    tokens = tokens_of(run)
     assert run.analysis is not None
-    return None if found is None else _similarity(_key(run), choice, found)
+    return None if tokens is None else _similarity(_key(run), choice, tokens)
 
 
 def exits_over(run: Run, choice: TokenChoice) -> ExitStatistics | None:
     """Prediction alignment over a choice of tokens; None where there is no token."""
-    found = tokens_of(run)
-    return None if found is None else _exits(_key(run), choice, found)
+    tokens = tokens_of(run)
+    return None if tokens is None else _exits(_key(run), choice, tokens)
 
 
 def evidence(run: Run, step: Step) -> Comparison | None:
@@ -162,9 +162,9 @@ def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None)
 
 def num_blocks_of(model: str) -> int | None:
     """Blocks of a model: from its files, or from an earlier run; None before anybody opened it."""
-    found = _peeked(model) if access.may_inspect(model) else None
-    if found is not None:
-        return found
+    num_blocks = _peeked(model) if access.may_inspect(model) else None
+    if num_blocks is not None:
+        return num_blocks
     known = (each.num_blocks for each in outlines() if isinstance(each, Outline) and each.spec.model == model)
     return next((each for each in known if each is not None), None)
 
@@ -226,9 +226,9 @@ def _peeked(model: str) -> int | None:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _tokens(directory: str, home: str, cache_key: str, num_blocks: int) -> Tokens | None:
-    found = block_output_cache.read(Path(home), cache_key, verify=False)
-    if found is not None and found.cosine.shape[1] == num_blocks + 1:
-        return token_sample.of(found)
+    outputs = block_output_cache.read(Path(home), cache_key, verify=False)
+    if outputs is not None and outputs.cosine.shape[1] == num_blocks + 1:
+        return token_sample.of(outputs)
     return token_sample.read(Path(directory), num_blocks)
 
 
@@ -254,10 +254,10 @@ def _evidence(directory: str, number: int, changed: int, _run: Run) -> Compariso
     return None if step is None else evidence_of_step.of(_run, step)
 
 
-def _chosen(found: Tokens, choice: TokenChoice) -> np.ndarray:
+def _chosen(tokens: Tokens, choice: TokenChoice) -> np.ndarray:
     return similarity.choose_tokens(
-        found.sequence,
-        found.position,
+        tokens.sequence,
+        tokens.position,
         sequences=choice.sequences,
         start=choice.start,
         stop=choice.stop,

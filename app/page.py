@@ -45,7 +45,7 @@ def run_page(name: str, caption: str) -> Run:
         empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
         st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
         st.stop()
-    run_id = asked(rows)
+    run_id = wanted_run(rows)
     with middle:
         offered = newest(rows, {run_id})
         labels = {each.run_id: run_label(each) for each in offered}
@@ -71,7 +71,7 @@ def run_page(name: str, caption: str) -> Run:
     return run
 
 
-def asked(rows: list[Outline]) -> str:
+def wanted_run(rows: list[Outline]) -> str:
     """The run of the URL or the session, if it is there; what is asked for in vain is said."""
     ids = {each.run_id for each in rows}
     wanted = st.query_params.get("run") or st.session_state.get("chosen_run")

@@ -74,7 +74,7 @@ def chart(
     `key` names the files too. `table` gives the data; `on_pick` is called when a point is clicked, and finds it in
     `st.session_state[key]["selection"]["points"]`.
     """
-    found = st.plotly_chart(
+    selection = st.plotly_chart(
         figure,
         key=key,
         alt=alt,
@@ -84,7 +84,7 @@ def chart(
     )
     if table is not None:
         downloads(figure, key, table)
-    return found
+    return selection
 
 
 def downloads(figure: go.Figure, key: str, table: Callable[[], pd.DataFrame]) -> None:

@@ -41,9 +41,9 @@ def main() -> None:
 
 def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
     """Controls; which tokens were chosen, the statistics over them, and what they are in words."""
-    found = analysis.alignment
+    recorded = analysis.alignment
     which = CALIBRATION
-    if found.generated is not None:
+    if recorded.generated is not None:
         which = st.segmented_control(
             "Tokens",
             [CALIBRATION, GENERATED],
@@ -55,11 +55,11 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
             help="The calibration text, or text the model wrote itself, as in the paper's Table 6. Models are usually "
             "surer of their own words, so those leave a little earlier.",
         )
-    if which == GENERATED and found.generated is not None:
-        return which, found.generated, found.generated.source
+    if which == GENERATED and recorded.generated is not None:
+        return which, recorded.generated, recorded.generated.source
     chosen = calibration_tokens(run, analysis, disabled=data.tokens_of(run) is None)
     if chosen.available is None or chosen.tokens == EVERYTHING:
-        return which, found.calibration, found.calibration.source
+        return which, recorded.calibration, recorded.calibration.source
     exits = data.exits_over(run, chosen.tokens)
     if exits is None:
         nothing_chosen()
@@ -113,10 +113,12 @@ def _headline(exits: ExitStatistics) -> None:
 
 def _agreement(run: Run, analysis: Analysis, which: str, exits: ExitStatistics) -> None:
     _heading("Agreement with the final prediction")
-    found = analysis.alignment
+    recorded = analysis.alignment
     other = None
-    if found.generated is not None:
-        other = (found.calibration, NAMES[CALIBRATION]) if which == GENERATED else (found.generated, NAMES[GENERATED])
+    if recorded.generated is not None:
+        other = (
+            (recorded.calibration, NAMES[CALIBRATION]) if which == GENERATED else (recorded.generated, NAMES[GENERATED])
+        )
     chart(
         alignment.agreement(exits, NAMES[which], run.removal_list, other),
         key="alignment-agreement",

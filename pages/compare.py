@@ -98,7 +98,7 @@ def _costs(runs: list[Run], rows: list[compare.Listed]) -> None:
             "Axis", "axis", {"log": "Log", "linear": "Linear"},
             "A logarithmic axis shows gentle and steep methods together.",
         )  # fmt: skip
-        reach = _switch(
+        extent = _switch(
             "Up to", "upto", {"readable": f"{READABLE} × baseline", "all": "All"},
             "Some methods break the model at once and would squeeze all others to the bottom: their lines leave "
             "the chart at its upper edge.",
@@ -112,23 +112,23 @@ def _costs(runs: list[Run], rows: list[compare.Listed]) -> None:
         compare.perplexity(
             points, rows[: len(runs)], held_out=text == "held-out", log=axis == "log", over_baseline=unit == "times",
             relative=len({row.num_blocks for row in rows[: len(runs)]}) > 1, texts=texts,
-            cut=READABLE if reach == "readable" else None,
+            cut=READABLE if extent == "readable" else None,
         ),
         key="perplexity-against-removed",
         alt="Perplexity against the number of blocks removed, one line for each run",
         table=lambda: points,
     )  # fmt: skip
     column = "held_out" if text == "held-out" else "calibration"
-    gone = points[points[column] > READABLE * points[column].min()]["letter"].unique()
-    if reach == "readable" and len(gone):
-        st.caption(f"Leaving the chart at its upper edge: {', '.join(gone)}. **All** shows the whole.")
+    beyond = points[points[column] > READABLE * points[column].min()]["letter"].unique()
+    if extent == "readable" and len(beyond):
+        st.caption(f"Leaving the chart at its upper edge: {', '.join(beyond)}. **All** shows the whole.")
     if len(set(texts)) > 1:
         groups: dict[str, list[str]] = {}
         for row, each in zip(rows, texts, strict=False):
             groups.setdefault(each, []).append(row.letter)
-        told = "; ".join(", ".join(letters) for letters in groups.values())
+        sharing = "; ".join(", ".join(letters) for letters in groups.values())
         st.warning(
-            f"Measured on different texts (lines of one kind of dash share a text: {told}). Perplexities compare only "
+            f"Measured on different texts (lines of one kind of dash share a text: {sharing}). Perplexities compare only "
             "on the same text and tokenizer; **× baseline** is the fairer view here.",
             icon=":material/warning:",
         )

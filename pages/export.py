@@ -88,10 +88,14 @@ def _which_list(run: Run) -> int:
             + (" The last steps are swaps, which remove no more blocks." if swapped else ""),
         )  # fmt: skip
     step = done[steps - 1]
-    gone = sum(stack.block_parameters[block] for block in step.removal_list)
+    removed_parameters = sum(stack.block_parameters[block] for block in step.removal_list)
     with st.container(horizontal=True, gap="large"):
         st.metric("Blocks kept", f"{stack.num_blocks - len(step.removal_list)} of {stack.num_blocks}")
-        st.metric("Parameters", f"−{gone / stack.total_parameters:.1%}", help="Of all, embeddings and head included.")
+        st.metric(
+            "Parameters",
+            f"−{removed_parameters / stack.total_parameters:.1%}",
+            help="Share of all parameters, embedding and LM head included.",
+        )
         st.metric(
             "Held-out perplexity",
             f"{perplexity(first.held_out)} → {perplexity(step.held_out)}",

@@ -54,21 +54,21 @@ def start(spec: RunSpec, job: JobSpec) -> None:
     st.session_state["form"] = False
 
 
-def act(what: str, run: Run) -> None:
+def act(action: str, run: Run) -> None:
     """A button of the panel: what it does to the run, or the sentence that says why not."""
     try:
-        if what == "stop":
+        if action == "stop":
             actions.stop(run)
-        elif what == "resume":
+        elif action == "resume":
             if not foreign_names.go_on(run, _as_before(run), again=True):
                 st.session_state["outside"] = True  # where the question is drawn
-        elif what == "duplicate":
+        elif action == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
-        elif what == "ask":
+        elif action == "ask":
             st.session_state["deleting"] = run.run_id
             st.session_state["outside"] = True
-        elif what == "delete":
+        elif action == "delete":
             actions.delete(run)
             st.session_state.pop("chosen_run", None)
             st.query_params.pop("run", None)
@@ -119,22 +119,22 @@ def _ways_to_start() -> None:
 def form() -> None:
     """The form, with its forecast beside the start button."""
     with st.container(border=True):
-        asked = run_form.draw()
-        if asked is None:
+        choice = run_form.draw()
+        if choice is None:
             return
         left, right = st.columns([3, 1], vertical_alignment="bottom")
         with left:
-            run_form.forecast(asked)
+            run_form.forecast(choice)
         right.button(
             "Start",
             icon=":material/play_arrow:",
             type="primary",
             width="stretch",
             on_click=start,
-            args=(asked.spec, asked.job),
+            args=(choice.spec, choice.job),
             help="Goes on when this page is closed, and when the dashboard is stopped.",
         )
-        run_form.equivalent(asked)
+        run_form.equivalent(choice)
 
 
 def matching(rows: list[Outline]) -> list[Outline]:
@@ -143,9 +143,9 @@ def matching(rows: list[Outline]) -> list[Outline]:
         return rows
     wanted = st.text_input("Find", key="find-run", placeholder="Part of a run's id, its model or method")
     words = (wanted or "").lower().split()
-    found = [each for each in rows if not words or _has(each, words)]
-    shown = page.newest(found)
-    st.caption(f"{len(shown):,} of {len(found):,} runs{' found' if words else ''}, the newest first.")
+    matches = [each for each in rows if not words or _has(each, words)]
+    shown = page.newest(matches)
+    st.caption(f"{len(shown):,} of {len(matches):,} runs{' found' if words else ''}, the newest first.")
     return shown
 
 
@@ -223,7 +223,7 @@ def panel(run: Run) -> None:
             progress(job)
         elif state is not JobState.FINISHED and not sample:
             trouble(run)
-        found(run)
+        results(run)
         with st.container(horizontal=True):
             for name, (title, icon) in _PAGES.items():
                 st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
@@ -235,12 +235,12 @@ def trouble(run: Run) -> None:
     if own is None:
         st.warning("This run has not been started.", icon=":material/error:")
         return
-    said = st.error if own.status.state is JobState.FAILED else st.warning
-    said(plain(in_fields(job_processes.last_word(own))), icon=":material/error:")
+    show = st.error if own.status.state is JobState.FAILED else st.warning
+    show(plain(in_fields(job_processes.last_word(own))), icon=":material/error:")
     log_of(run, own)
 
 
-def found(run: Run) -> None:
+def results(run: Run) -> None:
     """The result so far in five numbers."""
     trace = run.trace
     if trace is None:
@@ -345,24 +345,24 @@ def say() -> None:
     """What an action could not do."""
     if st.session_state.get("outside"):  # the page is about to be drawn once more
         return
-    said = st.session_state.pop("said", None)
-    if said:
-        st.error(plain(said), icon=":material/error:")
+    message = st.session_state.pop("said", None)
+    if message:
+        st.error(plain(message), icon=":material/error:")
 
 
 def main() -> None:
     """Everything below the form, drawn anew while something is going on."""
     if st.session_state.pop("outside", False):  # a button in here changed what is drawn out there
         st.rerun()
-    found = data.outlines(st.session_state.get("chosen_run"))
-    rows = [each for each in found if isinstance(each, Outline)]
-    for error in found:
+    listed = data.outlines(st.session_state.get("chosen_run"))
+    rows = [each for each in listed if isinstance(each, Outline)]
+    for error in listed:
         if isinstance(error, RunError):
             st.warning(plain(error), icon=":material/broken_image:")
-    run_id = page.asked(rows) if rows else None
+    run_id = page.wanted_run(rows) if rows else None
     if run_id is None:
-        how = plain(access.SHOWS_ONLY) if access.rule().read_only else "**Run the demo** needs no download and no GPU."
-        empty("No runs yet", how)
+        hint = plain(access.SHOWS_ONLY) if access.rule().read_only else "**Run the demo** needs no download and no GPU."
+        empty("No runs yet", hint)
         return
     try:
         panel(data.load(run_id))

@@ -80,10 +80,10 @@ def main() -> None:
         )
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         chosen = calibration_tokens(run, analysis, disabled=tokens == "random")
-    found, about = _numbers(run, analysis, tokens, chosen)
+    similarities, about = _numbers(run, analysis, tokens, chosen)
     st.caption(f"{about} Measured on the whole model: no block is removed here.")
     st.html(PANEL_STYLE)
-    _pictures(run, stack, found, measure, colours)
+    _pictures(run, stack, similarities, measure, colours)
     with st.expander("How to read this", icon=":material/help:"):
         st.markdown(READING)
         st.page_link("../pages/steps.py", label="Go to Removal steps", icon=":material/layers_clear:")
@@ -91,11 +91,11 @@ def main() -> None:
 
 def _switch(label: str, key: str, words: dict[Choice, str], explained: str) -> Choice:
     """A choice between two or three, kept in the URL."""
-    found: Choice = st.segmented_control(
+    choice: Choice = st.segmented_control(
         label, list(words), default=next(iter(words)), required=True, format_func=words.__getitem__, key=key,
         bind="query-params", help=explained,
     )  # fmt: skip
-    return found
+    return choice
 
 
 def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: Chosen) -> tuple[TokenSimilarity, str]:
@@ -110,9 +110,9 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: Chosen) -> tuple
         text = f"Mean over all {about.token_count:,} tokens analysed, of {about.sequences} calibration sequences."
         return recorded(analysis, "all"), text
     if chosen.available is None:
-        found = recorded(analysis, "without first")
-        return found, (
-            f"Mean over {found.token_count:,} tokens, recorded by the run. Its angular distances are those of the mean "
+        means = recorded(analysis, "without first")
+        return means, (
+            f"Mean over {means.token_count:,} tokens, recorded by the run. Its angular distances are those of the mean "
             "cosine here. Sequences and positions can be chosen only where the tokens are: this folder has none."
         )
     over = data.similarity_over(run, chosen.tokens)
@@ -123,29 +123,31 @@ def _numbers(run: Run, analysis: Analysis, tokens: str, chosen: Chosen) -> tuple
 
 
 @st.fragment
-def _pictures(run: Run, stack: StackDescription, found: TokenSimilarity, measure: Measure, colours: Colours) -> None:
+def _pictures(
+    run: Run, stack: StackDescription, similarities: TokenSimilarity, measure: Measure, colours: Colours
+) -> None:
     """All that follows a click; nothing else is run again for it."""
     pick = block_pair.parse(st.query_params.get("cell"), stack.num_blocks)
     with st.container(horizontal=True, gap="large"):
         with st.container(width=640):
-            _map(run, found, measure, colours, pick)
+            _map(run, similarities, measure, colours, pick)
         with st.container(border=True, key=PANEL):
-            _details(run, stack, found, pick)
+            _details(run, stack, similarities, pick)
     left, right = st.columns(2, gap="large")
     with left:
-        _neighbours(run, found)
+        _neighbours(run, similarities)
     with right:
-        _chunks(found, colours, pick)
+        _chunks(similarities, colours, pick)
 
 
-def _map(run: Run, found: TokenSimilarity, measure: Measure, colours: Colours, pick: Pick | None) -> None:
+def _map(run: Run, similarities: TokenSimilarity, measure: Measure, colours: Colours, pick: Pick | None) -> None:
     removed = run.removal_list
     chart(
-        similarity.heatmap(found, measure, removed=removed, pick=pick, colours=colours),
+        similarity.heatmap(similarities, measure, removed=removed, pick=pick, colours=colours),
         key=MAP,
         alt=f"{MEASURES[measure]} between the outputs of every two blocks, the embedding first; removed blocks have "
         "triangles at the axes and outlined cells on the diagonal",
-        table=lambda: similarity.heatmap_table(found),
+        table=lambda: similarity.heatmap_table(similarities),
         on_pick=lambda: _picked(MAP, lambda row, column: (row, column)),
     )
     st.caption(
@@ -169,7 +171,7 @@ def _listed() -> None:
         st.query_params["cell"] = block_pair.address((row, column))
 
 
-def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pick | None) -> None:
+def _details(run: Run, stack: StackDescription, similarities: TokenSimilarity, pick: Pick | None) -> None:
     """The two blocks of a cell, and what lies between them."""
     if pick is None:
         st.markdown("#### Click a cell")
@@ -195,38 +197,38 @@ def _details(run: Run, stack: StackDescription, found: TokenSimilarity, pick: Pi
             )
     if pick is None:
         return
-    facts = block_pair.pair(found, pick, run.removal_list)
+    facts = block_pair.pair(similarities, pick, run.removal_list)
     with st.container(horizontal=True, gap="large"):
         st.metric("Cosine similarity", block_pair.number(facts.cosine), width="content")
         st.metric("Angular distance", block_pair.number(facts.angular), width="content")
         st.metric("Blocks between", len(facts.between), width="content")
     st.markdown(block_pair.between_words(facts, run.spec.kind == "search"))
-    st.markdown(block_pair.details_table(run, found, pick))
+    st.markdown(block_pair.details_table(run, similarities, pick))
 
 
-def _neighbours(run: Run, found: TokenSimilarity) -> None:
+def _neighbours(run: Run, similarities: TokenSimilarity) -> None:
     st.subheader("Neighbours: Metric1", anchor=False)
     chart(
-        similarity.neighbours(found, removed=run.removal_list),
+        similarity.neighbours(similarities, removed=run.removal_list),
         key="metric1",
         alt="Metric1 of every block, removed blocks as crosses, the least five labelled",
-        table=lambda: similarity.neighbours_table(run, found),
+        table=lambda: similarity.neighbours_table(run, similarities),
     )
-    least = ", ".join(map(str, similarity.least(found.metric1)))
+    least = ", ".join(map(str, similarity.least(similarities.metric1)))
     st.caption(
         "1 − cosine similarity of a block's input and output (paper, equation 3; elsewhere called Block Influence). "
         f"The lowest, in order: {least}."
     )
 
 
-def _chunks(found: TokenSimilarity, colours: Colours, pick: Pick | None) -> None:
+def _chunks(similarities: TokenSimilarity, colours: Colours, pick: Pick | None) -> None:
     st.subheader("Contiguous chunks", anchor=False)
     chart(
-        similarity.chunks(found, pick=pick, colours=colours),
+        similarity.chunks(similarities, pick=pick, colours=colours),
         key=CHUNKS,
         alt="Angular distance between input and output of every contiguous chunk, by first block and length; the best "
         "chunk of each length has a dot",
-        table=lambda: similarity.chunks_table(found),
+        table=lambda: similarity.chunks_table(similarities),
         on_pick=lambda: _picked(CHUNKS, lambda length, start: (start - 1, start + length - 1)),
     )
     st.caption(

@@ -51,12 +51,12 @@ def steps(run_id: str) -> None:
     ended(run)
     shown = payload(run) | {"live": job is not None}
     count = len(run.trace.steps)
-    asked = wanted(count)
-    step = stepper.draw(shown | {"step": asked}, key=f"stepper-{run_id}")
-    if step is not None and step != asked:
+    wanted_step = wanted(count)
+    step = stepper.draw(shown | {"step": wanted_step}, key=f"stepper-{run_id}")
+    if step is not None and step != wanted_step:
         st.query_params["step"] = str(step)
-        asked = step
-    evidence(run, min(max(asked, 1), count))
+        wanted_step = step
+    evidence(run, min(max(wanted_step, 1), count))
 
 
 def payload(run: Run) -> dict[str, Any]:
@@ -81,9 +81,9 @@ def ended(run: Run) -> None:
     own = job_processes.own_job(run)
     unfinished = run.trace is not None and run.trace.finished is None
     if unfinished and own and own.status.state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
-        what = "failed" if own.status.state is JobState.FAILED else f"was {own.status.state.value}"
+        outcome = "failed" if own.status.state is JobState.FAILED else f"was {own.status.state.value}"
         why = plain(in_fields(job_processes.last_word(own)))
-        st.warning(f"This search {what}; its finished steps are below. Resume it on **Runs**. {why}")
+        st.warning(f"This search {outcome}; its finished steps are below. Resume it on **Runs**. {why}")
 
 
 def waiting(run: Run) -> None:
@@ -188,17 +188,17 @@ def curves(run: Run) -> None:
 def same_model_and_text(run: Run) -> list[Run]:
     """Runs with finished steps whose weights and tokens are the same, this one first; one a method beside it."""
     assert run.stack is not None
-    found = [run] if run.trace and run.trace.steps else []
+    comparable = [run] if run.trace and run.trace.steps else []
     rows = [each for each in data.outlines() if isinstance(each, Outline) and each.run_id != run.run_id]
     for each in sorted(rows, key=lambda row: -len(row.removal_list)):  # of several, the longest
-        how = (each.spec.method, each.spec.refine)
-        taken = any(how == (have.spec.method, have.spec.refine) for have in found)
+        method = (each.spec.method, each.spec.refine)
+        taken = any(method == (have.spec.method, have.spec.refine) for have in comparable)
         if taken or not each.removal_list or each.num_blocks != run.stack.num_blocks:
             continue
         other = data.load(each.run_id)
         if other.stack and other.stack.tokens_hash == run.stack.tokens_hash and other.stack.is_of_same_model(run.stack):
-            found.append(other)
-    return found
+            comparable.append(other)
+    return comparable
 
 
 def explain() -> None:

@@ -25,29 +25,29 @@ _VIEW = st.components.v2.component(
 )
 
 
-def draw(found: Generation) -> None:
+def draw(answer: Generation) -> None:
     """Both texts, and the unmodified model's own one with the places where the smaller model predicts another token."""
-    _VIEW(key="side-by-side", data=payload(found))
+    _VIEW(key="side-by-side", data=payload(answer))
 
 
-def payload(found: Generation) -> dict[str, Any]:
+def payload(answer: Generation) -> dict[str, Any]:
     """What the browser needs."""
-    before, after = differing(*found.known_apart)
-    blocks = ", ".join(map(str, found.removal_list)) or "nothing"
+    before, after = differing(*answer.known_apart)
+    blocks = ", ".join(map(str, answer.removal_list)) or "nothing"
     return {
-        "id": found.question,
-        "prompt": list(found.prompt_tokens),
+        "id": answer.question,
+        "prompt": list(answer.prompt_tokens),
         "texts": [
             {
                 "title": "The unmodified model",
-                "about": _about(found.baseline_tokens, found.baseline_seconds, found.baseline_cached),
-                "tokens": list(found.baseline_tokens),
+                "about": _about(answer.baseline_tokens, answer.baseline_seconds, answer.baseline_cached),
+                "tokens": list(answer.baseline_tokens),
                 "differs": before,
             },
             {
                 "title": f"Without {blocks}",
-                "about": _about(found.tokens, found.list_seconds, found.cached),
-                "tokens": list(found.tokens),
+                "about": _about(answer.tokens, answer.list_seconds, answer.cached),
+                "tokens": list(answer.tokens),
                 "differs": after,
             },
         ],
@@ -59,9 +59,9 @@ def payload(found: Generation) -> dict[str, Any]:
                 "before_share": each.before_probability,
                 "after_share": each.after_probability,
             }
-            for each in found.flips
+            for each in answer.flips
         ],
-        "compared": found.compared,
+        "compared": answer.compared,
     }
 
 

@@ -27,8 +27,8 @@ _STEPPER = st.components.v2.component(
 
 def draw(data: dict[str, Any], *, key: str) -> int | None:
     """The component; the step it has been left at, once it rests."""
-    found = _STEPPER(key=key, data=data, on_step_change=lambda: None)
-    return found.step if isinstance(found.step, int) else None
+    state = _STEPPER(key=key, data=data, on_step_change=lambda: None)
+    return state.step if isinstance(state.step, int) else None
 
 
 def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     axes: dict[str, list[float]] = {}
     for name in ("rises", "differences"):
         tops = [
-            charts.reach_of_axis(getattr(each, name), each.reaches, (each.chosen, *each.tied), 0.75)
+            charts.extent_of_axis(getattr(each, name), each.half_widths, (each.chosen, *each.tied), 0.75)
             for each in compared
         ]
         bottoms = [_lowest(getattr(each, name)) for each in compared]
@@ -67,7 +67,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     }
 
 
-def _step(shown: step_comparison.Bars, told: str) -> dict[str, Any]:
+def _step(shown: step_comparison.Bars, text: str) -> dict[str, Any]:
     step = shown.step
     chunk = "–" in shown.names[shown.chosen]  # chosen whole, whatever an earlier chunk had taken
     return {
@@ -76,17 +76,17 @@ def _step(shown: step_comparison.Bars, told: str) -> dict[str, Any]:
         "removed": list(step.removal_list if chunk else step.removed),
         "restored": list(step.restored) if step.is_swap else [],
         "list": list(step.removal_list),
-        "gone": dict.fromkeys(step.removal_list, step.number) if chunk else step_comparison.gone_after_step(shown),
+        "gone": dict.fromkeys(step.removal_list, step.number) if chunk else step_comparison.removed_at_after(shown),
         "blocks": list(shown.blocks),
         "names": list(shown.names),
         "scores": _short(shown.scores),
         "rises": _short(shown.rises),
         "differences": _short(shown.differences),
-        "reaches": _short(shown.reaches),
+        "reaches": _short(shown.half_widths),
         "perplexities": _short([each.perplexity for each in shown.candidates]),
         "chosen": shown.chosen,
         "tied": list(shown.tied),
-        "words": told,
+        "words": text,
     }
 
 
@@ -133,16 +133,16 @@ def _margin(shown: step_comparison.Bars, confidence: float) -> str:
     if len(shown.scores) < 2 or np.isnan(np.delete(shown.scores, shown.chosen)).all():
         return f"{shown.step.margin:.4f}"
     next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
-    reach = float(shown.reaches[next_best])
+    half_width = float(shown.half_widths[next_best])
     objective = shown.step.candidates[0].objective
     unit = "" if objective == "metric1" else f" {step_comparison.UNITS[objective]}"
-    if not math.isfinite(reach):
+    if not math.isfinite(half_width):
         return f"{shown.step.margin:.4f}{unit}"
-    return f"{shown.step.margin:.4f}{unit} (± {reach:.4f} at {confidence:.0%})"
+    return f"{shown.step.margin:.4f}{unit} (± {half_width:.4f} at {confidence:.0%})"
 
 
 def _has_intervals(compared: Sequence[step_comparison.Bars]) -> bool:
-    return any((each.reaches[np.isfinite(each.reaches)] > 0).any() for each in compared)
+    return any((each.half_widths[np.isfinite(each.half_widths)] > 0).any() for each in compared)
 
 
 def _before(run: Run) -> str:

@@ -41,12 +41,12 @@ def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> Non
     _VIEW(
         key=key,
         data=view_data(passage, num_blocks, run.removal_list)
-        | {"run": run.run_id, "exit": exit_at, "token": asked(st.query_params.get("token"), passage)},
+        | {"run": run.run_id, "exit": exit_at, "token": wanted_token(st.query_params.get("token"), passage)},
         on_token_change=picked,
     )
 
 
-def asked(text: str | None, passage: Passage) -> int:
+def wanted_token(text: str | None, passage: Passage) -> int:
     """The token of the URL if it is one, else one worth a look: it is decided early and changes its mind."""
     if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < len(passage.tokens):
         return int(text)

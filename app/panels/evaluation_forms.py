@@ -38,18 +38,18 @@ LIMITS = (4, 16, 64, 256)
 _DEVICE = "auto, cpu, cuda:0 …"
 
 
-def measure(run: Run, found: Curves, busy: bool) -> None:
+def measure(run: Run, curves: Curves, busy: bool) -> None:
     """The two forms that fill the panels."""
     if _only_shows():
         return
     left, right = st.columns(2, gap="large")
     with left:
-        _evaluate(run, found, busy)
+        _evaluate(run, curves, busy)
     with right:
-        _benchmark(run, found, busy)
+        _benchmark(run, curves, busy)
 
 
-def _evaluate(run: Run, found: Curves, busy: bool) -> None:
+def _evaluate(run: Run, curves: Curves, busy: bool) -> None:
     st.markdown("##### Perplexity and accuracy")
     texts = texts_control(run, "evaluate-texts")
     tasks = st.multiselect(
@@ -58,7 +58,7 @@ def _evaluate(run: Run, found: Curves, busy: bool) -> None:
     )  # fmt: skip
     left, right = st.columns(2)
     limit = limit_control(left, "evaluate-limit")
-    lists = lists_control(right, run, found, "evaluate-lists")
+    lists = lists_control(right, run, curves, "evaluate-lists")
     with st.popover("More", icon=":material/tune:", type="tertiary"):
         settings = _protocol()
         shots = st.number_input(
@@ -75,7 +75,7 @@ def _evaluate(run: Run, found: Curves, busy: bool) -> None:
         _go(run, EvaluateSpec, lists, ask, device)
 
 
-def _benchmark(run: Run, found: Curves, busy: bool) -> None:
+def _benchmark(run: Run, curves: Curves, busy: bool) -> None:
     st.markdown("##### Speed and memory")
     shape = st.segmented_control(
         "How long", list(SHAPES), required=True, default="small", key="benchmark-shape",
@@ -83,20 +83,20 @@ def _benchmark(run: Run, found: Curves, busy: bool) -> None:
         help="A look: a prompt of 256 tokens and 32 generated ones, a few times. The paper: a prompt of 2048 tokens "
         "50 times, and 64 sequences of 128 tokens 10 times (Appendix B.5).", persist_state="session", wrap=True,
     )  # fmt: skip
-    what = st.segmented_control(
+    shapes = st.segmented_control(
         "What", ["prompt", "generation"], selection_mode="multi", default=["prompt", "generation"],
         format_func=lambda each: {"prompt": "Reading a prompt", "generation": "Generating"}[each],
         key="benchmark-what", persist_state="session", wrap=True,
         help="The unmodified model and the list take turns on the same input, with the blocks really gone.",
     )  # fmt: skip
     left, right = st.columns(2)
-    lists = lists_control(left, run, found, "benchmark-lists")
+    lists = lists_control(left, run, curves, "benchmark-lists")
     device = right.text_input("Device", "auto", key="benchmark-device", help=_DEVICE, persist_state="session")
     if st.button(
-        "Time it", icon=":material/timer:", type="primary", disabled=busy or not what,
+        "Time it", icon=":material/timer:", type="primary", disabled=busy or not shapes,
         help="Starts a process of its own. Other work on the machine disturbs what it measures.",
     ):  # fmt: skip
-        ask = SHAPES[shape] | {each: None for each in ("prompt", "generation") if each not in what}
+        ask = SHAPES[shape] | {each: None for each in ("prompt", "generation") if each not in shapes}
         _go(run, BenchmarkSpec, lists, ask, device)
 
 
@@ -150,7 +150,7 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     """How, on what and for how long."""
     if _only_shows():
         return
-    how = st.segmented_control(
+    method = st.segmented_control(
         "How", ["lora", "linear", "both"], required=True, default="lora", key="heal-how", persist_state="session",
         format_func=lambda each: {"lora": "LoRA", "linear": "Least squares", "both": "Both"}[each],
         help="LoRA trains low-rank adapters. Least squares fits the last linear layer before each cut anew: nothing is "
@@ -165,7 +165,14 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
     sequences = first.number_input("Sequences", 1, 1_000_000, 32, key="heal-sequences", persist_state="session")
     length = second.number_input("Tokens each", 8, 100_000, 128, key="heal-length", persist_state="session")
     rank = third.number_input(
-        "Rank", 1, 1024, 8, key="heal-rank", disabled=how == "linear", persist_state="session", help="Of the adapters."
+        "Rank",
+        1,
+        1024,
+        8,
+        key="heal-rank",
+        disabled=method == "linear",
+        persist_state="session",
+        help="Of the adapters.",
     )
     left, right = st.columns([2, 1])
     with left:
@@ -176,7 +183,7 @@ def heal(run: Run, blocks: RemovalList, busy: bool) -> None:
         help="Measures only; the command line writes the model: sleb heal, with out and a folder.",
     ):  # fmt: skip
         ask = dict(
-            how=how, source=specs.absolute(source.strip()), sequences=sequences, sequence_length=length, rank=rank,
+            how=method, source=specs.absolute(source.strip()), sequences=sequences, sequence_length=length, rank=rank,
             texts=named(texts, known_files(run)), limit=limit,
         )  # fmt: skip
         _go(run, HealSpec, (blocks,), ask)
@@ -196,19 +203,19 @@ def _how_much(limit: int) -> str:
     return f"{limit} {'windows or questions' if limit > 1 else 'window or question'} ≈"
 
 
-def which(run: Run, found: Curves, findings: Sequence[Finding], key: str, proposed: int | None) -> RemovalList:
+def which(run: Run, curves: Curves, findings: Sequence[Finding], key: str, proposed: int | None) -> RemovalList:
     """One of the run's lists: at first the newest that `findings` tell of, or the proposed one."""
-    numbers = [each for each in found.lists if each] or [0]
-    known = [len(each.removal_list) for each in findings if each.removal_list in found.lists.values()]
+    numbers = [each for each in curves.lists if each] or [0]
+    known = [len(each.removal_list) for each in findings if each.removal_list in curves.lists.values()]
     first = next((each for each in (*reversed(known), proposed) if each in numbers), numbers[-1])
     if st.session_state.get(key) not in (None, *numbers):  # of another run
         del st.session_state[key]
     chosen = st.selectbox(
         "List", numbers, index=numbers.index(first), key=key, persist_state="session",
-        format_func=lambda each: f"{each} removed: {', '.join(map(str, in_order_of_removal(run, found, each)))}",
+        format_func=lambda each: f"{each} removed: {', '.join(map(str, in_order_of_removal(run, curves, each)))}",
         help="The run's list after so many removals.",
     )  # fmt: skip
-    return found.lists[chosen]
+    return curves.lists[chosen]
 
 
 def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
@@ -241,16 +248,16 @@ def limit_control(place: Any, key: str, first: int | None = 4) -> int | None:
     return int(chosen) or None
 
 
-def lists_control(place: Any, run: Run, found: Curves, key: str) -> list[RemovalList]:
+def lists_control(place: Any, run: Run, curves: Curves, key: str) -> list[RemovalList]:
     """Every list, or one of them."""
-    numbers = [each for each in found.lists if each]
+    numbers = [each for each in curves.lists if each]
     every = f"every number, {numbers[0]} to {numbers[-1]}" if numbers else "none"
     chosen = place.selectbox(
         "Blocks removed", numbers if len(numbers) == 1 else [0, *numbers], key=f"{key}-{run.run_id}",
         format_func=lambda each: f"{each} removed" if each else every,
         help="The unmodified model is measured beside it.",
     )  # fmt: skip
-    return [found.lists[each] for each in ([chosen] if chosen else numbers)]
+    return [curves.lists[each] for each in ([chosen] if chosen else numbers)]
 
 
 def _protocol() -> dict[str, Any]:
@@ -267,8 +274,8 @@ def _protocol() -> dict[str, Any]:
 
 def known_files(*runs: Run) -> dict[str, str]:
     """Files that were asked for before, by name: findings do not say where a text lies."""
-    asked = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
-    return {short(each): each for each in asked if short(each) not in NAMED_TEXTS}
+    names = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
+    return {short(each): each for each in names if short(each) not in NAMED_TEXTS}
 
 
 def named(texts: Sequence[str], known: dict[str, str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from app.wording import in_fields, plain
 from sleb.errors import RunError, SlebError, UnconfirmedNames
 from sleb.records import JobSpec, Run
 
-_ASKED = "foreign-names"
+_WAITING = "foreign-names"
 """In the session: runs and the jobs that wait for an answer, the first one asked about first."""
 
 
@@ -19,21 +19,21 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False) -> bool:
     try:
         actions.go_on(run, job, again=again)
     except UnconfirmedNames:
-        st.session_state.setdefault(_ASKED, []).append((run.run_id, job, again))
+        st.session_state.setdefault(_WAITING, []).append((run.run_id, job, again))
         return False
     return True
 
 
 def is_asked() -> bool:
     """Whether a question waits for its answer."""
-    return bool(st.session_state.get(_ASKED))
+    return bool(st.session_state.get(_WAITING))
 
 
 def ask() -> None:
     """The question, if a job waits for its answer. Called by the page itself, never by a part of it that is drawn anew
     by its own (see `really_delete` of the Runs page).
     """
-    while waiting := st.session_state.get(_ASKED):
+    while waiting := st.session_state.get(_WAITING):
         run_id, job, again = waiting[0]
         try:
             run = data.load(run_id)
@@ -48,8 +48,8 @@ def ask() -> None:
 
 def _answered() -> None:
     """However the question goes away, it is not asked again."""
-    if st.session_state.get(_ASKED):
-        st.session_state[_ASKED].pop(0)
+    if st.session_state.get(_WAITING):
+        st.session_state[_WAITING].pop(0)
 
 
 @st.dialog("Read what this run names?", on_dismiss=_answered)

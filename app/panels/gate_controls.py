@@ -15,12 +15,12 @@ from sleb.report.summaries.gates import Gate, Judgement, span
 from sleb.report.summaries.list_curves import Curves, Line
 
 
-def gates(found: Curves) -> tuple[list[Gate], list[Limit]]:
+def gates(curves: Curves) -> tuple[list[Gate], list[Limit]]:
     """The controls of all gates; those that are on, and their lines in the panels."""
     on: list[Gate] = []
     limits: list[Limit] = []
     for each in (_cost, _accuracy, _speed, _size):
-        gate, limit = each(found)
+        gate, limit = each(curves)
         if gate is not None:
             on.append(gate)
         if limit is not None:
@@ -28,13 +28,13 @@ def gates(found: Curves) -> tuple[list[Gate], list[Limit]]:
     return on, limits
 
 
-Found = tuple[Gate | None, Limit | None]
+GateAndLimit = tuple[Gate | None, Limit | None]
 
 
-def _cost(found: Curves) -> Found:
+def _cost(curves: Curves) -> GateAndLimit:
     share, line = _gate(
-        "At most … % worse", "worse", 10.0, "%g", 0.0, 1000.0, 1.0, found.texts, lambda each: f"on {each.name}",
-        on=True, there=bool(found.texts),
+        "At most … % worse", "worse", 10.0, "%g", 0.0, 1000.0, 1.0, curves.texts, lambda each: f"on {each.name}",
+        on=True, there=bool(curves.texts),
         help="Rise of the perplexity over the unmodified model's, on a text that took no part in the choice.",
     )  # fmt: skip
     if share is None or line is None:
@@ -45,10 +45,10 @@ def _cost(found: Curves) -> Found:
     return list_curves.cost_gate(line, share / 100), limit
 
 
-def _accuracy(found: Curves) -> Found:
+def _accuracy(curves: Curves) -> GateAndLimit:
     lost, line = _gate(
         "At most … points lost", "lost", 2.0, "%g", 0.0, 100.0, 0.5,
-        sorted(found.accuracy, key=lambda each: each.kind != "mean"), _of_task, there=bool(found.accuracy),
+        sorted(curves.accuracy, key=lambda each: each.kind != "mean"), _of_task, there=bool(curves.accuracy),
         help="Of accuracy: per cent of the questions, fewer than the unmodified model answers rightly. It has to be "
         "measured first: choose tasks under Measure.",
     )  # fmt: skip
@@ -59,18 +59,18 @@ def _accuracy(found: Curves) -> Found:
     return list_curves.accuracy_gate(line, lost / 100), limit
 
 
-def _speed(found: Curves) -> Found:
+def _speed(curves: Curves) -> GateAndLimit:
     times, line = _gate(
-        "At least … × faster", "faster", 1.25, "%.2f", 1.0, 100.0, 0.05, found.speed, lambda each: f"at {each.name}",
+        "At least … × faster", "faster", 1.25, "%.2f", 1.0, 100.0, 0.05, curves.speed, lambda each: f"at {each.name}",
         help="Than the unmodified model. Where nothing was timed, the prediction that time is proportional to blocks.",
     )  # fmt: skip
-    if times is None or not found.num_blocks:
+    if times is None or not curves.num_blocks:
         return None, None
-    return list_curves.speed_gate(found, line, times), Limit("speed", times, f"{times:g}×")
+    return list_curves.speed_gate(curves, line, times), Limit("speed", times, f"{times:g}×")
 
 
-def _size(found: Curves) -> Found:
-    line = list_curves.whole_size(found)
+def _size(curves: Curves) -> GateAndLimit:
+    line = list_curves.whole_size(curves)
     gigabytes, _ = _gate(
         "Fits in … GB", "fits", 24.0, "%g", 0.001, 100_000.0, 1.0, there=line is not None,
         help="Counted: "
@@ -80,7 +80,7 @@ def _size(found: Curves) -> Found:
     )  # fmt: skip
     if gigabytes is None or line is None:
         return None, None
-    return list_curves.size_gate(found, gigabytes * 1e9), Limit("size", gigabytes * 1e9, f"{gigabytes:g} GB")
+    return list_curves.size_gate(curves, gigabytes * 1e9), Limit("size", gigabytes * 1e9, f"{gigabytes:g} GB")
 
 
 def _gate(
@@ -130,9 +130,9 @@ def _of_task(line: Line) -> str:
     return f"{line.about}" if line.kind == "mean" else f"on {line.name}"
 
 
-def proposal(run: Run, found: Curves, on: Sequence[Gate], judgement: Judgement) -> None:
+def proposal(run: Run, curves: Curves, on: Sequence[Gate], judgement: Judgement) -> None:
     """What the gates come to: one list to take, how sure that is, and the way to it."""
-    numbers = [each for each in found.lists if each]
+    numbers = [each for each in curves.lists if each]
     if not on:
         st.caption("Switch a gate on: it shades the numbers of blocks that pass, and one list is proposed.")
         return
@@ -142,8 +142,8 @@ def proposal(run: Run, found: Curves, on: Sequence[Gate], judgement: Judgement) 
     count = judgement.proposal
     passing = [each for each in judgement.admissible if each]
     with st.container(border=True):
-        st.markdown(f"#### :material/balance: Remove {count} of {found.num_blocks} blocks")
-        st.markdown("`" + ", ".join(map(str, in_order_of_removal(run, found, count))) + "`")
+        st.markdown(f"#### :material/balance: Remove {count} of {curves.num_blocks} blocks")
+        st.markdown("`" + ", ".join(map(str, in_order_of_removal(run, curves, count))) + "`")
         st.markdown("\n".join(f"- {plain(_upper(each))}" for each in judgement.reasons))
         for each in judgement.doubts:
             st.caption(f":material/help: {plain(each)}")
@@ -158,11 +158,11 @@ def proposal(run: Run, found: Curves, on: Sequence[Gate], judgement: Judgement) 
                 )  # fmt: skip
 
 
-def in_order_of_removal(run: Run, found: Curves, count: int) -> Sequence[int]:
+def in_order_of_removal(run: Run, curves: Curves, count: int) -> Sequence[int]:
     """In the order of removal, where there is one."""
     steps = run.trace.by_length if run.trace else ()
     ordered = [*(each.removal_list for each in steps), *([run.spec.given] if run.spec.given else [])]
-    return next((each for each in ordered if tuple(sorted(each)) == found.lists[count]), found.lists[count])
+    return next((each for each in ordered if tuple(sorted(each)) == curves.lists[count]), curves.lists[count])
 
 
 def _upper(text: str) -> str:

@@ -94,13 +94,13 @@ def _how_it_ended(run: Run, job: Job) -> None:
     if state is JobState.FINISHED:
         return
     message = plain(in_fields(job_processes.last_word(job)))
-    what = WORDS[job.spec.kind]
+    work = WORDS[job.spec.kind]
     if state is JobState.FAILED:
-        st.error(f"{what} failed: {message}", icon=":material/error:")
+        st.error(f"{work} failed: {message}", icon=":material/error:")
     elif state is JobState.QUEUED:
-        st.warning(f"{what} never began: its process did not start.", icon=":material/stop:")
+        st.warning(f"{work} never began: its process did not start.", icon=":material/stop:")
     else:
         word = state_word(state).lower()
         why = "" if job.status.message == "Stopped on request." else f": {message}"
-        st.warning(f"{what} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
+        st.warning(f"{work} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
     log_of(run, job)

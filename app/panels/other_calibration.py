@@ -92,12 +92,12 @@ def _measure(run: Run, other: Run, sides: list[evaluate.Side], busy: bool) -> No
     busy = busy or job_processes.active(other) is not None
     known = evaluation_forms.known_files(run, other)
     texts = evaluate.texts_of(sides)
-    asked = [each.name for each in texts if each.name in known or each.name in NAMED_TEXTS]
+    offered = [each.name for each in texts if each.name in known or each.name in NAMED_TEXTS]
     with st.container(border=True):
         left, middle, right = st.columns([3, 1.2, 1.2], vertical_alignment="bottom")
         with left:
             chosen = st.multiselect(
-                "Measure both lists on", [*NAMED_TEXTS, *known], list(dict.fromkeys(asked)) or ["wikitext2"],
+                "Measure both lists on", [*NAMED_TEXTS, *known], list(dict.fromkeys(offered)) or ["wikitext2"],
                 key=f"other-texts-{run.run_id}-{other.run_id}", accept_new_options=True,
                 help="Names, or paths of files on the server." + plain(access.explained()),
             )  # fmt: skip

@@ -19,16 +19,16 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
     """Runs of the URL, of the session, or the current one and its kin; what is asked for in vain is said."""
     searches = [each for each in rows if each.spec.kind == "search"]
     by_id = {each.run_id: each for each in searches}
-    asked = st.query_params.get("runs")
-    wanted = asked.split(",") if asked is not None else st.session_state.get("compare_runs")
+    address = st.query_params.get("runs")
+    wanted = address.split(",") if address is not None else st.session_state.get("compare_runs")
     if wanted is None:
-        current = page.asked(rows)
+        current = page.wanted_run(rows)
         wanted = _kin(by_id, current if current in by_id else default_run_id(searches))
     known = list(dict.fromkeys(each for each in wanted if each in by_id))[:MOST_RUNS]
     for missing in [each for each in dict.fromkeys(wanted) if each and each not in by_id][:3]:
         why = f"There is no search {plain(missing[:80])} to compare: it was deleted, or removes no block."
         st.warning(why, icon=":material/link_off:")
-    if asked is not None and not known and any(wanted):
+    if address is not None and not known and any(wanted):
         known = _kin(by_id, default_run_id(searches))
     if st.session_state.get("compare-runs") != known:
         st.session_state["compare-runs"] = known
@@ -51,8 +51,8 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
 
 def _run_label(run: Outline) -> str:
     """Shorter than elsewhere: several stand in one line."""
-    what = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
-    return f"{what} (sample)" if data.is_sample(run) else f"{what}, {len(run.removal_list)} removed ({run.run_id})"
+    name = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
+    return f"{name} (sample)" if data.is_sample(run) else f"{name}, {len(run.removal_list)} removed ({run.run_id})"
 
 
 def _remember_runs() -> None:
@@ -68,20 +68,20 @@ def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
     chosen = by_id[run_id].spec
     others = [each for each in by_id.values() if each.spec.model == chosen.model and each.last]
     others.sort(key=lambda each: (each.spec.calibration != chosen.calibration, -len(each.removal_list)))
-    found = {(chosen.method, chosen.refine): run_id}
+    kin = {(chosen.method, chosen.refine): run_id}
     for each in others:
-        found.setdefault((each.spec.method, each.spec.refine), each.run_id)
-    return list(found.values())[:MOST_AT_FIRST]
+        kin.setdefault((each.spec.method, each.spec.refine), each.run_id)
+    return list(kin.values())[:MOST_AT_FIRST]
 
 
 def _load(run_ids: list[str]) -> list[Run]:
-    found = []
+    runs = []
     for run_id in run_ids:
         try:
-            found.append(data.load(run_id))
+            runs.append(data.load(run_id))
         except RunError as error:
             st.warning(plain(error), icon=":material/broken_image:")
-    return found
+    return runs
 
 
 def choose_published(runs: list[Run]) -> list[PublishedList]:
@@ -89,8 +89,8 @@ def choose_published(runs: list[Run]) -> list[PublishedList]:
     fitting = {
         each.key: None for run in runs if run.stack for each in published_for(run.spec.model, run.stack.num_blocks)
     }
-    asked = st.query_params.get("published")
-    wanted = list(fitting) if asked is None else [each for each in asked.split(",") if published(each)]
+    address = st.query_params.get("published")
+    wanted = list(fitting) if address is None else [each for each in address.split(",") if published(each)]
     if st.session_state.get("compare-published") != wanted:
         st.session_state["compare-published"] = wanted
     chosen = st.multiselect(
@@ -104,11 +104,11 @@ def choose_published(runs: list[Run]) -> list[PublishedList]:
         help="The removal lists of the SLEB paper (Table 4): 10 %, then what is added for 20 %. Those for the models "
         "of the chosen runs are shown at once; add any other by hand.",
     )
-    found = [each for each in map(published, chosen) if each is not None]
-    for each in found:
+    lists = [each for each in map(published, chosen) if each is not None]
+    for each in lists:
         if each.remark:
             st.caption(f"{plain(each.model)}: {plain(each.remark)}")
-    return found
+    return lists
 
 
 def _published_label(key: str) -> str:

@@ -67,17 +67,17 @@ def _missing(run: Run) -> tuple[str, str]:
 
 def calibration_tokens(run: Run, analysis: Analysis, *, disabled: bool = False) -> Chosen:
     """Controls for a sequence, a range of positions and the first tokens; they are off where nothing can be chosen."""
-    found = data.tokens_of(run)
-    length = analysis.description.sequence_length if found is None else int(found.position.max()) + 1
-    sequences = [] if found is None else sorted({int(each) for each in found.sequence})
-    needs = "" if found is not None else " This run kept its means only, so there is nothing to choose from."
+    tokens = data.tokens_of(run)
+    length = analysis.description.sequence_length if tokens is None else int(tokens.position.max()) + 1
+    sequences = [] if tokens is None else sorted({int(each) for each in tokens.sequence})
+    needs = "" if tokens is not None else " This run kept its means only, so there is nothing to choose from."
     sequence = st.selectbox(
         "Sequence",
         [ALL, *(str(each) for each in sequences)],
         key="sequence",
         bind="query-params",
         width=130,
-        disabled=disabled or found is None,
+        disabled=disabled or tokens is None,
         help="One sequence (window) of the calibration text, counted from 0, or all of them." + needs,
     )
     start, stop = st.slider(
@@ -88,7 +88,7 @@ def calibration_tokens(run: Run, analysis: Analysis, *, disabled: bool = False) 
         key="positions",
         bind="query-params",
         width=260,
-        disabled=disabled or found is None,
+        disabled=disabled or tokens is None,
         help="Only tokens at these positions of their sequence, both ends included. Position 0 is the first token."
         + needs,
     )
@@ -106,7 +106,7 @@ def calibration_tokens(run: Run, analysis: Analysis, *, disabled: bool = False) 
         stop=None if stop >= length - 1 else stop + 1,
         without_first=without_first,
     )
-    return Chosen(chosen, None if found is None else len(found))
+    return Chosen(chosen, None if tokens is None else len(tokens))
 
 
 def origin(analysis: Analysis, chosen: Chosen) -> str:

@@ -50,7 +50,7 @@ def render(
     comparisons: Sequence[Comparison | None],
     exports: Sequence[Export] = (),
     steps: int | None = None,
-    found: Sequence[Finding] = (),
+    findings: Sequence[Finding] = (),
 ) -> str:
     """One self-contained HTML file. `comparisons` is one (or None) for each step; raises `RunError` without a list."""
     trace, stack = run.require_trace(), run.stack
@@ -60,13 +60,13 @@ def render(
     sections = [
         _at_a_glance(run, trace, stack, step),
         _the_list(run, trace, stack, count),
-        _asked(run, stack),
+        _specification(run, stack),
         _baseline(trace),
         _all_steps(run, trace, comparisons, count),
         _analyses(run),
-        _findings(found, step),
+        _findings(findings, step),
         _exports(exports),
-        _how(run, stack),
+        _method(run, stack),
     ]
     title = f"{display_name(run.spec.model)} without {len(step.removal_list)} of its {stack.num_blocks} blocks"
     about = (
@@ -108,12 +108,12 @@ def generation(proof: Proof) -> str:
 
 def _at_a_glance(run: Run, trace: Trace, stack: StackDescription, step: Step) -> str:
     first = trace.baseline
-    gone = sum(stack.block_parameters[block] for block in step.removal_list)
+    removed_parameters = sum(stack.block_parameters[block] for block in step.removal_list)
     rise = _rise(first.held_out, step)
     unclear = sum(1 for each in trace.steps if each.tied)
     cards = [
         (f"{len(step.removal_list)} of {stack.num_blocks}", "blocks removed"),
-        (f"−{gone / stack.total_parameters:.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
+        (f"−{removed_parameters / stack.total_parameters:.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
         (
             f"{_perplexity(first.held_out)} → {_perplexity(step.held_out)}",
             "held-out perplexity" + (f", {rise} nats per token" if rise else ""),
@@ -124,7 +124,7 @@ def _at_a_glance(run: Run, trace: Trace, stack: StackDescription, step: Step) ->
             f"steps in which the removed block could not be told from another at {run.spec.confidence:.0%} confidence",
         ),
     ]
-    shown = "".join(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in cards)
+    shown = "".join(f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in cards)
     return f'<div class="cards">{shown}</div>'
 
 
@@ -150,7 +150,7 @@ def _the_list(run: Run, trace: Trace, stack: StackDescription, count: int) -> st
     )
 
 
-def _asked(run: Run, stack: StackDescription) -> str:
+def _specification(run: Run, stack: StackDescription) -> str:
     spec, text, check = run.spec, run.spec.calibration, stack.self_check
     target = (
         f"{spec.num_remove} blocks"
@@ -167,7 +167,7 @@ def _asked(run: Run, stack: StackDescription) -> str:
         if check.scoring == "sweep"
         else f"one forward pass a candidate. {check.reason or ''}"
     )
-    asked = [
+    searched = [
         ("Method", style.METHOD_NAMES[spec.method.value] + (", then swaps" if spec.refine == "swap" else "")),
         ("To remove", target),
         ("Calibration text", stack.text),
@@ -191,7 +191,7 @@ def _asked(run: Run, stack: StackDescription) -> str:
         ("Computed in", stack.dtype),
         ("Scored", scored),
     ]
-    return section("What was asked", f'<div class="two">{facts(asked)}{facts(model)}</div>')
+    return section("What was asked", f'<div class="two">{facts(searched)}{facts(model)}</div>')
 
 
 def _apart(difference: float | None) -> str:
@@ -294,19 +294,19 @@ def _analyses(run: Run) -> str:
     )
 
 
-def _findings(found: Sequence[Finding], step: Step) -> str:
+def _findings(findings: Sequence[Finding], step: Step) -> str:
     """What was measured of any of the run's lists; the rows of the one that the report is about are marked."""
     own = name_of(sorted_list(step.removal_list))
     parts: list[str] = []
-    for each in tables_of(found):
+    for each in tables_of(findings):
         names = [name for row in each.rows for name in row[: len(each.columns)]]
         marked = None
         if own in names:
             marked = next(place for place, row in enumerate(each.rows) if own in row)
         parts += [f"<h3>{escape(each.title)}</h3>", table(each.columns, each.rows, marked=marked)]
         parts += [f"<p>{escape(note)}</p>" for note in each.notes]
-    said = [each for each in of_kind(found, Generation) if each.removal_list == sorted_list(step.removal_list)]
-    for answer in said:
+    answers = [each for each in of_kind(findings, Generation) if each.removal_list == sorted_list(step.removal_list)]
+    for answer in answers:
         parts += [
             f"<h3>To the prompt “{escape(answer.ask.prompt)}”</h3>",
             table(("Model", "Says"), [("unmodified", answer.baseline_text), ("without these blocks", answer.text)]),
@@ -349,11 +349,11 @@ def _exports(exports: Sequence[Export]) -> str:
     )
 
 
-def _versions(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(found.items())) or "unknown"
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) or "unknown"
 
 
-def _how(run: Run, stack: StackDescription) -> str:
+def _method(run: Run, stack: StackDescription) -> str:
     attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.spec.is_own(run.spec)]
     made = [
         (

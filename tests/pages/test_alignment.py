@@ -110,10 +110,10 @@ def token(final: str, first: int, settled: int) -> PassageToken:
 
 def test_the_token_of_the_address_is_checked_and_one_worth_a_look_is_picked() -> None:
     passage = Passage(tokens=(token("a", 0, 5), token("a", 3, 4), token("b", 1, 4), token(".", 0, 4)))
-    assert token_view.asked("3", passage) == 3
+    assert token_view.wanted_token("3", passage) == 3
     for bad in (None, "", "4", "-1", "1e3", "٣", "9" * 5000, "<b>"):
-        assert token_view.asked(bad, passage) == 2, bad
-    assert token_view.asked(None, Passage(tokens=())) == 0
+        assert token_view.wanted_token(bad, passage) == 2, bad
+    assert token_view.wanted_token(None, Passage(tokens=())) == 0
 
 
 def test_predictions_travel_as_numbers_with_every_text_once(runs: Path) -> None:

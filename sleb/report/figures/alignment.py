@@ -44,7 +44,7 @@ def agreement(
                 hovertemplate=f"{called}: %{{y:.1f}} %<extra></extra>",
             )
         )
-    gone = sorted(block for block in removed if block < num_blocks)
+    removed_blocks = sorted(block for block in removed if block < num_blocks)
     traces.append(
         go.Scatter(
             x=list(range(num_blocks)),
@@ -56,12 +56,12 @@ def agreement(
             hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>",
         )
     )
-    if gone:
+    if removed_blocks:
         traces.append(
             go.Bar(
-                x=gone,
-                y=[5.0] * len(gone),
-                base=[_STRIP - 2.5] * len(gone),
+                x=removed_blocks,
+                y=[5.0] * len(removed_blocks),
+                base=[_STRIP - 2.5] * len(removed_blocks),
                 width=0.86,
                 name="Removed",
                 marker=dict(
@@ -81,7 +81,7 @@ def agreement(
         xaxis=_blocks(num_blocks, "After block"),
         yaxis=dict(
             title="Prediction is the final one",
-            range=[-12 if gone else -2, 103],
+            range=[-12 if removed_blocks else -2, 103],
             zeroline=False,
             **_ticks(0, 25, 50, 75, 100),
         ),

@@ -63,14 +63,14 @@ class Listed:
 def names_of(runs: Sequence[Run]) -> list[str]:
     """A name for each run that says in what it differs from the others, all of them different."""
     facts = [_facts(run) for run in runs]
-    found = [""] * len(runs)
+    names = [""] * len(runs)
     for kind in zip(*facts, strict=True):  # the most telling first, and no more than it takes
-        if len(set(kind)) > 1 and len(set(found)) < len(found):
-            found = [f"{name}, {each}" if name else each for name, each in zip(found, kind, strict=True)]
-    found = [_cut(name or each[1]) for name, each in zip(found, facts, strict=True)]
+        if len(set(kind)) > 1 and len(set(names)) < len(names):
+            names = [f"{name}, {each}" if name else each for name, each in zip(names, kind, strict=True)]
+    names = [_cut(name or each[1]) for name, each in zip(names, facts, strict=True)]
     return [
-        name if found.count(name) == 1 else f"{_cut(name, _LABEL - 20)} ({_end(run.run_id)})"
-        for name, run in zip(found, runs, strict=True)
+        name if names.count(name) == 1 else f"{_cut(name, _LABEL - 20)} ({_end(run.run_id)})"
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
@@ -89,7 +89,7 @@ def _facts(run: Run) -> tuple[str, ...]:
 
 def same_name_other_model(runs: Sequence[Run], rows: Sequence[Listed]) -> list[str]:
     """Which runs name one model and type, and were not of one: it has changed between them."""
-    found = []
+    changed = []
     first: dict[tuple[str, str], tuple[str, StackDescription]] = {}
     for run, row in zip(runs, rows, strict=False):
         if run.stack is None:
@@ -97,8 +97,8 @@ def same_name_other_model(runs: Sequence[Run], rows: Sequence[Listed]) -> list[s
         letter, before = first.setdefault((run.spec.model, run.stack.dtype), (row.letter, run.stack))
         if not run.stack.is_of_same_model(before):
             parts = "weights" if run.stack.weights_hash != before.weights_hash else "config, tokenizer or code"
-            found.append(f"{letter} and {row.letter} name the same model, with other {parts}")
-    return found
+            changed.append(f"{letter} and {row.letter} name the same model, with other {parts}")
+    return changed
 
 
 def _end(run_id: str) -> str:
@@ -118,7 +118,7 @@ def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list
         own = style.METHOD_COLOURS[method]
         spare = free.pop(0) if own in colours and free else PALETTE[place % len(PALETTE)]
         colours.append(spare if own in colours else own)
-    found = [
+    rows = [
         Listed(
             "",
             name,
@@ -133,8 +133,8 @@ def listed(runs: Sequence[Run], published: Sequence[PublishedList] = ()) -> list
     for each in published:
         blocks = each.removal_list
         nested = tuple(blocks[: count + 1] for count in range(len(blocks)))
-        found.append(Listed("", f"{each.model} (paper, Table 4)", each.num_blocks, nested, PUBLISHED, True))
-    return [replace(each, letter=chr(ord("A") + index)) for index, each in enumerate(found)]
+        rows.append(Listed("", f"{each.model} (paper, Table 4)", each.num_blocks, nested, PUBLISHED, True))
+    return [replace(each, letter=chr(ord("A") + index)) for index, each in enumerate(rows)]
 
 
 def strips(rows: Sequence[Listed], *, relative: bool = False) -> go.Figure:
@@ -200,10 +200,10 @@ def _cells(rows: Sequence[Listed], relative: bool, *, removed: bool) -> dict[str
             width.append(unit)
             label.append(each.label)
             text.append("" if each.is_chunk else str(order.get(block, "")))
-            what = f"removed as number {order[block]} of {len(order)}" if removed else "stays"
-            what = "removed with its chunk" if removed and each.is_chunk else what
+            state = f"removed as number {order[block]} of {len(order)}" if removed else "stays"
+            state = "removed with its chunk" if removed and each.is_chunk else state
             depth = (block + 0.5) / each.num_blocks
-            hover.append(f"{style.plain(each.name)}<br>block {block} of {each.num_blocks} ({depth:.0%} deep): {what}")
+            hover.append(f"{style.plain(each.name)}<br>block {block} of {each.num_blocks} ({depth:.0%} deep): {state}")
     return dict(orientation="h", base=base, x=width, y=label, text=text, hovertext=hover, **_CELL)
 
 
@@ -243,7 +243,7 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
 
     Of several lists of the same length, which swaps leave, the last one counts.
     """
-    found = []
+    records = []
     for run, row in zip(runs, rows, strict=False):
         if run.trace is None or run.stack is None:
             continue
@@ -251,7 +251,7 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
         points: list[tuple[int, Measured, Measured, float | None]] = [(0, first.calibration, first.held_out, None)]
         points += [_point(step) for step in run.trace.by_length]
         for removed, calibration, held_out, error in points:
-            found.append(
+            records.append(
                 (
                     row.letter,
                     row.name,
@@ -264,7 +264,7 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
                 )
             )
     columns = ["letter", "list", "removed", "removed_share", "calibration", "held_out", "held_out_nats", "error_nats"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(records, columns=columns)
 
 
 def _point(step: Step) -> tuple[int, Measured, Measured, float | None]:
@@ -325,8 +325,8 @@ def perplexity(
                 + "<extra></extra>",
             )
         )
-    what = "held-out text" if held_out else "calibration text"
-    title = f"Times the baseline's perplexity, {what}" if over_baseline else f"Perplexity, {what}"
+    text = "held-out text" if held_out else "calibration text"
+    title = f"Times the baseline's perplexity, {text}" if over_baseline else f"Perplexity, {text}"
     legend_lines = 1 + sum(50 + 7 * len(row.label) for row in rows) // 480
     figure = style.figure(
         400 + 20 * legend_lines,
@@ -468,22 +468,22 @@ def agreement(rows: Sequence[Listed], removals: int) -> go.Figure:
 
 def agreement_table(rows: Sequence[Listed], removals: int) -> pd.DataFrame:
     """One row a pair of lists over stacks of the same height."""
-    found = []
+    pairs = []
     for place, one in enumerate(rows):
         for other in rows[place + 1 :]:
             if one.num_blocks == other.num_blocks:
                 mine, theirs = one.prefixes[removals - 1], other.prefixes[removals - 1]
                 both = shared(mine, theirs)
-                found.append(
+                pairs.append(
                     (one.name, other.name, removals, len(both), jaccard(mine, theirs), " ".join(map(str, both)))
                 )
-    return pd.DataFrame(found, columns=["one", "other", "removals", "shared", "jaccard", "shared_blocks"])
+    return pd.DataFrame(pairs, columns=["one", "other", "removals", "shared", "jaccard", "shared_blocks"])
 
 
 def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
     """One row a list: what was asked, what was removed and what it costs."""
-    found = [_summary(run, row) for run, row in zip(runs, rows, strict=False)]
-    found += [
+    records = [_summary(run, row) for run, row in zip(runs, rows, strict=False)]
+    records += [
         {
             "": row.letter,
             "Model": row.name,
@@ -494,7 +494,7 @@ def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
         }
         for row in rows[len(runs) :]
     ]
-    return pd.DataFrame(found)
+    return pd.DataFrame(records)
 
 
 def _summary(run: Run, row: Listed) -> dict[str, Any]:
@@ -502,7 +502,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
     first = run.trace.baseline if run.trace else None
     last = run.trace.steps[-1] if run.trace and run.trace.steps else None
     text = run.spec.calibration
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "": row.letter,
         "Model": display_name(run.spec.model),
         "Method": style.method_name(run.spec),
@@ -522,7 +522,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
         before, after = _nats(first.held_out), _nats(last.held_out)
         if before is not None and after is not None:
             error = last.held_out_standard_error
-            found["Rise, nats"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+            record["Rise, nats"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
     if first and run.trace:
-        found["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
-    return found
+        record["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
+    return record

@@ -51,7 +51,7 @@ class Limit:
 
 
 def panels(
-    found: Curves,
+    curves: Curves,
     *,
     admissible: Collection[int] = (),
     proposal: int | None = None,
@@ -66,14 +66,14 @@ def panels(
     each perplexity by its own baseline.
     """
     shown = {
-        "cost": _over_baseline(found.cost) if over_baseline else found.cost,
-        "accuracy": found.accuracy,
-        "speed": found.speed,
-        "size": found.size,
+        "cost": _over_baseline(curves.cost) if over_baseline else curves.cost,
+        "accuracy": curves.accuracy,
+        "speed": curves.speed,
+        "size": curves.size,
     }
     if over_baseline:
         limits = [each if each.ratio is None else replace(each, value=each.ratio) for each in limits]
-    most = max(found.lists, default=0)
+    most = max(curves.lists, default=0)
     layout, traces = _Layout(), []
     for place, (panel, lines) in enumerate(shown.items(), start=1):
         is_empty = not lines and panel != "speed"
@@ -81,8 +81,8 @@ def panels(
         axis = "" if place == 1 else str(place)
         for index, line in enumerate(lines):
             traces.append(_trace(line, index, axis, panel, over_baseline))
-        if panel == "speed" and found.num_blocks:
-            traces.append(_proportional(found, most, axis))
+        if panel == "speed" and curves.num_blocks:
+            traces.append(_proportional(curves, most, axis))
     figure = style.figure(
         layout.height,
         *traces,
@@ -107,7 +107,7 @@ def panels(
     for place, (panel, lines) in enumerate(shown.items(), start=1):
         axis = "" if place == 1 else str(place)
         low, high = layout.domain(panel)
-        own = _axis(panel, lines, found, most, [each.value for each in limits if each.panel == panel])
+        own = _axis(panel, lines, curves, most, [each.value for each in limits if each.panel == panel])
         title = dict(text=titles[panel], standoff=10)
         figure.update_layout(
             {
@@ -194,27 +194,27 @@ def _trace(line: Line, index: int, axis: str, panel: str, over_baseline: bool) -
             thickness=1.3,
             width=3,
         ),
-        customdata=[_told(line, each, panel, over_baseline) for each in points],
+        customdata=[_hover(line, each, panel, over_baseline) for each in points],
         hovertemplate="%{customdata}",
     )  # fmt: skip
 
 
-def _proportional(found: Curves, most: int, axis: str) -> go.Scatter:
-    numbers = [each for each in range(most + 1) if each < found.num_blocks]
+def _proportional(curves: Curves, most: int, axis: str) -> go.Scatter:
+    numbers = [each for each in range(most + 1) if each < curves.num_blocks]
     return go.Scatter(
         x=numbers,
-        y=[proportional(found.num_blocks, each) for each in numbers],
+        y=[proportional(curves.num_blocks, each) for each in numbers],
         yaxis=f"y{axis}",
         legend=f"legend{axis}",
         name="by blocks",
         mode="lines",
         line=dict(color=style.GREY, dash="dash", width=2),
-        customdata=[f"{proportional(found.num_blocks, each):.2f}×, predicted" for each in numbers],
+        customdata=[f"{proportional(curves.num_blocks, each):.2f}×, predicted" for each in numbers],
         hovertemplate="%{customdata}",
     )
 
 
-def _told(line: Line, point: Point, panel: str, over_baseline: bool) -> str:
+def _hover(line: Line, point: Point, panel: str, over_baseline: bool) -> str:
     """A point in the hover text."""
     if panel == "cost":
         value = f"{point.value:,.4g}" + ("×" if over_baseline else "")
@@ -230,8 +230,8 @@ def _told(line: Line, point: Point, panel: str, over_baseline: bool) -> str:
     if panel == "speed":
         if point.low is None or point.high is None:
             return f"{point.value:.2f}×"
-        return f"{point.value:.2f}× ({point.low:.2f} to {point.high:.2f}), {point.told}"
-    return as_bytes(point.value) + (f", {point.told}" if point.told else "")
+        return f"{point.value:.2f}× ({point.low:.2f} to {point.high:.2f}), {point.detail}"
+    return as_bytes(point.value) + (f", {point.detail}" if point.detail else "")
 
 
 def _apart(high: float | None, low: float | None) -> float:
@@ -239,7 +239,7 @@ def _apart(high: float | None, low: float | None) -> float:
     return 0.0 if high is None or low is None else max(0.0, high - low)
 
 
-def _axis(panel: str, lines: Sequence[Line], found: Curves, most: int, limits: Sequence[float]) -> dict[str, Any]:
+def _axis(panel: str, lines: Sequence[Line], curves: Curves, most: int, limits: Sequence[float]) -> dict[str, Any]:
     points = [each for line in lines for each in line.points if math.isfinite(each.value)]
     values = [each.value for each in points] + [each.low for each in points if each.low is not None]
     values += [each.high for each in points if each.high is not None and each.high < 1e6 * each.value]
@@ -251,7 +251,7 @@ def _axis(panel: str, lines: Sequence[Line], found: Curves, most: int, limits: S
         return dict(tickformat=".0%", nticks=5)
     if panel == "speed":
         top = max(
-            [*values, proportional(found.num_blocks, min(most, found.num_blocks - 1)) if found.num_blocks else 1.0]
+            [*values, proportional(curves.num_blocks, min(most, curves.num_blocks - 1)) if curves.num_blocks else 1.0]
         )
         low = min([1.0, *values])
         room = 0.08 * (top - low) + 0.02
@@ -299,7 +299,7 @@ def _round_ticks(top: float) -> list[float]:
 
 def _over_baseline(lines: Sequence[Line]) -> tuple[Line, ...]:
     """Each perplexity over its own at 0 blocks removed; a line without one is left out."""
-    found = []
+    divided = []
     for line in lines:
         first = line.at(0)
         if first is None or not 0 < first.value < math.inf:
@@ -315,8 +315,8 @@ def _over_baseline(lines: Sequence[Line]) -> tuple[Line, ...]:
             )
             for each in line.points
         )
-        found.append(Line(line.kind, line.name, line.about, points, line.is_estimate))
-    return tuple(found)
+        divided.append(Line(line.kind, line.name, line.about, points, line.is_estimate))
+    return tuple(divided)
 
 
 def _mark(figure: go.Figure, panels: Sequence[int], admissible: Collection[int], proposal: int | None) -> None:
@@ -364,13 +364,13 @@ class Side:
 
 def texts_of(sides: Sequence[Side]) -> list[EvaluatedText]:
     """Texts on which a list of either was measured."""
-    found = [
+    texts = [
         each.text
         for side in sides
         for each in of_kind(side.findings, TextPerplexity)
         if each.removal_list == side.removal_list
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(texts))
 
 
 def rivals_table(sides: Sequence[Side], texts: Sequence[EvaluatedText], plain: Callable[[object], str]) -> pd.DataFrame:
@@ -408,17 +408,17 @@ def _better(pair: Sequence[TextPerplexity | None]) -> TextPerplexity | None:
     return low if apart > math.hypot(low.rise_standard_error or 0.0, high.rise_standard_error or 0.0) else None
 
 
-def _cell(found: TextPerplexity | None, better: bool, own: bool) -> str:
-    if found is None:
+def _cell(answer: TextPerplexity | None, better: bool, own: bool) -> str:
+    if answer is None:
         return "not measured"
-    value = found.measured.perplexity
-    told = "no number" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
-    told = f"**{told}**" if better else told
-    if found.rise is not None:
-        error = found.rise_standard_error
-        low, high = (None, None) if error is None else (found.rise - error, found.rise + error)
-        told += f" ({in_words('rise', Reading(found.rise, low, high))})"
-    return told + (", *its own text*" if own else "")
+    value = answer.measured.perplexity
+    text = "no number" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
+    text = f"**{text}**" if better else text
+    if answer.rise is not None:
+        error = answer.rise_standard_error
+        low, high = (None, None) if error is None else (answer.rise - error, answer.rise + error)
+        text += f" ({in_words('rise', Reading(answer.rise, low, high))})"
+    return text + (", *its own text*" if own else "")
 
 
 def _is_own(side: Side, text: EvaluatedText) -> bool:
@@ -426,7 +426,7 @@ def _is_own(side: Side, text: EvaluatedText) -> bool:
     return re.split(r"[\\/]", side.source)[-1].removesuffix("-rows") == text.name
 
 
-def quantization_table(found: Sequence[Quantization]) -> pd.DataFrame:
+def quantization_table(answers: Sequence[Quantization]) -> pd.DataFrame:
     """One row a scheme, list and text, the newest answers last."""
     return pd.DataFrame(
         [
@@ -441,12 +441,12 @@ def quantization_table(found: Sequence[Quantization]) -> pd.DataFrame:
                 "Blocks removed": ", ".join(map(str, each.removal_list)) or "none",
                 "By": each.library,
             }
-            for each in sorted(found, key=lambda each: (len(each.removal_list), each.scheme, each.text.name))
+            for each in sorted(answers, key=lambda each: (len(each.removal_list), each.scheme, each.text.name))
         ]
     )
 
 
-def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
+def healing_table(answers: Sequence[Healing]) -> pd.DataFrame:
     """One row a healing and text: perplexity of the unmodified model, without the list, and healed."""
     names = {"lora": "LoRA", "linear": "least squares", "both": "least squares, LoRA"}
     return pd.DataFrame(
@@ -468,18 +468,18 @@ def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
                 "Took": duration(each.seconds),
                 "Blocks removed": ", ".join(map(str, each.removal_list)),
             }
-            for each in sorted(found, key=lambda each: (len(each.removal_list), each.finished))
+            for each in sorted(answers, key=lambda each: (len(each.removal_list), each.finished))
         ]
     )
 
 
-def _rise(found: Quantization) -> str:
+def _rise(answer: Quantization) -> str:
     """In per cent, with its standard error where there is one."""
-    if found.change is None:
-        return _share(found.before.perplexity, found.measured.perplexity)
-    error = found.change_standard_error
-    low, high = (None, None) if error is None else (found.change - error, found.change + error)
-    return in_words("rise", Reading(found.change, low, high))
+    if answer.change is None:
+        return _share(answer.before.perplexity, answer.measured.perplexity)
+    error = answer.change_standard_error
+    low, high = (None, None) if error is None else (answer.change - error, answer.change + error)
+    return in_words("rise", Reading(answer.change, low, high))
 
 
 def _share(before: float | None, after: float | None) -> str:

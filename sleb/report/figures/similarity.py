@@ -53,7 +53,7 @@ def _coloured(
 
 
 def heatmap(
-    found: TokenSimilarity,
+    similarities: TokenSimilarity,
     measure: Measure,
     *,
     removed: Collection[int] = (),
@@ -65,7 +65,7 @@ def heatmap(
 
     Its last trace is transparent and catches clicks: a heatmap's own do not reach Streamlit.
     """
-    matrix = found.mean if measure == "cosine" else found.angular
+    matrix = similarities.mean if measure == "cosine" else similarities.angular
     blocks = np.arange(EMBEDDING, len(matrix) - 1)
     pairs = matrix[np.triu_indices(len(matrix), 1)]
     coloured = _coloured(matrix, pairs, colour_range(matrix, measure), measure, colours)
@@ -81,7 +81,7 @@ def heatmap(
             marker=dict(size=max(5, round(480 / len(matrix))), symbol="square", opacity=0),
             selected=dict(marker=dict(opacity=0)),
             unselected=dict(marker=dict(opacity=0)),
-            customdata=np.stack([found.mean.ravel(), found.angular.ravel()], axis=1).astype(np.float32),
+            customdata=np.stack([similarities.mean.ravel(), similarities.angular.ravel()], axis=1).astype(np.float32),
             hovertemplate="outputs of %{y} and %{x}<br>cosine %{customdata[0]:.6~f}"
             "<br>angular distance %{customdata[1]:.6~f}<extra></extra>",
             showlegend=False,
@@ -161,11 +161,11 @@ def _picked(pick: Pick | None, points: int) -> list[dict[str, Any]]:
     if pick is None:
         return []
     row, column = pick
-    reach = max(0.5, points / 90)
-    frame = dict(type="rect", x0=column - reach, x1=column + reach, y0=row - reach, y1=row + reach)
+    half_side = max(0.5, points / 90)
+    frame = dict(type="rect", x0=column - half_side, x1=column + half_side, y0=row - half_side, y1=row + half_side)
     lines = [
-        dict(type="line", x0=-1.5, x1=column - reach, y0=row, y1=row),
-        dict(type="line", x0=column, x1=column, y0=row + reach, y1=points - 1.5),
+        dict(type="line", x0=-1.5, x1=column - half_side, y0=row, y1=row),
+        dict(type="line", x0=column, x1=column, y0=row + half_side, y1=points - 1.5),
     ]
     return [
         *(each | dict(line=dict(color=_PICKED, width=1, dash="dot")) for each in lines),
@@ -174,24 +174,24 @@ def _picked(pick: Pick | None, points: int) -> list[dict[str, Any]]:
     ]
 
 
-def heatmap_table(found: TokenSimilarity) -> pd.DataFrame:
+def heatmap_table(similarities: TokenSimilarity) -> pd.DataFrame:
     """One row a pair of outputs, the earlier one first, each pair once."""
-    earlier, later = np.triu_indices(len(found.mean))
+    earlier, later = np.triu_indices(len(similarities.mean))
     return pd.DataFrame(
         {
             "output": [label(int(index) - 1) for index in earlier],
             "other_output": [label(int(index) - 1) for index in later],
-            "cosine": found.mean[earlier, later],
-            "angular_distance": found.angular[earlier, later],
+            "cosine": similarities.mean[earlier, later],
+            "angular_distance": similarities.angular[earlier, later],
         }
     )
 
 
-def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height: int = 400) -> go.Figure:
+def neighbours(similarities: TokenSimilarity, *, removed: Collection[int] = (), height: int = 400) -> go.Figure:
     """Metric1 of every block (paper, equation 3): how far each turns its own input. The least five are labelled."""
-    metric1 = found.metric1
+    metric1 = similarities.metric1
     blocks = np.arange(len(metric1))
-    gone = np.isin(blocks, list(removed))
+    is_removed = np.isin(blocks, list(removed))
     axis, in_decades = _metric1_axis(metric1)
     heights = np.maximum(metric1, FLOOR) if in_decades else metric1
     traces: list[Any] = [
@@ -199,7 +199,7 @@ def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height:
             x=blocks, y=heights, mode="lines", line=dict(color=style.GREY, width=1), hoverinfo="skip", showlegend=False
         )
     ]
-    kinds = ((~gone, "alive", style.BLUE, "circle"), (gone, "removed by this run", style.ORANGE, "x"))
+    kinds = ((~is_removed, "alive", style.BLUE, "circle"), (is_removed, "removed by this run", style.ORANGE, "x"))
     for chosen, words, colour, symbol in kinds:
         if chosen.any():
             traces.append(
@@ -217,7 +217,7 @@ def neighbours(found: TokenSimilarity, *, removed: Collection[int] = (), height:
         height,
         *traces,
         annotations=_least_labels(least(metric1), np.log10(heights) if in_decades else heights),
-        showlegend=bool(gone.any()),
+        showlegend=bool(is_removed.any()),
         hovermode="closest",
         xaxis=dict(title="Block", range=[-0.8, len(blocks) - 0.2], zeroline=False, showgrid=False),
         yaxis=dict(title="Metric1" + (", log scale" if in_decades else ""), zeroline=False, **axis),
@@ -231,14 +231,14 @@ def least(metric1: np.ndarray, count: int = 5) -> list[int]:
 
 def _least_labels(blocks: Sequence[int], heights: np.ndarray) -> list[dict[str, Any]]:
     """Labels below some blocks; those of near blocks hang lower and lower, each on its own line."""
-    found: list[dict[str, Any]] = []
+    labels: list[dict[str, Any]] = []
     place, before = 0, -math.inf
     for block in sorted(blocks):
         place = place + 1 if block - before < 0.035 * len(heights) else 0
         before = block
         line = dict(ax=0, ay=20 + 17 * place, yanchor="top", arrowhead=0, arrowwidth=1, arrowcolor=style.GREY)
-        found.append(dict(x=block, y=float(heights[block]), text=f"<b>{block}</b>", standoff=5, **line))
-    return found
+        labels.append(dict(x=block, y=float(heights[block]), text=f"<b>{block}</b>", standoff=5, **line))
+    return labels
 
 
 def _metric1_axis(metric1: np.ndarray) -> tuple[dict[str, Any], bool]:
@@ -263,9 +263,9 @@ def _metric1_axis(metric1: np.ndarray) -> tuple[dict[str, Any], bool]:
     return dict(type="log", range=bounds, tickvals=shown, ticktext=words), True
 
 
-def neighbours_table(run: Run, found: TokenSimilarity) -> pd.DataFrame:
+def neighbours_table(run: Run, similarities: TokenSimilarity) -> pd.DataFrame:
     """One row a block: its Metric1, its rank (1 turns its input least) and what became of it."""
-    metric1 = found.metric1
+    metric1 = similarities.metric1
     return pd.DataFrame(
         {
             "block": np.arange(len(metric1)),
@@ -277,13 +277,13 @@ def neighbours_table(run: Run, found: TokenSimilarity) -> pd.DataFrame:
 
 
 def chunks(
-    found: TokenSimilarity, *, pick: Pick | None = None, colours: Colours = "fitted", height: int = 400
+    similarities: TokenSimilarity, *, pick: Pick | None = None, colours: Colours = "fitted", height: int = 400
 ) -> go.Figure:
     """How far every contiguous chunk turns its input, by its start and its length; the best of each length marked.
 
     Its last trace is transparent and catches clicks.
     """
-    distances = found.chunk_angular_distance
+    distances = similarities.chunk_angular_distance
     count = len(distances)
     lengths = np.arange(1, count + 1)
     best, edge, step = best_chunks(distances), 0.012 * count, _tick_step(2 * count)
@@ -296,8 +296,10 @@ def chunks(
     shapes: list[dict[str, Any]] = []
     if pick is not None and pick[0] != pick[1]:
         start, length = min(pick) + 1, abs(pick[0] - pick[1])
-        reach = max(0.5, count / 90)
-        frame = dict(type="rect", x0=start - reach, x1=start + reach, y0=length - reach, y1=length + reach)
+        half_side = max(0.5, count / 90)
+        frame = dict(
+            type="rect", x0=start - half_side, x1=start + half_side, y0=length - half_side, y1=length + half_side
+        )
         shapes = [frame | dict(line=dict(color=_HALO, width=5)), frame | dict(line=dict(color=_PICKED, width=2.5))]
     return style.figure(
         height,
@@ -353,9 +355,9 @@ def chunks(
     )
 
 
-def chunks_table(found: TokenSimilarity) -> pd.DataFrame:
+def chunks_table(similarities: TokenSimilarity) -> pd.DataFrame:
     """One row a chunk: blocks start to stop - 1; whether it turns its input least of all as long."""
-    distances = found.chunk_angular_distance
+    distances = similarities.chunk_angular_distance
     best = best_chunks(distances)
     rows, starts = np.nonzero(np.isfinite(distances))
     return pd.DataFrame(

@@ -15,7 +15,7 @@ from sleb.report.figures import style
 from sleb.report.summaries.step_comparison import Bars, bars, nats, unit_of
 
 
-def reach_of_axis(values: np.ndarray, reaches: np.ndarray, contenders: Sequence[int], quantile: float) -> float:
+def extent_of_axis(values: np.ndarray, half_widths: np.ndarray, contenders: Sequence[int], quantile: float) -> float:
     """How far an axis from 0 must go: over the contenders with their intervals and most others.
 
     One block is often so much worse than all others that they would be a flat line beside it: beyond twice what
@@ -24,7 +24,7 @@ def reach_of_axis(values: np.ndarray, reaches: np.ndarray, contenders: Sequence[
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 1.0
-    ends = [values[i] + (reaches[i] if math.isfinite(reaches[i]) else 0.0) for i in contenders]
+    ends = [values[i] + (half_widths[i] if math.isfinite(half_widths[i]) else 0.0) for i in contenders]
     usual = float(np.quantile(finite, quantile))
     highest = float(finite.max())
     wanted = highest if highest <= 2.0 * usual else 1.5 * usual
@@ -47,7 +47,7 @@ def evidence_table(shown: Bars) -> pd.DataFrame:
             "score": shown.scores,
             "perplexity": [math.nan if each.perplexity is None else each.perplexity for each in shown.candidates],
             "difference": shown.differences,
-            "interval": shown.reaches,
+            "interval": shown.half_widths,
             "sequences": [math.nan if each.sequences is None else each.sequences for each in shown.candidates],
             "verdict": verdicts,
         }
@@ -174,7 +174,7 @@ def animated(run: Run, evidence: Sequence[Comparison | None]) -> go.Figure:
     assert len(evidence) == len(run.trace.steps)
     all_bars = [bars(run, number, each).by_block for number, each in enumerate(evidence, start=1)]
     top = 1.08 * max(
-        (reach_of_axis(each.rises, each.reaches, (each.chosen, *each.tied), 0.6) for each in all_bars), default=1.0
+        (extent_of_axis(each.rises, each.half_widths, (each.chosen, *each.tied), 0.6) for each in all_bars), default=1.0
     )
     bottom = min([0.0, *(1.15 * float(np.nanmin(each.rises)) for each in all_bars)])
     of_swap = ", by the best swap after the last removal" if any(each.step.is_swap for each in all_bars) else ""
@@ -240,13 +240,13 @@ def _first_frame(blocks: list[int]) -> list[go.Bar]:
         )
         for name, colour, pattern, word in _KINDS
     ]
-    gone = go.Bar(
+    earlier = go.Bar(
         x=blocks,
         name="Removed before",
         marker=dict(color=style.REMOVED, pattern=_pattern("/", style.REMOVED, "rgba(0,0,0,0)")),
         hovertemplate="block %{x}: removed in step %{customdata}<extra></extra>",
     )
-    return [*kinds, gone]
+    return [*kinds, earlier]
 
 
 def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
@@ -260,13 +260,13 @@ def _frame(shown: Bars, blocks: list[int], top: float) -> list[go.Bar]:
         return go.Bar(
             # Nothing is 0, not None: Plotly does not draw the error bar of a bar that a frame brings back.
             y=[0.0 if i is None else _short(shown.rises[i]) for i in mine],
-            error_y=dict(array=[0.0 if i is None else _short(shown.reaches[i]) for i in mine]),
+            error_y=dict(array=[0.0 if i is None else _short(shown.half_widths[i]) for i in mine]),
             customdata=[None if i is None else [shown.names[i], _difference(shown, i), nothing] for i in mine],
         )
 
-    earlier = [shown.gone.get(block) if block not in at else None for block in blocks]
-    gone = go.Bar(y=[0.0 if number is None else _short(top) for number in earlier], customdata=earlier)
-    return [data_of(0), data_of(1), data_of(2), gone]
+    earlier = [shown.removed_at.get(block) if block not in at else None for block in blocks]
+    before = go.Bar(y=[0.0 if number is None else _short(top) for number in earlier], customdata=earlier)
+    return [data_of(0), data_of(1), data_of(2), before]
 
 
 def _pattern(shape: str, foreground: str, background: str) -> dict[str, object]:
@@ -279,8 +279,8 @@ def _short(value: float) -> float:
 
 
 def _difference(shown: Bars, i: int) -> str:
-    reach = f" ± {shown.reaches[i]:.4f}" if math.isfinite(shown.reaches[i]) else ""
-    return "–" if math.isnan(shown.differences[i]) else f"{shown.differences[i]:.4f}{reach}"
+    half_width = f" ± {shown.half_widths[i]:.4f}" if math.isfinite(shown.half_widths[i]) else ""
+    return "–" if math.isnan(shown.differences[i]) else f"{shown.differences[i]:.4f}{half_width}"
 
 
 def _player(steps: Sequence[Step]) -> dict[str, object]:
@@ -360,12 +360,12 @@ def methods(runs: Sequence[Run], *, held_out: bool, logarithmic: bool, everythin
         symbol = ("circle", "square", "diamond", "cross", "triangle-up")[order.index(method)]
         table = curve_table(run).drop_duplicates("blocks_removed", keep="last")  # swaps leave several of a length
         figure.add_traces(_with_band(table, text, name, style.METHOD_COLOURS[method.value], dash, symbol))
-    reach = None if everything else _capped(figure, logarithmic)
-    if reach is not None:
-        figure.update_yaxes(range=reach)
+    extent = None if everything else _capped(figure, logarithmic)
+    if extent is not None:
+        figure.update_yaxes(range=extent)
         if logarithmic:
             figure.update_yaxes(
-                tickvals=_ticks(10 ** reach[0], 10 ** reach[1]), tickformat=",.3~r", minorloglabels=None
+                tickvals=_ticks(10 ** extent[0], 10 ** extent[1]), tickformat=",.3~r", minorloglabels=None
             )
     longest = max((len(run.removal_list) + 1 for run in runs), default=1)
     figure.update_xaxes(dtick=_tick(longest))

@@ -46,10 +46,10 @@ def address(pick: Pick) -> str:
 
 def parse(text: str | None, num_blocks: int) -> Pick | None:
     """The cell of an address, as "3-17" or "in-5"; None where there is none, or not in this stack."""
-    found = re.fullmatch(r"(in|[0-9]{1,4})-(in|[0-9]{1,4})", text or "", re.ASCII)
-    if found is None:
+    match = re.fullmatch(r"(in|[0-9]{1,4})-(in|[0-9]{1,4})", text or "", re.ASCII)
+    if match is None:
         return None
-    row, column = (EMBEDDING if each == "in" else int(each) for each in found.groups())
+    row, column = (EMBEDDING if each == "in" else int(each) for each in match.groups())
     return (row, column) if max(row, column) < num_blocks else None
 
 
@@ -81,26 +81,26 @@ class Pair:
     _num_blocks: int
 
 
-def pair(found: TokenSimilarity, pick: Pick, removed: Collection[int] = ()) -> Pair:
+def pair(similarities: TokenSimilarity, pick: Pick, removed: Collection[int] = ()) -> Pair:
     """The facts of a cell; the order of row and column makes no difference."""
     earlier, later = min(pick), max(pick)
     between = range(earlier + 1, later + 1)
     rank = best = None
     if between:
-        distances = np.diagonal(found.angular, offset=len(between))
+        distances = np.diagonal(similarities.angular, offset=len(between))
         rank = int((distances < distances[between.start]).sum()) + 1
         best = int(distances.argmin())
     return Pair(
         earlier=earlier,
         later=later,
-        cosine=float(found.mean[earlier + 1, later + 1]),
-        angular=float(found.angular[earlier + 1, later + 1]),
+        cosine=float(similarities.mean[earlier + 1, later + 1]),
+        angular=float(similarities.angular[earlier + 1, later + 1]),
         between=between,
-        mean_metric1=float(found.metric1[between.start : between.stop].mean()) if between else None,
+        mean_metric1=float(similarities.metric1[between.start : between.stop].mean()) if between else None,
         removed=sum(block in removed for block in between),
         rank=rank,
         best_start=best,
-        _num_blocks=len(found.mean) - 1,
+        _num_blocks=len(similarities.mean) - 1,
     )
 
 
@@ -116,8 +116,8 @@ def between_words(facts: Pair, is_search: bool) -> str:
     if not facts.between:
         return "One and the same output: nothing lies between. Choose a cell beside the diagonal to compare two."
     first, last, count = facts.between.start, facts.between.stop - 1, len(facts.between)
-    what = f"block {first} alone**" if count == 1 else f"{count} blocks, {first} to {last}**, both included"
-    lines = [f"**Between the two outputs: {what}; half-open `[{first},\N{NO-BREAK SPACE}{last + 1})`."]
+    between = f"block {first} alone**" if count == 1 else f"{count} blocks, {first} to {last}**, both included"
+    lines = [f"**Between the two outputs: {between}; half-open `[{first},\N{NO-BREAK SPACE}{last + 1})`."]
     lines.append(f"{'Mean ' if count > 1 else ''}Metric1 {number(facts.mean_metric1 or 0.0)}.")
     if is_search and count == 1:
         lines[-1] += " This run removed it." if facts.removed else " This run did not remove it."
@@ -131,10 +131,10 @@ def between_words(facts: Pair, is_search: bool) -> str:
     return "  \n".join(lines)
 
 
-def details_table(run: Run, found: TokenSimilarity, pick: Pick) -> str:
+def details_table(run: Run, similarities: TokenSimilarity, pick: Pick) -> str:
     """What is known of the two blocks of a cell, as a Markdown table of one column each."""
     assert run.stack is not None
-    metric1 = found.metric1
+    metric1 = similarities.metric1
     columns = [["&nbsp;", "Parameters", "Metric1", "Its rank, lowest first", "In this run"]]
     for block in dict.fromkeys(sorted(pick)):
         head, state = name(block).capitalize(), state_of(run, block)

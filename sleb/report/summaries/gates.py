@@ -57,7 +57,7 @@ class Gate:
             return False
         return reading.low <= self.limit <= reading.high
 
-    def told(self, number: int) -> str:
+    def explained(self, number: int) -> str:
         """What is known of a number of blocks, beside the limit."""
         reading = self.readings[number]
         return f"{self.name}: {in_words(self.unit, reading)} ({self.asks} {self.bound})"
@@ -94,40 +94,42 @@ def judge(gates: Sequence[Gate], numbers: Collection[int]) -> Judgement:
         return Judgement(admissible, None, (), (), "Every gate is off.")
     if proposal is None:
         return Judgement(admissible, None, (), (), _refusal(gates, numbers))
-    reasons = tuple(gate.told(proposal) for gate in gates)
+    reasons = tuple(gate.explained(proposal) for gate in gates)
     return Judgement(admissible, proposal, reasons, _doubts(gates, numbers, proposal))
 
 
 def _doubts(gates: Sequence[Gate], numbers: Collection[int], proposal: int) -> tuple[str, ...]:
-    found = [
+    doubts = [
         f"With {proposal} removed, {gate.name} passes within its {_error(gate)} only: it could as well fail."
         for gate in gates
         if gate.is_close(proposal)
     ]
-    found += [
+    doubts += [
         f"How sure {gate.name} is, nobody knows: it was measured on a single piece of text. Measure more first."
         for gate in gates
         if gate.unit == "rise" and gate.readings[proposal].low is None
     ]
-    found += [
+    doubts += [
         f"{_upper(gate.name)} is predicted from the number of blocks, not timed."
         for gate in gates
         if gate.readings[proposal].predicted
     ]
     above = min((each for each in numbers if each > proposal), default=None)
     if above is None:
-        return (*found, "There is no longer list here: more blocks might pass as well.")
+        return (*doubts, "There is no longer list here: more blocks might pass as well.")
     failed = [gate for gate in gates if gate.passes(above) is False]
     if failed and all(gate.is_close(above) for gate in failed):
         names = " and ".join(gate.name for gate in failed)
-        found.append(f"With {above} removed, {names} fails within its {_error(failed[0])} only: it could as well pass.")
+        doubts.append(
+            f"With {above} removed, {names} fails, but within its {_error(failed[0])}: it might as well pass."
+        )
     unknown = [gate for gate in gates if gate.passes(above) is None]
     if unknown and not failed:
-        found.append(f"With {above} removed, {unknown[0].name} is not known yet.")
+        doubts.append(f"With {above} removed, {unknown[0].name} is not known yet.")
     lower = [each for each in sorted(numbers) if 0 < each < proposal and any(g.passes(each) is False for g in gates)]
     if lower and any(not gate.at_least and gate.passes(each) is False for gate in gates for each in lower):
-        found.append(f"Fewer blocks do not always pass here: {span(lower)} removed {_verb(lower)} not.")
-    return tuple(found)
+        doubts.append(f"Fewer blocks do not always pass here: {span(lower)} removed {_verb(lower)} not.")
+    return tuple(doubts)
 
 
 def _refusal(gates: Sequence[Gate], numbers: Collection[int]) -> str:
@@ -141,10 +143,10 @@ def _refusal(gates: Sequence[Gate], numbers: Collection[int]) -> str:
             alone.append(f"of {gate.name} nothing is known yet")
         elif not any(gate.passes(each) for each in known):
             best = (max if gate.at_least else min)(known, key=lambda each: gate.readings[each].value)
-            told = f"{gate.name} is {in_words(gate.unit, gate.readings[best])} at best, with {best} removed, where "
-            told += f"{gate.asks} {gate.bound} is asked for"
+            text = f"{gate.name} is {in_words(gate.unit, gate.readings[best])} at best, with {best} removed, where "
+            text += f"{gate.asks} {gate.bound} is asked for"
             close = f" (within its {_error(gate)}: it could as well pass)" if gate.is_close(best) else ""
-            alone.append(told + close)
+            alone.append(text + close)
     if alone:
         return f"No list passes: {'; '.join(alone)}."
     spans = [f"{gate.name} is passed by {span([each for each in own if gate.passes(each)])}" for gate in gates]
@@ -159,12 +161,12 @@ def in_words(unit: Unit, reading: Reading) -> str:
             return "no number" if math.isinf(value) else f"× {math.exp(min(value, 700)):.3g}"
         error = (reading.high - reading.low) / 2 if reading.low is not None and reading.high is not None else 0.0
         digits = 0 if math.expm1(value) >= 1 else 1
-        told = f"{math.expm1(value):+.{digits}%}".replace("-", "−")
-        return told + (f" ± {math.exp(value) * error:.{digits}%}" if error else "")
+        text = f"{math.expm1(value):+.{digits}%}".replace("-", "−")
+        return text + (f" ± {math.exp(value) * error:.{digits}%}" if error else "")
     if unit == "points":
         error = (reading.high - reading.low) / 2 if reading.low is not None and reading.high is not None else 0.0
-        told = f"{100 * value:+.1f}".replace("-", "−")
-        return told + (f" ± {100 * error:.1f}" if error else "") + " points"
+        text = f"{100 * value:+.1f}".replace("-", "−")
+        return text + (f" ± {100 * error:.1f}" if error else "") + " points"
     if unit == "speedup":
         spread = "" if reading.low is None or reading.high is None else f" ({reading.low:.2f} to {reading.high:.2f})"
         return f"{value:.2f}×{spread}"

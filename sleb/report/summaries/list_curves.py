@@ -49,7 +49,7 @@ class Point:
     change: float | None = None
     """Against the baseline: nats per token for a text, points (as a share) for a task."""
     change_error: float | None = None
-    told: str = ""
+    detail: str = ""
     """More about it, for a reader."""
 
 
@@ -133,22 +133,24 @@ def lists_of(run: Run, findings: Sequence[Finding]) -> dict[int, RemovalList]:
     return dict(sorted(lists.items()))
 
 
-def main_metric(found: TaskAccuracy) -> str | None:
+def main_metric(accuracy: TaskAccuracy) -> str | None:
     """The share that stands for a task: its normalised accuracy, or the next best; None where it has none."""
     shares = [
-        name for name, value in found.metrics.items() if found.higher_is_better.get(name, True) and 0 <= value <= 1
+        name
+        for name, value in accuracy.metrics.items()
+        if accuracy.higher_is_better.get(name, True) and 0 <= value <= 1
     ]
     named = {name.partition(",")[0]: name for name in sorted(shares, reverse=True)}  # without the answers' filter
     return next((named[each] for each in (*_METRICS, *sorted(named)) if each in named), None)
 
 
-def _best(found: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], Hashable]) -> list[list[F]]:
+def _best(findings: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], Hashable]) -> list[list[F]]:
     """Of each thing the findings of one way to measure it: that with the most lists, then the newest.
 
     `same` names the thing, `ask` the way. Of several answers to one question the newest counts.
     """
     things: dict[Hashable, dict[Hashable, dict[RemovalList, F]]] = {}
-    for each in found:
+    for each in findings:
         things.setdefault(same(each), {}).setdefault(ask(each), {})[each.removal_list] = each
     chosen = [
         max(ways.values(), key=lambda group: (len(group), max(each.finished for each in group.values())))
@@ -157,13 +159,13 @@ def _best(found: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], 
     return [list(group.values()) for group in chosen]
 
 
-def _way(found: Finding) -> Hashable:
+def _way(finding: Finding) -> Hashable:
     """How it was measured: all that makes its question but the list."""
-    return (found.dtype, *(str(getattr(found, name)) for name in found.of))
+    return (finding.dtype, *(str(getattr(finding, name)) for name in finding.of))
 
 
-def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
-    texts = of_kind(found, TextPerplexity)
+def _texts(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
+    texts = of_kind(findings, TextPerplexity)
     groups = _best(
         texts,
         lambda each: (each.text.name, each.text.window, each.text.bos, each.text.of_windows, each.dtype),
@@ -180,11 +182,11 @@ def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
     return _named(lines, [f"{group[0].text.window}" for group in groups])
 
 
-def _text_point(found: TextPerplexity, removed: int) -> Point:
-    value = _finite(found.measured.perplexity)
+def _text_point(answer: TextPerplexity, removed: int) -> Point:
+    value = _finite(answer.measured.perplexity)
     if not removed:
         return Point(0, value, change=0.0, change_error=0.0)
-    rise, error = found.rise, found.rise_standard_error
+    rise, error = answer.rise, answer.rise_standard_error
     return Point(removed, value, *_around(value, error), math.inf if rise is None else rise, error)
 
 
@@ -218,8 +220,8 @@ def _of_the_search(run: Run) -> list[Line]:
     return lines
 
 
-def _tasks(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
-    tasks = of_kind(found, TaskAccuracy)
+def _tasks(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
+    tasks = of_kind(findings, TaskAccuracy)
     parts = {name for each in tasks for name in each.subtasks if name != each.task}
     groups = _best(
         [each for each in tasks if each.task not in parts],  # a group stands for its parts
@@ -246,17 +248,17 @@ def _tasks(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
     return _named(lines, shots)
 
 
-def _lost(found: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tuple[float | None, float | None]:
+def _lost(answer: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tuple[float | None, float | None]:
     """Against the baseline, with the standard error over pairs of examples; without pairs, that of two samples."""
-    if not found.removal_list:
+    if not answer.removal_list:
         return 0.0, 0.0
-    if metric in found.changes:
-        return -found.changes[metric], found.change_standard_errors.get(metric)
+    if metric in answer.changes:
+        return -answer.changes[metric], answer.change_standard_errors.get(metric)
     if first is None:
         return None, None
-    errors = [each.standard_errors.get(metric) for each in (found, first)]
+    errors = [each.standard_errors.get(metric) for each in (answer, first)]
     known = [each for each in errors if each is not None]
-    return first.metrics[metric] - found.metrics[metric], math.hypot(*known) if len(known) == 2 else None
+    return first.metrics[metric] - answer.metrics[metric], math.hypot(*known) if len(known) == 2 else None
 
 
 def _mean(tasks: Sequence[Line]) -> list[Line]:
@@ -282,12 +284,12 @@ def _mean(tasks: Sequence[Line]) -> list[Line]:
     return [Line("mean", "mean", about, tuple(points), any(each.is_estimate for each in tasks))] if points else []
 
 
-def _speeds(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tuple[Line, ...]:
+def _speeds(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tuple[Line, ...]:
     lines = []
-    for group in _timed(found):
+    for group in _timed(findings):
         first = group[0]
         points = [
-            Point(numbers[each.removal_list], each.speedup, *each.spread, told=_seconds(each))
+            Point(numbers[each.removal_list], each.speedup, *each.spread, detail=_seconds(each))
             for each in group
             if each.removal_list
         ]
@@ -299,9 +301,9 @@ def _speeds(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tup
     return tuple(lines)
 
 
-def _timed(found: Sequence[Finding]) -> list[list[Timing]]:
+def _timed(findings: Sequence[Finding]) -> list[list[Timing]]:
     groups = _best(
-        of_kind(found, Timing),
+        of_kind(findings, Timing),
         lambda each: each.shape,
         _way,
     )
@@ -311,13 +313,13 @@ def _timed(found: Sequence[Finding]) -> list[list[Timing]]:
     )
 
 
-def _seconds(found: Timing) -> str:
-    before, after = statistics.median(found.baseline_times), statistics.median(found.times)
-    return f"{before:.3g} s → {after:.3g} s" + ("" if found.gone else ", blocks skipped but not gone")
+def _seconds(timing: Timing) -> str:
+    before, after = statistics.median(timing.baseline_times), statistics.median(timing.times)
+    return f"{before:.3g} s → {after:.3g} s" + ("" if timing.gone else ", blocks skipped but not gone")
 
 
 def _sizes(
-    run: Run, found: Sequence[Finding], lists: Mapping[int, RemovalList], numbers: Mapping[RemovalList, int]
+    run: Run, findings: Sequence[Finding], lists: Mapping[int, RemovalList], numbers: Mapping[RemovalList, int]
 ) -> tuple[Line, ...]:
     """Bytes of the weights in the run's dtype, of quantised weights, with the KV cache, and of a GPU's peak."""
     if run.stack is None:
@@ -327,15 +329,15 @@ def _sizes(
     if each_has is not None:
         parameters = {removed: run.stack.parameters_without(blocks) for removed, blocks in lists.items()}
         points = [
-            Point(removed, float(count * each_has), told=f"{count / 1e6:,.1f} M parameters")
+            Point(removed, float(count * each_has), detail=f"{count / 1e6:,.1f} M parameters")
             for removed, count in parameters.items()
         ]
         lines.append(Line("weights", "weights", f"all weights in {run.stack.dtype}", tuple(points)))
-    for quantized in _best(of_kind(found, Quantization), lambda each: each.scheme, lambda each: each.group_size):
+    for quantized in _best(of_kind(findings, Quantization), lambda each: each.scheme, lambda each: each.group_size):
         scheme = quantized[0].scheme
         points = [Point(numbers[each.removal_list], float(each.weight_bytes)) for each in quantized]
         lines.append(Line("quantized", scheme, f"all weights, quantised to {scheme}", _ordered(points)))
-    for group in _timed(found):
+    for group in _timed(findings):
         first = group[0]
         shape = f"{first.sequences} × {first.tokens} tokens"
         if first.shape == "generation" and each_has is not None:
@@ -357,8 +359,8 @@ def _with_cache(weights: Line, caches: Mapping[int, int], num_blocks: int) -> tu
     points = []
     for each in weights.points:
         cache = caches.get(each.removed, caches[0] * (num_blocks - each.removed) / num_blocks)
-        told = f"{as_bytes(cache)} of cache" + ("" if each.removed in caches else ", by blocks")
-        points.append(Point(each.removed, each.value + cache, told=told))
+        detail = f"{as_bytes(cache)} of cache" + ("" if each.removed in caches else ", by blocks")
+        points.append(Point(each.removed, each.value + cache, detail=detail))
     return tuple(points)
 
 
@@ -386,12 +388,12 @@ def accuracy_gate(line: Line, points: float) -> Gate:
     return Gate(name + (" (an estimate)" if line.is_estimate else ""), "points", points, readings)
 
 
-def speed_gate(found: Curves, line: Line | None, times: float) -> Gate:
+def speed_gate(curves: Curves, line: Line | None, times: float) -> Gate:
     """At least so many times as fast: measured where there is a timing, else in proportion to the blocks."""
     readings = {
-        removed: Reading(proportional(found.num_blocks, removed), predicted=True)
-        for removed in found.lists
-        if removed < found.num_blocks
+        removed: Reading(proportional(curves.num_blocks, removed), predicted=True)
+        for removed in curves.lists
+        if removed < curves.num_blocks
     }
     readings[0] = Reading(1.0)
     for each in line.points if line else ():
@@ -399,28 +401,28 @@ def speed_gate(found: Curves, line: Line | None, times: float) -> Gate:
     return Gate(f"the speed of {line.name}" if line else "the speed", "speedup", times, readings)
 
 
-def size_gate(found: Curves, limit: float) -> Gate:
+def size_gate(curves: Curves, limit: float) -> Gate:
     """At most so many bytes, of what `whole_size` is."""
-    line = whole_size(found)
+    line = whole_size(curves)
     readings = {each.removed: Reading(each.value) for each in line.points} if line else {}
     return Gate("the size", "bytes", limit, readings)
 
 
-def whole_size(found: Curves) -> Line | None:
+def whole_size(curves: Curves) -> Line | None:
     """The weights, with the KV cache where a generation was timed; None for a dtype of unknown size."""
-    own = {line.kind: line for line in reversed(found.size) if line.kind in ("weights", "whole")}
+    own = {line.kind: line for line in reversed(curves.size) if line.kind in ("weights", "whole")}
     return own.get("whole", own.get("weights"))
 
 
-def table(found: Curves) -> pd.DataFrame:
+def table(curves: Curves) -> pd.DataFrame:
     """One row a point of a line."""
-    panels = {"perplexity": found.cost, "accuracy": found.accuracy, "speedup": found.speed, "bytes": found.size}
+    panels = {"perplexity": curves.cost, "accuracy": curves.accuracy, "speedup": curves.speed, "bytes": curves.size}
     rows = [
         (
-            what, line.name, line.about, line.is_estimate, each.removed, " ".join(map(str, found.lists[each.removed])),
-            each.value, each.low, each.high, each.change, each.change_error,
+            quantity, line.name, line.about, line.is_estimate, each.removed,
+            " ".join(map(str, curves.lists[each.removed])), each.value, each.low, each.high, each.change, each.change_error,
         )
-        for what, lines in panels.items()
+        for quantity, lines in panels.items()
         for line in lines
         for each in line.points
     ]  # fmt: skip
@@ -440,17 +442,17 @@ def _ordered(points: Iterable[Point]) -> tuple[Point, ...]:
 def _named(lines: Sequence[Line], further: Sequence[str]) -> list[Line]:
     """Short names that differ: with something further where two are the same, else counted."""
     names = [line.name for line in lines]
-    found: list[Line] = []
+    named: list[Line] = []
     for line, more in zip(lines, further, strict=True):
         alone = names.count(line.name) == 1
         name = _cut(line.name) if alone else f"{_cut(line.name, _LABEL - len(more) - 1)} {more}"
-        taken = {each.name for each in found}
+        taken = {each.name for each in named}
         count = 2
         while name in taken:
             name = f"{_cut(line.name, _LABEL - 4)} ({count})"
             count += 1
-        found.append(replace(line, name=name))
-    return found
+        named.append(replace(line, name=name))
+    return named
 
 
 def _cut(text: str, length: int = _LABEL) -> str:

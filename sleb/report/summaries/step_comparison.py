@@ -45,7 +45,7 @@ class Bars:
     """NaN where the predictions were not numbers."""
     differences: np.ndarray
     """To the chosen one, on the same sequences; NaN where the score is."""
-    reaches: np.ndarray
+    half_widths: np.ndarray
     """Half width of the difference's interval; NaN where there is none, 0 for the chosen one."""
     chosen: int
     """Index of the one that was removed."""
@@ -54,7 +54,7 @@ class Bars:
     base: float | None
     """The score of removing nothing here: of the model this step started from."""
     base_name: str
-    gone: dict[int, int]
+    removed_at: dict[int, int]
     """Blocks removed before this step, and in which step each."""
 
     @property
@@ -84,7 +84,7 @@ class Bars:
             names=tuple(self.names[index] for index in kept),
             scores=self.scores[kept],
             differences=self.differences[kept],
-            reaches=self.reaches[kept],
+            half_widths=self.half_widths[kept],
             chosen=kept.index(self.chosen),
             tied=tuple(place for place, index in enumerate(kept) if index in self.tied),
         )
@@ -106,11 +106,11 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
     chosen = next(i for i, each in enumerate(step.candidates) if each.skipped in (step.removal_list, step.removed))
     blocks = tuple(each.block for each in step.candidates)
     if evidence is None:
-        differences, reaches = scores - scores[chosen], np.full(len(scores), math.nan)
-        reaches[chosen] = 0.0
+        differences, half_widths = scores - scores[chosen], np.full(len(scores), math.nan)
+        half_widths[chosen] = 0.0
     else:
         differences = np.where(np.isfinite(evidence.differences), evidence.differences, math.nan)
-        reaches = evidence.reach
+        half_widths = evidence.reach
         # Who left a race was scored on fewer sequences, easy or hard ones: only the difference on them compares.
         scores = np.where(left_race(step), scores[chosen] + differences, scores)
     base, base_name = _base(run.trace.baseline, before, step)
@@ -122,12 +122,12 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
         names=tuple(candidate_name(each, step.restored_by(each)) for each in step.candidates),
         scores=scores,
         differences=differences,
-        reaches=reaches,
+        half_widths=half_widths,
         chosen=chosen,
         tied=tuple(i for i, each in enumerate(step.candidates) if each in tied),
         base=base,
         base_name=base_name,
-        gone=steps_of_removal(before),
+        removed_at=steps_of_removal(before),
     )
 
 
@@ -151,9 +151,9 @@ def swaps_in_words(count: int) -> str:
     return f"{count} other swap{'s' if count > 1 else ''}" if count else ""
 
 
-def gone_after_step(shown: Bars) -> dict[int, int]:
+def removed_at_after(shown: Bars) -> dict[int, int]:
     """As `steps_of_removal`, the step itself included."""
-    return {block: at for block, at in shown.gone.items() if block not in shown.step.restored} | dict.fromkeys(
+    return {block: at for block, at in shown.removed_at.items() if block not in shown.step.restored} | dict.fromkeys(
         shown.step.removed, shown.step.number
     )
 
