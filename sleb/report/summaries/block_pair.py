@@ -13,29 +13,29 @@ from sleb.analysis.similarity import TokenSimilarity
 from sleb.records import Run
 
 EMBEDDING = -1
-"""The embedding output, where a block is asked for; "in" in labels and in addresses."""
+"""The embedding output in the place of a block; "in" in labels and in addresses."""
 Measure = Literal["cosine", "angular"]
 
 Pick = tuple[int, int]
 """The blocks of a cell's row and column."""
 
-FLOOR = 1e-6  # recorded similarities have six digits: a Metric1 below one of them is none
+FLOOR = 1e-6  # recorded similarities have six digits, so a smaller Metric1 is noise
 MEASURE_NAMES: dict[Measure, str] = {"cosine": "Cosine similarity", "angular": "Angular distance"}
 
 
 def number(value: float) -> str:
-    """A cosine or a distance with as many digits as it takes to tell it from 0 and from 1."""
+    """A cosine or a distance with as many digits as distinguish it from 0 and from 1."""
     rest = min(abs(value), abs(1.0 - abs(value)))
     return f"{value:.{4 if rest >= 1e-3 or rest < FLOOR / 2 else 6}f}"
 
 
 def label(block: int) -> str:
-    """How an output is called on an axis and in an address."""
+    """The name of an output on an axis and in an address."""
     return "in" if block == EMBEDDING else str(block)
 
 
 def name(block: int) -> str:
-    """The same in a sentence."""
+    """The name of an output in a sentence."""
     return "the embedding" if block == EMBEDDING else f"block {block}"
 
 
@@ -61,21 +61,21 @@ class Pair:
     later: int
     cosine: float
     angular: float
-    """In [0, 1]."""
+    """Angular distance in [0, 1]."""
     between: range
-    """Half-open, as Python and mergekit count: blocks earlier + 1 to later, both included."""
+    """Blocks earlier + 1 to later, both included, as a half-open range."""
     mean_metric1: float | None
-    """Of the blocks between; None where there is none."""
+    """Mean Metric1 of the blocks between; None where there is none."""
     removed: int
-    """How many of the blocks between are removed."""
+    """How many of the blocks between the run removed."""
     rank: int | None
-    """Of the chunk between among all chunks of its length, 1 turning least; None where there is none."""
+    """Rank of the chunk between among those of its length, 1 turning least; None where there is none."""
     best_start: int | None
-    """Of the chunk of the same length that turns least."""
+    """First block of the chunk of the same length that turns least."""
 
     @property
     def chunks(self) -> int:
-        """How many chunks are as long."""
+        """How many chunks have its length."""
         return self._num_blocks - len(self.between) + 1
 
     _num_blocks: int
@@ -112,9 +112,9 @@ def pair_title(pick: Pick) -> str:
 
 
 def between_words(facts: Pair, is_search: bool) -> str:
-    """What lies between two outputs, as Markdown: with both ends, and half-open: people mistake one for the other."""
+    """What lies between two outputs, as Markdown: with both ends and as a half-open range."""
     if not facts.between:
-        return "One and the same output: nothing lies between. Choose a cell beside the diagonal to compare two."
+        return "This is one output: nothing lies between. Choose a cell beside the diagonal to compare two."
     first, last, count = facts.between.start, facts.between.stop - 1, len(facts.between)
     between = f"block {first} alone**" if count == 1 else f"{count} blocks, {first} to {last}**, both included"
     lines = [f"**Between the two outputs: {between}; half-open `[{first},\N{NO-BREAK SPACE}{last + 1})`."]
@@ -132,7 +132,7 @@ def between_words(facts: Pair, is_search: bool) -> str:
 
 
 def details_table(run: Run, similarities: TokenSimilarity, pick: Pick) -> str:
-    """What is known of the two blocks of a cell, as a Markdown table of one column each."""
+    """Facts about the two blocks of a cell, as a Markdown table with a column for each."""
     assert run.stack is not None
     metric1 = similarities.metric1
     columns = [["&nbsp;", "Parameters", "Metric1", "Its rank, lowest first", "In this run"]]
@@ -148,7 +148,7 @@ def details_table(run: Run, similarities: TokenSimilarity, pick: Pick) -> str:
 
 
 def state_of(run: Run, block: int) -> str:
-    """What became of a block in a search, in words; analyses alone decide nothing."""
+    """Whether a run removed a block, in words; analyses alone decide nothing."""
     assert run.stack is not None
     if block == EMBEDDING:
         return "always kept"
@@ -156,5 +156,5 @@ def state_of(run: Run, block: int) -> str:
     if block in since:
         return f"removed at step {since[block]}"
     if run.spec.kind != "search":
-        return "alive"
-    return "protected, never a candidate" if block in run.stack.protected else "alive"
+        return "not searched"
+    return "protected, never a candidate" if block in run.stack.protected else "kept"

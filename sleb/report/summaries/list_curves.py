@@ -1,4 +1,4 @@
-"""What was found about a run's lists, as lines over the number of blocks removed. Knows records; draws nothing."""
+"""Findings about a run's lists as lines over the number of blocks removed. Knows records; draws nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pandas as pd
 from sleb.formats.findings_tables import truncated_prompts, without_numbers
 from sleb.records import (
     Finding,
-    Measured,
     Quantization,
     RemovalList,
     Run,
@@ -23,7 +22,7 @@ from sleb.records import (
     Timing,
     sorted_list,
 )
-from sleb.report.summaries.gates import Gate, Reading, as_bytes
+from sleb.report.summaries.numbers import as_bytes, cut, nats
 from sleb.runtime.findings_folder import of_kind
 
 Kind = Literal[
@@ -42,15 +41,15 @@ class Point:
 
     removed: int
     value: float
-    """In the line's unit: perplexity, share of right answers, times as fast, bytes."""
+    """A perplexity, share of right answers, speedup or number of bytes, as the line's kind says."""
     low: float | None = None
     high: float | None = None
-    """One standard error, or the quartiles of a timing."""
+    """`low` and `high` are one standard error either way, or the quartiles of a timing."""
     change: float | None = None
-    """Against the baseline: nats per token for a text, points (as a share) for a task."""
+    """The change from the baseline: nats per token for a text, share of right answers lost for a task."""
     change_error: float | None = None
     detail: str = ""
-    """More about it, for a reader."""
+    """A remark for hover texts."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ class Line:
 
     kind: Kind
     name: str
-    """Short, and its own among the lines of a panel."""
+    """A short name that no other line of the panel has."""
     about: str
     points: tuple[Point, ...]
-    """In ascending order of removed blocks."""
+    """Points in ascending order of removed blocks."""
     is_estimate: bool = False
-    """From a part of the text, or of the task's examples."""
+    """Whether it was measured on a part of the text, or of the task's examples."""
 
     def at(self, removed: int) -> Point | None:
-        """The point of so many blocks."""
+        """The point at so many blocks removed; None where there is none."""
         return next((each for each in self.points if each.removed == removed), None)
 
 
@@ -76,29 +75,29 @@ class Curves:
     """All lines of a run."""
 
     lists: Mapping[int, RemovalList]
-    """Blocks removed -> the list: those of the search, or, where nothing was searched, those that were judged."""
+    """Blocks removed -> the list: those of the search, or, where nothing was searched, those that were evaluated."""
     num_blocks: int
     cost: tuple[Line, ...]
-    """Perplexities: of texts, then of the search's own."""
+    """Perplexities of texts, then of the search's own texts."""
     accuracy: tuple[Line, ...]
     """Tasks, and their mean where there are several."""
     speed: tuple[Line, ...]
     size: tuple[Line, ...]
     elsewhere: int
-    """Findings about lists that are none of these."""
+    """How many findings are about other lists."""
     notes: tuple[str, ...] = ()
     """Why numbers are missing, and which prompts were cut."""
     too_good: tuple[str, ...] = ()
-    """Texts that share something with the one that the blocks were chosen on, and what."""
+    """Texts that overlap with the one on which the blocks were chosen, and in what."""
 
     @property
     def texts(self) -> tuple[Line, ...]:
-        """Perplexities that may be trusted: all but the calibration set's."""
+        """Perplexities of texts on which no block was chosen: all but the calibration set's."""
         return tuple(each for each in self.cost if each.kind != "calibration")
 
 
 def curves(run: Run, findings: Sequence[Finding]) -> Curves:
-    """Everything that is known about a run's lists; the baseline is 0 blocks removed."""
+    """All findings about a run's lists as lines; the baseline is at 0 blocks removed."""
     lists = lists_of(run, findings)
     numbers = {each: count for count, each in lists.items()}
     own = [each for each in findings if each.removal_list in numbers]
@@ -121,7 +120,7 @@ def curves(run: Run, findings: Sequence[Finding]) -> Curves:
 
 
 def lists_of(run: Run, findings: Sequence[Finding]) -> dict[int, RemovalList]:
-    """Blocks removed -> the list: the search's after each number of removals, else the given and the newest judged."""
+    """Blocks removed -> the list: the search's after each removal, else the given one and the newest evaluated."""
     lists: dict[int, RemovalList] = {0: ()}
     if run.trace is not None:
         lists |= {len(step.removal_list): sorted_list(step.removal_list) for step in run.trace.by_length}
@@ -134,7 +133,7 @@ def lists_of(run: Run, findings: Sequence[Finding]) -> dict[int, RemovalList]:
 
 
 def main_metric(accuracy: TaskAccuracy) -> str | None:
-    """The share that stands for a task: its normalised accuracy, or the next best; None where it has none."""
+    """The metric that stands for a task: its normalised accuracy, or the next in `_METRICS`; None where it has none."""
     shares = [
         name
         for name, value in accuracy.metrics.items()
@@ -145,7 +144,7 @@ def main_metric(accuracy: TaskAccuracy) -> str | None:
 
 
 def _best(findings: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], Hashable]) -> list[list[F]]:
-    """Of each thing the findings of one way to measure it: that with the most lists, then the newest.
+    """Groups of findings, one for each thing: those measured in one way, that with the most lists, then the newest.
 
     `same` names the thing, `ask` the way. Of several answers to one question the newest counts.
     """
@@ -160,7 +159,7 @@ def _best(findings: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F
 
 
 def _way(finding: Finding) -> Hashable:
-    """How it was measured: all that makes its question but the list."""
+    """The way in which it was measured: all fields of its question but the list."""
     return (finding.dtype, *(str(getattr(finding, name)) for name in finding.of))
 
 
@@ -191,7 +190,7 @@ def _text_point(answer: TextPerplexity, removed: int) -> Point:
 
 
 def _of_the_search(run: Run) -> list[Line]:
-    """What the search itself measured: the held-out text, and the calibration set, on which the blocks were chosen."""
+    """Perplexities that the search measured: held-out text, and the calibration set, on which blocks were chosen."""
     if run.trace is None or run.stack is None:
         return []
     first = run.trace.baseline
@@ -205,7 +204,7 @@ def _of_the_search(run: Run) -> list[Line]:
         if kept.perplexity is not None:
             error = step.held_out_standard_error if step else 0.0
             value = _finite(kept.perplexity)
-            rise = _nats(kept) - _nats(first.held_out)
+            rise = _finite(nats(kept)) - _finite(nats(first.held_out))
             low, high = _around(value, error) if step else (None, None)
             held_out.append(Point(removed, value, low, high, math.inf if math.isnan(rise) else rise, error))
         if chosen.perplexity is not None:
@@ -215,7 +214,7 @@ def _of_the_search(run: Run) -> list[Line]:
         about = f"the search's own held-out text, {run.stack.held_out} × {run.stack.sequence_length} tokens"
         lines.append(Line("held-out", "held-out", about, tuple(held_out)))
     if calibration:
-        about = "the calibration set: the blocks were chosen on it, so it is too good"
+        about = "the calibration set: the blocks were chosen on it, so its perplexity is too good"
         lines.append(Line("calibration", "calibration", about, tuple(calibration)))
     return lines
 
@@ -249,7 +248,7 @@ def _tasks(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> l
 
 
 def _lost(answer: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tuple[float | None, float | None]:
-    """Against the baseline, with the standard error over pairs of examples; without pairs, that of two samples."""
+    """Accuracy lost and its standard error: over pairs of examples, or, without pairs, that of two samples."""
     if not answer.removal_list:
         return 0.0, 0.0
     if metric in answer.changes:
@@ -262,7 +261,7 @@ def _lost(answer: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tupl
 
 
 def _mean(tasks: Sequence[Line]) -> list[Line]:
-    """Over all tasks, where every one of them was measured."""
+    """The mean over all tasks, at the numbers of blocks where each was measured."""
     if len(tasks) < 2:
         return []
     points = []
@@ -315,13 +314,13 @@ def _timed(findings: Sequence[Finding]) -> list[list[Timing]]:
 
 def _seconds(timing: Timing) -> str:
     before, after = statistics.median(timing.baseline_times), statistics.median(timing.times)
-    return f"{before:.3g} s → {after:.3g} s" + ("" if timing.gone else ", blocks skipped but not gone")
+    return f"{before:.3g} s → {after:.3g} s" + ("" if timing.gone else ", blocks skipped, not removed")
 
 
 def _sizes(
     run: Run, findings: Sequence[Finding], lists: Mapping[int, RemovalList], numbers: Mapping[RemovalList, int]
 ) -> tuple[Line, ...]:
-    """Bytes of the weights in the run's dtype, of quantised weights, with the KV cache, and of a GPU's peak."""
+    """Bytes of the weights in the run's dtype, of quantised weights, with the KV cache, and peaks of a GPU."""
     if run.stack is None:
         return ()
     lines = []
@@ -355,63 +354,13 @@ def _sizes(
 
 
 def _with_cache(weights: Line, caches: Mapping[int, int], num_blocks: int) -> tuple[Point, ...]:
-    """Weights and cache; where no cache was measured, as much for each kept block as in the unmodified model."""
+    """Weights and cache; where no cache was measured, as much for each kept block as in the baseline."""
     points = []
     for each in weights.points:
         cache = caches.get(each.removed, caches[0] * (num_blocks - each.removed) / num_blocks)
-        detail = f"{as_bytes(cache)} of cache" + ("" if each.removed in caches else ", by blocks")
+        detail = f"{as_bytes(cache)} of KV cache" + ("" if each.removed in caches else ", predicted from blocks")
         points.append(Point(each.removed, each.value + cache, detail=detail))
     return tuple(points)
-
-
-def proportional(num_blocks: int, removed: int) -> float:
-    """What the speedup would be were time proportional to blocks."""
-    return num_blocks / (num_blocks - removed)
-
-
-def cost_gate(line: Line, share: float) -> Gate:
-    """At most so much worse: 0.1 is ten per cent more perplexity than the baseline."""
-    readings = {
-        each.removed: _reading(each.change, each.change_error) for each in line.points if each.change is not None
-    }
-    kind = f"{line.name} (an estimate)" if line.is_estimate else line.name
-    named = "the held-out perplexity" if line.kind == "held-out" else f"the perplexity on {kind}"
-    return Gate(named, "rise", math.log1p(share), readings)
-
-
-def accuracy_gate(line: Line, points: float) -> Gate:
-    """At most so many points of accuracy lost, as a share."""
-    readings = {
-        each.removed: _reading(each.change, each.change_error) for each in line.points if each.change is not None
-    }
-    name = "the mean accuracy lost" if line.kind == "mean" else f"the accuracy lost on {line.name}"
-    return Gate(name + (" (an estimate)" if line.is_estimate else ""), "points", points, readings)
-
-
-def speed_gate(curves: Curves, line: Line | None, times: float) -> Gate:
-    """At least so many times as fast: measured where there is a timing, else in proportion to the blocks."""
-    readings = {
-        removed: Reading(proportional(curves.num_blocks, removed), predicted=True)
-        for removed in curves.lists
-        if removed < curves.num_blocks
-    }
-    readings[0] = Reading(1.0)
-    for each in line.points if line else ():
-        readings[each.removed] = Reading(each.value, each.low, each.high)
-    return Gate(f"the speed of {line.name}" if line else "the speed", "speedup", times, readings)
-
-
-def size_gate(curves: Curves, limit: float) -> Gate:
-    """At most so many bytes, of what `whole_size` is."""
-    line = whole_size(curves)
-    readings = {each.removed: Reading(each.value) for each in line.points} if line else {}
-    return Gate("the size", "bytes", limit, readings)
-
-
-def whole_size(curves: Curves) -> Line | None:
-    """The weights, with the KV cache where a generation was timed; None for a dtype of unknown size."""
-    own = {line.kind: line for line in reversed(curves.size) if line.kind in ("weights", "whole")}
-    return own.get("whole", own.get("weights"))
 
 
 def table(curves: Curves) -> pd.DataFrame:
@@ -420,7 +369,8 @@ def table(curves: Curves) -> pd.DataFrame:
     rows = [
         (
             quantity, line.name, line.about, line.is_estimate, each.removed,
-            " ".join(map(str, curves.lists[each.removed])), each.value, each.low, each.high, each.change, each.change_error,
+            " ".join(map(str, curves.lists[each.removed])),
+            each.value, each.low, each.high, each.change, each.change_error,
         )
         for quantity, lines in panels.items()
         for line in lines
@@ -430,37 +380,28 @@ def table(curves: Curves) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _reading(change: float | None, error: float | None) -> Reading:
-    value = math.inf if change is None else change
-    return Reading(value) if error is None else Reading(value, value - error, value + error)
-
-
 def _ordered(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(sorted(points, key=lambda each: each.removed))
 
 
 def _named(lines: Sequence[Line], further: Sequence[str]) -> list[Line]:
-    """Short names that differ: with something further where two are the same, else counted."""
+    """Lines with short names, all different: two of the same name get something of `further`, then a number."""
     names = [line.name for line in lines]
     named: list[Line] = []
     for line, more in zip(lines, further, strict=True):
         alone = names.count(line.name) == 1
-        name = _cut(line.name) if alone else f"{_cut(line.name, _LABEL - len(more) - 1)} {more}"
+        name = cut(line.name, _LABEL) if alone else f"{cut(line.name, _LABEL - len(more) - 1)} {more}"
         taken = {each.name for each in named}
         count = 2
         while name in taken:
-            name = f"{_cut(line.name, _LABEL - 4)} ({count})"
+            name = f"{cut(line.name, _LABEL - 4)} ({count})"
             count += 1
         named.append(replace(line, name=name))
     return named
 
 
-def _cut(text: str, length: int = _LABEL) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def _around(value: float, error: float | None) -> tuple[float | None, float | None]:
-    """A perplexity, its nats one standard error less and more."""
+    """Bounds of a perplexity one standard error of its nats below and above."""
     if error is None or not math.isfinite(value):
         return None, None
     return value * math.exp(-error), value * math.exp(error)
@@ -472,7 +413,3 @@ def _within(value: float, error: float | None) -> tuple[float | None, float | No
 
 def _finite(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _nats(measured: Measured) -> float:
-    return math.inf if measured.nll_sum is None else measured.nll_sum / max(measured.token_count, 1)
