@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import pandas as pd
 import streamlit as st
 
 from app import data
 from app.components import side_by_side
 from app.page import run_page
 from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
-from app.widgets import chart, empty
+from app.widgets import PERPLEXITY_AS, PERPLEXITY_AS_HELP, chart, empty, link_to_runs, switch
 from app.wording import in_fields, number, plain
 from sleb.formats.findings_tables import NO_NUMBER, healing_notes, without_numbers
 from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
-from sleb.report.summaries import gates, list_curves
+from sleb.report.summaries import evaluation_tables, gates, list_curves
 from sleb.report.summaries.list_curves import Curves
+from sleb.report.summaries.numbers import span
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import findings_signature
@@ -26,18 +27,18 @@ MISSING = {
     "cost": "No text measured yet: <b>Evaluate</b> below",
     "accuracy": "No accuracy yet: choose tasks below, then <b>Evaluate</b>",
     "speed": "Not timed yet: <b>Time it</b> below",
-    "size": "How many bytes this dtype takes is not known",
+    "size": "The size of this dtype is unknown",
 }
-TABS = ("Measure", "Side by side", "Another calibration set", "Quantise", "Heal")
+"""What to do for a panel in which nothing was measured."""
 
 
 def main() -> None:
     """The screen, from top to bottom."""
-    run = run_page("Evaluate", "What does each list cost, what does it buy, and which one can you take?")
+    run = run_page("Evaluate", "What does each list cost, what does it buy, and which one should you take?")
     foreign_names.ask()
     if run.stack is None and run.spec.kind != "evaluate":
-        empty("Not opened yet", "This run has not loaded its model. Start or resume it on the **Runs** page.")
-        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+        empty("Model not opened yet", "Start or resume this run on the **Runs** page.")
+        link_to_runs(run.run_id)
         return
     findings = data.findings_of(run)
     st.session_state["drawn-findings"] = (run.run_id, len(findings_signature(run.run_dir)))
@@ -48,21 +49,21 @@ def main() -> None:
         _nothing_yet(run)
         return
     if busy:
-        st.caption(":material/progress_activity: A process works on this run; how far it is stands below the panels.")
+        st.caption(":material/progress_activity: A process is working on this run; its progress is below the panels.")
     if run.stack is None:
-        empty("Nothing measured yet", "**Evaluate** below opens the model, and measures it with and without the list.")
+        empty("Nothing measured yet", "**Evaluate** below opens the model and measures the baseline and the list.")
         _tabs(run, curves, findings, None, busy)
         return
     left, right = st.columns([2.5, 1], gap="large")
     with right:
-        st.subheader("Which list can I take?", anchor=False)
+        st.subheader("Which list should I take?", anchor=False)
         on, limits = gate_controls.gates(curves)
         judgement = gates.judge(on, curves.lists)
         gate_controls.proposal(run, curves, on, judgement)
     with left:
         if curves.too_good:
             st.warning(
-                plain("; ".join(curves.too_good)) + ". What lists cost there is too good; held-out text tells more.",
+                plain("; ".join(curves.too_good)) + ". Costs measured there are too low; rely on held-out text.",
                 icon=":material/warning:",
             )
         _panels(curves, judgement, limits, gated=bool(on))
@@ -71,26 +72,19 @@ def main() -> None:
 
 def _nothing_yet(run: Run) -> None:
     if run.spec.kind == "analyze":
-        text = (
-            "This run analysed the model and removed no block. Search it on the **Runs** page: then its lists are here."
-        )
+        text = "This run analysed the model and removed no block. Search it on the **Runs** page: then its lists appear here."
     elif job_processes.active(run) is not None:
         text = "The first list appears after the first step of the search."
     else:
-        text = "The search has finished no step. Resume it on the **Runs** page."
+        text = "The search has not finished a step. Resume it on the **Runs** page."
     empty("No list to evaluate yet", text)
-    st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+    link_to_runs(run.run_id)
 
 
 def _panels(curves: Curves, judgement: gates.Judgement, limits: Sequence[evaluate.Limit], *, gated: bool) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.subheader("What it costs and what it buys", anchor=False)
-        unit = st.segmented_control(
-            "Perplexity as", ["perplexity", "times"], default="perplexity", required=True, key="as",
-            bind="query-params", label_visibility="collapsed",
-            format_func=lambda each: {"perplexity": "Perplexity", "times": "× baseline"}[each],
-            help="Perplexity, or how many times the unmodified model's perplexity on the same text.",
-        )  # fmt: skip
+        unit = switch("Perplexity as", "as", PERPLEXITY_AS, PERPLEXITY_AS_HELP, hidden_label=True)
     chart(
         evaluate.panels(
             curves, admissible=judgement.admissible if gated else (), proposal=judgement.proposal, limits=limits,
@@ -98,51 +92,49 @@ def _panels(curves: Curves, judgement: gates.Judgement, limits: Sequence[evaluat
         ),
         key="cost-and-gain",
         alt="Perplexity, accuracy, speedup and size against the number of blocks removed, one panel above the other; "
-        + (f"{gates.span([each for each in judgement.admissible if each])} removed pass the gates" if gated else ""),
+        + (f"{span([each for each in judgement.admissible if each])} removed pass the gates" if gated else ""),
         table=lambda: list_curves.table(curves),
     )  # fmt: skip
     st.caption(" ".join(_notes(curves, gated)))
 
 
 def _notes(curves: Curves, gated: bool) -> list[str]:
-    """What the marks of the panels mean: only of those that are there."""
+    """Captions for the marks that the panels show."""
     kinds = {each.kind for each in curves.cost}
     notes = ["Shaded: passes every gate; dashed frame: proposed."] if gated else []
     notes.append("Bars: one standard error; for speed, quartiles.")
     if {"held-out", "calibration"} & kinds:
-        notes.append("Dotted: the search's own text. The blocks were chosen on the calibration set: too good.")
+        notes.append("Dotted: the search's own texts; the calibration set, on which blocks were chosen, is too good.")
     beyond = evaluate.beyond(curves.cost)
     if beyond:
-        notes.append(f"Leaving the chart at its upper edge: {plain(', '.join(beyond))}.")
+        notes.append(f"Beyond the upper edge: {plain(', '.join(beyond))}.")
     if any(each.is_estimate for each in (*curves.cost, *curves.accuracy)):
         notes.append("≈ and open marks: estimates from a part of the text or of the questions.")
     if not curves.speed:
-        notes.append("Dashed: the speed that the number of blocks predicts.")
+        notes.append("Dashed: speedup predicted from the number of blocks.")
     else:
         about = "; ".join(f"{each.name}: {each.about}" for each in curves.speed)
-        notes.append(f"Speed of {plain(about)}; dashed: were time proportional to blocks.")
+        notes.append(f"Speedup of {plain(about)}; dashed: predicted from the number of blocks.")
     notes += [plain(in_fields(each)) for each in curves.notes]
     if curves.elsewhere:
-        notes.append(
-            f"Findings about other lists, which are not on this run's way: {curves.elsewhere} (sleb show tells them)."
-        )
+        notes.append(f"Findings about other lists: {curves.elsewhere} (`sleb show` prints them).")
     return notes
 
 
 def _tabs(run: Run, curves: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
     """Everything below the first screen; only the open tab is drawn."""
     job_panel.bar(run)
-    tabs = dict(zip(TABS, st.tabs(TABS, key="show", bind="query-params"), strict=True))
-    if tabs["Measure"].open:
-        with tabs["Measure"]:
-            evaluation_forms.measure(run, curves, busy)
-    if tabs["Another calibration set"].open:
-        with tabs["Another calibration set"]:
-            other_calibration.draw(run, findings, busy)
-    for name, draw in {"Side by side": _side_by_side, "Quantise": _quantized, "Heal": _healed}.items():
-        if tabs[name].open:
-            with tabs[name]:
-                draw(run, curves, findings, proposed, busy)
+    drawn: dict[str, Callable[[], None]] = {
+        "Measure": lambda: evaluation_forms.measure(run, curves, busy),
+        "Side by side": lambda: _side_by_side(run, curves, findings, proposed, busy),
+        "Another calibration set": lambda: other_calibration.draw(run, findings, busy),
+        "Quantise": lambda: _quantized(run, curves, findings, proposed, busy),
+        "Heal": lambda: _healed(run, curves, findings, proposed, busy),
+    }
+    for tab, draw in zip(st.tabs(list(drawn), key="show", bind="query-params"), drawn.values(), strict=True):
+        if tab.open:
+            with tab:
+                draw()
 
 
 def _side_by_side(run: Run, curves: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
@@ -155,14 +147,14 @@ def _side_by_side(run: Run, curves: Curves, findings: Sequence[Finding], propose
         if len(own) > 1:
             chosen = st.selectbox(
                 "Earlier prompts", own, key="earlier", format_func=_prompt_in_short,
-                help="What was asked about this list before, newest first.",
+                help="Earlier prompts for this list, the newest first.",
             )  # fmt: skip
     with right:
         evaluation_forms.generate(run, blocks, busy)
     if chosen is None:
         others = sorted({len(each.removal_list) for each in answers})
-        more = f" There are answers about {gates.span(others)} removed." if others else ""
-        empty("Nothing said yet", f"**Generate** lets both models go on from your prompt.{more}")
+        more = f" Answers exist for {span(others)} removed." if others else ""
+        empty("Nothing generated yet", f"**Generate** continues your prompt with both models.{more}")
     else:
         side_by_side.draw(chosen)
 
@@ -181,7 +173,8 @@ def _quantized(run: Run, curves: Curves, findings: Sequence[Finding], proposed: 
         if not own:
             empty("Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list.")
             return
-        _table(evaluate.quantization_table(own), ("Before", "Quantised"), "Perplexity before and after quantisation")
+        table = evaluation_tables.quantization_table(own)
+        _table(table, ("Before", "Quantised"), "Perplexity before and after quantisation", own)
         _captions(without_numbers(own))
 
 
@@ -192,15 +185,10 @@ def _healed(run: Run, curves: Curves, findings: Sequence[Finding], proposed: int
         evaluation_forms.heal(run, evaluation_forms.which(run, curves, own, "list-healed", proposed), busy)
     with right:
         if not own:
-            empty("Nothing healed yet", "**Heal** trains a little, or mends the cuts, and measures before and after.")
+            empty("Nothing healed yet", "**Heal** trains adapters or refits the cuts, and measures before and after.")
             return
-        columns = {
-            "Loss": st.column_config.LineChartColumn(
-                "Loss", width="small", color=style.BLUE, help="While it was trained."
-            )
-        }
-        numbers = ("Unmodified", "Before", "Healed")
-        _table(evaluate.healing_table(own), numbers, "Perplexity before and after healing", columns)
+        table = evaluation_tables.healing_table(own)
+        _table(table, ("Baseline", "Before", "Healed"), "Perplexity before and after healing", own)
         _captions(healing_notes(own))
 
 
@@ -209,12 +197,15 @@ def _captions(notes: Sequence[str]) -> None:
         st.caption(plain(in_fields(each)))
 
 
-def _table(table: Any, numbers: tuple[str, ...], alt: str, columns: dict[str, Any] | None = None) -> None:
+def _table(table: pd.DataFrame, numbers: tuple[str, ...], alt: str, findings: Sequence[Quantization | Healing]) -> None:
     st.dataframe(
         table.style.format(number, subset=list(numbers), na_rep=NO_NUMBER), hide_index=True, placeholder="–",
-        column_config=columns, alt=alt,
+        column_config={
+            "Loss": st.column_config.LineChartColumn("Loss", width="small", color=style.BLUE, help="While training.")
+        },
+        alt=alt,
     )  # fmt: skip
-    if table["Text"].str.endswith("≈").any():
+    if not all(each.text.is_whole for each in findings):
         st.caption("≈: estimates from some of the windows.")
 
 

@@ -33,7 +33,7 @@ def draw(data: dict[str, Any], *, key: str) -> int | None:
 
 
 def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
-    """Data of the component: all steps with their candidates, the curve, the axes. `evidence` is one comparison a step."""
+    """Data of the component: all steps with their candidates, the curve, the axes; `evidence` has a comparison a step."""
     assert run.trace is not None
     assert run.stack is not None
     whole = [step_comparison.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
@@ -64,7 +64,10 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
         "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
         "words": _before(run),
         "verdicts": {"tied": style.TIED_VERDICT, "different": style.DIFFERENT},
-        "steps": [_step(each, step_words.words(every, run.spec.confidence)) for each, every in zip(compared, whole, strict=True)],
+        "steps": [
+            _step(each, step_words.words(every, run.spec.confidence))
+            for each, every in zip(compared, whole, strict=True)
+        ],
         "curve": _curve(run),
     }
 
@@ -72,13 +75,18 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
 def _step(shown: step_comparison.Bars, text: str) -> dict[str, Any]:
     step = shown.step
     chunk = shown.removes_chunk  # in one piece, whatever an earlier chunk had taken
+    removed_at = step_comparison.removed_at_after(shown)
+    if chunk:
+        removed_at = dict.fromkeys(step.removal_list, step.number)
     return {
         "number": step.number,
         "swap": step.is_swap,
         "removed": list(step.removal_list if chunk else step.removed),
         "restored": list(step.restored) if step.is_swap else [],
         "list": list(step.removal_list),
-        "removed_at": dict.fromkeys(step.removal_list, step.number) if chunk else step_comparison.removed_at_after(shown),
+        "removed_at": removed_at,
+        if chunk
+        else step_comparison.removed_at_after(shown),
         "blocks": list(shown.blocks),
         "names": list(shown.names),
         "chunks": [None if each is None else [each[0], each[-1]] for each in shown.chunks],
@@ -91,12 +99,6 @@ def _step(shown: step_comparison.Bars, text: str) -> dict[str, Any]:
         "tied": list(shown.tied),
         "words": text,
     }
-
-
-
-
-
-
 
 
 def _has_intervals(compared: Sequence[step_comparison.Bars]) -> bool:
@@ -145,5 +147,3 @@ def _short(values: Any) -> list[float | None]:
 
 def _finite(value: float | None, digits: int = 8) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
-
-

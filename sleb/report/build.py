@@ -28,7 +28,7 @@ from sleb.report.html_page import facts, page, plot, section, table
 from sleb.report.summaries import step_comparison
 from sleb.report.summaries.compared_lists import Listed
 from sleb.report.summaries.exported_model import generation
-from sleb.report.summaries.numbers import NONE, minus, nats, number, perplexity, rise_in_nats
+from sleb.report.summaries.numbers import NONE, minus, nats, number, perplexity, rise_in_nats, share_of_parameters
 from sleb.runtime import findings_folder
 from sleb.runtime.findings_folder import of_kind
 
@@ -36,7 +36,7 @@ PAPER = "https://arxiv.org/abs/2402.09025"
 
 
 def of(run: Run, steps: int | None = None) -> str:
-    """The report of a run folder, with the list after so many steps (default: all). Raises `RunError` without a list."""
+    """The report of a run folder, with the list after so many steps (all). Raises `RunError` without a list."""
     trace = run.require_trace()
     comparisons = [step_evidence.of(run, step) for step in trace.steps]
     return render(run, comparisons, read_exports(run), steps, findings_folder.findings(run.run_dir))
@@ -75,12 +75,11 @@ def render(
 
 def _at_a_glance(run: Run, trace: Trace, stack: StackDescription, step: Step) -> str:
     first = trace.baseline
-    removed_parameters = sum(stack.block_parameters[block] for block in step.removal_list)
     rise = _rise(first.held_out, step)
     unclear = sum(1 for each in trace.steps if each.tied)
     cards = [
         (f"{len(step.removal_list)} of {stack.num_blocks}", "blocks removed"),
-        (f"−{removed_parameters / stack.total_parameters:.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
+        (f"−{share_of_parameters(stack, step.removal_list):.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
         (
             f"{perplexity(first.held_out)} → {perplexity(step.held_out)}",
             "held-out perplexity" + (f", {rise} nats per token" if rise else ""),
@@ -282,8 +281,8 @@ def _findings(findings: Sequence[Finding], step: Step) -> str:
         parts += [
             f"<h3>To the prompt “{escape(answer.ask.prompt)}”</h3>",
             table(("Model", "Text"), [("baseline", answer.baseline_text), ("without these blocks", answer.text)]),
-            f"<p>Without these blocks, {len(answer.flips)} of {answer.compared} predictions on the baseline's text, prompt "
-            "included, are other tokens.</p>",
+            f"<p>Without these blocks, {len(answer.flips)} of {answer.compared} predictions on the baseline's text, "
+            "prompt included, are other tokens.</p>",
         ]
     if not parts:
         return ""

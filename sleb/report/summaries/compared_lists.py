@@ -12,7 +12,7 @@ from sleb.formats.list_formats import display_name, without_folder
 from sleb.formats.published_lists import PublishedList
 from sleb.records import Measured, Method, Run, StackDescription, Step
 from sleb.report.figures import style
-from sleb.report.summaries.numbers import cut, nats, rise_in_nats
+from sleb.report.summaries.numbers import cut, nats, rise_in_nats, search_seconds
 
 _LABEL = 44  # characters; longer ones would take the place of what they label
 
@@ -148,6 +148,15 @@ def _point(step: Step) -> tuple[int, Measured, Measured, float | None]:
     return len(step.removal_list), step.calibration, step.held_out, step.held_out_standard_error
 
 
+def letters_beyond(points: pd.DataFrame, column: str, times: float) -> list[str]:
+    """Letters of the lists with a perplexity beyond so many times the lowest; `points` is `curve_table`."""
+    return list(points[points[column] > times * points[column].min()]["letter"].unique())
+
+
+PERPLEXITY_COLUMNS = ("Held-out before", "Held-out after", "Calibration before", "Calibration after")
+"""Columns of `summary_table` that hold perplexities."""
+
+
 def summary_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
     """One row a list: its settings, the removed blocks, and what they cost."""
     records = [_summary(run, row) for run, row in zip(runs, rows, strict=False)]
@@ -192,5 +201,5 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
             error = last.held_out_standard_error
             record["Rise, nats"] = f"{rise:.3f}" + (f" ± {error:.3f}" if error is not None else "")
     if first and run.trace:
-        record["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
+        record["Seconds"] = search_seconds(run.trace)
     return record

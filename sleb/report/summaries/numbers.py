@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sleb.formats.findings_tables import NO_NUMBER
-from sleb.records import Measured
+from sleb.records import Measured, StackDescription, Trace
 
 NONE = "–"
 """A value that does not exist, in a table or beside a label."""
@@ -91,3 +91,13 @@ def cut(text: str, length: int) -> str:
 def upper(text: str) -> str:
     """A text with a capital at its head, the rest as it is."""
     return text[:1].upper() + text[1:]
+
+
+def share_of_parameters(stack: StackDescription, blocks: Sequence[int]) -> float:
+    """These blocks' share of all parameters, embedding and LM head included."""
+    return 1 - stack.parameters_without(blocks) / stack.total_parameters
+
+
+def search_seconds(trace: Trace) -> float:
+    """Seconds spent on the baseline and the finished steps."""
+    return trace.baseline.seconds + sum(step.seconds for step in trace.steps)
