@@ -48,8 +48,8 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
             "Tokens",
             "source",
             NAMES,
-            "The calibration text, or text that the model generated, as in the paper's Table 6. Models are usually surer "
-            "of their own text, so its tokens leave a little earlier.",
+            "The calibration text, or text that the model generated, as in the paper's Table 6. Models are usually "
+            "surer of their own text, so its tokens leave a little earlier.",
         )
     if which == GENERATED and recorded.generated is not None:
         return which, recorded.generated, recorded.generated.source
@@ -77,8 +77,8 @@ def _headline(exits: ExitStatistics) -> None:
                 "–" if skipped is None else f"{skipped.first:.1%}",
                 None if skipped is None else f"{skipped.first_speedup:.2f} × · settled {skipped.settled:.1%}",
                 "Share of blocks that an ideal exit, which always knows the right moment, would skip, and the speedup, "
-                f"if {batch} token{'s leave' if batch > 1 else ' leaves'} together (paper, Tables 5 and 6). Settled: if "
-                "the exit waits until the prediction stays.",
+                f"if {batch} token{'s leave' if batch > 1 else ' leaves'} together (paper, Tables 5 and 6). Settled: "
+                "if the exit waits until the prediction stays.",
             )
     decided = early_exits.decided(exits)
     with columns[2]:
@@ -195,9 +195,9 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
     token_view(run, analysis.passage, num_blocks, at)
     if not has_ids(analysis.passage):
         st.caption(
-            "Recorded without token ids, so different tokens may look the same: the final prediction is marked only at the "
-            "first agreement and from where it settles, and it is not compared with the token that follows. Analyse "
-            "again to see both."
+            "Recorded without token ids, so different tokens may look the same: the final prediction is marked only at "
+            "the first agreement and from where it settles, and it is not compared with the token that follows. "
+            "Analyse again to see both."
         )
 
 
@@ -214,19 +214,17 @@ def _heading(text: str) -> DeltaGenerator:
 def _how_to_read() -> None:
     with st.expander("How to read this", icon=":material/help:"):
         st.markdown(
-            "The model's final norm and LM head, applied after every block, give each token a prediction of the next one. "
-            "**First agreement** is the first block whose top prediction is the final one: the paper's *ideal exit* "
-            "(B.1). It may be luck, and later blocks may change the prediction: it **settles** at the block from which "
-            "all later ones agree too. A real exit would have to know that moment without running the remaining blocks, "
-            "so both are upper bounds.\n\n"
-            "**Why the batch size matters.** Tokens that are decoded together go through the blocks together. The "
-            "batch can stop only where its slowest token can, and among many there is nearly always one that needs the "
-            "last block. The numbers are exact averages over all batches that can be drawn from the measured tokens."
-            "\n\n"
-            "**Why the paper removes blocks instead** (section 2.2). A removed block is skipped for every token, at "
-            "every batch size, needs no predictor and saves memory; an ideal exit saved the paper's models 8 to 13 % "
-            "at batch size 1 and nothing at batch size 16. But an ideal exit changes no prediction, and a removed block "
-            "does. **Removal steps** shows how much."
+            "The model's final norm and LM head, applied after every block, give each token a prediction of the next "
+            "one. **First agreement** is the first block whose top prediction is the final one: the paper's *ideal "
+            "exit* (B.1). It may be luck, and later blocks may change the prediction: it **settles** at the block from "
+            "which all later ones agree too. A real exit would have to know that moment without running the remaining "
+            "blocks, so both are upper bounds.\n\n**Why the batch size matters.** Tokens that are decoded together go "
+            "through the blocks together. The batch can stop only where its slowest token can, and among many there is "
+            "nearly always one that needs the last block. The numbers are exact averages over all batches that can be "
+            "drawn from the measured tokens.\n\n**Why the paper removes blocks instead** (section 2.2). A removed "
+            "block is skipped for every token, at every batch size, needs no predictor and saves memory; an ideal exit "
+            "saved the paper's models 8 to 13 % at batch size 1 and nothing at batch size 16. But an ideal exit "
+            "changes no prediction, and a removed block does. **Removal steps** shows how much."
         )
 
 

@@ -144,8 +144,8 @@ def _which_texts(rows: list[Listed], texts: list[str]) -> None:
             groups.setdefault(each, []).append(row.letter)
         sharing = "; ".join(", ".join(letters) for letters in groups.values())
         st.warning(
-            f"Measured on different texts (lines with the same dash share one: {sharing}). Perplexities compare only on "
-            "the same text and tokenizer; **× baseline** is fairer here.",
+            f"Measured on different texts (lines with the same dash share one: {sharing}). Perplexities compare only "
+            "on the same text and tokenizer; **× baseline** is fairer here.",
             icon=":material/warning:",
         )
     elif len(texts) > 1:

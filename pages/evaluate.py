@@ -72,7 +72,7 @@ def main() -> None:
 
 def _nothing_yet(run: Run) -> None:
     if run.spec.kind == "analyze":
-        text = "This run analysed the model and removed no block. Search it on the **Runs** page: then its lists appear here."
+        text = "This run analysed the model and removed no block. Search it on the **Runs** page to have lists here."
     elif job_processes.active(run) is not None:
         text = "The first list appears after the first step of the search."
     else:

@@ -30,19 +30,19 @@ COLOURS_EXPLAINED: dict[Colours, str] = {
 }
 READING = """
 **A bright cell** says that the outputs of its two blocks point in nearly the same direction: the blocks between them
-turned the hidden states only a little. Each block adds to its input, so neighbours are mostly alike, and the diagonal, an
-output with itself, is 1. Look for bright squares along it: consecutive blocks that together change little. A dark seam is
-a block that changes much, often the first or the last.
+turned the hidden states only a little. Each block adds to its input, so neighbours are mostly alike, and the diagonal,
+an output with itself, is 1. Look for bright squares along it: consecutive blocks that together change little. A dark
+seam is a block that changes much, often the first or the last.
 
 **The first token dominates.** Many models give the first token of every sequence a huge vector that later blocks hardly
 turn. The paper's single random token, fed alone, is such a first token, which is why its map is often brighter than the
 mean over a text. The shorter the sequences, the larger the share of first tokens: *Leave out first tokens* shows the
 others.
 
-**Metric1** is 1 − the similarity of a block's own input and output. It says how far a block turns its input, not what the
-rest of the model makes of it: the model is never run without the block. A small turn can matter much, and blocks that are
-each unimportant can be important together. All of this is measured on the baseline; once a block is removed, later blocks
-see other inputs. That is why the paper removes blocks by Metric3 (3.2, Figure 7): see **Removal steps**.
+**Metric1** is 1 − the similarity of a block's own input and output. It says how far a block turns its input, not what
+the rest of the model makes of it: the model is never run without the block. A small turn can matter much, and blocks
+that are each unimportant can be important together. All of this is measured on the baseline; once a block is removed,
+later blocks see other inputs. That is why the paper removes blocks by Metric3 (3.2, Figure 7): see **Removal steps**.
 
 **Counting.** Block indices are original and 0-based. Between the output of block *a* and the output of block *b* lie
 blocks *a* + 1 to *b*, both included; as a half-open range, as in Python and mergekit, `[a+1, b+1)`.
@@ -58,8 +58,8 @@ def main() -> None:
             "Tokens",
             "tokens",
             TOKENS,
-            "The paper feeds a single random token to the model (3.1, Figure 6). The mean over many calibration tokens is "
-            "closer to real text.",
+            "The paper feeds a single random token to the model (3.1, Figure 6). The mean over many calibration tokens "
+            "is closer to real text.",
         )
         measure = switch(
             "Measure",
@@ -73,8 +73,8 @@ def main() -> None:
             "Colours",
             "colours",
             COLOURS,
-            "Fitted: over the range of most pairs of blocks. By rank: each colour has the same number of cells, so that "
-            "the smallest differences show. 0 to 1: the same for all runs and choices.",
+            "Fitted: over the range of most pairs of blocks. By rank: each colour has the same number of cells, so "
+            "that the smallest differences show. 0 to 1: the same for all runs and choices.",
         )
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         chosen = calibration_tokens(run, analysis, disabled=tokens == "random")
@@ -165,8 +165,8 @@ def _details(run: Run, stack: StackDescription, similarities: TokenSimilarity, p
     if pick is None:
         st.markdown("#### Click a cell")
         st.markdown(
-            "Facts about its two outputs and the blocks between them appear here. A cell beside the diagonal compares a "
-            "block's input and output; the farther from it, the more blocks lie between. Or choose from the lists:"
+            "Facts about its two outputs and the blocks between them appear here. A cell beside the diagonal compares "
+            "a block's input and output; the farther from it, the more blocks lie between. Or choose from the lists:"
         )
     else:
         st.markdown(f"#### {block_pair.pair_title(pick)}")

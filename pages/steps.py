@@ -87,7 +87,7 @@ def ended(run: Run) -> None:
 
 
 def waiting(run: Run) -> None:
-    """Say why there are no steps, and what to do."""
+    """Say why the run has no steps, and what to do."""
     own = job_processes.own_job(run)
     if own is not None and job_processes.is_active(own):
         empty("No step finished yet", "The first step appears here as soon as it is finished.")
@@ -176,8 +176,8 @@ def curves(run: Run) -> None:
     ]
     if missing:
         st.caption(
-            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run on the **Runs** page and choose the "
-            "method there."
+            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run on the **Runs** page and choose "
+            "the method there."
         )
         link_to_runs(run.run_id)
 
@@ -202,9 +202,9 @@ def explain() -> None:
     """How to read the page, for those who see it for the first time."""
     st.markdown(
         """
-- **A step** scores every remaining block: how badly does the current model predict the calibration text without it? That
-  is **Metric3**, a mean negative log-likelihood in nats per token (paper, 3.2 and Algorithm 1). The block with the lowest
-  score is removed, and all others are scored again, because the model has changed.
+- **A step** scores every remaining block: how badly does the current model predict the calibration text without it?
+  That is **Metric3**, a mean negative log-likelihood in nats per token (paper, 3.2 and Algorithm 1). The block with the
+  lowest score is removed, and all others are scored again, because the model has changed.
 - **Bars** show that cost: the score minus the score before the step. The model misses a block with a lower bar less. A
   bar cut off at the top (↑) is a block that the model cannot do without.
 - **Error bars** are the interval of each block's difference to the removed one, over the same sequences. Where it

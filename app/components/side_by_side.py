@@ -1,6 +1,6 @@
 """Two continuations side by side, and which predictions flipped: a component that draws tokens as data.
 
-Python sends tokens once; sidebyside.js draws, and answers pointer and keys without asking the server. Every text goes
+Python sends tokens once; side_by_side.js draws, and answers pointer and keys without asking the server. Every text goes
 as data and is set as text there.
 """
 
@@ -26,12 +26,12 @@ _VIEW = st.components.v2.component(
 
 
 def draw(answer: Generation) -> None:
-    """Both texts, and the unmodified model's own one with the places where the smaller model predicts another token."""
+    """Draw both texts, and the baseline's with the places where the smaller model predicts another token."""
     _VIEW(key="side-by-side", data=payload(answer))
 
 
 def payload(answer: Generation) -> dict[str, Any]:
-    """What the browser needs."""
+    """Data of the component: both texts and the flipped predictions."""
     before, after = differing(*answer.known_apart)
     blocks = ", ".join(map(str, answer.removal_list)) or "nothing"
     return {
@@ -39,7 +39,7 @@ def payload(answer: Generation) -> dict[str, Any]:
         "prompt": list(answer.prompt_tokens),
         "texts": [
             {
-                "title": "The unmodified model",
+                "title": "Baseline",
                 "about": _about(answer.baseline_tokens, answer.baseline_seconds, answer.baseline_cached),
                 "tokens": list(answer.baseline_tokens),
                 "differs": before,
@@ -66,7 +66,7 @@ def payload(answer: Generation) -> dict[str, Any]:
 
 
 def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Places of the tokens that the other text does not have there, once both are laid beside each other."""
+    """Places at which either text has tokens that the other, aligned with it, does not have."""
     first: list[int] = []
     second: list[int] = []
     for kind, low, high, start, stop in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():

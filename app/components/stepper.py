@@ -33,7 +33,7 @@ def draw(data: dict[str, Any], *, key: str) -> int | None:
 
 
 def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
-    """Data of the component: all steps with their candidates, the curve, the axes; `evidence` has a comparison a step."""
+    """Data of the component: all steps with their candidates, curve and axes; `evidence` has a comparison a step."""
     assert run.trace is not None
     assert run.stack is not None
     whole = [step_comparison.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
@@ -85,8 +85,6 @@ def _step(shown: step_comparison.Bars, text: str) -> dict[str, Any]:
         "restored": list(step.restored) if step.is_swap else [],
         "list": list(step.removal_list),
         "removed_at": removed_at,
-        if chunk
-        else step_comparison.removed_at_after(shown),
         "blocks": list(shown.blocks),
         "names": list(shown.names),
         "chunks": [None if each is None else [each[0], each[-1]] for each in shown.chunks],

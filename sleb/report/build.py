@@ -79,7 +79,10 @@ def _at_a_glance(run: Run, trace: Trace, stack: StackDescription, step: Step) ->
     unclear = sum(1 for each in trace.steps if each.tied)
     cards = [
         (f"{len(step.removal_list)} of {stack.num_blocks}", "blocks removed"),
-        (f"−{share_of_parameters(stack, step.removal_list):.1%}", f"of {stack.total_parameters / 1e6:,.1f} M parameters"),
+        (
+            f"−{share_of_parameters(stack, step.removal_list):.1%}",
+            f"of {stack.total_parameters / 1e6:,.1f} M parameters",
+        ),
         (
             f"{perplexity(first.held_out)} → {perplexity(step.held_out)}",
             "held-out perplexity" + (f", {rise} nats per token" if rise else ""),
