@@ -9,7 +9,7 @@ import streamlit as st
 from app import data
 from app.components.copy_link import copy_link
 from app.widgets import empty, link_to_runs
-from app.wording import model_name, plain, run_label
+from app.wording import in_fields, model_name, plain, run_label
 from sleb.errors import RunError
 from sleb.formats.list_formats import without_folder
 from sleb.records import Run
@@ -71,7 +71,7 @@ def run_page(name: str, caption: str) -> Run:
     try:
         run = data.load(run_id)
     except RunError as error:
-        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        empty("This run cannot be read", plain(in_fields(error)), icon=":material/broken_image:")
         st.stop()
     facts(run)
     return run
@@ -85,7 +85,7 @@ def wanted_run(rows: list[Outline]) -> str:
         try:
             data.folder_of(wanted)
         except RunError as error:
-            st.warning(plain(error), icon=":material/link_off:")
+            st.warning(plain(in_fields(error)), icon=":material/link_off:")
     run_id = wanted if wanted in ids else default_run_id(rows)
     choose(run_id)
     return run_id

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from app import actions, data
-from app.wording import STATES, duration, plain
+from app.wording import STATES, duration, in_fields, plain
 from sleb.errors import SlebError
 from sleb.records import Job, JobState, Run
 from sleb.report.figures import style
@@ -45,7 +45,7 @@ def stop_job(run: Run) -> None:
         with st.spinner("Stopping"):
             actions.stop(run)
     except SlebError as error:
-        st.error(plain(error))
+        st.error(plain(in_fields(error)))
     else:
         st.rerun()
 

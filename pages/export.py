@@ -147,7 +147,7 @@ def _for_other_tools(run: Run, steps: int) -> None:
     try:
         text = render(run, chosen, steps)
     except SlebError as error:
-        st.info(plain(error), icon=":material/block:")
+        st.info(plain(in_fields(error)), icon=":material/block:")
         return
     for remark in remarks(run, chosen):
         st.caption(plain(remark))

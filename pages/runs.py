@@ -111,8 +111,8 @@ def _ways_to_start() -> None:
         type="primary",
         on_click=start,
         args=(spec, job),
-        help="SLEB on a model of 135 million parameters and a text that come with the installation: removes 3 of 30 blocks "
-        "in about three minutes on two cores. No download, no GPU.",
+        help="SLEB on a model of 135 million parameters and a text that come with the installation: removes 3 of 30 "
+        "blocks in about three minutes on two cores. No download, no GPU.",
     )
     st.toggle("New run", persist_state="session", key="form", help="Choose your own model, text and number of blocks.")
 
@@ -253,7 +253,7 @@ def results(run: Run) -> None:
     if trace is None:
         return
     for warning in trace.baseline.warnings:
-        st.warning(plain(warning), icon=":material/warning:")
+        st.warning(plain(in_fields(warning)), icon=":material/warning:")
     last = trace.steps[-1] if trace.steps else None
     first, second, third, fourth = st.columns(4)
     blocks = run.stack.num_blocks if run.stack else 0
@@ -356,7 +356,7 @@ def say() -> None:
         return
     message = st.session_state.pop("said", None)
     if message:
-        st.error(plain(message), icon=":material/error:")
+        st.error(plain(in_fields(message)), icon=":material/error:")
 
 
 def main() -> None:
@@ -367,7 +367,7 @@ def main() -> None:
     rows = [each for each in listed if isinstance(each, Outline)]
     for error in listed:
         if isinstance(error, RunError):
-            st.warning(plain(error), icon=":material/broken_image:")
+            st.warning(plain(in_fields(error)), icon=":material/broken_image:")
     run_id = page.wanted_run(rows) if rows else None
     if run_id is None:
         hint = (
@@ -380,7 +380,7 @@ def main() -> None:
     try:
         panel(data.load(run_id))
     except RunError as error:
-        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        empty("This run cannot be read", plain(in_fields(error)), icon=":material/broken_image:")
     table(matching(rows))
 
 

@@ -1,4 +1,4 @@
-"""Which runs and published lists stand side by side: chosen on the page, kept in the address bar and the session."""
+"""The runs and published lists of a comparison: chosen on the page, kept in the address and the session."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import streamlit as st
 
 from app import data, page
 from app.page import default_run_id
-from app.wording import method_name, model_name, plain
+from app.wording import in_fields, method_name, model_name, plain
 from sleb.errors import RunError
 from sleb.formats.published_lists import PUBLISHED, PublishedList, published, published_for
 from sleb.records import Run
@@ -16,7 +16,7 @@ MOST_RUNS, MOST_AT_FIRST = 8, 6
 
 
 def choose_runs(rows: list[Outline]) -> list[Run]:
-    """Runs of the URL, of the session, or the current one and its kin; what is asked for in vain is said."""
+    """Runs of the address, of the session, or the current one and its kin; warns of those that do not exist."""
     searches = [each for each in rows if each.spec.kind == "search"]
     by_id = {each.run_id: each for each in searches}
     address = st.query_params.get("runs")
@@ -26,7 +26,7 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
         wanted = _kin(by_id, current if current in by_id else default_run_id(searches))
     known = list(dict.fromkeys(each for each in wanted if each in by_id))[:MOST_RUNS]
     for missing in [each for each in dict.fromkeys(wanted) if each and each not in by_id][:3]:
-        why = f"There is no search {plain(missing[:80])} to compare: it was deleted, or removes no block."
+        why = f"Run {plain(missing[:80])} cannot be compared: it was deleted, or it is not a search."
         st.warning(why, icon=":material/link_off:")
     if address is not None and not known and any(wanted):
         known = _kin(by_id, default_run_id(searches))
@@ -43,14 +43,14 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
         max_selections=MOST_RUNS,
         wrap=True,
         placeholder="Choose runs to compare",
-        help="Every search of the store. At first the current run and others of the same model are chosen. "
-        "The address bar names them, so a copied link shows the same comparison.",
+        help="All searches. At first, the current run and others of the same model are chosen. The address names them, "
+        "so a copied link shows the same comparison.",
     )
     return _load(chosen)
 
 
 def _run_label(run: Outline) -> str:
-    """Shorter than elsewhere: several stand in one line."""
+    """A label of a run, shorter than elsewhere because several stand in one line."""
     name = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
     return f"{name} (sample)" if data.is_sample(run) else f"{name}, {len(run.removal_list)} removed ({run.run_id})"
 
@@ -61,7 +61,7 @@ def _remember_runs() -> None:
 
 
 def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
-    """The run, and of each other method on the same model the one that removed most; of the same text first.
+    """The run and, for each other method on the same model, the one that removed most, the same text first.
 
     With swaps and without are two methods here.
     """
@@ -80,12 +80,12 @@ def _load(run_ids: list[str]) -> list[Run]:
         try:
             runs.append(data.load(run_id))
         except RunError as error:
-            st.warning(plain(error), icon=":material/broken_image:")
+            st.warning(plain(in_fields(error)), icon=":material/broken_image:")
     return runs
 
 
 def choose_published(runs: list[Run]) -> list[PublishedList]:
-    """Lists of the URL; without a choice, those for the models of the runs."""
+    """Published lists of the address; without a choice, those for the models of the runs."""
     fitting = {
         each.key: None for run in runs if run.stack for each in published_for(run.spec.model, run.stack.num_blocks)
     }
@@ -101,8 +101,8 @@ def choose_published(runs: list[Run]) -> list[PublishedList]:
         on_change=_remember_published,
         wrap=True,
         placeholder="Add a list from the paper",
-        help="The removal lists of the SLEB paper (Table 4): 10 %, then what is added for 20 %. Those for the models "
-        "of the chosen runs are shown at once; add any other by hand.",
+        help="Removal lists of the SLEB paper (Table 4): 10 %, then the blocks added for 20 %. Lists for the models of "
+        "the chosen runs are shown from the start; add any other.",
     )
     lists = [each for each in map(published, chosen) if each is not None]
     for each in lists:
