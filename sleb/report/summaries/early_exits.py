@@ -30,7 +30,7 @@ def skipped(exits: ExitStatistics, batch: int) -> Skipped | None:
 
 @dataclass(frozen=True)
 class Decided:
-    """By which block tokens are decided, at the first agreement and once settled."""
+    """The blocks by which tokens are decided, at the first agreement and once settled."""
 
     half_first: int | None
     """The block by which half of the tokens have agreed with the final prediction."""
