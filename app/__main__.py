@@ -1,4 +1,4 @@
-"""`python -m app`: starts the dashboard of this checkout. Arguments go to Streamlit."""
+"""`python -m app` starts the dashboard of this checkout; arguments go to Streamlit."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from sleb.runtime import files, run_folder
 from sleb.runtime.dashboard_files import ALLOW_PATH, READ_ONLY, SAMPLES, is_local
 
 RESERVED = (*NAMED_TEXTS, "wikitext2-rows")
-"""Texts by name, whatever files of that name lie around."""
+"""Texts by name, which hide files of the same name."""
 SHOWS_ONLY = "This dashboard was started with --read-only: it shows runs, and starts or changes nothing."
 _NO_FOLDER = "This dashboard listens beyond localhost and was given no folder, so it takes no path"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -33,16 +33,17 @@ _MOST_FILES = 10_000
 
 
 class NotAllowed(OptionError):
-    """The server was not started with leave for it."""
+    """Raised where the server may not do something, by the options it was started with."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the server was started with."""
+    """What the server may read, write and start."""
 
     folders: tuple[Path, ...] | None
-    """Below which it may read and write, links followed; None is everywhere."""
+    """Folders below which it may read and write, links followed; None is everywhere."""
     read_only: bool
+    """Whether it shows runs only."""
 
 
 def rule() -> Rule:
@@ -53,15 +54,15 @@ def rule() -> Rule:
 
 
 def _folders(given: str) -> tuple[Path, ...]:
-    """What cannot be read allows nothing."""
+    """Folders from the environment; none of them where it cannot be read."""
     with suppress(ValueError, TypeError):
-        found = json.loads(given)
-        return tuple(Path(each).resolve() for each in found) if isinstance(found, list) else ()
+        paths = json.loads(given)
+        return tuple(Path(each).resolve() for each in paths) if isinstance(paths, list) else ()
     return ()
 
 
 def explained() -> str:
-    """For the help of a field that takes a path: which ones the server takes; empty where it takes all."""
+    """The end of a help text: which paths the server takes; empty where it takes all."""
     folders = rule().folders
     if folders is None:
         return ""
@@ -71,7 +72,7 @@ def explained() -> str:
 
 
 def folder_for_exports() -> str | None:
-    """Where exports go unless somebody says otherwise; None where nothing may be written."""
+    """The default folder of exports; None where nothing may be written."""
     folders = rule().folders
     if folders is None:
         return "~/sleb-exports"
@@ -79,13 +80,13 @@ def folder_for_exports() -> str | None:
 
 
 def allows(path: Path) -> bool:
-    """Whether it lies where the server may read, once all links are followed."""
+    """Whether a path lies where the server may read, all links followed."""
     folders = rule().folders
     return folders is None or _is_below(path, (*folders, *_own()))
 
 
 def require_changes() -> None:
-    """Raises `NotAllowed` where the server only shows."""
+    """Raises `NotAllowed` where the server shows runs only."""
     if rule().read_only:
         raise NotAllowed(SHOWS_ONLY)
 
@@ -100,22 +101,22 @@ def require_run(directory: Path) -> None:
 
 
 def refused_links(folder: Path) -> list[RunError]:
-    """Why runs of a folder are not shown: the links in it that lead out of what the server may read."""
-    found: list[RunError] = []
+    """Errors about links in a folder that lead out of what the server may read: their runs are not shown."""
+    refusals: list[RunError] = []
     if rule().folders is not None:
         with suppress(OSError), os.scandir(folder) as entries:
             for link in sorted(each.path for each in entries if each.is_symlink()):
                 try:
                     require_run(Path(link))
                 except RunError as error:
-                    found.append(error)
-    return found
+                    refusals.append(error)
+    return refusals
 
 
 def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:
-    """Whether a job may be started: whatever it will read and write. Raises `NotAllowed`.
+    """Raises `NotAllowed` where a job would read or write what the server may not.
 
-    It may have been asked by a form, or by the files of a run folder from anywhere.
+    The job may come from a form, or from the files of any run folder.
     """
     require_changes()
     if rule().folders is None:
@@ -143,14 +144,14 @@ def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:
 
 
 def require_destination(out: str | None) -> None:
-    """Raises `NotAllowed` where nothing may be written; what is the server's own is no place for models."""
+    """Raises `NotAllowed` where nothing may be written; the server's own folders never take a model."""
     folders = rule().folders
     if out is not None and folders is not None and not _is_below(Path(out), folders):
         raise NotAllowed(_refusal(out, folders))
 
 
 def may_inspect(model: str) -> bool:
-    """Whether the server may look into a model's files."""
+    """Whether the server may read a model's files."""
     try:
         _require_model(model)
     except NotAllowed:
@@ -166,7 +167,7 @@ def _require_model(name: str) -> None:
 
 
 def _require_source(source: str) -> None:
-    """Of a calibration or healing text: a reserved name, a data set OWNER/NAME of the hub, or a file and its column."""
+    """Raises `NotAllowed` for a text that is neither reserved, nor OWNER/NAME on the hub, nor an allowed file."""
     if source in RESERVED:
         return
     name, *parts = source.split(":")
@@ -182,7 +183,7 @@ def _require_source(source: str) -> None:
 
 
 def _is_hub_name(name: str) -> bool:
-    """What can only be a name on the hub; what the current folder holds is taken for a path by all readers."""
+    """Whether a name can only be one on the hub: all readers take what the current folder holds for a path."""
     return bool(_HUB_NAME.fullmatch(name)) and not _leads_up(name) and not _exists(name)
 
 
@@ -227,7 +228,7 @@ def _is_below(path: Path, folders: Iterable[Path]) -> bool:
 
 
 def _own() -> tuple[Path, ...]:
-    """What the server itself keeps, or came with."""
+    """Folders of the server itself and of its samples."""
     home = run_folder.home().resolve()
     return (home / "runs", home / "cache", home / "uploads", SAMPLES)
 

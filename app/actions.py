@@ -1,6 +1,6 @@
-"""What the dashboard does to runs: start, go on, stop, delete. The only module of it that does; draws nothing.
+"""What the dashboard does to runs: start, continue, stop, delete. The only module that does; draws nothing.
 
-Every function asks `access` first, so that no page, link or message of a browser gets past the server's rule.
+Every function asks `access` first, so that no page, link or message of a browser evades the server's rule.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sleb.runtime.processes import job_processes
 
 
 def begin(spec: RunSpec, job: JobSpec) -> Run:
-    """A new run, executed by a process of its own."""
+    """Create a run, executed by a process of its own."""
     access.require_start(spec, job)
     run = run_folder.create(spec)
     job_processes.start(job_folder.create_job(run.run_dir, job), data.permissions_for(job))
@@ -23,14 +23,14 @@ def begin(spec: RunSpec, job: JobSpec) -> Run:
 
 
 def unconfirmed(run: Run, job: JobSpec) -> tuple[str, ...]:
-    """Models and texts that a run folder from elsewhere names, which this job of it would read. Raises `RunError`."""
+    """Models and texts that this job would read and a run folder from elsewhere names. Raises `RunError`."""
     if data.is_sample(run):  # it came with the program
         return ()
     return origin.unconfirmed(run.run_dir, *_strangers(run, job))
 
 
 def _strangers(run: Run, job: JobSpec) -> list[str]:
-    """Jobs in the folder that this machine did not write, and that name something which this job names too."""
+    """Names of jobs that this machine did not write and that name something which this job names too."""
     own = _names(job)
     return [
         each.name
@@ -45,11 +45,11 @@ def _names(job: JobSpec) -> set[str]:
 
 
 def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = ()) -> Run:
-    """One more job of a run, by a process of its own; the run it belongs to.
+    """Start one more job of a run, in a process of its own; returns the run it belongs to.
 
-    Samples are never changed: what is found or written belongs to a copy in the store. `again` says that the job is
-    one of the run folder's: then it may write nowhere and read no task files, whoever wrote it there. `seen` are the
-    names that a user has seen and confirmed; raises `UnconfirmedNames` where there are others.
+    Samples are never changed: results belong to a copy in the store. `again` says that the job is one of the run
+    folder's: then it may write nowhere and read no task files, no matter who wrote it there. `seen` are the names that
+    a user has seen and confirmed; raises `UnconfirmedNames` for others.
     """
     access.require_start(run.spec, job, run)
     if data.is_sample(run):
@@ -65,8 +65,10 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
         job_processes.start(made, of_server if again else data.permissions_for(job))
     except NotPermitted as error:
         job_folder.withdraw_job(made)
-        how = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
-        raise access.NotAllowed(f"What this job asks for no page can allow; go on from a terminal: {how}") from error
+        command = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
+        raise access.NotAllowed(
+            f"No page can allow what this job needs; continue it from a terminal: {command}"
+        ) from error
     except SlebError:
         job_folder.withdraw_job(made)
         raise
@@ -74,7 +76,7 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
 
 
 def stop(run: Run) -> None:
-    """End what is executing the run."""
+    """End the process that executes the run."""
     access.require_changes()
     access.require_run(run.run_dir)
     job_processes.stop(run)

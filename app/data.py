@@ -1,7 +1,7 @@
-"""Cached readers of run folders: a page's only door to the backend. Draws nothing and never imports torch.
+"""Cached readers of run folders, through which pages reach the backend. Draws nothing and never imports torch.
 
-Whatever is cached is keyed by the times and sizes of the files it came from, shared by all sessions, never changed,
-and limited in number, so that the server's memory stays where it is.
+Everything cached is keyed by times and sizes of its files, shared by all sessions, never changed, and limited in
+number, which bounds the server's memory.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
 
 LOOKED_AT = 1000
-"""Of the runs that nothing happens to, so many are looked at each time: some milliseconds."""
+"""Idle runs that are read again each time, which takes some milliseconds."""
 SAMPLE = "sample-smollm2-135m-metric3"
-"""The one that is shown first."""
+"""The sample that is shown first."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 class TokenChoice(NamedTuple):
-    """Which tokens of the calibration set: positions start <= p < stop of some sequences (None: of all)."""
+    """A choice of calibration tokens: positions start <= p < stop of some sequences (None: of all)."""
 
     sequences: tuple[int, ...] | None = None
     start: int = 0
@@ -52,58 +52,56 @@ class TokenChoice(NamedTuple):
 
 
 def outlines(first: str | None = None) -> list[Outline | RunError]:
-    """All runs, newest first, then the recorded samples; an unreadable one is its error.
+    """All runs, newest first, then the recorded samples; an unreadable run is its error.
 
-    Of thousands, those that nothing happens to are looked at again in turns, within some seconds; `first` always.
+    Of thousands, idle ones are read again by turns, within some seconds; `first` always.
     """
     own = _runs_of(str(run_folder.home())).outlines(first, LOOKED_AT)
     copied = {each.run_id for each in own if isinstance(each, Outline)}
     samples = _samples(str(SAMPLES)).outlines()
-    samples.sort(key=lambda each: _rank_of_sample(each.run_dir) if isinstance(each, Outline) else (0, ""))
-    # A copy that was brought in, to be exported, is the one that pages show.
+    samples.sort(key=lambda each: _rank_of_sample(each) if isinstance(each, Outline) else (0, ""))
+    # Pages show the copy of a sample that was made for a job.
     rest = (each for each in samples if isinstance(each, RunError) or each.run_id not in copied)
     return [*own, *access.refused_links(run_folder.runs_folder()), *rest]
 
 
-def _rank_of_sample(directory: Path) -> tuple[int, str]:
-    """In the order of the methods, the one that is shown first at the head."""
-    ends = [directory.name.endswith(f"-{method.value}") for method in Method]
-    return (ends.index(True) if True in ends else len(ends), directory.name)
+def _rank_of_sample(sample: Outline) -> tuple[int, str]:
+    """A key that sorts samples by their methods, those with swaps last."""
+    is_plain = sample.spec.kind == "search" and sample.spec.refine == "none"
+    return list(Method).index(sample.spec.method) if is_plain else len(Method), sample.run_id
 
 
 def is_sample(run: Run | Outline) -> bool:
-    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    """Whether it is a recorded sample, which is never changed."""
     return run.run_id in _sample_ids() and run.run_dir.parent == SAMPLES  # as `folder_of` finds it: thousands ask
 
 
 def folder_of(run_id: str) -> Path:
-    """The folder of a run, by an id from anywhere. Raises `RunError` for what is no run of the store."""
+    """The folder of a run by its id, which may come from anywhere. Raises `RunError` for an unknown one."""
     if _RUN_ID.fullmatch(run_id):
         for folder in (run_folder.runs_folder(), SAMPLES):
             if (folder / run_id / "spec.json").is_file():
                 access.require_run(folder / run_id)
                 return folder / run_id
-    raise RunError(
-        f"There is no run {quoted(run_id)} in {run_folder.runs_folder()}: it may have been deleted or moved."
-    )
+    raise RunError(f"Run {quoted(run_id)} is not in {run_folder.runs_folder()}: it may have been deleted or moved.")
 
 
 def load(run_id: str) -> Run:
-    """A run, whole, with the state of its jobs as it is now. Raises `RunError`."""
+    """A run with the present state of its jobs. Raises `RunError`."""
     directory = folder_of(run_id)
     return job_processes.watched(_run(str(directory), outlines_of.signature(directory)))
 
 
 def findings_of(run: Run) -> tuple[Finding, ...]:
-    """Everything that was found about the run's lists, oldest first."""
+    """All findings about the run's lists, the oldest first."""
     return _findings(str(run.run_dir), outlines_of.findings_signature(run.run_dir))
 
 
 def rivals_of(run: Run) -> list[Outline]:
-    """Searches of the same weights whose blocks were chosen on another text, newest first."""
+    """Searches of the same weights whose blocks were chosen on another text, the newest first."""
     if run.stack is None:
         return []
-    found = []
+    rivals = []
     for each in outlines():
         if (
             isinstance(each, Outline)
@@ -113,58 +111,58 @@ def rivals_of(run: Run) -> list[Outline]:
         ):
             other = _stack(str(each.run_dir), _file_time(each.run_dir / "stack.json"))
             if other and other.is_of_same_model(run.stack) and other.tokens_hash != run.stack.tokens_hash:
-                found.append(each)
-    return found
+                rivals.append(each)
+    return rivals
 
 
 def tokens_of(run: Run) -> Tokens | None:
-    """Similarity and predictions token by token: all sampled ones from the cache, or those the run took along."""
+    """Similarity and predictions token by token: all analysed ones from the cache, or those in the run folder."""
     if run.analysis is None or run.stack is None:
         return None
     return _tokens(str(run.run_dir), str(run_folder.home()), run.analysis.description.cache_key, run.stack.num_blocks)
 
 
 def similarity_over(run: Run, choice: TokenChoice) -> TokenSimilarity | None:
-    """Mean similarity over a choice of tokens; None where there is no token."""
-    found = tokens_of(run)
+    """Mean similarity over a choice of tokens; None for an empty choice."""
+    tokens = tokens_of(run)
     assert run.analysis is not None
-    return None if found is None else _similarity(_key(run), choice, found)
+    return None if tokens is None else _similarity(_key(run), choice, tokens)
 
 
 def exits_over(run: Run, choice: TokenChoice) -> ExitStatistics | None:
-    """Prediction alignment over a choice of tokens; None where there is no token."""
-    found = tokens_of(run)
-    return None if found is None else _exits(_key(run), choice, found)
+    """Prediction alignment over a choice of tokens; None for an empty choice."""
+    tokens = tokens_of(run)
+    return None if tokens is None else _exits(_key(run), choice, tokens)
 
 
 def evidence(run: Run, step: Step) -> Comparison | None:
-    """How each candidate of a step compares with the chosen one, with intervals; None without its scores."""
+    """Comparison of each candidate of a step with the chosen one; None without the scores of its sequences."""
     changed = _file_time(run.run_dir / "scores" / f"step-{step.number:04d}.npz")
     return _evidence(str(run.run_dir), step.number, changed, run)
 
 
 def permissions() -> dict[str, bool]:
-    """What the server was started with; nothing in a browser changes it."""
+    """Permissions that the server was started with; nothing in a browser changes them."""
     names = {"allow_pickle": "SLEB_DASHBOARD_ALLOW_PICKLE", "trust_remote_code": "SLEB_DASHBOARD_TRUST_REMOTE_CODE"}
     return {name: os.environ.get(variable) == "1" for name, variable in names.items()}
 
 
 def permissions_for(job: JobSpec, *, trust_paths: bool = False) -> Permissions:
-    """What a job asked for in this server may: write where it says, and of code what the server was started with."""
+    """Permissions of a job from this server: to write where it says, and to run the code that the server allows."""
     return Permissions.of(job, trust_paths=trust_paths).model_copy(update=permissions())
 
 
 def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None) -> JobSpec:
-    """How a job is to be done, with what the server was started with. Raises `OptionError` out of range."""
+    """The spec of a job with the server's permissions. Raises `OptionError` out of range."""
     allowed = permissions()
     return specs.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])
 
 
 def num_blocks_of(model: str) -> int | None:
-    """Blocks of a model: from its files, or from an earlier run; None before anybody opened it."""
-    found = _peeked(model) if access.may_inspect(model) else None
-    if found is not None:
-        return found
+    """Number of blocks of a model, from its files or an earlier run; None where neither is known."""
+    num_blocks = _num_blocks(model) if access.may_inspect(model) else None
+    if num_blocks is not None:
+        return num_blocks
     known = (each.num_blocks for each in outlines() if isinstance(each, Outline) and each.spec.model == model)
     return next((each for each in known if each is not None), None)
 
@@ -213,22 +211,22 @@ def _findings(directory: str, signature: object) -> tuple[Finding, ...]:
 
 @st.cache_resource(max_entries=2000, show_spinner=False)
 def _stack(directory: str, changed: int) -> StackDescription | None:
-    """What a run settled on with its model; None where it cannot be read."""
+    """The description of a run's model; None where it cannot be read."""
     with suppress(RunError, OSError):
         return record_files.read_record(StackDescription, Path(directory), "stack.json")
     return None
 
 
 @st.cache_data(max_entries=64, ttl=60, show_spinner=False)
-def _peeked(model: str) -> int | None:
+def _num_blocks(model: str) -> int | None:
     return block_count.num_blocks(model)
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _tokens(directory: str, home: str, cache_key: str, num_blocks: int) -> Tokens | None:
-    found = block_output_cache.read(Path(home), cache_key, verify=False)
-    if found is not None and found.cosine.shape[1] == num_blocks + 1:
-        return token_sample.of(found)
+    outputs = block_output_cache.read(Path(home), cache_key, verify=False)
+    if outputs is not None and outputs.cosine.shape[1] == num_blocks + 1:
+        return token_sample.of(outputs)
     return token_sample.read(Path(directory), num_blocks)
 
 
@@ -254,10 +252,10 @@ def _evidence(directory: str, number: int, changed: int, _run: Run) -> Compariso
     return None if step is None else evidence_of_step.of(_run, step)
 
 
-def _chosen(found: Tokens, choice: TokenChoice) -> np.ndarray:
+def _chosen(tokens: Tokens, choice: TokenChoice) -> np.ndarray:
     return similarity.choose_tokens(
-        found.sequence,
-        found.position,
+        tokens.sequence,
+        tokens.position,
         sequences=choice.sequences,
         start=choice.start,
         stop=choice.stop,

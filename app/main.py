@@ -1,4 +1,4 @@
-"""The dashboard's entry: where things are, page settings, navigation. Draws nothing itself."""
+"""The dashboard's entry: import path, page settings, navigation. Draws no page itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import streamlit as st
 st.set_page_config(page_title="SLEB", page_icon=str(ROOT / "assets" / "icon.png"), layout="wide")
 st.logo(str(ROOT / "assets" / "logo.svg"), size="large", icon_image=str(ROOT / "assets" / "icon.png"))
 
-st.html(  # what no theme option says: less air above the page, and no lines too long to read on a wide screen
+st.html(  # beyond what theme options can do: less space above the page, and lines that stay readable on a wide screen
     "<style>.stMainBlockContainer {padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1760px; margin: 0 auto}"
     "</style>"
 )

@@ -1,4 +1,4 @@
-"""What every page about a run begins with: title, run picker, facts; the run that all pages share."""
+"""The head of every page about a run: title, run picker, facts; and the run that all pages share."""
 
 from __future__ import annotations
 
@@ -8,34 +8,36 @@ import streamlit as st
 
 from app import data
 from app.components.copy_link import copy_link
-from app.widgets import empty
-from app.wording import model_name, plain, run_label
+from app.widgets import empty, link_to_runs
+from app.wording import in_fields, model_name, plain, run_label
 from sleb.errors import RunError
+from sleb.formats.list_formats import without_folder
 from sleb.records import Run
 from sleb.runtime.run_index import Outline
 
+TEXT_NAMES = {"demo": "the demo text", "wikitext2": "WikiText-2", "c4": "C4"}
+"""Calibration texts as a sentence names them."""
 MOST_SHOWN = 500
-"""Runs in a table or a list to choose from: drawing thousands takes longer than finding them."""
+"""Runs in a table or a list to choose from; drawing thousands would take too long."""
 
 
 def title(text: str, caption: str) -> None:
-    """The page's name, and one sentence that says what it answers."""
+    """Draw the page's name, and the question that it answers."""
     st.title(text, anchor=False)
     st.caption(caption)
 
 
 def newest(rows: list[Outline], also: Collection[str] = ()) -> list[Outline]:
-    """What a list to choose from offers of thousands of runs: the newest, those named, and the samples."""
+    """Runs that a list to choose from offers: of thousands the newest, those in `also`, and the samples."""
     if len(rows) <= MOST_SHOWN:
         return rows
     return [each for i, each in enumerate(rows) if i < MOST_SHOWN or each.run_id in also or data.is_sample(each)]
 
 
 def run_page(name: str, caption: str) -> Run:
-    """Title, run picker and facts of a page about one run, which it returns.
+    """Draw title, run picker and facts of a page about one run; returns the run.
 
-    The run comes from the URL, the session, or is the newest. Ends the page with an empty state where there is none
-    that can be read.
+    The run is that of the address, of the session, or the newest. Ends the page with a reason if none can be read.
     """
     rows = [each for each in data.outlines() if isinstance(each, Outline)]
     left, middle, right = st.columns([10, 8, 2.4], vertical_alignment="bottom")
@@ -43,9 +45,9 @@ def run_page(name: str, caption: str) -> Run:
         title(name, caption)
     if not rows:
         empty("No runs yet", "Start one on the **Runs** page: the demo model needs no download and no GPU.")
-        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:")
+        link_to_runs()
         st.stop()
-    run_id = asked(rows)
+    run_id = wanted_run(rows)
     with middle:
         offered = newest(rows, {run_id})
         labels = {each.run_id: run_label(each) for each in offered}
@@ -54,8 +56,12 @@ def run_page(name: str, caption: str) -> Run:
             list(labels),
             index=list(labels).index(run_id),
             format_func=lambda each: labels[each],
-            help="Every page shows one run; the address bar names it. Start new ones on the Runs page."
-            + ("" if len(offered) == len(rows) else f" Of {len(rows):,} runs the newest are here; find others there."),
+            help="Every page shows one run, which the address names. Start new runs on the Runs page."
+            + (
+                ""
+                if len(offered) == len(rows)
+                else f" Of {len(rows):,} runs, the newest are listed; find others there."
+            ),
         )
     with right:
         copy_link()
@@ -65,21 +71,21 @@ def run_page(name: str, caption: str) -> Run:
     try:
         run = data.load(run_id)
     except RunError as error:
-        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        empty("This run cannot be read", plain(in_fields(error)), icon=":material/broken_image:")
         st.stop()
     facts(run)
     return run
 
 
-def asked(rows: list[Outline]) -> str:
-    """The run of the URL or the session, if it is there; what is asked for in vain is said."""
+def wanted_run(rows: list[Outline]) -> str:
+    """The run of the address or the session, else the default; warns of one that does not exist."""
     ids = {each.run_id for each in rows}
     wanted = st.query_params.get("run") or st.session_state.get("chosen_run")
     if wanted is not None and wanted not in ids:
         try:
             data.folder_of(wanted)
         except RunError as error:
-            st.warning(plain(error), icon=":material/link_off:")
+            st.warning(plain(in_fields(error)), icon=":material/link_off:")
     run_id = wanted if wanted in ids else default_run_id(rows)
     choose(run_id)
     return run_id
@@ -94,27 +100,27 @@ def default_run_id(rows: list[Outline]) -> str:
 
 
 def choose(run_id: str) -> None:
-    """Make it the run of all pages, and of the URL."""
+    """Make a run that of all pages and of the address."""
     st.session_state["chosen_run"] = run_id
     if st.query_params.get("run") != run_id:
         st.query_params["run"] = run_id
 
 
 def facts(run: Run) -> None:
-    """Where every number on the page comes from, in one line."""
+    """Draw one line that says where the numbers on the page come from."""
     words = []
     if data.is_sample(run):
         words.append(":material/science: **Recorded sample**, made by this program on a real model.")
     if run.stack is not None:
-        stack = run.stack
+        stack, source = run.stack, run.spec.calibration.source
         about = (
             f"{model_name(run.spec)} · {stack.num_blocks} blocks · {stack.total_parameters / 1e6:,.0f} M parameters · "
             f"{stack.dtype} · " + ("" if stack.quantisation is None else f"quantised: {stack.quantisation} · ")
         ) + (
-            f"{stack.sequences} × {stack.sequence_length} tokens of {stack.text.partition(':')[0]}, "
+            f"{stack.sequences} × {stack.sequence_length} tokens of {TEXT_NAMES.get(source, without_folder(source))}, "
             f"{stack.held_out} × held out"
             if stack.sequences
-            else f"a list that was given: {list(run.removal_list)}"
+            else f"a given list: {list(run.removal_list)}"
         )
         words.append(plain(about))
     if words:

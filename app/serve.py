@@ -1,4 +1,4 @@
-"""The dashboard's server: Streamlit, with the settings of this program and of whoever starts it. Draws nothing.
+"""The dashboard's server: Streamlit, with the settings of this program and of the user who starts it. Draws nothing.
 
 Streamlit also takes `.streamlit/config.toml` and `.streamlit/secrets.toml` of the folder in which it is started, and
 turns secrets into environment variables. That folder is data here: a file in it could open the server to the network,
@@ -15,18 +15,18 @@ from streamlit.web import cli
 
 HERE = Path(__file__).resolve().parent
 FOREIGN = (
-    "This version of Streamlit takes settings from the current folder; install one that sleb was made for (see its "
+    "This version of Streamlit reads settings from the current folder; install one that sleb supports (see its "
     "requirements)."
 )
 
 
 def own_file(*names: str) -> str:
-    """Where Streamlit is to look for what it would look for in the current folder: beside this file."""
+    """The path, beside this file, of a settings file that Streamlit would look for in the current folder."""
     return str(HERE.joinpath(".streamlit", *names))
 
 
 def read_own_settings_only() -> None:
-    """The current folder's settings and secrets are never read. Ends the program where that cannot be had."""
+    """Make Streamlit ignore the current folder's settings and secrets; ends the program if that fails."""
     file_util.get_project_streamlit_file_path = own_file
     allowed = {own_file(), file_util.get_streamlit_file_path()}
     for name in ("config.toml", "secrets.toml"):

@@ -9,11 +9,11 @@ from app import data
 from app.components.token_view import has_ids, token_view
 from app.page import run_page
 from app.panels.token_choice import EVERYTHING, analysis_of, calibration_tokens, nothing_chosen, origin
-from app.widgets import chart, empty
+from app.widgets import chart, empty, switch
 from app.wording import plain
-from sleb.analysis.prediction_alignment import half_decided
 from sleb.records import Analysis, ExitStatistics, Run
 from sleb.report.figures import alignment
+from sleb.report.summaries import early_exits
 
 CALIBRATION, GENERATED = "calibration", "generated"
 NAMES = {CALIBRATION: "Calibration text", GENERATED: "Generated text"}
@@ -40,26 +40,22 @@ def main() -> None:
 
 
 def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
-    """Controls; which tokens were chosen, the statistics over them, and what they are in words."""
-    found = analysis.alignment
+    """Draw the controls; returns the chosen tokens, the statistics over them, and their description."""
+    recorded = analysis.alignment
     which = CALIBRATION
-    if found.generated is not None:
-        which = st.segmented_control(
+    if recorded.generated is not None:
+        which = switch(
             "Tokens",
-            [CALIBRATION, GENERATED],
-            default=CALIBRATION,
-            required=True,
-            format_func=NAMES.__getitem__,
-            key="source",
-            bind="query-params",
-            help="The calibration text, or text the model wrote itself, as in the paper's Table 6. Models are usually "
-            "surer of their own words, so those leave a little earlier.",
+            "source",
+            NAMES,
+            "The calibration text, or text that the model generated, as in the paper's Table 6. Models are usually "
+            "surer of their own text, so its tokens leave a little earlier.",
         )
-    if which == GENERATED and found.generated is not None:
-        return which, found.generated, found.generated.source
+    if which == GENERATED and recorded.generated is not None:
+        return which, recorded.generated, recorded.generated.source
     chosen = calibration_tokens(run, analysis, disabled=data.tokens_of(run) is None)
     if chosen.available is None or chosen.tokens == EVERYTHING:
-        return which, found.calibration, found.calibration.source
+        return which, recorded.calibration, recorded.calibration.source
     exits = data.exits_over(run, chosen.tokens)
     if exits is None:
         nothing_chosen()
@@ -68,80 +64,73 @@ def _tokens(run: Run, analysis: Analysis) -> tuple[str, ExitStatistics, str]:
 
 def _why_not_generated(analysis: Analysis) -> str:
     why = analysis.alignment.generated_reason
-    return f" No text of the model's own: {plain(why)}" if why else ""
+    return f" No generated text: {plain(why)}" if why else ""
 
 
 def _headline(exits: ExitStatistics) -> None:
-    first, settled = exits.skipped_share, exits.settled_skipped_share
-    for column, size in zip(columns := st.columns(4), (1, 16), strict=False):
+    columns = st.columns(4)
+    for column, batch in zip(columns, (1, 16), strict=False):
+        skipped = early_exits.skipped(exits, batch)
         with column:
-            st.metric(
-                f"Skipped at batch {size}",
-                f"{first[size]:.1%}" if size in first else "–",
-                f"{exits.speedup(first[size]):.2f} × · settled {settled[size]:.1%}" if size in first else None,
-                delta_color="off",
-                delta_arrow="off",
-                border=True,
-                help="Share of blocks that an exit which always knows the right moment would skip, and the speedup, if "
-                f"{size} token{'s leave' if size > 1 else ' leaves'} together (paper, Tables 5 and 6). Settled: where "
-                "the exit waits until the prediction stays.",
+            _metric(
+                f"Skipped at batch size {batch}",
+                "–" if skipped is None else f"{skipped.first:.1%}",
+                None if skipped is None else f"{skipped.first_speedup:.2f} × · settled {skipped.settled:.1%}",
+                "Share of blocks that an ideal exit, which always knows the right moment, would skip, and the speedup, "
+                f"if {batch} token{'s leave' if batch > 1 else ' leaves'} together (paper, Tables 5 and 6). Settled: "
+                "if the exit waits until the prediction stays.",
             )
-    half, last = half_decided(exits.first_exit), exits.first_exit[-1] / max(exits.token_count, 1)
-    half_settled = half_decided(exits.settled_exit)
+    decided = early_exits.decided(exits)
     with columns[2]:
-        st.metric(
-            "Half first agree by",
-            f"block {half}" if half is not None else "–",
-            f"settled after block {half_settled}",
-            delta_color="off",
-            delta_arrow="off",
-            border=True,
-            help="The first block by which the top prediction of at least half of the tokens has been the final one.",
+        _metric(
+            "Half agree by",
+            "–" if decided.half_first is None else f"block {decided.half_first}",
+            f"settled after block {decided.half_settled}",
+            "The block by which the top prediction of at least half of the tokens has once been the final one.",
         )
     with columns[3]:
-        st.metric(
+        _metric(
             "Need the last block",
-            f"{last:.1%}",
-            f"settled {exits.settled_exit[-1] / max(exits.token_count, 1):.1%}",
-            delta_color="off",
-            delta_arrow="off",
-            border=True,
-            help="Tokens whose final prediction no earlier block has made. One of them in a batch, and nothing is "
+            f"{decided.last_first:.1%}",
+            f"settled {decided.last_settled:.1%}",
+            "Share of tokens whose final prediction no earlier block makes. With one of them in a batch, nothing is "
             "skipped.",
         )
 
 
+def _metric(label: str, value: str, below: str | None, help: str) -> None:
+    st.metric(label, value, below, delta_color="off", delta_arrow="off", border=True, help=help)
+
+
 def _agreement(run: Run, analysis: Analysis, which: str, exits: ExitStatistics) -> None:
     _heading("Agreement with the final prediction")
-    found = analysis.alignment
+    recorded = analysis.alignment
     other = None
-    if found.generated is not None:
-        other = (found.calibration, NAMES[CALIBRATION]) if which == GENERATED else (found.generated, NAMES[GENERATED])
+    if recorded.generated is not None:
+        other = (
+            (recorded.calibration, NAMES[CALIBRATION]) if which == GENERATED else (recorded.generated, NAMES[GENERATED])
+        )
     chart(
         alignment.agreement(exits, NAMES[which], run.removal_list, other),
         key="alignment-agreement",
-        alt="Share of tokens whose prediction after each block is the model's final one; removed blocks are hatched",
+        alt="Share of tokens whose prediction after each block agrees with the final one; removed blocks are hatched",
         table=lambda: alignment.agreement_table(exits, run.removal_list),
     )
 
 
 def _distribution(exits: ExitStatistics) -> None:
     with _heading("Ideal exits"):
-        count = st.segmented_control(
+        count = switch(
             "Count",
-            ["per-block", "up-to"],
-            default="per-block",
-            required=True,
-            format_func={"per-block": "Per block", "up-to": "Up to block"}.__getitem__,
-            key="exits",
-            bind="query-params",
-            label_visibility="collapsed",
-            help="Tokens that leave after each block, or all that have left by then.",
+            "exits",
+            {"per-block": "Per block", "up-to": "Up to block"},
+            "Tokens that leave after each block, or all that have left by then.",
+            hidden_label=True,
         )
     chart(
         alignment.distribution(exits, cumulative=count == "up-to"),
         key="alignment-exits",
-        alt="Share of tokens by ideal exit block: the first that agrees, and the one from which the prediction stays",
+        alt="Share of tokens by ideal exit: the first block that agrees, and the block from which the prediction stays",
         table=lambda: alignment.distribution_table(exits),
     )
 
@@ -154,11 +143,11 @@ def _skipping(run: Run, exits: ExitStatistics, num_blocks: int) -> None:
         chart(
             alignment.skipping(exits, len(run.removal_list) / num_blocks),
             key="alignment-skipped",
-            alt="Share of blocks an ideal early exit skips, by batch size, beside what the run's removal list skips",
+            alt="Share of blocks that an ideal early exit skips, by batch size, and that of the run's removal list",
             table=lambda: table,
         )
     with right:
-        st.caption("A batch leaves when its slowest token does: the more tokens, the less is skipped.")
+        st.caption("A batch leaves with its slowest token: the more tokens, the fewer skipped blocks.")
         st.dataframe(
             table.style.format("{:.1%}", subset=["first_skipped", "settled_skipped"]).format(
                 "{:.2f} ×", subset=["first_speedup", "settled_speedup"]
@@ -166,18 +155,18 @@ def _skipping(run: Run, exits: ExitStatistics, num_blocks: int) -> None:
             hide_index=True,
             height="content",
             column_config={
-                "batch": st.column_config.NumberColumn("Batch", help="Tokens decoded together."),
+                "batch": st.column_config.NumberColumn("Batch", help="Batch size: tokens decoded together."),
                 "first_skipped": st.column_config.NumberColumn(
-                    "Skipped", help="Share of blocks, if tokens leave at the first agreement (paper, Table 5)."
+                    "Skipped", help="Share of blocks skipped, if tokens leave at the first agreement (paper, Table 5)."
                 ),
                 "first_speedup": st.column_config.NumberColumn(
                     "Speedup", help="1 / (1 − share skipped) (paper, Table 6)."
                 ),
                 "settled_skipped": st.column_config.NumberColumn(
-                    "Settled", help="Share of blocks skipped, if tokens leave only once their prediction stays."
+                    "Settled", help="Share of blocks skipped, if tokens leave once their prediction has settled."
                 ),
                 "settled_speedup": st.column_config.NumberColumn(
-                    "Speedup", help="The same as a speedup, if tokens leave only once their prediction stays."
+                    "Speedup", help="Speedup, if tokens leave once their prediction has settled."
                 ),
             },
             alt="Share of blocks skipped and speedup at each batch size",
@@ -187,21 +176,18 @@ def _skipping(run: Run, exits: ExitStatistics, num_blocks: int) -> None:
 @st.fragment
 def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
     with _heading("Token by token"):
-        at = st.segmented_control(
+        at = switch(
             "Colour by",
-            ["first", "settled"],
+            "colour",
+            {"first": "First agreement", "settled": "Settles"},
+            "First agreement: the first block whose top prediction is the final one (the paper's ideal exit). Settles: "
+            "the block from which on it stays.",
             default="settled",
-            required=True,
-            format_func={"first": "First agreement", "settled": "Settles"}.__getitem__,
-            key="colour",
-            bind="query-params",
-            label_visibility="collapsed",
-            help="First agreement: the first block whose top prediction is the final one (the paper's ideal exit). "
-            "Settles: the block from which on it stays.",
+            hidden_label=True,
         )
     st.caption(
-        "The beginning of the calibration text. A token's colour says when the model has decided what comes **after** "
-        "it. Click one, or walk with the arrow keys."
+        "The beginning of the calibration text. A token's colour says by which block the **next** token is decided. "
+        "Click a token, or use the arrow keys."
     )
     if not analysis.passage.tokens:
         empty("No passage", "This run recorded no text for the token view.")
@@ -209,14 +195,14 @@ def _passage(run: Run, analysis: Analysis, num_blocks: int) -> None:
     token_view(run, analysis.passage, num_blocks, at)
     if not has_ids(analysis.passage):
         st.caption(
-            "This was recorded without token ids, and different tokens may look the same: the final prediction is "
-            "marked where it is known to be the first choice, at the first agreement and from where it settles on. "
-            "Whether the text goes on in the same way is not said. Analyse again to see both."
+            "Recorded without token ids, so different tokens may look the same: the final prediction is marked only at "
+            "the first agreement and from where it settles, and it is not compared with the token that follows. "
+            "Analyse again to see both."
         )
 
 
 def _heading(text: str) -> DeltaGenerator:
-    """A subheader, and a place beside it for its switch; as tall without one, so that charts in a row line up."""
+    """A subheader with a place for its switch; as tall without one, so that charts in a row line up."""
     row = st.container(
         horizontal=True, horizontal_alignment="distribute", vertical_alignment="center", height=52, border=False
     )
@@ -228,19 +214,17 @@ def _heading(text: str) -> DeltaGenerator:
 def _how_to_read() -> None:
     with st.expander("How to read this", icon=":material/help:"):
         st.markdown(
-            "Read out after every block, with the model's own final norm and head, each token has a prediction of the "
-            "next one. **First agreement** is the first block whose top prediction is the one the whole model ends up "
-            "with: the paper's *ideal exit* (B.1). It may be luck, and later blocks may change their mind: the "
-            "prediction **settles** at the block from which all later ones agree too. An exit would have to know "
-            "that moment without having run the rest, so both are upper bounds.\n\n"
-            "**Why the batch size matters.** Tokens that are decoded together go through the blocks together. The "
-            "batch can stop only where its slowest token can, and among many there is nearly always one that needs the "
-            "last block. The figures are exact averages over all batches that can be drawn from the measured tokens."
-            "\n\n"
-            "**Why the paper removes blocks instead** (section 2.2). What is removed is skipped for every token, at "
-            "every batch size, needs no predictor and saves memory; an ideal exit saved the paper's models 8 to 13 % "
-            "at batch 1 and nothing at batch 16. The price is another one: an ideal exit changes no prediction, a "
-            "removed block does. **Removal steps** shows how much."
+            "The model's final norm and LM head, applied after every block, give each token a prediction of the next "
+            "one. **First agreement** is the first block whose top prediction is the final one: the paper's *ideal "
+            "exit* (B.1). It may be luck, and later blocks may change the prediction: it **settles** at the block from "
+            "which all later ones agree too. A real exit would have to know that moment without running the remaining "
+            "blocks, so both are upper bounds.\n\n**Why the batch size matters.** Tokens that are decoded together go "
+            "through the blocks together. The batch can stop only where its slowest token can, and among many there is "
+            "nearly always one that needs the last block. The numbers are exact averages over all batches that can be "
+            "drawn from the measured tokens.\n\n**Why the paper removes blocks instead** (section 2.2). A removed "
+            "block is skipped for every token, at every batch size, needs no predictor and saves memory; an ideal exit "
+            "saved the paper's models 8 to 13 % at batch size 1 and nothing at batch size 16. But an ideal exit "
+            "changes no prediction, and a removed block does. **Removal steps** shows how much."
         )
 
 

@@ -1,4 +1,4 @@
-"""Runs: what there is, what is running, and how to start another."""
+"""Runs: all of them, their progress, and the form that starts another."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from app.wording import (
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
 from sleb.records import Job, JobSpec, JobState, Measured, Run, RunSpec
+from sleb.report.summaries.numbers import search_seconds
 from sleb.runtime import origin
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline
 
 LIVE_SECONDS = 1.5
-"""Always the same: runs come from elsewhere too, and a click while the whole page is drawn anew would be lost."""
+"""Seconds between two drawings; constant, since runs start elsewhere too and a full redraw would lose clicks."""
 _PAGES = {
     "similarity": ("Similarity", ":material/grid_on:"),
     "alignment": ("Prediction alignment", ":material/flag:"),
@@ -44,7 +45,7 @@ _PAGES = {
 
 
 def start(spec: RunSpec, job: JobSpec) -> None:
-    """A new run, executed by a process of its own."""
+    """Start a new run in a process of its own."""
     try:
         run = actions.begin(spec, job)
     except SlebError as error:
@@ -54,21 +55,21 @@ def start(spec: RunSpec, job: JobSpec) -> None:
     st.session_state["form"] = False
 
 
-def act(what: str, run: Run) -> None:
-    """A button of the panel: what it does to the run, or the sentence that says why not."""
+def act(action: str, run: Run) -> None:
+    """Do what a button of the panel says, or show the sentence that says why not."""
     try:
-        if what == "stop":
+        if action == "stop":
             actions.stop(run)
-        elif what == "resume":
+        elif action == "resume":
             if not foreign_names.go_on(run, _as_before(run), again=True):
                 st.session_state["outside"] = True  # where the question is drawn
-        elif what == "duplicate":
+        elif action == "duplicate":
             run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
             st.session_state["form"] = st.session_state["outside"] = True
-        elif what == "ask":
+        elif action == "ask":
             st.session_state["deleting"] = run.run_id
             st.session_state["outside"] = True
-        elif what == "delete":
+        elif action == "delete":
             actions.delete(run)
             st.session_state.pop("chosen_run", None)
             st.query_params.pop("run", None)
@@ -78,25 +79,25 @@ def act(what: str, run: Run) -> None:
 
 
 def _as_before(run: Run) -> JobSpec:
-    """The last try once more, with what this server allows."""
+    """The spec of the last attempt, with this server's permissions."""
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
     last = unanswered or job_processes.own_job(run)
     if last is None:
         return data.job_spec(run.spec.kind)
     changes: dict[str, Any] = dict(data.permissions())
-    if not origin.is_written_here(run.run_dir, "jobs", last.name):  # a stranger's thousand processes are not started
+    if not origin.is_written_here(run.run_dir, "jobs", last.name):  # never start a stranger's thousand processes
         changes["processes"], changes["memory_budget"] = execution.as_before(run, None, None)
     return last.spec.model_copy(update=changes)
 
 
 def head() -> None:
-    """Title, and the two ways to start."""
+    """Title, and the two buttons that start a run."""
     left, right = st.columns([5, 4], vertical_alignment="bottom")
     with left:
-        page.title("Runs", "Which blocks can your model lose? Start a run, watch it, open what it found.")
+        page.title("Runs", "Which blocks can your model lose? Start a run, watch it, open its results.")
     with right, st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center"):
         if access.rule().read_only:
-            st.badge("Only shows", icon=":material/lock:", color="gray", help=plain(access.SHOWS_ONLY))
+            st.badge("Read only", icon=":material/lock:", color="gray", help=plain(access.SHOWS_ONLY))
         else:
             _ways_to_start()
         copy_link()
@@ -110,42 +111,42 @@ def _ways_to_start() -> None:
         type="primary",
         on_click=start,
         args=(spec, job),
-        help="SLEB on a real model of 135 million parameters and a real text that come with the installation: "
-        "removes 3 of 30 blocks, in about three minutes on two cores. No download, no GPU.",
+        help="SLEB on a model of 135 million parameters and a text that come with the installation: removes 3 of 30 "
+        "blocks in about three minutes on two cores. No download, no GPU.",
     )
-    st.toggle("New run", persist_state="session", key="form", help="Your own model, text and number of blocks.")
+    st.toggle("New run", persist_state="session", key="form", help="Choose your own model, text and number of blocks.")
 
 
 def form() -> None:
     """The form, with its forecast beside the start button."""
     with st.container(border=True):
-        asked = run_form.draw()
-        if asked is None:
+        choice = run_form.draw()
+        if choice is None:
             return
         left, right = st.columns([3, 1], vertical_alignment="bottom")
         with left:
-            run_form.forecast(asked)
+            run_form.forecast(choice)
         right.button(
             "Start",
             icon=":material/play_arrow:",
             type="primary",
             width="stretch",
             on_click=start,
-            args=(asked.spec, asked.job),
-            help="Goes on when this page is closed, and when the dashboard is stopped.",
+            args=(choice.spec, choice.job),
+            help="The run continues when you close this page or stop the dashboard.",
         )
-        run_form.equivalent(asked)
+        run_form.equivalent(choice)
 
 
 def matching(rows: list[Outline]) -> list[Outline]:
-    """The runs that the table shows: all, or of thousands the newest of those that have the words asked for."""
+    """The runs that the table shows: all, or of thousands the newest that match the words of a search field."""
     if len(rows) <= page.MOST_SHOWN:
         return rows
-    wanted = st.text_input("Find", key="find-run", placeholder="Part of a run's id, its model or method")
+    wanted = st.text_input("Find", key="find-run", placeholder="Part of a run's id, model, method or state")
     words = (wanted or "").lower().split()
-    found = [each for each in rows if not words or _has(each, words)]
-    shown = page.newest(found)
-    st.caption(f"{len(shown):,} of {len(found):,} runs{' found' if words else ''}, the newest first.")
+    matches = [each for each in rows if not words or _has(each, words)]
+    shown = page.newest(matches)
+    st.caption(f"{len(shown):,} of {len(matches):,} {'matching ' if words else ''}runs, the newest first.")
     return shown
 
 
@@ -155,7 +156,7 @@ def _has(each: Outline, words: list[str]) -> bool:
 
 
 def table(rows: list[Outline]) -> None:
-    """Runs, newest first; a click chooses one."""
+    """Draw the table of runs, the newest first; a click chooses one."""
 
     def chosen() -> None:
         picked = st.session_state["runs-table"]["selection"]["rows"]
@@ -175,16 +176,22 @@ def table(rows: list[Outline]) -> None:
         height=min(36 * len(rows) + 38, 440),
         placeholder="–",
         column_config={
-            "State": st.column_config.TextColumn(width="small", help="Recorded samples come with the program."),
+            "State": st.column_config.TextColumn(
+                width="small", help="Samples are recorded runs that come with the program."
+            ),
             "Removal list": st.column_config.TextColumn(
                 help="Blocks in the order of removal, 0-based.", width="medium"
             ),
-            "Before": st.column_config.NumberColumn(format="%.4g", help="Perplexity of the calibration text."),
-            "After": st.column_config.NumberColumn(format="%.4g", help="The same after the last step."),
-            "Held-out": st.column_config.TextColumn(
-                help="Rise of the perplexity of text that took no part in the choice, with its standard error."
+            "Before": st.column_config.NumberColumn(
+                format="%.4g", help="Perplexity of the calibration text, baseline."
             ),
-            "Seconds": st.column_config.NumberColumn(format="%.0f", help="Spent on the search."),
+            "After": st.column_config.NumberColumn(
+                format="%.4g", help="Perplexity of the calibration text after the last step."
+            ),
+            "Held-out": st.column_config.TextColumn(
+                help="Rise of the perplexity of held-out text, on which no block was chosen, ± its standard error."
+            ),
+            "Seconds": st.column_config.NumberColumn(format="%.0f", help="Time spent on the search."),
             "Started": st.column_config.DatetimeColumn(format="D MMM, HH:mm"),
         },
     )
@@ -209,7 +216,7 @@ def _row(each: Outline) -> dict[str, object]:
 
 
 def panel(run: Run) -> None:
-    """The chosen run: how it goes or went, what it found, what can be done with it."""
+    """Draw the chosen run: its progress or end, its results, its buttons."""
     state, job, sample = job_processes.state_of(run), job_processes.active(run), data.is_sample(run)
     with st.container(border=True):
         with st.container(horizontal=True, vertical_alignment="center"):
@@ -223,30 +230,30 @@ def panel(run: Run) -> None:
             progress(job)
         elif state is not JobState.FINISHED and not sample:
             trouble(run)
-        found(run)
+        results(run)
         with st.container(horizontal=True):
             for name, (title, icon) in _PAGES.items():
                 st.page_link(f"../pages/{name}.py", label=title, icon=icon, query_params={"run": run.run_id})
 
 
 def trouble(run: Run) -> None:
-    """Why it is not going on, and its log."""
+    """Say why the run does not continue, with its log."""
     own = job_processes.own_job(run)
     if own is None:
         st.warning("This run has not been started.", icon=":material/error:")
         return
-    said = st.error if own.status.state is JobState.FAILED else st.warning
-    said(plain(in_fields(job_processes.last_word(own))), icon=":material/error:")
+    show = st.error if own.status.state is JobState.FAILED else st.warning
+    show(plain(in_fields(job_processes.last_word(own))), icon=":material/error:")
     log_of(run, own)
 
 
-def found(run: Run) -> None:
-    """The result so far in five numbers."""
+def results(run: Run) -> None:
+    """Draw the results so far."""
     trace = run.trace
     if trace is None:
         return
     for warning in trace.baseline.warnings:
-        st.warning(plain(warning), icon=":material/warning:")
+        st.warning(plain(in_fields(warning)), icon=":material/warning:")
     last = trace.steps[-1] if trace.steps else None
     first, second, third, fourth = st.columns(4)
     blocks = run.stack.num_blocks if run.stack else 0
@@ -256,10 +263,12 @@ def found(run: Run) -> None:
         delta=f"−{share_of_parameters(run):.1%} parameters" if last else None,
         delta_color="off",
         delta_arrow="off",
-        help="Steps that are finished, and how much smaller the model is without those blocks.",
+        help="Blocks removed by the finished steps, and their share of all parameters.",
     )
     second.metric(
-        "Perplexity", _from_to(trace.baseline.calibration, last.calibration if last else None), help="Calibration text."
+        "Perplexity",
+        _from_to(trace.baseline.calibration, last.calibration if last else None),
+        help="Perplexity of the calibration text.",
     )
     third.metric(
         "Held-out perplexity",
@@ -267,14 +276,15 @@ def found(run: Run) -> None:
         delta=rise(trace.baseline, last) if last else None,
         delta_color="off",
         delta_arrow="off",
-        help="Text that took no part in any choice: what the removal really costs.",
+        help="Perplexity of text on which no block was chosen: what the removal really costs.",
     )
     job = job_processes.active(run)
     if job is not None and job.status.started is not None:
-        fourth.metric("Running for", duration(time.time() - job.status.started), help="This process.")
+        fourth.metric(
+            "Running for", duration(time.time() - job.status.started), help="Time since this process started."
+        )
     else:
-        seconds = trace.baseline.seconds + sum(step.seconds for step in trace.steps)
-        fourth.metric("Search", duration(seconds), help="Time spent on finished steps.")
+        fourth.metric("Search", duration(search_seconds(trace)), help="Time spent on the finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
     attempts = [job.attempt for job in run.jobs if job.spec.is_own(run.spec) and job.attempt is not None]
@@ -287,7 +297,7 @@ def _from_to(before: Measured, after: Measured | None) -> str:
 
 
 def buttons(run: Run, job: Job | None, sample: bool) -> None:
-    """What can be done with the run."""
+    """Draw the buttons that change the run."""
 
     def button(word: str, icon: str, help: str, **options: Any) -> bool:
         return st.button(word, key=f"do-{word}", icon=f":material/{icon}:", help=help, type="tertiary", **options)
@@ -295,28 +305,27 @@ def buttons(run: Run, job: Job | None, sample: bool) -> None:
     if job is not None:
         button("Stop", "stop", "Finished steps are kept.", on_click=act, args=("stop", run))
     elif not sample and (not execution.is_finished(run) or job_processes.unanswered(run) is not None):
-        button("Resume", "play_arrow", "Goes on after what was finished.", on_click=act, args=("resume", run))
-    help = "Opens the form with the same choices, to be changed."
+        button("Resume", "play_arrow", "Continues after the last finished step.", on_click=act, args=("resume", run))
+    help = "Opens the form with the settings of this run."
     button("Duplicate", "content_copy", help, on_click=act, args=("duplicate", run))
-    help = "Asks once more. A run that is going on is stopped first."
+    help = "Asks for confirmation. Stop a running run first."
     if not sample:
         button("Delete", "delete", help, disabled=job is not None, on_click=act, args=("ask", run))
 
 
 def keep() -> None:
-    """However the question goes away, it is not asked again."""
+    """Forget the question, however it was closed."""
     st.session_state.pop("deleting", None)
 
 
 @st.dialog("Delete this run?", on_dismiss=keep)
 def really_delete(run: Run) -> None:
-    """Asked twice. Drawn by the whole page for as long as it is not answered.
+    """Ask for confirmation. The whole page draws the question for as long as it is not answered.
 
-    If a button drew it once, in the part of the page that is drawn anew all the time, it would belong to that part.
-    On a busy machine the question would be thrown away unseen, where the next drawing begins before the browser has
-    this one, and so would the answer, where it arrives together with the next drawing.
+    If a button drew it once, in the part of the page that is drawn every few seconds, it would belong to that part. On
+    a busy machine the next drawing could then discard the question unseen, or the answer that arrives with it.
     """
-    st.markdown("This run folder and everything in it goes for good. Exported models stay.")
+    st.markdown("This deletes the run folder and everything in it for good. Exported models stay.")
     st.code(run.run_id, language=None, wrap_lines=True)
     with st.container(horizontal=True):
         if st.button("Delete for good", type="primary", icon=":material/delete:"):
@@ -329,45 +338,49 @@ def really_delete(run: Run) -> None:
 
 
 def ask() -> None:
-    """Whether the chosen run is to be deleted, if that was asked for."""
+    """Draw the question whether to delete the chosen run, if Delete was pressed."""
     run_id = st.session_state.get("deleting")
     if run_id is None or run_id != st.session_state.get("chosen_run"):
         return
     try:
         run = data.load(run_id)
-    except RunError:  # somebody else deleted it
+    except RunError:  # deleted elsewhere
         keep()
     else:
         really_delete(run)
 
 
 def say() -> None:
-    """What an action could not do."""
-    if st.session_state.get("outside"):  # the page is about to be drawn once more
+    """Show why an action failed."""
+    if st.session_state.get("outside"):  # the page is about to be drawn again
         return
-    said = st.session_state.pop("said", None)
-    if said:
-        st.error(plain(said), icon=":material/error:")
+    message = st.session_state.pop("said", None)
+    if message:
+        st.error(plain(in_fields(message)), icon=":material/error:")
 
 
 def main() -> None:
-    """Everything below the form, drawn anew while something is going on."""
-    if st.session_state.pop("outside", False):  # a button in here changed what is drawn out there
+    """Draw everything below the form, again every few seconds."""
+    if st.session_state.pop("outside", False):  # a button in here changed the rest of the page
         st.rerun()
-    found = data.outlines(st.session_state.get("chosen_run"))
-    rows = [each for each in found if isinstance(each, Outline)]
-    for error in found:
+    listed = data.outlines(st.session_state.get("chosen_run"))
+    rows = [each for each in listed if isinstance(each, Outline)]
+    for error in listed:
         if isinstance(error, RunError):
-            st.warning(plain(error), icon=":material/broken_image:")
-    run_id = page.asked(rows) if rows else None
+            st.warning(plain(in_fields(error)), icon=":material/broken_image:")
+    run_id = page.wanted_run(rows) if rows else None
     if run_id is None:
-        how = plain(access.SHOWS_ONLY) if access.rule().read_only else "**Run the demo** needs no download and no GPU."
-        empty("No runs yet", how)
+        hint = (
+            plain(access.SHOWS_ONLY)
+            if access.rule().read_only
+            else "Press **Run the demo**: it needs no download and no GPU."
+        )
+        empty("No runs yet", hint)
         return
     try:
         panel(data.load(run_id))
     except RunError as error:
-        empty("This run cannot be read", plain(error), icon=":material/broken_image:")
+        empty("This run cannot be read", plain(in_fields(error)), icon=":material/broken_image:")
     table(matching(rows))
 
 

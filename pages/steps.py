@@ -1,4 +1,4 @@
-"""Removal steps: watch blocks being removed one at a time, with all the evidence of each decision."""
+"""Removal steps: blocks being removed one at a time, with all the evidence of each decision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import streamlit as st
 from app import data
 from app.components import stepper
 from app.page import run_page
-from app.widgets import chart, csv, empty, progress
+from app.widgets import chart, csv, empty, link_to_runs, progress, switch
 from app.wording import in_fields, plain
 from sleb.methods.statistics import Comparison
 from sleb.records import JobState, Method, Run
@@ -25,7 +25,7 @@ LIVE_SECONDS = 2.0
 def main(run: Run) -> None:
     """The screen, from top to bottom."""
     if run.spec.kind != "search":
-        empty("This run removes nothing", "Nothing was searched in it. Start a search on **Runs**.")
+        empty("This run removes no block", "It is not a search. Start a search on the **Runs** page.")
         return
     with st.expander("How to read this", icon=":material/help:"):
         explain()
@@ -35,7 +35,7 @@ def main(run: Run) -> None:
 
 
 def steps(run_id: str) -> None:
-    """Stepper and evidence; drawn anew while the search is going on."""
+    """Stepper and evidence, drawn again and again while the search runs."""
     run = data.load(run_id)
     job = job_processes.active(run)
     if job is not None:
@@ -51,50 +51,50 @@ def steps(run_id: str) -> None:
     ended(run)
     shown = payload(run) | {"live": job is not None}
     count = len(run.trace.steps)
-    asked = wanted(count)
-    step = stepper.draw(shown | {"step": asked}, key=f"stepper-{run_id}")
-    if step is not None and step != asked:
+    wanted_step = wanted(count)
+    step = stepper.draw(shown | {"step": wanted_step}, key=f"stepper-{run_id}")
+    if step is not None and step != wanted_step:
         st.query_params["step"] = str(step)
-        asked = step
-    evidence(run, min(max(asked, 1), count))
+        wanted_step = step
+    evidence(run, min(max(wanted_step, 1), count))
 
 
 def payload(run: Run) -> dict[str, Any]:
-    """What the stepper draws."""
+    """Data of the stepper."""
     return stepper.payload(run, comparisons(run))
 
 
 def comparisons(run: Run) -> list[Comparison | None]:
-    """One for each step; kept by `data`."""
+    """The comparison of each step's candidates, cached by `data`."""
     assert run.trace is not None
     return [data.evidence(run, step) for step in run.trace.steps]
 
 
 def wanted(count: int) -> int:
-    """The step of the URL, brought into range; without one, all of them."""
+    """The step of the address, brought into range; the last one where it names none."""
     text = st.query_params.get("step", "")
     return min(int(text), count) if text.isdecimal() and text.isascii() and len(text) < 6 else count
 
 
 def ended(run: Run) -> None:
-    """Say that a search came to no good end: what it finished is shown all the same."""
+    """Say that a search failed or was stopped; its finished steps are shown all the same."""
     own = job_processes.own_job(run)
     unfinished = run.trace is not None and run.trace.finished is None
     if unfinished and own and own.status.state in (JobState.FAILED, JobState.STOPPED, JobState.INTERRUPTED):
-        what = "failed" if own.status.state is JobState.FAILED else f"was {own.status.state.value}"
+        outcome = "failed" if own.status.state is JobState.FAILED else f"was {own.status.state.value}"
         why = plain(in_fields(job_processes.last_word(own)))
-        st.warning(f"This search {what}; its finished steps are below. Resume it on **Runs**. {why}")
+        st.warning(f"This search {outcome}; its finished steps are below. Resume it on the **Runs** page. {why}")
 
 
 def waiting(run: Run) -> None:
-    """What to do where there is no step yet."""
+    """Say why the run has no steps, and what to do."""
     own = job_processes.own_job(run)
     if own is not None and job_processes.is_active(own):
-        empty("No step is finished yet", "The first one appears here as soon as it is.")
+        empty("No step finished yet", "The first step appears here as soon as it is finished.")
         return
     why = "This run has not been started." if own is None else job_processes.last_word(own)
-    empty("No step is finished", f"{plain(in_fields(why))} Resume the run on **Runs**.")
-    st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
+    empty("No step finished", f"{plain(in_fields(why))} Resume the run on the **Runs** page.")
+    link_to_runs(run.run_id)
 
 
 def evidence(run: Run, number: int) -> None:
@@ -120,18 +120,20 @@ def evidence(run: Run, number: int) -> None:
                 ),
                 "score": st.column_config.NumberColumn("Score", format="%.4f", help=f"Lower is better: {unit}."),
                 "perplexity": st.column_config.NumberColumn(
-                    "Perplexity", format="%.4g", help="Of the calibration text."
+                    "Perplexity", format="%.4g", help="Perplexity of the calibration text."
                 ),
                 "difference": st.column_config.NumberColumn(
-                    "Above the best", format="%.4f", help="Mean difference on the same sequences."
+                    "Above the best", format="%.4f", help="Mean difference from the removed one, on the same sequences."
                 ),
                 "interval": st.column_config.NumberColumn(
-                    f"± ({confidence})", format="%.4f", help="Half width of the interval of that difference."
+                    f"± ({confidence})", format="%.4f", help="Half-width of the interval of that difference."
                 ),
                 "sequences": st.column_config.NumberColumn(
-                    "Sequences", format="%d", help="On how many it was scored: fewer where it left the race."
+                    "Sequences", format="%d", help="Sequences on which it was scored: fewer if it left the race early."
                 ),
-                "verdict": st.column_config.TextColumn("Verdict", help="Tied: the interval contains zero."),
+                "verdict": st.column_config.TextColumn(
+                    "Verdict", help="Statistically tied: the interval of the difference contains zero."
+                ),
             },
         )
         st.download_button(
@@ -146,7 +148,7 @@ def evidence(run: Run, number: int) -> None:
 
 
 def curves(run: Run) -> None:
-    """Perplexity against blocks removed, for every method that was run on the same model and text (Figure 7)."""
+    """Perplexity against blocks removed, for every method run on the same model and text (Figure 7)."""
     if run.stack is None:
         return
     comparable = list(same_model_and_text(run))
@@ -155,68 +157,64 @@ def curves(run: Run) -> None:
     st.subheader("Methods compared", anchor=False)
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     left.caption(
-        "Perplexity against the number of blocks removed, same model and same text (paper, Figure 7). A curve that "
-        "leaves the chart is beyond 30 times the unmodified model's; Compare shows it whole."
+        "Perplexity against the number of blocks removed, for the same model and text (paper, Figure 7). A curve that "
+        f"leaves the chart is beyond {style.READABLE} times the lowest perplexity; **Compare** shows all of it."
     )
     with right, st.container(horizontal=True, horizontal_alignment="right"):
-        text = st.segmented_control(
+        text = switch(
             "Text",
-            ["calibration", "held-out"],
-            default="calibration",
-            required=True,
-            key="text",
-            bind="query-params",
-            label_visibility="collapsed",
-            help="Blocks were chosen on the calibration text; held-out text tells what it really costs.",
+            "text",
+            {"calibration": "Calibration", "held-out": "Held-out"},
+            "Blocks were chosen on the calibration text; held-out text shows what their removal really costs.",
+            hidden_label=True,
         )
-        linear = st.segmented_control(
-            "Axis", ["log", "linear"], default="log", required=True, key="axis", bind="query-params",
-            label_visibility="collapsed", help="Of perplexity.",
-        )  # fmt: skip
-    figure = charts.methods(comparable, held_out=text == "held-out", logarithmic=linear == "log")
+        axis = switch("Axis", "axis", {"log": "Log", "linear": "Linear"}, "The axis of perplexity.", hidden_label=True)
+    figure = charts.methods(comparable, held_out=text == "held-out", logarithmic=axis == "log")
     chart(figure, key="methods", alt="Perplexity by method", table=lambda: charts.methods_table(comparable))
     missing = [
         style.METHOD_NAMES[each.value] for each in Method if all(run.spec.method is not each for run in comparable)
     ]
     if missing:
         st.caption(
-            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run and choose the method there."
+            f"Not run on this model and text: {', '.join(missing)}. Duplicate the run on the **Runs** page and choose "
+            "the method there."
         )
-        st.page_link("../pages/runs.py", label="Go to Runs", icon=":material/list:", query_params={"run": run.run_id})
+        link_to_runs(run.run_id)
 
 
 def same_model_and_text(run: Run) -> list[Run]:
-    """Runs with finished steps whose weights and tokens are the same, this one first; one a method beside it."""
+    """This run and, for each other method, the longest search of the same weights and tokens."""
     assert run.stack is not None
-    found = [run] if run.trace and run.trace.steps else []
+    comparable = [run] if run.trace and run.trace.steps else []
     rows = [each for each in data.outlines() if isinstance(each, Outline) and each.run_id != run.run_id]
     for each in sorted(rows, key=lambda row: -len(row.removal_list)):  # of several, the longest
-        how = (each.spec.method, each.spec.refine)
-        taken = any(how == (have.spec.method, have.spec.refine) for have in found)
+        method = (each.spec.method, each.spec.refine)
+        taken = any(method == (have.spec.method, have.spec.refine) for have in comparable)
         if taken or not each.removal_list or each.num_blocks != run.stack.num_blocks:
             continue
         other = data.load(each.run_id)
         if other.stack and other.stack.tokens_hash == run.stack.tokens_hash and other.stack.is_of_same_model(run.stack):
-            found.append(other)
-    return found
+            comparable.append(other)
+    return comparable
 
 
 def explain() -> None:
-    """For whoever sees it for the first time."""
+    """How to read the page, for those who see it for the first time."""
     st.markdown(
         """
-- **A step** scores every block that is left: how badly would the model, as it is now, predict the calibration text
-  without it? That is **Metric3**, a mean negative log-likelihood in nats per token (paper, 3.2 and Algorithm 1). The
-  block whose absence costs least goes, and everything is scored anew, because what is left has changed.
-- **Bars** show that cost: the score above the one before the step. A lower bar is a block the model misses less. A bar
-  cut off at the top (↑) is a block it cannot do without.
+- **A step** scores every remaining block: how badly does the current model predict the calibration text without it?
+  That is **Metric3**, a mean negative log-likelihood in nats per token (paper, 3.2 and Algorithm 1). The block with the
+  lowest score is removed, and all others are scored again, because the model has changed.
+- **Bars** show that cost: the score minus the score before the step. The model misses a block with a lower bar less. A
+  bar cut off at the top (↑) is a block that the model cannot do without.
 - **Error bars** are the interval of each block's difference to the removed one, over the same sequences. Where it
-  contains zero the two are **tied** (≈): on this text it might as well have been the other. More text tells more apart.
-- **Calibration perplexity** is too good, because blocks were chosen on that text. **Held-out** text took no part in any
-  choice; its band is one standard error either way.
-- **A swap** (`--refine swap`), after the last removal, takes one block back (▲) and removes another. All such swaps are
-  compared with each other and with the list as it is, and the best one is made if it lowers the score beyond its error.
-  Bars then show, for each block, the best swap that removes it: below zero it is better than before.
+  contains zero, the two are **statistically tied** (≈): on this text either might have been removed. Otherwise they are
+  **significantly different**. More text leaves fewer ties.
+- **Calibration perplexity** is too good, because blocks were chosen on that text. No block was chosen on **held-out**
+  text; its band is one standard error either way.
+- **A swap**, in a run that was started with swaps, takes one block back (▲) after the last removal and removes another.
+  All swaps are compared with each other and with the current list, and the best one is made if it lowers the score
+  beyond its error. Bars then show, for each block, the best swap that removes it: below zero is better than before.
 - Arrow keys step, Home and End jump, the space bar plays. The address names the step.
 """
     )

@@ -27,5 +27,5 @@ export default function ({ parentElement }) {
 
 
 def copy_link() -> None:
-    """A button that puts this page's address, with all its choices, on the clipboard."""
+    """Draw a button that copies this page's address, with all its choices."""
     _COPY(key="copy-link", width="content")

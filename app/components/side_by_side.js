@@ -33,12 +33,12 @@ function strip(data) {
   const words = make("p", "words");
   words.append(
     make("b", "", `${share} predictions flipped`),
-    " on the unmodified model’s own text: at the marked tokens the smaller model expects another one."
-      + (flips.size ? " Point at one, or walk along them with the arrow keys." : ""),
+    " on the baseline’s text: at the marked tokens the smaller model predicts another one."
+      + (flips.size ? " Point at one, or use the arrow keys." : ""),
   );
   const box = make("div", "strip");
   box.setAttribute("role", "group");
-  box.setAttribute("aria-label", "The unmodified model’s text; flipped predictions can be focused");
+  box.setAttribute("aria-label", "The baseline’s text; flipped predictions can be focused");
   const tip = make("div", "tip");
   tip.hidden = true;
   const marked = [];
@@ -50,7 +50,7 @@ function strip(data) {
       span.style.setProperty("--sure", flip.after_share.toFixed(3));
       span.tabIndex = marked.length ? -1 : 0;
       span.setAttribute("role", "note");
-      span.setAttribute("aria-label", told(flip));
+      span.setAttribute("aria-label", flipText(flip));
       span.onpointerenter = span.onfocus = () => show(box, tip, span, flip);
       span.onpointerleave = span.onblur = () => { tip.hidden = true; };
       marked.push(span);
@@ -71,7 +71,7 @@ function strip(data) {
 }
 
 function show(box, tip, span, flip) {
-  tip.replaceChildren(row("Unmodified", flip.before, flip.before_share), row("Smaller", flip.after, flip.after_share));
+  tip.replaceChildren(row("Baseline", flip.before, flip.before_share), row("Smaller", flip.after, flip.after_share));
   tip.hidden = false;
   const [line] = span.getClientRects();
   const outer = box.getBoundingClientRect();
@@ -86,8 +86,8 @@ function row(who, token, share) {
   return found;
 }
 
-function told(flip) {
-  return `Unmodified: ${filled(flip.before)}, ${percent(flip.before_share)}. `
+function flipText(flip) {
+  return `Baseline: ${filled(flip.before)}, ${percent(flip.before_share)}. `
     + `Smaller: ${filled(flip.after)}, ${percent(flip.after_share)}.`;
 }
 

@@ -1,6 +1,6 @@
 """Two continuations side by side, and which predictions flipped: a component that draws tokens as data.
 
-Python sends tokens once; sidebyside.js draws, and answers pointer and keys without asking the server. Every text goes
+Python sends tokens once; side_by_side.js draws, and answers pointer and keys without asking the server. Every text goes
 as data and is set as text there.
 """
 
@@ -25,29 +25,29 @@ _VIEW = st.components.v2.component(
 )
 
 
-def draw(found: Generation) -> None:
-    """Both texts, and the unmodified model's own one with the places where the smaller model predicts another token."""
-    _VIEW(key="side-by-side", data=payload(found))
+def draw(answer: Generation) -> None:
+    """Draw both texts, and the baseline's with the places where the smaller model predicts another token."""
+    _VIEW(key="side-by-side", data=payload(answer))
 
 
-def payload(found: Generation) -> dict[str, Any]:
-    """What the browser needs."""
-    before, after = differing(*found.known_apart)
-    blocks = ", ".join(map(str, found.removal_list)) or "nothing"
+def payload(answer: Generation) -> dict[str, Any]:
+    """Data of the component: both texts and the flipped predictions."""
+    before, after = differing(*answer.known_apart)
+    blocks = ", ".join(map(str, answer.removal_list)) or "nothing"
     return {
-        "id": found.question,
-        "prompt": list(found.prompt_tokens),
+        "id": answer.question,
+        "prompt": list(answer.prompt_tokens),
         "texts": [
             {
-                "title": "The unmodified model",
-                "about": _about(found.baseline_tokens, found.baseline_seconds, found.baseline_cached),
-                "tokens": list(found.baseline_tokens),
+                "title": "Baseline",
+                "about": _about(answer.baseline_tokens, answer.baseline_seconds, answer.baseline_cached),
+                "tokens": list(answer.baseline_tokens),
                 "differs": before,
             },
             {
                 "title": f"Without {blocks}",
-                "about": _about(found.tokens, found.list_seconds, found.cached),
-                "tokens": list(found.tokens),
+                "about": _about(answer.tokens, answer.list_seconds, answer.cached),
+                "tokens": list(answer.tokens),
                 "differs": after,
             },
         ],
@@ -59,14 +59,14 @@ def payload(found: Generation) -> dict[str, Any]:
                 "before_share": each.before_probability,
                 "after_share": each.after_probability,
             }
-            for each in found.flips
+            for each in answer.flips
         ],
-        "compared": found.compared,
+        "compared": answer.compared,
     }
 
 
 def differing(before: Sequence[Hashable], after: Sequence[Hashable]) -> tuple[list[int], list[int]]:
-    """Places of the tokens that the other text does not have there, once both are laid beside each other."""
+    """Places at which either text has tokens that the other, aligned with it, does not have."""
     first: list[int] = []
     second: list[int] = []
     for kind, low, high, start, stop in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():

@@ -140,7 +140,7 @@ class Stepper {
       const place = this.find(text);
       place.hidden = first[text] == null;
       place.querySelector(".number").textContent = number(now[text]);
-      place.querySelector(".rise").textContent = this.step ? now[`${text}_rise`] ?? "" : "unmodified";
+      place.querySelector(".rise").textContent = this.step ? now[`${text}_rise`] ?? "" : "baseline";
     }
   }
 
@@ -184,16 +184,16 @@ class Bars {
     for (let block = 0; block < data.blocks; block++) {
       const group = this.svg.appendChild(shape("g", { class: "drawn column" }));
       const parts = { group };
-      for (const name of ["gone", "bar", "texture", "stem", "cap low", "cap high", "cell"])
+      for (const name of ["removed", "bar", "texture", "stem", "cap low", "cap high", "cell"])
         parts[name] = group.appendChild(shape("rect", { class: name, rx: name === "cell" ? 2 : 0 }));
       for (const name of ["mark", "when", "label"])
         parts[name] = group.appendChild(shape("text", { class: name, "text-anchor": "middle" }));
       const hit = group.appendChild(shape("rect", { class: "hit" }));
       hit.addEventListener("pointerenter", () => this.point(block));
       hit.addEventListener("pointerleave", () => this.unpoint());
-      hit.addEventListener("click", () => { // a block that is gone leads to the step in which it went
-        const gone = this.step ? this.data.steps[this.step - 1].gone : {};
-        if (block in gone) this.go(gone[block]);
+      hit.addEventListener("click", () => { // a removed block leads to the step that removed it
+        const removed = this.step ? this.data.steps[this.step - 1].removed_at : {};
+        if (block in removed) this.go(removed[block]);
       });
       parts.hit = hit;
       this.columns.push(parts);
@@ -214,8 +214,8 @@ class Bars {
     const y = (score) => floor - (Math.min(Math.max(score, low), high) - low) / (high - low) * (floor - top);
     this.drawAxis(low, high, y, left, width - right, (shown?.swap ? data.swap_unit : data.unit)[value]);
     this.places = new Map(shown ? shown.blocks.map((block, index) => [block, index]) : []);
-    const gone = step ? shown.gone : {};
-    const before = step > 1 ? data.steps[step - 2].gone : {};
+    const removed = step ? shown.removed_at : {};
+    const before = step > 1 ? data.steps[step - 2].removed_at : {};
     const guarded = new Set(data.protected), tied = new Set(step && shown ? shown.tied : []);
     const fresh = new Set(step && shown ? shown.removed : []), back = new Set(step && shown ? shown.restored : []);
     const every = [1, 2, 5, 10, 20, 50].find((each) => each * band >= 24) ?? 100;
@@ -224,28 +224,28 @@ class Bars {
       const x = left + block * band, inner = Math.max(band * 0.72, 1.5), bar = x + (band - inner) / 2, middle = x + band / 2;
       const score = index == null ? null : shown[value][index];
       const known = score != null;
-      const reach = known ? shown.reaches[index] : null;
+      const half = known ? shown.half_widths[index] : null;
       const chosen = step && index === shown?.chosen;
       const kind = chosen ? "chosen" : tied.has(index) && index != null ? "tied" : "candidate";
-      column.group.setAttribute("class", `drawn column ${kind}${block in gone ? " out" : ""}${guarded.has(block) ? " guarded" : ""}`);
+      column.group.setAttribute("class", `drawn column ${kind}${block in removed ? " out" : ""}${guarded.has(block) ? " guarded" : ""}`);
       const end = known ? y(score) : floor, base = y(Math.max(0, low));
       place(column.bar, bar, Math.min(end, base), inner, known ? Math.max(Math.abs(base - end), 1) : 0);
       place(column.texture, bar, Math.min(end, base), inner, known && kind === "tied" ? Math.max(Math.abs(base - end), 1) : 0);
-      const whole = known && reach != null && reach > 0;
-      const up = whole ? y(score + reach) : end, down = whole ? y(score - reach) : end;
+      const whole = known && half != null && half > 0;
+      const up = whole ? y(score + half) : end, down = whole ? y(score - half) : end;
       place(column.stem, middle - 0.75, up, 1.5, whole ? Math.max(down - up, 0) : 0);
       const cap = Math.min(inner * 0.6, 9);
-      place(column["cap high"], middle - cap / 2, up, cap, whole && score + reach < high ? 1.5 : 0);
+      place(column["cap high"], middle - cap / 2, up, cap, whole && score + half < high ? 1.5 : 0);
       place(column["cap low"], middle - cap / 2, down - 1.5, cap, whole ? 1.5 : 0);
       const hatched = block in before && index == null;
-      place(column.gone, bar, top, inner, hatched ? floor - top : 0);
+      place(column.removed, bar, top, inner, hatched ? floor - top : 0);
       const cut = known && score > high;
       const mark = chosen ? "▼" : kind === "tied" ? "≈" : cut ? "↑" : index != null && !known ? "×" : back.has(block) ? "▲" : "";
       column.mark.textContent = mark;
       at(column.mark, middle, Math.min(whole ? up : end, base) - 5); // a bar that hangs below zero has it on the line
       place(column.cell, bar, floor + 8, inner, strip);
       column.cell.classList.toggle("fresh", fresh.has(block) || back.has(block));
-      column.when.textContent = block in gone && band > 7 ? String(gone[block]) : "";
+      column.when.textContent = block in removed && band > 7 ? String(removed[block]) : "";
       column.when.classList.toggle("upright", band <= 14);
       at(column.when, middle + (band <= 14 ? 3.5 : 0), floor + 8 + strip / 2 + (band <= 14 ? 0 : 4), band <= 14 ? -90 : 0);
       column.label.textContent = block % every === 0 ? String(block) : "";
@@ -286,25 +286,26 @@ class Bars {
     const shown = data.steps[Math.max(step, 1) - 1];
     const index = this.places.get(block);
     const lines = [];
-    const [start, end] = index == null || shown.swap ? [block, block] : shown.names[index].split("–").map(Number);
-    for (let each = start; each <= (end ?? start); each++) this.columns[each].group.classList.add("within");
+    const chunk = index == null ? null : shown.chunks[index];
+    const [start, end] = chunk ?? [block, block];
+    for (let each = start; each <= end; each++) this.columns[each].group.classList.add("within");
     this.columns[block].group.classList.add("pointed");
     if (index != null) {
       const name = shown.names[index];
-      lines.push(["strong", shown.swap ? name : name.includes("–") ? `Blocks ${name}` : `Block ${block}`]);
+      lines.push(["strong", shown.swap ? name : chunk ? `Blocks ${name}` : `Block ${block}`]);
       lines.push(["span", `score ${number(shown.scores[index], 4)} ${data.score_name}`]);
       if (shown.perplexities[index] != null) lines.push(["span", `perplexity ${number(shown.perplexities[index])}`]);
       if (step && index === shown.chosen) lines.push(["em", shown.swap ? "swapped in this step" : "removed in this step"]);
       else if (shown.differences[index] == null) lines.push(["em", "its predictions were not numbers"]);
       else {
-        const reach = shown.reaches[index] == null ? "" : ` ± ${number(shown.reaches[index], 4)}`;
-        lines.push(["span", `${number(shown.differences[index], 4)}${reach} above the best`]);
-        lines.push(["em", shown.tied.includes(index) ? "tied: it might as well have been this one" : "told apart"]);
+        const half = shown.half_widths[index] == null ? "" : ` ± ${number(shown.half_widths[index], 4)}`;
+        lines.push(["span", `${number(shown.differences[index], 4)}${half} above the best`]);
+        lines.push(["em", data.verdicts[shown.tied.includes(index) ? "tied" : "different"]]);
       }
     } else if (step && shown.restored.includes(block)) lines.push(["strong", `Block ${block}`], ["em", "taken back in this step"]);
-    else if (step && block in shown.gone) lines.push(["strong", `Block ${block}`], ["em", `removed in step ${shown.gone[block]}`]);
+    else if (step && block in shown.removed_at) lines.push(["strong", `Block ${block}`], ["em", `removed in step ${shown.removed_at[block]}`]);
     else if (data.protected.includes(block)) lines.push(["strong", `Block ${block}`], ["em", "protected: never a candidate"]);
-    else lines.push(["strong", `Block ${block}`], ["em", "no candidate of this step"]);
+    else lines.push(["strong", `Block ${block}`], ["em", "not a candidate in this step"]);
     this.tip.replaceChildren(...lines.map(([name, text]) => element(name, "", text)));
     this.tip.hidden = false;
     const hit = this.columns[block].hit.getBoundingClientRect(), frame = this.tip.parentElement.getBoundingClientRect();

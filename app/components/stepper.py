@@ -13,8 +13,9 @@ import streamlit as st
 from app.wording import rise_in_words
 from sleb.methods.statistics import Comparison
 from sleb.records import Run
+from sleb.report.figures import step_animation, style
 from sleb.report.figures import steps as charts
-from sleb.report.summaries import step_comparison
+from sleb.report.summaries import step_comparison, step_words
 
 _HERE = Path(__file__).resolve().parent
 _STEPPER = st.components.v2.component(
@@ -26,13 +27,13 @@ _STEPPER = st.components.v2.component(
 
 
 def draw(data: dict[str, Any], *, key: str) -> int | None:
-    """The component; the step it has been left at, once it rests."""
-    found = _STEPPER(key=key, data=data, on_step_change=lambda: None)
-    return found.step if isinstance(found.step, int) else None
+    """Draw the component; returns the step at which the user left it, once it rests."""
+    state = _STEPPER(key=key, data=data, on_step_change=lambda: None)
+    return state.step if isinstance(state.step, int) else None
 
 
 def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
-    """What the component draws: all steps with their candidates, the curve, the axes. One comparison a step."""
+    """Data of the component: all steps with their candidates, curve and axes; `evidence` has a comparison a step."""
     assert run.trace is not None
     assert run.stack is not None
     whole = [step_comparison.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
@@ -41,7 +42,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     axes: dict[str, list[float]] = {}
     for name in ("rises", "differences"):
         tops = [
-            charts.reach_of_axis(getattr(each, name), each.reaches, (each.chosen, *each.tied), 0.75)
+            step_animation.extent_of_axis(getattr(each, name), each.half_widths, (each.chosen, *each.tied), 0.75)
             for each in compared
         ]
         bottoms = [_lowest(getattr(each, name)) for each in compared]
@@ -62,98 +63,55 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
         "axis": axes,
         "interval": f"{run.spec.confidence:.0%} interval of the difference" if _has_intervals(compared) else "",
         "words": _before(run),
-        "steps": [_step(each, words(every, run.spec.confidence)) for each, every in zip(compared, whole, strict=True)],
+        "verdicts": {"tied": style.TIED_VERDICT, "different": style.DIFFERENT},
+        "steps": [
+            _step(each, step_words.words(every, run.spec.confidence))
+            for each, every in zip(compared, whole, strict=True)
+        ],
         "curve": _curve(run),
     }
 
 
-def _step(shown: step_comparison.Bars, told: str) -> dict[str, Any]:
+def _step(shown: step_comparison.Bars, text: str) -> dict[str, Any]:
     step = shown.step
-    chunk = "–" in shown.names[shown.chosen]  # chosen whole, whatever an earlier chunk had taken
+    chunk = shown.removes_chunk  # in one piece, whatever an earlier chunk had taken
+    removed_at = step_comparison.removed_at_after(shown)
+    if chunk:
+        removed_at = dict.fromkeys(step.removal_list, step.number)
     return {
         "number": step.number,
         "swap": step.is_swap,
         "removed": list(step.removal_list if chunk else step.removed),
         "restored": list(step.restored) if step.is_swap else [],
         "list": list(step.removal_list),
-        "gone": dict.fromkeys(step.removal_list, step.number) if chunk else step_comparison.gone_after_step(shown),
+        "removed_at": removed_at,
         "blocks": list(shown.blocks),
         "names": list(shown.names),
+        "chunks": [None if each is None else [each[0], each[-1]] for each in shown.chunks],
         "scores": _short(shown.scores),
         "rises": _short(shown.rises),
         "differences": _short(shown.differences),
-        "reaches": _short(shown.reaches),
+        "half_widths": _short(shown.half_widths),
         "perplexities": _short([each.perplexity for each in shown.candidates]),
         "chosen": shown.chosen,
         "tied": list(shown.tied),
-        "words": told,
+        "words": text,
     }
 
 
-def words(shown: step_comparison.Bars, confidence: float) -> str:
-    """What happened in a step, and how sure it is, in one or two sentences."""
-    step = shown.step
-    if step.is_swap:
-        return _words_of_swap(shown, confidence)
-    chunk = len(step.candidates[shown.chosen].skipped) == len(step.removal_list) > 1 and bool(step.restored)
-    if chunk or "–" in shown.names[shown.chosen]:
-        text = f"Step {step.number} removed blocks {shown.names[shown.chosen]}"
-        text += f" and took {_and(step.restored)} back" if step.restored else ""
-    else:
-        text = f"Step {step.number} removed block {_and(step.removed)}"
-    if step.margin is None:
-        return f"{text}, the only candidate{'' if len(step.candidates) == 1 else ' whose predictions are numbers'}."
-    others = [shown.names[index] for index in shown.tied]
-    if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
-        return f"{text}: {_margin(shown, confidence)} better than the next best, but one sequence tells nobody apart."
-    if not others:
-        return f"{text}: {_margin(shown, confidence)} better than the next best, told apart."
-    if len(others) > 8:
-        return f"{text}, tied with {len(others)} others: on this text it could as well have been one of them."
-    return f"{text}, tied with {_and(others)}: the next best is {_margin(shown, confidence)} behind."
-
-
-def _words_of_swap(shown: step_comparison.Bars, confidence: float) -> str:
-    step = shown.step
-    text = f"Step {step.number}, a swap: {shown.names[shown.chosen]}"
-    if step.improvement is not None:
-        objective = step.candidates[0].objective
-        error = step.improvement_standard_error
-        text += f", {step.improvement:.4f} {step_comparison.UNITS[objective]} better than before"
-        text += f" (standard error {error:.4f})" if error is not None else ""
-    if step.margin is None:
-        return f"{text}; the only swap{'' if len(step.candidates) == 1 else ' whose predictions are numbers'}."
-    if shown.tied:
-        return f"{text}; tied with {step_comparison.swaps_in_words(len(shown.tied))}."
-    return f"{text}; {_margin(shown, confidence)} better than the next best swap, told apart."
-
-
-def _margin(shown: step_comparison.Bars, confidence: float) -> str:
-    """How far the next best is behind, with the half width of its interval, which is what calls it tied."""
-    if len(shown.scores) < 2 or np.isnan(np.delete(shown.scores, shown.chosen)).all():
-        return f"{shown.step.margin:.4f}"
-    next_best = int(np.nanargmin(np.where(np.arange(len(shown.scores)) == shown.chosen, np.nan, shown.scores)))
-    reach = float(shown.reaches[next_best])
-    objective = shown.step.candidates[0].objective
-    unit = "" if objective == "metric1" else f" {step_comparison.UNITS[objective]}"
-    if not math.isfinite(reach):
-        return f"{shown.step.margin:.4f}{unit}"
-    return f"{shown.step.margin:.4f}{unit} (± {reach:.4f} at {confidence:.0%})"
-
-
 def _has_intervals(compared: Sequence[step_comparison.Bars]) -> bool:
-    return any((each.reaches[np.isfinite(each.reaches)] > 0).any() for each in compared)
+    return any((each.half_widths[np.isfinite(each.half_widths)] > 0).any() for each in compared)
 
 
 def _before(run: Run) -> str:
     assert run.trace is not None
     candidates = len(run.trace.steps[0].candidates) if run.trace.steps else 0
     compare = f" Step 1 compares {candidates} candidates." if candidates > 1 else ""
-    return f"The unmodified model: all blocks are in place.{compare}"
+    return f"The baseline: all blocks are in place.{compare}"
 
 
 def _curve(run: Run) -> list[dict[str, float | str | None]]:
-    """Perplexity after 0 .. n steps, with the rise over the unmodified model in words."""
+    """Perplexity after 0 .. n steps, with the rise over the baseline in words."""
     table = charts.curve_table(run)
     points: list[dict[str, float | str | None]] = []
     for row in table.to_dict("records"):
@@ -170,7 +128,7 @@ def _curve(run: Run) -> list[dict[str, float | str | None]]:
 
 
 def _rise(ratio: float, spread: float) -> str:
-    """`spread` is the ratio of the bounds of one standard error either way."""
+    """A rise in words; `spread` is the ratio of the bounds of one standard error either way."""
     error = ratio * math.log(spread) / 2 if math.isfinite(spread) and spread > 1 else None
     return rise_in_words(ratio, error)
 
@@ -181,14 +139,9 @@ def _lowest(values: Any) -> float:
 
 
 def _short(values: Any) -> list[float | None]:
-    """Six digits are more than a screen shows; what is not a number is null."""
+    """Numbers with six digits, more than a screen shows; None in the place of what is not a number."""
     return [_finite(value, 6) for value in values]
 
 
 def _finite(value: float | None, digits: int = 8) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.{digits}g}")
-
-
-def _and(values: Sequence[object]) -> str:
-    words = [str(value) for value in values]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]

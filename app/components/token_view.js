@@ -40,10 +40,10 @@ class View {
     const before = this.data;
     this.data = data;
     if (!before || before.run !== data.run) {
-      this.picked = this.told = data.token;
+      this.picked = this.announced = data.token;
       this.build();
-    } else if (before.token !== data.token && this.told === this.picked) {
-      this.picked = this.told = data.token; // back and forth in the browser
+    } else if (before.token !== data.token && this.announced === this.picked) {
+      this.picked = this.announced = data.token; // back and forth in the browser
     }
     this.draw();
   }
@@ -73,11 +73,11 @@ class View {
     this.draw();
     if (focus) this.spans[wanted].focus();
     clearTimeout(this.telling);
-    if (changed || this.told !== wanted) this.telling = setTimeout(() => this.say(), now ? 0 : TELL_AFTER);
+    if (changed || this.announced !== wanted) this.telling = setTimeout(() => this.say(), now ? 0 : TELL_AFTER);
   }
 
   say() {
-    this.told = this.picked;
+    this.announced = this.picked;
     this.tell(this.picked);
   }
 
@@ -159,7 +159,7 @@ class View {
     about.push(part("settled "), make("strong", "", token.first === token.settled ? "from there on" : `after block ${token.settled}`));
     about.push(part("."));
     this.about.replaceChildren(...about);
-    const gone = new Set(removed);
+    const isRemoved = new Set(removed);
     const rows = token.top.map((best, block) => {
       const row = make("div", "row");
       row.setAttribute("role", "row");
@@ -169,11 +169,11 @@ class View {
       row.classList.toggle("settled", settled);
       const head = row.appendChild(make("span", "block", String(block)));
       head.setAttribute("role", "rowheader");
-      head.classList.toggle("gone", gone.has(block));
+      head.classList.toggle("removed", isRemoved.has(block));
       const [background, ink] = this.data.colours[block];
       head.style.setProperty("--depth", background);
       head.style.setProperty("--ink", ink);
-      head.title = `after block ${block}${gone.has(block) ? ", which this run removes" : ""}`;
+      head.title = `after block ${block}${isRemoved.has(block) ? ", which this run removes" : ""}`;
       const mark = row.appendChild(make("span", "mark", block === token.first ? "◆" : block === token.settled ? "■" : agrees ? "✓" : ""));
       mark.title = block === token.first ? "first agreement" : block === token.settled ? "settles here" : agrees ? "agrees" : "";
       for (const [rank, [word, mille]] of best.entries()) {
@@ -195,7 +195,7 @@ class View {
       legendItem("", "◆", "first agreement"),
       legendItem("", "■", "settles"),
       legendItem("", "✓", "agrees"),
-      ...(removed.length ? [legendItem("block gone", "7", "removed by this run")] : []),
+      ...(removed.length ? [legendItem("block removed", "7", "removed by this run")] : []),
     );
   }
 }

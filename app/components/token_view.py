@@ -1,6 +1,6 @@
 """The token view: a passage coloured by where predictions settle, and the predictions of the token that is picked.
 
-Python sends numbers and texts once; tokenview.js draws, and answers clicks and keys without asking the server. Every
+Python sends numbers and texts once; token_view.js draws, and answers clicks and keys without asking the server. Every
 text goes as data and is set as text there.
 """
 
@@ -27,9 +27,9 @@ _VIEW = st.components.v2.component(
 
 
 def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> None:
-    """The passage with its predictions, coloured by the `first` or the `settled` exit.
+    """Draw the passage with its predictions, coloured by the `first` or the `settled` exit.
 
-    The token that is picked is kept in the URL as `token`, counted from 0.
+    The address keeps the picked token as `token`, counted from 0.
     """
     key = f"tokens-{run.run_id}"
 
@@ -41,20 +41,20 @@ def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> Non
     _VIEW(
         key=key,
         data=view_data(passage, num_blocks, run.removal_list)
-        | {"run": run.run_id, "exit": exit_at, "token": asked(st.query_params.get("token"), passage)},
+        | {"run": run.run_id, "exit": exit_at, "token": wanted_token(st.query_params.get("token"), passage)},
         on_token_change=picked,
     )
 
 
-def asked(text: str | None, passage: Passage) -> int:
-    """The token of the URL if it is one, else one worth a look: it is decided early and changes its mind."""
+def wanted_token(text: str | None, passage: Passage) -> int:
+    """The token of the address, else an interesting one: decided early, after its prediction has changed."""
     if text is not None and text.isascii() and text.isdecimal() and len(text) < 9 and int(text) < len(passage.tokens):
         return int(text)
     return max(range(len(passage.tokens)), key=lambda place: _worth(passage, place), default=0)
 
 
 def _worth(passage: Passage, place: int) -> tuple[bool, int, int]:
-    """How much there is to see: a word that is decided before the end, after some going back and forth."""
+    """A key that sorts tokens by interest: a word decided before the last block, after some changes."""
     token = passage.tokens[place]
     final = token.top[-1][0][0] if token.top and token.top[-1] else ""
     early = token.settled_exit < len(token.top) - 1
@@ -62,10 +62,10 @@ def _worth(passage: Passage, place: int) -> tuple[bool, int, int]:
 
 
 def view_data(passage: Passage, num_blocks: int, removed: tuple[int, ...]) -> dict[str, Any]:
-    """What the browser needs, each token's text once: a prediction repeats at most blocks.
+    """Data of the component, with each token's text once, since predictions repeat at most blocks.
 
-    Tokens are told apart by their ids. Without ids (`known` is false) equal texts may be different tokens: then only
-    the exits say which predictions are the final one.
+    Ids distinguish the tokens. Without ids (`known` is false) equal texts may be different tokens: then only the exits
+    say which predictions are the final one.
     """
     places: dict[int | str, int] = {}
     words: list[str] = []
@@ -104,19 +104,13 @@ def view_data(passage: Passage, num_blocks: int, removed: tuple[int, ...]) -> di
 
 
 def has_ids(passage: Passage) -> bool:
-    """Whether it is known which token is which."""
+    """Whether the passage keeps the ids of its tokens."""
     return all(each.id is not None for each in passage.tokens)
 
 
 def block_colours(num_blocks: int) -> list[list[str]]:
-    """Of each block, from the first to the last: a background from the scale, and black or white to read on it."""
+    """Background and text colour for each block, from the first to the last."""
     depth = [block / max(num_blocks - 1, 1) for block in range(num_blocks)]
     channels = sample_colorscale(style.SCALE, depth, colortype="tuple")
-    return [["#" + "".join(f"{round(255 * each):02x}" for each in rgb), _ink(rgb)] for rgb in channels]
-
-
-def _ink(rgb: tuple[float, float, float]) -> str:
-    """Black or white, whichever is read better on a colour (WCAG 2 contrast)."""
-    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in rgb]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
+    backgrounds = ["#" + "".join(f"{round(255 * each):02x}" for each in rgb) for rgb in channels]
+    return [[each, style.ink_on(each)] for each in backgrounds]

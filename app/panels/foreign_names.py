@@ -1,4 +1,4 @@
-"""The question before a job reads what a run folder from elsewhere names: shown, and confirmed by whoever presses."""
+"""The question before a job reads what a run folder from elsewhere names: a user has to confirm it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from app.wording import in_fields, plain
 from sleb.errors import RunError, SlebError, UnconfirmedNames
 from sleb.records import JobSpec, Run
 
-_ASKED = "foreign-names"
-"""In the session: runs and the jobs that wait for an answer, the first one asked about first."""
+_WAITING = "foreign-names"
+"""Key, in the session, of runs and their jobs that wait for an answer, in order."""
 
 
 def go_on(run: Run, job: JobSpec, *, again: bool = False) -> bool:
-    """Start a job of a run; False where the user is asked first, by `ask`. Raises `SlebError` where it cannot be."""
+    """Start a job of a run; False where `ask` has to ask the user first. Raises `SlebError` where it cannot start."""
     try:
         actions.go_on(run, job, again=again)
     except UnconfirmedNames:
-        st.session_state.setdefault(_ASKED, []).append((run.run_id, job, again))
+        st.session_state.setdefault(_WAITING, []).append((run.run_id, job, again))
         return False
     return True
 
 
 def is_asked() -> bool:
-    """Whether a question waits for its answer."""
-    return bool(st.session_state.get(_ASKED))
+    """Whether a question waits for an answer."""
+    return bool(st.session_state.get(_WAITING))
 
 
 def ask() -> None:
-    """The question, if a job waits for its answer. Called by the page itself, never by a part of it that is drawn anew
-    by its own (see `really_delete` of the Runs page).
+    """Draw the question, if a job waits for an answer.
+
+    The page itself calls it, never a part that is drawn by itself (see `really_delete` of the Runs page).
     """
-    while waiting := st.session_state.get(_ASKED):
+    while waiting := st.session_state.get(_WAITING):
         run_id, job, again = waiting[0]
         try:
             run = data.load(run_id)
@@ -47,16 +48,16 @@ def ask() -> None:
 
 
 def _answered() -> None:
-    """However the question goes away, it is not asked again."""
-    if st.session_state.get(_ASKED):
-        st.session_state[_ASKED].pop(0)
+    """Forget the question, however it was closed."""
+    if st.session_state.get(_WAITING):
+        st.session_state[_WAITING].pop(0)
 
 
 @st.dialog("Read what this run names?", on_dismiss=_answered)
 def _really_read(run: Run, job: JobSpec, again: bool, names: tuple[str, ...]) -> None:
     st.markdown(
-        "This run folder was written on another machine, or changed since. It names what is to be read on this one; go "
-        "on only if you know all of it:"
+        "This run folder was written on another machine, or changed since. The job would read the following on this "
+        "one; continue only if you know all of it:"
     )
     st.code("\n".join(map(_on_one_line, names)), language=None, wrap_lines=True)
     with st.container(horizontal=True):

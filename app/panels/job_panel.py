@@ -1,6 +1,6 @@
-"""Jobs that judge lists, from the browser: start one, watch it, stop it, say how it ended.
+"""Jobs that evaluate lists, from the browser: start and stop one, watch it, say how it ended.
 
-Everything shown is read from the run folder, so a reload loses nothing; the process belongs to no browser.
+Everything shown is read from the run folder, so a reload loses nothing; no browser owns the process.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ WORDS = {
 
 
 def start(run: Run, record: type[Any], lists: Sequence[RemovalList], *, device: str = "auto", **settings: Any) -> bool:
-    """A process that answers a question about the run's lists, or the sentence that says why not.
+    """Start a job about the run's lists, or show the sentence that says why not; returns whether it started.
 
-    `record` is the question's class and `settings` its fields.
+    `record` is the class of the request and `settings` its fields.
     """
     try:
         ask = request.ask_of(record, lists=tuple(each for each in lists if each), **settings)
@@ -48,7 +48,7 @@ def start(run: Run, record: type[Any], lists: Sequence[RemovalList], *, device: 
 
 
 def bar(run: Run) -> None:
-    """The run's process while there is one, else why the last one brought nothing."""
+    """Draw the run's process while there is one, else why the last one did not finish."""
     if job_processes.active(run) is not None:
         _watch(run)
         return
@@ -59,7 +59,7 @@ def bar(run: Run) -> None:
 
 @st.fragment(run_every=1)
 def _watch(run: Run) -> None:
-    """The job as it is now, every second until it is over; the page is drawn anew with each finding."""
+    """Draw the job every second until it has ended, and the page again with each finding."""
     job = job_processes.active(run.model_copy(update={"jobs": job_folder.read_jobs(run.run_dir)}))
     if job is None:
         st.rerun()
@@ -70,23 +70,23 @@ def _watch(run: Run) -> None:
         left, right = st.columns([6, 1], vertical_alignment="center")
         with left, st.container(horizontal=True, vertical_alignment="center"):
             badge(job.status.state)
-            st.markdown(f"**{WORDS[job.spec.kind]}**{plain(_of_what(job))}")
+            st.markdown(f"**{WORDS[job.spec.kind]}**{plain(_about(job))}")
             if job.status.started is not None:
                 st.caption(duration(max(0.0, time.time() - job.status.started)))
         with right:
             if not access.rule().read_only and st.button(
-                "Stop", icon=":material/stop:", help="What was found so far is kept.", width="stretch"
+                "Stop", icon=":material/stop:", help="Results so far are kept.", width="stretch"
             ):
                 stop_job(run)
         progress(job)
 
 
-def _of_what(job: Job) -> str:
+def _about(job: Job) -> str:
     ask = job.spec.ask
     if ask is None:
         return ""
     count = len(ask.lists)
-    return f": {count} list{'s' if count > 1 else ''} beside the unmodified model" if count else ""
+    return f": {count} list{'s' if count > 1 else ''} beside the baseline" if count else ""
 
 
 def _how_it_ended(run: Run, job: Job) -> None:
@@ -94,13 +94,13 @@ def _how_it_ended(run: Run, job: Job) -> None:
     if state is JobState.FINISHED:
         return
     message = plain(in_fields(job_processes.last_word(job)))
-    what = WORDS[job.spec.kind]
+    work = WORDS[job.spec.kind]
     if state is JobState.FAILED:
-        st.error(f"{what} failed: {message}", icon=":material/error:")
+        st.error(f"{work} failed: {message}", icon=":material/error:")
     elif state is JobState.QUEUED:
-        st.warning(f"{what} never began: its process did not start.", icon=":material/stop:")
+        st.warning(f"{work} did not start: its process never ran.", icon=":material/stop:")
     else:
         word = state_word(state).lower()
-        why = "" if job.status.message == "Stopped on request." else f": {message}"
-        st.warning(f"{what} was {word}{why or '.'} What was found until then is kept.", icon=":material/stop:")
+        why = "" if state is JobState.STOPPED else f": {message}"
+        st.warning(f"{work} was {word}{why or '.'} Results until then are kept.", icon=":material/stop:")
     log_of(run, job)

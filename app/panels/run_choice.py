@@ -1,4 +1,4 @@
-"""Which runs and published lists stand side by side: chosen on the page, kept in the address bar and the session."""
+"""The runs and published lists of a comparison: chosen on the page, kept in the address and the session."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import streamlit as st
 
 from app import data, page
 from app.page import default_run_id
-from app.wording import method_name, model_name, plain
+from app.wording import in_fields, method_name, model_name, plain
 from sleb.errors import RunError
 from sleb.formats.published_lists import PUBLISHED, PublishedList, published, published_for
 from sleb.records import Run
@@ -16,19 +16,19 @@ MOST_RUNS, MOST_AT_FIRST = 8, 6
 
 
 def choose_runs(rows: list[Outline]) -> list[Run]:
-    """Runs of the URL, of the session, or the current one and its kin; what is asked for in vain is said."""
+    """Runs of the address, of the session, or the current one and its kin; warns of those that do not exist."""
     searches = [each for each in rows if each.spec.kind == "search"]
     by_id = {each.run_id: each for each in searches}
-    asked = st.query_params.get("runs")
-    wanted = asked.split(",") if asked is not None else st.session_state.get("compare_runs")
+    address = st.query_params.get("runs")
+    wanted = address.split(",") if address is not None else st.session_state.get("compare_runs")
     if wanted is None:
-        current = page.asked(rows)
+        current = page.wanted_run(rows)
         wanted = _kin(by_id, current if current in by_id else default_run_id(searches))
     known = list(dict.fromkeys(each for each in wanted if each in by_id))[:MOST_RUNS]
     for missing in [each for each in dict.fromkeys(wanted) if each and each not in by_id][:3]:
-        why = f"There is no search {plain(missing[:80])} to compare: it was deleted, or removes no block."
+        why = f"Run {plain(missing[:80])} cannot be compared: it was deleted, or it is not a search."
         st.warning(why, icon=":material/link_off:")
-    if asked is not None and not known and any(wanted):
+    if address is not None and not known and any(wanted):
         known = _kin(by_id, default_run_id(searches))
     if st.session_state.get("compare-runs") != known:
         st.session_state["compare-runs"] = known
@@ -43,16 +43,16 @@ def choose_runs(rows: list[Outline]) -> list[Run]:
         max_selections=MOST_RUNS,
         wrap=True,
         placeholder="Choose runs to compare",
-        help="Every search of the store. At first the current run and others of the same model are chosen. "
-        "The address bar names them, so a copied link shows the same comparison.",
+        help="All searches. At first, the current run and others of the same model are chosen. The address names them, "
+        "so a copied link shows the same comparison.",
     )
     return _load(chosen)
 
 
 def _run_label(run: Outline) -> str:
-    """Shorter than elsewhere: several stand in one line."""
-    what = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
-    return f"{what} (sample)" if data.is_sample(run) else f"{what}, {len(run.removal_list)} removed ({run.run_id})"
+    """A label of a run, shorter than elsewhere because several stand in one line."""
+    name = f"{model_name(run.spec).split('/')[-1]}, {method_name(run.spec)}"
+    return f"{name} (sample)" if data.is_sample(run) else f"{name}, {len(run.removal_list)} removed ({run.run_id})"
 
 
 def _remember_runs() -> None:
@@ -61,36 +61,36 @@ def _remember_runs() -> None:
 
 
 def _kin(by_id: dict[str, Outline], run_id: str) -> list[str]:
-    """The run, and of each other method on the same model the one that removed most; of the same text first.
+    """The run and, for each other method on the same model, the one that removed most, the same text first.
 
     With swaps and without are two methods here.
     """
     chosen = by_id[run_id].spec
     others = [each for each in by_id.values() if each.spec.model == chosen.model and each.last]
     others.sort(key=lambda each: (each.spec.calibration != chosen.calibration, -len(each.removal_list)))
-    found = {(chosen.method, chosen.refine): run_id}
+    kin = {(chosen.method, chosen.refine): run_id}
     for each in others:
-        found.setdefault((each.spec.method, each.spec.refine), each.run_id)
-    return list(found.values())[:MOST_AT_FIRST]
+        kin.setdefault((each.spec.method, each.spec.refine), each.run_id)
+    return list(kin.values())[:MOST_AT_FIRST]
 
 
 def _load(run_ids: list[str]) -> list[Run]:
-    found = []
+    runs = []
     for run_id in run_ids:
         try:
-            found.append(data.load(run_id))
+            runs.append(data.load(run_id))
         except RunError as error:
-            st.warning(plain(error), icon=":material/broken_image:")
-    return found
+            st.warning(plain(in_fields(error)), icon=":material/broken_image:")
+    return runs
 
 
 def choose_published(runs: list[Run]) -> list[PublishedList]:
-    """Lists of the URL; without a choice, those for the models of the runs."""
+    """Published lists of the address; without a choice, those for the models of the runs."""
     fitting = {
         each.key: None for run in runs if run.stack for each in published_for(run.spec.model, run.stack.num_blocks)
     }
-    asked = st.query_params.get("published")
-    wanted = list(fitting) if asked is None else [each for each in asked.split(",") if published(each)]
+    address = st.query_params.get("published")
+    wanted = list(fitting) if address is None else [each for each in address.split(",") if published(each)]
     if st.session_state.get("compare-published") != wanted:
         st.session_state["compare-published"] = wanted
     chosen = st.multiselect(
@@ -101,14 +101,14 @@ def choose_published(runs: list[Run]) -> list[PublishedList]:
         on_change=_remember_published,
         wrap=True,
         placeholder="Add a list from the paper",
-        help="The removal lists of the SLEB paper (Table 4): 10 %, then what is added for 20 %. Those for the models "
-        "of the chosen runs are shown at once; add any other by hand.",
+        help="Removal lists of the SLEB paper (Table 4): 10 %, then the blocks added for 20 %. Lists for the models of "
+        "the chosen runs are shown from the start; add any other.",
     )
-    found = [each for each in map(published, chosen) if each is not None]
-    for each in found:
+    lists = [each for each in map(published, chosen) if each is not None]
+    for each in lists:
         if each.remark:
             st.caption(f"{plain(each.model)}: {plain(each.remark)}")
-    return found
+    return lists
 
 
 def _published_label(key: str) -> str:

@@ -156,7 +156,7 @@ def forecast(asked: Asked) -> None:
 def _probe(asked: Asked, timed: Forecast | None) -> None:
     if device_queue.queue(run_folder.home(), asked.job.device):
         st.caption("Another run is using the device: it comes first, and an estimate now would be too long.")
-    running: forecast_process.Probe | None = st.session_state.get("probe")
+    running: forecast_process.TimingProbe | None = st.session_state.get("probe")
     if running is not None:
         _watch()
         return
@@ -174,7 +174,7 @@ def _probe(asked: Asked, timed: Forecast | None) -> None:
 
 @st.fragment(run_every=1.0)
 def _watch() -> None:
-    running: forecast_process.Probe | None = st.session_state.get("probe")
+    running: forecast_process.TimingProbe | None = st.session_state.get("probe")
     if running is None:
         return
     found = running.poll()

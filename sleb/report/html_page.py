@@ -17,17 +17,19 @@ from plotly.offline import get_plotlyjs
 
 
 def section(title: str, *parts: str) -> str:
+    """A section with its headline; `title` is text, `parts` are HTML."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
 def facts(rows: Iterable[tuple[str, object]], *, code: bool = False) -> str:
+    """Names and values as a list of definitions; `code` sets the values as code."""
     tag = ("<code>", "</code>") if code else ("", "")
     shown = "".join(f"<dt>{escape(name)}</dt><dd>{tag[0]}{escape(str(value))}{tag[1]}</dd>" for name, value in rows)
     return f"<dl>{shown}</dl>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, marked: int | None = None) -> str:
-    """`marked` is the row (from 0) of the list that the report is about."""
+    """A table of text; `marked` is the row (from 0) that stands out."""
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = "".join(
         ('<tr class="marked">' if place == marked else "<tr>")
@@ -39,7 +41,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, marked: int 
 
 
 def plot(figure: go.Figure, alt: str, kind: str = "") -> str:
-    """A figure as data: a script of the page draws it."""
+    """A figure as data, which a script of the page draws."""
     axis = dict(
         gridcolor="rgba(128,128,128,0.22)", linecolor="rgba(128,128,128,0.5)", zerolinecolor="rgba(128,128,128,0.4)"
     )
@@ -122,7 +124,7 @@ addEventListener("afterprint", fit);
 
 @lru_cache(maxsize=1)
 def _plotly() -> str:
-    """Plotly's own script; nothing in it may end the element it stands in."""
+    """Plotly's own script, escaped so that it does not end the element around it."""
     return str(get_plotlyjs()).replace("</script", "<\\/script")
 
 

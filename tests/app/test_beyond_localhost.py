@@ -9,7 +9,6 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from sleb.records import Job, JobState
-from sleb.runtime.processes import job_processes
 from tests.support.dashboard import Allow, open_page, press, started_with, words
 from tests.support.runs import judged
 from tests.support.runs.stores import write_run
@@ -24,14 +23,6 @@ STARTING = {
 def allow(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allow]:
     with started_with(monkeypatch) as start:
         yield start
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Jobs that would have been started: their process is tested elsewhere."""
-    found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
-    return found
 
 
 def labels(app: AppTest) -> set[str]:

@@ -32,7 +32,7 @@ from sleb.records import (
     Timing,
 )
 from sleb.report.figures.evaluate import beyond
-from sleb.report.summaries import gates, list_curves
+from sleb.report.summaries import gates, line_gates, list_curves
 from sleb.runtime.findings_folder import of_kind
 from sleb.scoring.self_check import self_check
 from tests.support import tiny
@@ -159,7 +159,7 @@ def test_a_list_without_numbers_is_a_result_with_its_cause(once: Path, text_file
     shown = list_curves.curves(api.load(run.run_dir), own)
     assert shown.notes[-1].startswith(sentence)
     assert [[point.removed for point in line.points] for line in shown.accuracy if line.kind == "task"] == [[0]]
-    refused = gates.judge([list_curves.cost_gate(shown.cost[0], 0.1)], shown.lists).refusal
+    refused = gates.judge([line_gates.cost_gate(shown.cost[0], 0.1)], shown.lists).refusal
     assert "is no number at best, with 1 removed" in refused
     out, _ = sleb_run("show", run.run_id)
     assert sentence in " ".join(out.split())

@@ -24,7 +24,7 @@ from sleb.export.gguf_file import export_gguf, write_cut
 from sleb.export.gguf_plan import plan_cut, require_free
 from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
-from sleb.report import build
+from sleb.report.summaries import exported_model
 from sleb.runtime import job_folder
 from sleb.runtime.processes import job_processes
 from tests.pages.test_export import WRITE
@@ -499,8 +499,8 @@ def test_the_card_of_a_file(home: Path, tmp_path: Path) -> None:
     facts = {each.label: each.value for each in app.metric}
     assert facts["Weights on disk"] == "400 → 300 MB"
     assert "no longer there" not in words(app)
-    assert "gguf_file='out.gguf'" in build.snippet(out)
-    assert build.snippet(out).strip() in [each.value for each in app.code]
+    assert "gguf_file='out.gguf'" in exported_model.snippet(out)
+    assert exported_model.snippet(out).strip() in [each.value for each in app.code]
     out.unlink()
     assert "The file is no longer there" in words(app.run())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,11 @@ from sleb.analysis.prediction_alignment import exit_statistics, half_decided
 from sleb.records import Alignment, ExitStatistics, JobState, Passage, PassageToken, Run
 from sleb.report.figures import alignment
 from sleb.runtime import record_files
-from tests.support.dashboard import charts, open_page, words
+from tests.support.dashboard import array, charts, open_page, words
 from tests.support.runs.stores import write_run
 
 PREDICTIONS = np.array([[7, 1, 2, 9], [5, 1, 3, 9], [5, 1, 2, 4], [5, 1, 2, 3]])  # 4 blocks, 4 tokens
 """Token 0 is decided after block 1, token 1 after 0, token 2 after 0 and settles after 2, token 3 at the end."""
-
-
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
-def array(value: Any) -> np.ndarray:
-    """Numbers of a chart, as Plotly writes them."""
-    if not isinstance(value, dict):
-        return np.array(value, dtype=float)
-    return np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
 
 
 def exits() -> ExitStatistics:
@@ -110,10 +97,10 @@ def token(final: str, first: int, settled: int) -> PassageToken:
 
 def test_the_token_of_the_address_is_checked_and_one_worth_a_look_is_picked() -> None:
     passage = Passage(tokens=(token("a", 0, 5), token("a", 3, 4), token("b", 1, 4), token(".", 0, 4)))
-    assert token_view.asked("3", passage) == 3
+    assert token_view.wanted_token("3", passage) == 3
     for bad in (None, "", "4", "-1", "1e3", "٣", "9" * 5000, "<b>"):
-        assert token_view.asked(bad, passage) == 2, bad
-    assert token_view.asked(None, Passage(tokens=())) == 0
+        assert token_view.wanted_token(bad, passage) == 2, bad
+    assert token_view.wanted_token(None, Passage(tokens=())) == 0
 
 
 def test_predictions_travel_as_numbers_with_every_text_once(runs: Path) -> None:

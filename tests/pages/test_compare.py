@@ -12,17 +12,14 @@ import pytest
 from app import data
 from sleb.formats.published_lists import published
 from sleb.records import JobState, Method, RunSpec
-from sleb.report.figures import compare, style
+from sleb.report.figures import compare, stack_strips, style
+from sleb.report.figures.compare import CurveView
+from sleb.report.summaries import compared_lists
 from sleb.runtime import run_folder
 from tests.support.dashboard import charts, open_page, words
 from tests.support.runs.stores import write_run
 
 SAMPLES = [method.value for method in Method]
-
-
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
 
 
 def removed_cells(chart: dict) -> dict[str, list[int]]:  # type: ignore[type-arg]
@@ -167,9 +164,9 @@ def test_an_empty_store_says_what_to_do(runs: Path, monkeypatch: pytest.MonkeyPa
 def test_the_band_is_one_standard_error_of_the_rise(runs: Path) -> None:
     run = write_run(runs / "one", 12, 3)
     assert run.trace is not None
-    rows = compare.listed([run])
-    points = compare.curve_table([run], rows)
-    figure = compare.perplexity(points, rows, log=False)
+    rows = compared_lists.listed([run])
+    points = compared_lists.curve_table([run], rows)
+    figure = compare.perplexity(points, rows, CurveView(log=False))
     band, line = figure.data
     last = run.trace.steps[-1]
     assert last.held_out.perplexity is not None
@@ -178,22 +175,22 @@ def test_the_band_is_one_standard_error_of_the_rise(runs: Path) -> None:
     assert band.y[count - 1] == pytest.approx(last.held_out.perplexity * math.exp(0.01))  # stores.py: error 0.01
     assert band.y[count] == pytest.approx(last.held_out.perplexity / math.exp(0.01))
     assert band.y[0] == band.y[-1] == pytest.approx(run.trace.baseline.held_out.perplexity)
-    assert len(compare.perplexity(points, rows, held_out=False).data) == 1
+    assert len(compare.perplexity(points, rows, CurveView(held_out=False)).data) == 1
 
 
 def test_a_steep_line_leaves_the_chart(runs: Path) -> None:
     gentle = write_run(runs / "one", 12, 2)
-    rows = compare.listed([gentle])
-    points = compare.curve_table([gentle], rows)
+    rows = compared_lists.listed([gentle])
+    points = compared_lists.curve_table([gentle], rows)
     points.loc[2, "held_out"] = 1e9
-    figure = compare.perplexity(points, rows, cut=30)
+    figure = compare.perplexity(points, rows, CurveView(cut=30))
     assert figure.layout.yaxis.range[1] < math.log10(40 * points["held_out"].min())
-    assert compare.perplexity(points, rows).layout.yaxis.range[1] > 9
+    assert compare.perplexity(points, rows, CurveView()).layout.yaxis.range[1] > 9
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(10, 12), (20, 150), (3, 4e3), (20, 1e10), (1, 1), (0.5, 1e300)])
 def test_log_ticks_are_inside_and_few(lowest: float, highest: float) -> None:
-    ticks = compare.log_ticks(lowest, highest)
+    ticks = style.log_ticks(lowest, highest)
     low, high = ticks["range"]
     assert 1 <= len(ticks["tickvals"]) <= 12 or highest > 1e12
     assert all(low <= math.log10(value) <= high for value in ticks["tickvals"])
@@ -205,10 +202,10 @@ def test_names_say_what_differs_and_no_two_are_alike(runs: Path) -> None:
     two = write_run(runs / "two", 12, 2, model="org/a", method=Method.METRIC2)
     three = write_run(runs / "three", 12, 2, model="/home/me/b" * 9)
     four = write_run(runs / "a-run-with-a-long-name-four", 12, 2, model="org/a", seed=0)
-    assert compare.names_of([one, two]) == ["Metric3 (SLEB)", "Metric2"]
-    assert compare.names_of([one]) == ["Metric3 (SLEB)"]
-    assert compare.names_of([]) == []
-    found = compare.names_of([one, two, three, four])
+    assert compared_lists.names_of([one, two]) == ["Metric3 (SLEB)", "Metric2"]
+    assert compared_lists.names_of([one]) == ["Metric3 (SLEB)"]
+    assert compared_lists.names_of([]) == []
+    found = compared_lists.names_of([one, two, three, four])
     assert len(set(found)) == 4
     assert found[1] == "a, Metric2"
     assert all(len(name) <= 48 for name in found)
@@ -219,16 +216,16 @@ def test_best_chunks_are_compared_as_they_were_then(runs: Path) -> None:
     """They are not nested: the list after two removals is no beginning of the last one."""
     run = write_run(runs / "chunk", 12, 4, method=Method.BEST_CHUNK)
     assert run.trace is not None
-    (row,) = compare.listed([run])
+    (row,) = compared_lists.listed([run])
     assert row.prefixes == tuple(step.removal_list for step in run.trace.steps)
     assert [len(each) for each in row.prefixes] == [1, 2, 3, 4]
 
 
 def test_every_block_has_one_cell_at_any_height() -> None:
     theirs = [published(key) for key in ("llama-2-70b", "opt-6.7b")]
-    rows = compare.listed([], [each for each in theirs if each is not None])
+    rows = compared_lists.listed([], [each for each in theirs if each is not None])
     for relative in (False, True):
-        figure = compare.strips(rows, relative=relative)
+        figure = stack_strips.strips(rows, relative=relative)
         widths = {row.label: 0.0 for row in rows}
         for trace in figure.data:
             for label, width in zip(trace.y, trace.x, strict=True):
@@ -243,7 +240,7 @@ def test_votes_count_the_lists_that_remove_a_block() -> None:
     opt = published("opt-6.7b")
     assert llama is not None
     assert opt is not None
-    figure = compare.strips(compare.listed([], [llama, opt, llama]))
+    figure = stack_strips.strips(compared_lists.listed([], [llama, opt, llama]))
     votes = figure.data[-1]
     assert dict(zip([round(base + 0.5) for base in votes.base], votes.text, strict=True)) == {
         block: str(2 * (block in llama.removal_list) + (block in opt.removal_list))

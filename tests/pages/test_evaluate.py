@@ -45,19 +45,6 @@ from tests.support.runs.stores import write_run
 
 
 @pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Jobs that would have been started: their process is tested elsewhere."""
-    found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
-    return found
-
-
-@pytest.fixture
 def full(runs: Path) -> Run:
     """A search of 4 of 12 blocks with all kinds of findings."""
     run = write_run(runs / "full", 12, 4, analysis=False)

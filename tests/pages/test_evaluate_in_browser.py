@@ -45,13 +45,6 @@ def address(home: Path) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def tab(address: str) -> Iterator[browser.Tab]:
-    with browser.tab(address) as tab:
-        yield tab
-        assert tab.said == []
-
-
 def drawn(tab: browser.Tab) -> None:
     """Until the panels are there, with all their lines."""
     tab.page.locator(".scatterlayer .trace").nth(15).wait_for(state="attached")

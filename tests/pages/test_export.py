@@ -12,7 +12,7 @@ from sleb.errors import StorageError
 from sleb.export import finished_exports
 from sleb.formats.list_formats import FORMATS, in_words, render
 from sleb.records import Job, JobState, Permissions, Progress, RunSpec
-from sleb.report import build
+from sleb.report.summaries import exported_model
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import job_processes
 from tests.support.dashboard import charts, open_page, press, words
@@ -20,19 +20,6 @@ from tests.support.exports import export_job, proof
 from tests.support.runs.stores import write_run
 
 WRITE = "Write the smaller model"
-
-
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
-    """Jobs that would have been started: their process is tested elsewhere."""
-    found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
-    return found
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -247,7 +234,7 @@ def test_the_proof_of_the_newest_finished_export(runs: Path, tmp_path: Path) -> 
     assert "no longer there" not in shown
     assert "Stopped on request" in shown  # the newest of all
     assert str(tmp_path / "there") in [each.value for each in app.code]
-    assert build.snippet(tmp_path / "there").strip() in [each.value for each in app.code]
+    assert exported_model.snippet(tmp_path / "there").strip() in [each.value for each in app.code]
     (tmp_path / "there").rmdir()
     assert "no longer there" in words(app.run())
 

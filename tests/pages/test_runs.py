@@ -21,11 +21,6 @@ from tests.support.dashboard import ROOT, open_page, press, words
 from tests.support.runs.stores import write_many, write_run
 
 
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
 def labels(app) -> list[str]:  # type: ignore[no-untyped-def]
     return [button.label for button in app.button]
 

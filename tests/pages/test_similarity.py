@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,24 +11,11 @@ from app import data
 from app.data import TokenChoice
 from sleb.analysis.similarity import TokenSimilarity
 from sleb.records import JobState, RunSpec
-from sleb.report.figures import similarity
+from sleb.report.figures import block_turns, similarity
 from sleb.report.summaries import block_pair
 from sleb.runtime import record_files, run_folder
-from tests.support.dashboard import charts, open_page, words
+from tests.support.dashboard import array, charts, open_page, words
 from tests.support.runs.stores import write_run
-
-
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
-def array(value: Any) -> np.ndarray:
-    """Numbers of a chart, as Plotly writes them."""
-    if not isinstance(value, dict):
-        return np.array(value, dtype=float)
-    found = np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
-    return found.reshape([int(each) for each in value["shape"].split(",")]) if "shape" in value else found
 
 
 def line(num_blocks: int = 6) -> TokenSimilarity:
@@ -100,7 +85,7 @@ def test_colours_by_rank_give_every_pair_its_place() -> None:
     assert ranks[0, 4] == pytest.approx(9 / 10)  # of ten pairs, nine are nearer
     assert ranks[2, 2] == 0
     assert list(shown.colorbar.ticktext) == [block_pair.number(each / 180) for each in (1, 1.25, 10.5, 11.75, 13)]
-    chunks = similarity.chunks(found, colours="ranks").data[0].z
+    chunks = block_turns.chunks(found, colours="ranks").data[0].z
     assert chunks[3, 0] == pytest.approx(9 / 10)
     assert np.isnan(chunks[3, 1])
 
@@ -114,7 +99,7 @@ def test_a_metric1_of_nothing_lies_at_the_foot_of_a_log_axis() -> None:
     metric1 = np.array([0.9, 0.0, 1e-4, 0.02])
     matrix = np.ones((5, 5))
     matrix[np.arange(4), np.arange(1, 5)] = 1 - metric1
-    figure = similarity.neighbours(TokenSimilarity(1, matrix, 1 - matrix))
+    figure = block_turns.neighbours(TokenSimilarity(1, matrix, 1 - matrix))
     axis = figure.layout.yaxis
     assert axis.type == "log"
     assert axis.ticktext[0] == "≤ 10<sup>-6</sup>"
@@ -144,12 +129,12 @@ def test_the_overlay_that_catches_clicks_lies_on_every_cell() -> None:
 
 def test_the_least_five_are_labelled_and_near_labels_hang_apart() -> None:
     found = line(12)
-    figure = similarity.neighbours(found, removed=(1,))
+    figure = block_turns.neighbours(found, removed=(1,))
     assert [each.text for each in figure.layout.annotations] == [f"<b>{block}</b>" for block in (0, 1, 3, 4, 5)]
-    assert [trace.name for trace in figure.data[1:]] == ["alive", "removed by this run"]
+    assert [trace.name for trace in figure.data[1:]] == ["kept", "removed by this run"]
     assert list(figure.data[2].x) == [1]
     assert figure.layout.yaxis.type == "log"
-    crowded = similarity.neighbours(line(80))
+    crowded = block_turns.neighbours(line(80))
     assert len({each.ay for each in crowded.layout.annotations}) > 1
     assert crowded.layout.showlegend is False  # nothing was removed
 
@@ -161,19 +146,19 @@ def test_numbers_that_no_scale_expects_still_give_figures() -> None:
         for figure in (
             similarity.heatmap(found, "cosine"),
             similarity.heatmap(found, "angular", pick=(0, 2)),
-            similarity.neighbours(found),
-            similarity.chunks(found, pick=(0, 2)),
+            block_turns.neighbours(found),
+            block_turns.chunks(found, pick=(0, 2)),
         ):
             assert figure.to_json()
     one = TokenSimilarity(1, np.ones((2, 2)), np.zeros((2, 2)))
     assert similarity.heatmap(one, "cosine").data
-    assert similarity.chunks(one).data
-    assert similarity.neighbours(one).data
+    assert block_turns.chunks(one).data
+    assert block_turns.neighbours(one).data
 
 
 def test_the_chunk_map_marks_the_best_of_each_length_and_the_picked_one() -> None:
     found = line()
-    figure = similarity.chunks(found, pick=(4, 1))
+    figure = block_turns.chunks(found, pick=(4, 1))
     best = figure.data[1]
     assert list(best.y) == [1, 2, 3, 4, 5, 6]
     assert list(best.x[:3]) == [0, 0, 3]
@@ -181,7 +166,7 @@ def test_the_chunk_map_marks_the_best_of_each_length_and_the_picked_one() -> Non
     assert len(clicks.x) == 21
     frame = figure.layout.shapes[-1]
     assert ((frame.x0 + frame.x1) / 2, (frame.y0 + frame.y1) / 2) == (2, 3)  # blocks 2 to 4
-    table = similarity.chunks_table(found)
+    table = block_turns.chunks_table(found)
     row = table[(table["start"] == 3) & (table["length"] == 3)].iloc[0]
     assert row["stop"] == 6
     assert row["best_of_length"]
@@ -309,7 +294,7 @@ def test_a_run_of_analyses_alone_removes_nothing(runs: Path) -> None:
     assert not app.exception
     shown = words(app)
     assert "5 blocks, 1 to 5" in shown
-    assert "| alive | alive |" in shown
+    assert "| not searched | not searched |" in shown
     assert "his run removed" not in shown
     assert charts(app)[1]["layout"]["showlegend"] is False
 

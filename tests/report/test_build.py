@@ -18,6 +18,7 @@ from sleb.errors import RunError
 from sleb.formats.list_formats import in_words
 from sleb.records import JobState, Method, Run, RunSpec
 from sleb.report import build
+from sleb.report.summaries import exported_model
 from sleb.runtime import job_folder, record_files, run_folder
 from tests.support import browser
 from tests.support.dashboard import ROOT
@@ -162,7 +163,7 @@ def test_exports_and_their_proof(runs: Path) -> None:
     assert "small" in text
     assert "/home/me" not in text
     differ = proof(generated_with_cache=(1, 2, 4))
-    assert "some differ" in build.generation(differ)
+    assert "some differ" in exported_model.generation(differ)
 
 
 @pytest.mark.parametrize(

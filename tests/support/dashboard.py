@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streamlit import config
 from streamlit.testing.v1 import AppTest
@@ -51,6 +53,14 @@ def started_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allow]:
         yield start
     finally:
         config.set_option("server.address", before)
+
+
+def array(value: Any) -> np.ndarray:
+    """Numbers of a chart, as Plotly writes them."""
+    if not isinstance(value, dict):
+        return np.array(value, dtype=float)
+    numbers = np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
+    return numbers.reshape([int(each) for each in value["shape"].split(",")]) if "shape" in value else numbers
 
 
 def charts(app: AppTest) -> list[dict[str, Any]]:

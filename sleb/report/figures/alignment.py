@@ -1,23 +1,23 @@
-"""Charts of prediction alignment: exit statistics -> figures and tables. Knows no Streamlit.
+"""Prediction alignment: exit statistics -> figures and tables. Knows no Streamlit.
 
 Shares are in per cent on the screen and between 0 and 1 in tables. Blocks keep their original, 0-based index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sleb.records import ExitStatistics
+from sleb.records import Alignment, ExitStatistics
 from sleb.report.figures import style
 
 HEIGHT = 380
 FIRST, SETTLED = style.BLUE, style.ORANGE
-"""Of the first block that agrees, and of the one from which the prediction stays, in every chart."""
+"""Colours, in every chart, of the first block that agrees and of the block from which the prediction stays."""
 FIRST_NAME, SETTLED_NAME = "First agreement", "Settles"
 _MARGIN = dict(b=46)
 _STRIP = -7.5  # centre, in per cent, of the strip of removed blocks below the axis
@@ -26,52 +26,26 @@ _STRIP = -7.5  # centre, in per cent, of the strip of removed blocks below the a
 def agreement(
     exits: ExitStatistics, name: str, removed: Collection[int] = (), other: tuple[ExitStatistics, str] | None = None
 ) -> go.Figure:
-    """Share of tokens whose prediction after each block is the final one (paper, Figure 5).
+    """Share of tokens whose prediction after each block agrees with the final one (paper, Figure 5).
 
-    `other` is drawn dotted, for comparison; `removed` are marked by crosses on the line and hatched cells below it.
+    `other` is drawn dotted, for comparison; `removed` blocks have hatched cells below the line.
     """
     num_blocks = len(exits.agreement)
+    removed_blocks = sorted(block for block in removed if block < num_blocks)
     traces: list[Any] = []
     if other is not None:
-        statistics, called = other
-        traces.append(
-            go.Scatter(
-                x=list(range(len(statistics.agreement))),
-                y=_per_cent(statistics.agreement),
-                name=called,
-                mode="lines",
-                line=dict(color=style.GREY, width=2, dash="dot"),
-                hovertemplate=f"{called}: %{{y:.1f}} %<extra></extra>",
-            )
-        )
-    gone = sorted(block for block in removed if block < num_blocks)
+        traces.append(_share_line(*other, mode="lines", line=dict(color=style.GREY, width=2, dash="dot")))
     traces.append(
-        go.Scatter(
-            x=list(range(num_blocks)),
-            y=_per_cent(exits.agreement),
-            name=name,
+        _share_line(
+            exits,
+            name,
             mode="lines+markers",
             line=dict(color=FIRST, width=2.5),
-            marker=dict(size=_marker(num_blocks)),
-            hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>",
+            marker=dict(size=7 if num_blocks <= 40 else 5),
         )
     )
-    if gone:
-        traces.append(
-            go.Bar(
-                x=gone,
-                y=[5.0] * len(gone),
-                base=[_STRIP - 2.5] * len(gone),
-                width=0.86,
-                name="Removed",
-                marker=dict(
-                    color="rgba(0,0,0,0)",
-                    line=dict(color=style.REMOVED, width=1),
-                    pattern=dict(shape="/", size=5, solidity=0.4, fgcolor=style.REMOVED),
-                ),
-                hovertemplate="removed by this run<extra></extra>",
-            )
-        )
+    if removed_blocks:
+        traces.append(_removed_strip(removed_blocks))
     return style.figure(
         HEIGHT,
         *traces,
@@ -80,11 +54,63 @@ def agreement(
         margin=_MARGIN,
         xaxis=_blocks(num_blocks, "After block"),
         yaxis=dict(
-            title="Prediction is the final one",
-            range=[-12 if gone else -2, 103],
+            title="Tokens that agree",
+            range=[-12 if removed_blocks else -2, 103],
             zeroline=False,
             **_ticks(0, 25, 50, 75, 100),
         ),
+    )
+
+
+def _share_line(exits: ExitStatistics, name: str, **look: Any) -> go.Scatter:
+    return go.Scatter(
+        x=list(range(len(exits.agreement))),
+        y=_per_cent(exits.agreement),
+        name=name,
+        hovertemplate=f"{name}: %{{y:.1f}} %<extra></extra>",
+        **look,
+    )
+
+
+def _removed_strip(blocks: Sequence[int]) -> go.Bar:
+    """Hatched cells below the axis, one for each removed block."""
+    return go.Bar(
+        x=blocks,
+        y=[5.0] * len(blocks),
+        base=[_STRIP - 2.5] * len(blocks),
+        width=0.86,
+        name="Removed",
+        marker=dict(
+            color="rgba(0,0,0,0)",
+            line=dict(color=style.REMOVED, width=1),
+            pattern=dict(shape="/", size=5, solidity=0.4, fgcolor=style.REMOVED),
+        ),
+        hovertemplate="removed by this run<extra></extra>",
+    )
+
+
+def recorded_agreement(alignment: Alignment) -> go.Figure:
+    """Agreement on the calibration text and, where there is one, the model's own: for a page that nobody can click."""
+
+    def line(shares: Iterable[float], name: str, colour: str, dash: str) -> go.Scatter:
+        return go.Scatter(
+            y=[round(100 * value, 3) for value in shares],
+            name=name,
+            mode="lines+markers",
+            line=dict(color=colour, width=2, dash=dash),
+            marker=dict(size=5),
+            hovertemplate="after block %{x}: %{y:.1f} %<extra></extra>",
+        )
+
+    traces = [line(alignment.calibration.agreement, "Calibration text", style.BLUE, "solid")]
+    if alignment.generated is not None:
+        traces.append(line(alignment.generated.agreement, "Generated text", style.ORANGE, "dash"))
+    return style.figure(
+        460,
+        *traces,
+        xaxis=dict(title="After block", zeroline=False),
+        yaxis=dict(title="Tokens that agree", ticksuffix=" %", range=[0, 102]),
+        showlegend=len(traces) > 1,
     )
 
 
@@ -97,7 +123,7 @@ def agreement_table(exits: ExitStatistics, removed: Collection[int] = ()) -> pd.
 
 
 def distribution(exits: ExitStatistics, *, cumulative: bool = False) -> go.Figure:
-    """Where tokens could leave: share of them per ideal exit block, or up to it."""
+    """Share of tokens that could leave after each block, or up to it."""
     num_blocks = len(exits.first_exit)
     blocks = list(range(num_blocks))
     traces: list[Any] = []
@@ -181,7 +207,7 @@ def skipping(exits: ExitStatistics, removed_share: float | None = None) -> go.Fi
             )
         )
     if removed_share:
-        name = "This run's removal"
+        name = "This run's removal list"
         traces.append(
             go.Scatter(
                 x=[str(size) for size in sizes],
@@ -230,16 +256,12 @@ def _per_cent(shares: Iterable[float]) -> list[float]:
 
 
 def _ticks(*values: int) -> dict[str, Any]:
-    """Ticks at these per cents: where they are given one by one, Plotly leaves out the suffix."""
+    """Ticks at these per cents; Plotly leaves out the suffix of ticks that are given one by one."""
     return dict(tickmode="array", tickvals=values, ticktext=[f"{value} %" for value in values])
 
 
-def _marker(num_blocks: int) -> int:
-    return 7 if num_blocks <= 40 else 5
-
-
 def _blocks(num_blocks: int, title: str) -> dict[str, Any]:
-    """An axis of block indices: whole numbers, not too many of them."""
+    """An axis of block indices with ticks at whole numbers."""
     step = 1 if num_blocks <= 12 else 2 if num_blocks <= 24 else 5 if num_blocks <= 50 else 10
     return dict(
         title=dict(text=title, standoff=10),

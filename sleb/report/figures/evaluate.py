@@ -1,29 +1,23 @@
-"""What removal lists cost and buy -> figures. Knows lines and records; knows no Streamlit and reads no file."""
+"""What removal lists cost and buy -> one figure of four panels. Knows lines; knows no Streamlit and reads no file."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-import pandas as pd
 import plotly.graph_objects as go
 
-from sleb.formats.findings_tables import scheme_of
-from sleb.records import EvaluatedText, Finding, Healing, Quantization, RemovalList, TextPerplexity
-from sleb.report.figures import compare, style
-from sleb.report.summaries.gates import Reading, as_bytes, in_words
-from sleb.report.summaries.list_curves import Curves, Line, Point, proportional
-from sleb.runtime.findings_folder import of_kind
-from sleb.runtime.processes.progress import duration
+from sleb.report.figures import style
+from sleb.report.summaries.line_gates import proportional
+from sleb.report.summaries.list_curves import Curves, Line, Point
+from sleb.report.summaries.numbers import as_bytes, consecutive
 
-READABLE = 30
-"""A perplexity so many times the baseline's leaves the chart at its upper edge."""
+Panel = Literal["cost", "accuracy", "speed", "size"]
 PASSES, LIMIT = "rgba(0,158,115,0.13)", style.GREEN
 _COLOURS = (style.BLUE, style.GREEN, style.PINK, style.YELLOW, style.SKY, "#8C6BB1", style.ORANGE, "#7A7A7A")
-_OWN = {  # what is always drawn the same: colour, dash, symbol, width of line
+_OWN = {  # lines that are always drawn the same: colour, dash, symbol, width
     "held-out": (style.SKY, "dot", "diamond", 2),
     "calibration": (style.GREY, "dot", "line-ew", 2),
     "mean": (style.ORANGE, "solid", "square", 4),
@@ -31,7 +25,8 @@ _OWN = {  # what is always drawn the same: colour, dash, symbol, width of line
     "generation": (style.ORANGE, "solid", "square", 2),
     "whole": (style.ORANGE, "solid", "diamond", 2),
 }
-_HEIGHTS = {"cost": 180, "accuracy": 124, "speed": 120, "size": 84}
+_TITLES: dict[Panel, str] = {"cost": "Perplexity", "accuracy": "Accuracy", "speed": "Speedup", "size": "Size"}
+_HEIGHTS: dict[Panel, int] = {"cost": 180, "accuracy": 124, "speed": 120, "size": 84}
 _EMPTY, _GAP, _LEGEND, _FOOT = 62, 16, 18, 44  # pixels
 _IN_A_ROW = 4  # entries of a legend, in a chart that is not very wide
 _SUPERSCRIPT = " ≈"
@@ -41,17 +36,16 @@ _SUPERSCRIPT = " ≈"
 class Limit:
     """A gate as a line across its panel."""
 
-    panel: str
-    """`cost`, `accuracy`, `speed` or `size`."""
+    panel: Panel
     value: float
-    """In the panel's unit."""
+    """The limit in the panel's unit."""
     name: str
     ratio: float | None = None
-    """Of a perplexity: times the baseline's."""
+    """A limit of the perplexity over the baseline's; None in other panels."""
 
 
 def panels(
-    found: Curves,
+    curves: Curves,
     *,
     admissible: Collection[int] = (),
     proposal: int | None = None,
@@ -65,25 +59,42 @@ def panels(
     says what to do for a panel (`accuracy`, `speed`, ...) in which nothing was measured. `over_baseline` divides
     each perplexity by its own baseline.
     """
-    shown = {
-        "cost": _over_baseline(found.cost) if over_baseline else found.cost,
-        "accuracy": found.accuracy,
-        "speed": found.speed,
-        "size": found.size,
+    shown: dict[Panel, Sequence[Line]] = {
+        "cost": _over_baseline(curves.cost) if over_baseline else curves.cost,
+        "accuracy": curves.accuracy,
+        "speed": curves.speed,
+        "size": curves.size,
     }
     if over_baseline:
         limits = [each if each.ratio is None else replace(each, value=each.ratio) for each in limits]
-    most = max(found.lists, default=0)
+    axes = {panel: "" if place == 1 else str(place) for place, panel in enumerate(shown, start=1)}
+    most = max(curves.lists, default=0)
     layout, traces = _Layout(), []
-    for place, (panel, lines) in enumerate(shown.items(), start=1):
+    for panel, lines in shown.items():
         is_empty = not lines and panel != "speed"
         layout.add(panel, _EMPTY if is_empty else _HEIGHTS[panel], 0 if is_empty else len(lines) + (panel == "speed"))
-        axis = "" if place == 1 else str(place)
-        for index, line in enumerate(lines):
-            traces.append(_trace(line, index, axis, panel, over_baseline))
-        if panel == "speed" and found.num_blocks:
-            traces.append(_proportional(found, most, axis))
-    figure = style.figure(
+        traces += [_trace(line, index, axes[panel], panel, over_baseline) for index, line in enumerate(lines)]
+        if panel == "speed" and curves.num_blocks:
+            traces.append(_proportional(curves, most, axes[panel]))
+    figure = _empty_figure(layout, traces, most, len(shown))
+    for panel, lines in shown.items():
+        own_limits = [each.value for each in limits if each.panel == panel]
+        title = "× baseline" if panel == "cost" and over_baseline else _TITLES[panel]
+        _set_axis(figure, axes[panel], title, layout.domain(panel), _axis(panel, lines, curves, most, own_limits))
+        if panel in missing:
+            _say_what_is_missing(figure, axes[panel], lines, missing[panel], drawn=bool(lines) or panel == "speed")
+        if not lines and panel != "speed":
+            _draw_empty(figure, axes[panel])
+    drawn = [axes[panel] for panel, lines in shown.items() if lines or panel == "speed"]
+    _mark(figure, drawn, admissible, proposal)
+    for each in limits:
+        _limit(figure, each, axes[each.panel], each.panel == "cost")
+    return figure
+
+
+def _empty_figure(layout: _Layout, traces: Sequence[go.Scatter], most: int, panel_count: int) -> go.Figure:
+    """The figure with its axis of blocks; the panels' own axes follow."""
+    return style.figure(
         layout.height,
         *traces,
         margin=dict(t=layout.head, b=_FOOT, l=8, r=14),
@@ -93,86 +104,82 @@ def panels(
         xaxis=dict(
             title=dict(text="Blocks removed", standoff=8),
             range=[-0.5, most + 0.5],
-            dtick=1 if most <= 20 else 2 if most <= 40 else 5,
+            dtick=style.block_step(most),
             tick0=0,
             zeroline=False,
             showgrid=False,
-            anchor=f"y{len(shown)}",
+            anchor=f"y{panel_count}",
             unifiedhovertitle=dict(text="%{x} blocks removed"),
         ),
     )
-    titles = dict(
-        cost="× baseline" if over_baseline else "Perplexity", accuracy="Accuracy", speed="Speedup", size="Size"
-    )
-    for place, (panel, lines) in enumerate(shown.items(), start=1):
-        axis = "" if place == 1 else str(place)
-        low, high = layout.domain(panel)
-        own = _axis(panel, lines, found, most, [each.value for each in limits if each.panel == panel])
-        title = dict(text=titles[panel], standoff=10)
-        figure.update_layout(
-            {
-                f"yaxis{axis}": dict(
-                    domain=[low, high], anchor="x", title=title, automargin=True, zeroline=False, **own
-                ),
-                f"legend{axis}": dict(
-                    orientation="h", x=0, xanchor="left", y=high, yanchor="bottom", yref="paper", font=dict(size=11),
-                    indentation=-3,
-                    bgcolor="rgba(0,0,0,0)",
-                ),
-            }
-        )  # fmt: skip
-        if panel in missing:
-            is_empty = not any(each.kind not in ("held-out", "calibration") for each in lines)
-            beside = bool(lines) or panel == "speed"  # something is drawn there all the same
-            if is_empty:
-                figure.add_annotation(
-                    text=missing[panel], xref="paper", yref=f"y{axis} domain", x=0.985 if beside else 0.5,
-                    y=0.02 if beside else 0.5, xanchor="right" if beside else "center",
-                    yanchor="bottom" if beside else "middle", showarrow=False, font=dict(size=12), opacity=0.8,
-                )  # fmt: skip
-        if not lines and panel != "speed":  # an axis of its own, or Plotly would not draw the panel
-            figure.add_trace(go.Scatter(x=[None], y=[None], yaxis=f"y{axis}", showlegend=False, hoverinfo="skip"))
-            figure.update_layout({f"yaxis{axis}": dict(showticklabels=False, showgrid=False, range=[0, 1])})
-    drawn = [place for place, (panel, lines) in enumerate(shown.items(), start=1) if lines or panel == "speed"]
-    _mark(figure, drawn, admissible, proposal)
-    for each in limits:
-        place = list(shown).index(each.panel) + 1
-        _limit(figure, each, "" if place == 1 else str(place), each.panel == "cost")
-    return figure
+
+
+def _set_axis(figure: go.Figure, axis: str, title: str, domain: tuple[float, float], own: dict[str, Any]) -> None:
+    """The axis of a panel, and its legend above it."""
+    low, high = domain
+    name = dict(text=title, standoff=10)
+    figure.update_layout(
+        {
+            f"yaxis{axis}": dict(domain=[low, high], anchor="x", title=name, automargin=True, zeroline=False, **own),
+            f"legend{axis}": dict(
+                orientation="h", x=0, xanchor="left", y=high, yanchor="bottom", yref="paper", font=dict(size=11),
+                indentation=-3, bgcolor="rgba(0,0,0,0)",
+            ),
+        }
+    )  # fmt: skip
+
+
+def _say_what_is_missing(figure: go.Figure, axis: str, lines: Sequence[Line], text: str, *, drawn: bool) -> None:
+    """What to do for a panel in which nothing was measured: in a corner where something is `drawn` all the same."""
+    if any(each.kind not in ("held-out", "calibration") for each in lines):
+        return
+    figure.add_annotation(
+        text=text, xref="paper", yref=f"y{axis} domain", x=0.985 if drawn else 0.5,
+        y=0.02 if drawn else 0.5, xanchor="right" if drawn else "center",
+        yanchor="bottom" if drawn else "middle", showarrow=False, font=dict(size=12), opacity=0.8,
+    )  # fmt: skip
+
+
+def _draw_empty(figure: go.Figure, axis: str) -> None:
+    """An axis of its own for a panel without lines, or Plotly would not draw it."""
+    figure.add_trace(go.Scatter(x=[None], y=[None], yaxis=f"y{axis}", showlegend=False, hoverinfo="skip"))
+    figure.update_layout({f"yaxis{axis}": dict(showticklabels=False, showgrid=False, range=[0, 1])})
 
 
 class _Layout:
     """Panels from the top, in pixels, each with room for its legend above it."""
 
     def __init__(self) -> None:
-        self._panels: dict[str, tuple[int, int, int]] = {}  # legend, top, bottom
+        self._panels: dict[Panel, tuple[int, int, int]] = {}  # legend, top, bottom
         self._end = 0
 
-    def add(self, panel: str, height: int, entries: int) -> None:
-        rows = math.ceil(entries / _IN_A_ROW) + (entries > _IN_A_ROW)  # and one more on a narrow screen
+    def add(self, panel: Panel, height: int, entries: int) -> None:
+        """Put a panel of this height below the others, under a legend of so many entries."""
+        rows = math.ceil(entries / _IN_A_ROW) + (entries > _IN_A_ROW)  # one more for a narrow screen
         start = self._end + (_GAP if self._panels else 4) + _LEGEND * rows + (5 if rows else 0)
         self._panels[panel] = (self._end, start, start + height)
         self._end = start + height
 
     @property
     def head(self) -> int:
-        """The first panel's legend, which is the figure's upper margin."""
+        """Height of the first panel's legend in pixels, which is the figure's upper margin."""
         return next(iter(self._panels.values()))[1]
 
     @property
     def height(self) -> int:
+        """Height of the figure in pixels."""
         return self._end + _FOOT
 
-    def domain(self, panel: str) -> tuple[float, float]:
-        """As Plotly counts: a share of the plot area, from below."""
+    def domain(self, panel: Panel) -> tuple[float, float]:
+        """Lower and upper end of a panel as Plotly counts: as a share of the plot area, from below."""
         _, top, bottom = self._panels[panel]
         inside = self._end - self.head
         return (self._end - bottom) / inside, (self._end - top) / inside
 
 
-def _trace(line: Line, index: int, axis: str, panel: str, over_baseline: bool) -> go.Scatter:
+def _trace(line: Line, index: int, axis: str, panel: Panel, over_baseline: bool) -> go.Scatter:
     colour, dash, symbol, width = _OWN.get(
-        line.kind, (_COLOURS[index % len(_COLOURS)], "solid", compare.SYMBOLS[index % len(compare.SYMBOLS)], 2)
+        line.kind, (_COLOURS[index % len(_COLOURS)], "solid", style.SYMBOLS[index % len(style.SYMBOLS)], 2)
     )
     symbol = symbol + ("-open" if line.is_estimate else "")
     points = [each for each in line.points if math.isfinite(each.value)]
@@ -189,37 +196,37 @@ def _trace(line: Line, index: int, axis: str, panel: str, over_baseline: bool) -
         error_y=dict(
             type="data",
             symmetric=False,
-            array=[_apart(each.high, each.value) for each in points],
-            arrayminus=[_apart(each.value, each.low) for each in points],
+            array=[_distance(each.high, each.value) for each in points],
+            arrayminus=[_distance(each.value, each.low) for each in points],
             thickness=1.3,
             width=3,
         ),
-        customdata=[_told(line, each, panel, over_baseline) for each in points],
+        customdata=[_hover(line, each, panel, over_baseline) for each in points],
         hovertemplate="%{customdata}",
     )  # fmt: skip
 
 
-def _proportional(found: Curves, most: int, axis: str) -> go.Scatter:
-    numbers = [each for each in range(most + 1) if each < found.num_blocks]
+def _proportional(curves: Curves, most: int, axis: str) -> go.Scatter:
+    numbers = [each for each in range(most + 1) if each < curves.num_blocks]
     return go.Scatter(
         x=numbers,
-        y=[proportional(found.num_blocks, each) for each in numbers],
+        y=[proportional(curves.num_blocks, each) for each in numbers],
         yaxis=f"y{axis}",
         legend=f"legend{axis}",
-        name="by blocks",
+        name="predicted from blocks",
         mode="lines",
         line=dict(color=style.GREY, dash="dash", width=2),
-        customdata=[f"{proportional(found.num_blocks, each):.2f}×, predicted" for each in numbers],
+        customdata=[f"{proportional(curves.num_blocks, each):.2f}×, predicted" for each in numbers],
         hovertemplate="%{customdata}",
     )
 
 
-def _told(line: Line, point: Point, panel: str, over_baseline: bool) -> str:
-    """A point in the hover text."""
+def _hover(line: Line, point: Point, panel: Panel, over_baseline: bool) -> str:
+    """The hover text of a point."""
     if panel == "cost":
         value = f"{point.value:,.4g}" + ("×" if over_baseline else "")
         if line.kind == "calibration":
-            return f"{value} (chosen on it: too good)"
+            return f"{value} (too good: blocks were chosen on it)"
         if point.change is None or not point.removed or not math.isfinite(point.change):
             return value
         error = f" ± {math.exp(point.change) * point.change_error:.1%}" if point.change_error else ""
@@ -230,16 +237,16 @@ def _told(line: Line, point: Point, panel: str, over_baseline: bool) -> str:
     if panel == "speed":
         if point.low is None or point.high is None:
             return f"{point.value:.2f}×"
-        return f"{point.value:.2f}× ({point.low:.2f} to {point.high:.2f}), {point.told}"
-    return as_bytes(point.value) + (f", {point.told}" if point.told else "")
+        return f"{point.value:.2f}× ({point.low:.2f} to {point.high:.2f}), {point.detail}"
+    return as_bytes(point.value) + (f", {point.detail}" if point.detail else "")
 
 
-def _apart(high: float | None, low: float | None) -> float:
-    """Of an error bar; nothing where nothing is known."""
+def _distance(high: float | None, low: float | None) -> float:
+    """Length of an error bar; 0 where no error is known."""
     return 0.0 if high is None or low is None else max(0.0, high - low)
 
 
-def _axis(panel: str, lines: Sequence[Line], found: Curves, most: int, limits: Sequence[float]) -> dict[str, Any]:
+def _axis(panel: Panel, lines: Sequence[Line], curves: Curves, most: int, limits: Sequence[float]) -> dict[str, Any]:
     points = [each for line in lines for each in line.points if math.isfinite(each.value)]
     values = [each.value for each in points] + [each.low for each in points if each.low is not None]
     values += [each.high for each in points if each.high is not None and each.high < 1e6 * each.value]
@@ -251,7 +258,7 @@ def _axis(panel: str, lines: Sequence[Line], found: Curves, most: int, limits: S
         return dict(tickformat=".0%", nticks=5)
     if panel == "speed":
         top = max(
-            [*values, proportional(found.num_blocks, min(most, found.num_blocks - 1)) if found.num_blocks else 1.0]
+            [*values, proportional(curves.num_blocks, min(most, curves.num_blocks - 1)) if curves.num_blocks else 1.0]
         )
         low = min([1.0, *values])
         room = 0.08 * (top - low) + 0.02
@@ -269,8 +276,8 @@ def _axis(panel: str, lines: Sequence[Line], found: Curves, most: int, limits: S
 
 
 def _log_ticks(lowest: float, highest: float) -> dict[str, Any]:
-    """As elsewhere; where no round number lies in so short a range, three that are less round."""
-    ticks = compare.log_ticks(lowest, highest)
+    """Ticks as `style.log_ticks`; three less round ones where no round number lies in so short a range."""
+    ticks = style.log_ticks(lowest, highest)
     if len(ticks["tickvals"]) < 2:
         step = (max(highest, 1.001 * lowest) / lowest) ** 0.5
         shown = [float(f"{lowest * step**each:.3g}") for each in range(3)]
@@ -279,7 +286,7 @@ def _log_ticks(lowest: float, highest: float) -> dict[str, Any]:
 
 
 def beyond(lines: Sequence[Line]) -> list[str]:
-    """Perplexities that leave the chart at its upper edge, by name."""
+    """Names of the perplexities that leave the chart at its upper edge."""
     top = _readable(lines)
     return [line.name for line in lines if any(each.value > top and each.change != math.inf for each in line.points)]
 
@@ -287,7 +294,7 @@ def beyond(lines: Sequence[Line]) -> list[str]:
 def _readable(lines: Sequence[Line]) -> float:
     """The highest perplexity that is drawn."""
     first = [line.points[0].value for line in lines if line.points and math.isfinite(line.points[0].value)]
-    return READABLE * max(first, default=1.0)
+    return style.READABLE * max(first, default=1.0)
 
 
 def _round_ticks(top: float) -> list[float]:
@@ -298,8 +305,8 @@ def _round_ticks(top: float) -> list[float]:
 
 
 def _over_baseline(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """Each perplexity over its own at 0 blocks removed; a line without one is left out."""
-    found = []
+    """Each perplexity divided by its baseline; a line without one is left out."""
+    divided = []
     for line in lines:
         first = line.at(0)
         if first is None or not 0 < first.value < math.inf:
@@ -315,23 +322,15 @@ def _over_baseline(lines: Sequence[Line]) -> tuple[Line, ...]:
             )
             for each in line.points
         )
-        found.append(Line(line.kind, line.name, line.about, points, line.is_estimate))
-    return tuple(found)
+        divided.append(Line(line.kind, line.name, line.about, points, line.is_estimate))
+    return tuple(divided)
 
 
-def _mark(figure: go.Figure, panels: Sequence[int], admissible: Collection[int], proposal: int | None) -> None:
-    """Shade what passes, in one piece where numbers follow each other, and frame the proposal."""
-    runs: list[list[int]] = []
-    for each in sorted(admissible):
-        if runs and runs[-1][1] == each - 1:
-            runs[-1][1] = each
-        else:
-            runs.append([each, each])
-    for place in panels:
-        own: dict[str, Any] = dict(
-            type="rect", yref=f"y{'' if place == 1 else place} domain", y0=0, y1=1, layer="below"
-        )
-        for low, high in runs:
+def _mark(figure: go.Figure, axes: Sequence[str], admissible: Collection[int], proposal: int | None) -> None:
+    """Shade the numbers of blocks that pass, and frame the proposal, in the panels of these axes."""
+    for axis in axes:
+        own: dict[str, Any] = dict(type="rect", yref=f"y{axis} domain", y0=0, y1=1, layer="below")
+        for low, high in consecutive(sorted(admissible)):
             figure.add_shape(x0=low - 0.5, x1=high + 0.5, fillcolor=PASSES, line=dict(width=0), **own)
         if proposal is not None:
             frame = dict(color=LIMIT, width=1.5, dash="dash")
@@ -348,141 +347,3 @@ def _limit(figure: go.Figure, limit: Limit, axis: str, log: bool) -> None:
         y=math.log10(limit.value) if log else limit.value, yanchor="bottom", showarrow=False,
         font=dict(size=11, color=LIMIT),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of two searches on different texts."""
-
-    text: str
-    """What its blocks were chosen on, in words."""
-    source: str
-    removal_list: RemovalList
-    """In the order of the stack."""
-    findings: Sequence[Finding]
-
-
-def texts_of(sides: Sequence[Side]) -> list[EvaluatedText]:
-    """Texts on which a list of either was measured."""
-    found = [
-        each.text
-        for side in sides
-        for each in of_kind(side.findings, TextPerplexity)
-        if each.removal_list == side.removal_list
-    ]
-    return list(dict.fromkeys(found))
-
-
-def rivals_table(sides: Sequence[Side], texts: Sequence[EvaluatedText], plain: Callable[[object], str]) -> pd.DataFrame:
-    """Lists against texts, as Markdown: perplexity, its rise with the standard error, the better one bold.
-
-    `plain` escapes names from outside.
-    """
-    known = [
-        {each.text: each for each in of_kind(side.findings, TextPerplexity) if each.removal_list == side.removal_list}
-        for side in sides
-    ]
-    first = {
-        each.text: each for side in sides for each in of_kind(side.findings, TextPerplexity) if not each.removal_list
-    }
-    columns: dict[str, list[str]] = {"Blocks chosen on": ["unmodified", *(plain(side.text) for side in sides)]}
-    columns["Removed"] = ["–", *(", ".join(map(str, side.removal_list)) for side in sides)]
-    for text in texts:
-        own = [each.get(text) for each in known]
-        better = _better(own)
-        cells = [_cell(first.get(text), False, False)]
-        cells += [_cell(each, each is better, _is_own(side, text)) for each, side in zip(own, sides, strict=True)]
-        name = plain(text.name) + ("" if text.is_whole else f" ≈ {text.windows} of {text.of_windows}")
-        while name in columns:  # the same file, cut otherwise
-            name += f", {text.window} tokens" if text.window != 2048 else "\N{ZERO WIDTH SPACE}"
-        columns[name] = cells
-    return pd.DataFrame(columns).set_index("Blocks chosen on")
-
-
-def _better(pair: Sequence[TextPerplexity | None]) -> TextPerplexity | None:
-    """That with the lower rise, where they are further apart than both errors together."""
-    if len(pair) != 2 or any(each is None or each.rise is None for each in pair):
-        return None
-    low, high = sorted((each for each in pair if each is not None), key=lambda each: each.rise or 0.0)
-    apart = (high.rise or 0.0) - (low.rise or 0.0)
-    return low if apart > math.hypot(low.rise_standard_error or 0.0, high.rise_standard_error or 0.0) else None
-
-
-def _cell(found: TextPerplexity | None, better: bool, own: bool) -> str:
-    if found is None:
-        return "not measured"
-    value = found.measured.perplexity
-    told = "no number" if value is None else f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
-    told = f"**{told}**" if better else told
-    if found.rise is not None:
-        error = found.rise_standard_error
-        low, high = (None, None) if error is None else (found.rise - error, found.rise + error)
-        told += f" ({in_words('rise', Reading(found.rise, low, high))})"
-    return told + (", *its own text*" if own else "")
-
-
-def _is_own(side: Side, text: EvaluatedText) -> bool:
-    """Whether the blocks were chosen on the same kind of text."""
-    return re.split(r"[\\/]", side.source)[-1].removesuffix("-rows") == text.name
-
-
-def quantization_table(found: Sequence[Quantization]) -> pd.DataFrame:
-    """One row a scheme, list and text, the newest answers last."""
-    return pd.DataFrame(
-        [
-            {
-                "Removed": len(each.removal_list),
-                "Scheme": scheme_of(each),
-                "Text": each.text.name + ("" if each.text.is_whole else " ≈"),
-                "Before": each.before.perplexity,
-                "Quantised": each.measured.perplexity,
-                "Rise": _rise(each),
-                "Weights": f"{as_bytes(each.weight_bytes_before)} → {as_bytes(each.weight_bytes)}",
-                "Blocks removed": ", ".join(map(str, each.removal_list)) or "none",
-                "By": each.library,
-            }
-            for each in sorted(found, key=lambda each: (len(each.removal_list), each.scheme, each.text.name))
-        ]
-    )
-
-
-def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
-    """One row a healing and text: perplexity of the unmodified model, without the list, and healed."""
-    names = {"lora": "LoRA", "linear": "least squares", "both": "least squares, LoRA"}
-    return pd.DataFrame(
-        [
-            {
-                "Removed": len(each.removal_list),
-                "How": names.get(each.ask.how, each.ask.how)
-                + (f", rank {each.ask.rank}" if each.ask.how != "linear" else ""),
-                "Text": each.text.name + ("" if each.text.is_whole else " ≈"),
-                "Unmodified": each.baseline.perplexity,
-                "Before": each.before.perplexity,
-                "Healed": each.after.perplexity,
-                "Change, nats": ""
-                if each.change is None
-                else f"{each.change:+.4f}".replace("-", "−")
-                + ("" if each.change_standard_error is None else f" ± {each.change_standard_error:.4f}"),
-                "Loss": list(each.losses) or None,
-                "Trained on": f"{each.trained_tokens:,} tokens of {re.split(r'[/]', each.ask.source)[-1]}",
-                "Took": duration(each.seconds),
-                "Blocks removed": ", ".join(map(str, each.removal_list)),
-            }
-            for each in sorted(found, key=lambda each: (len(each.removal_list), each.finished))
-        ]
-    )
-
-
-def _rise(found: Quantization) -> str:
-    """In per cent, with its standard error where there is one."""
-    if found.change is None:
-        return _share(found.before.perplexity, found.measured.perplexity)
-    error = found.change_standard_error
-    low, high = (None, None) if error is None else (found.change - error, found.change + error)
-    return in_words("rise", Reading(found.change, low, high))
-
-
-def _share(before: float | None, after: float | None) -> str:
-    if before is None or after is None or not 0 < before < math.inf or not math.isfinite(after):
-        return ""
-    return f"{after / before - 1:+.1%}".replace("-", "−")

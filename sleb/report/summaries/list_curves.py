@@ -1,4 +1,4 @@
-"""What was found about a run's lists, as lines over the number of blocks removed. Knows records; draws nothing."""
+"""Findings about a run's lists as lines over the number of blocks removed. Knows records; draws nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pandas as pd
 from sleb.formats.findings_tables import truncated_prompts, without_numbers
 from sleb.records import (
     Finding,
-    Measured,
     Quantization,
     RemovalList,
     Run,
@@ -23,7 +22,7 @@ from sleb.records import (
     Timing,
     sorted_list,
 )
-from sleb.report.summaries.gates import Gate, Reading, as_bytes
+from sleb.report.summaries.numbers import as_bytes, cut, nats
 from sleb.runtime.findings_folder import of_kind
 
 Kind = Literal[
@@ -42,15 +41,15 @@ class Point:
 
     removed: int
     value: float
-    """In the line's unit: perplexity, share of right answers, times as fast, bytes."""
+    """A perplexity, share of right answers, speedup or number of bytes, as the line's kind says."""
     low: float | None = None
     high: float | None = None
-    """One standard error, or the quartiles of a timing."""
+    """`low` and `high` are one standard error either way, or the quartiles of a timing."""
     change: float | None = None
-    """Against the baseline: nats per token for a text, points (as a share) for a task."""
+    """The change from the baseline: nats per token for a text, share of right answers lost for a task."""
     change_error: float | None = None
-    told: str = ""
-    """More about it, for a reader."""
+    detail: str = ""
+    """A remark for hover texts."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,15 @@ class Line:
 
     kind: Kind
     name: str
-    """Short, and its own among the lines of a panel."""
+    """A short name that no other line of the panel has."""
     about: str
     points: tuple[Point, ...]
-    """In ascending order of removed blocks."""
+    """Points in ascending order of removed blocks."""
     is_estimate: bool = False
-    """From a part of the text, or of the task's examples."""
+    """Whether it was measured on a part of the text, or of the task's examples."""
 
     def at(self, removed: int) -> Point | None:
-        """The point of so many blocks."""
+        """The point at so many blocks removed; None where there is none."""
         return next((each for each in self.points if each.removed == removed), None)
 
 
@@ -76,29 +75,29 @@ class Curves:
     """All lines of a run."""
 
     lists: Mapping[int, RemovalList]
-    """Blocks removed -> the list: those of the search, or, where nothing was searched, those that were judged."""
+    """Blocks removed -> the list: those of the search, or, where nothing was searched, those that were evaluated."""
     num_blocks: int
     cost: tuple[Line, ...]
-    """Perplexities: of texts, then of the search's own."""
+    """Perplexities of texts, then of the search's own texts."""
     accuracy: tuple[Line, ...]
     """Tasks, and their mean where there are several."""
     speed: tuple[Line, ...]
     size: tuple[Line, ...]
     elsewhere: int
-    """Findings about lists that are none of these."""
+    """How many findings are about other lists."""
     notes: tuple[str, ...] = ()
     """Why numbers are missing, and which prompts were cut."""
     too_good: tuple[str, ...] = ()
-    """Texts that share something with the one that the blocks were chosen on, and what."""
+    """Texts that overlap with the one on which the blocks were chosen, and in what."""
 
     @property
     def texts(self) -> tuple[Line, ...]:
-        """Perplexities that may be trusted: all but the calibration set's."""
+        """Perplexities of texts on which no block was chosen: all but the calibration set's."""
         return tuple(each for each in self.cost if each.kind != "calibration")
 
 
 def curves(run: Run, findings: Sequence[Finding]) -> Curves:
-    """Everything that is known about a run's lists; the baseline is 0 blocks removed."""
+    """All findings about a run's lists as lines; the baseline is at 0 blocks removed."""
     lists = lists_of(run, findings)
     numbers = {each: count for count, each in lists.items()}
     own = [each for each in findings if each.removal_list in numbers]
@@ -121,7 +120,7 @@ def curves(run: Run, findings: Sequence[Finding]) -> Curves:
 
 
 def lists_of(run: Run, findings: Sequence[Finding]) -> dict[int, RemovalList]:
-    """Blocks removed -> the list: the search's after each number of removals, else the given and the newest judged."""
+    """Blocks removed -> the list: the search's after each removal, else the given one and the newest evaluated."""
     lists: dict[int, RemovalList] = {0: ()}
     if run.trace is not None:
         lists |= {len(step.removal_list): sorted_list(step.removal_list) for step in run.trace.by_length}
@@ -133,22 +132,24 @@ def lists_of(run: Run, findings: Sequence[Finding]) -> dict[int, RemovalList]:
     return dict(sorted(lists.items()))
 
 
-def main_metric(found: TaskAccuracy) -> str | None:
-    """The share that stands for a task: its normalised accuracy, or the next best; None where it has none."""
+def main_metric(accuracy: TaskAccuracy) -> str | None:
+    """The metric that stands for a task: its normalised accuracy, or the next in `_METRICS`; None where it has none."""
     shares = [
-        name for name, value in found.metrics.items() if found.higher_is_better.get(name, True) and 0 <= value <= 1
+        name
+        for name, value in accuracy.metrics.items()
+        if accuracy.higher_is_better.get(name, True) and 0 <= value <= 1
     ]
     named = {name.partition(",")[0]: name for name in sorted(shares, reverse=True)}  # without the answers' filter
     return next((named[each] for each in (*_METRICS, *sorted(named)) if each in named), None)
 
 
-def _best(found: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], Hashable]) -> list[list[F]]:
-    """Of each thing the findings of one way to measure it: that with the most lists, then the newest.
+def _best(findings: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], Hashable]) -> list[list[F]]:
+    """Groups of findings, one for each thing: those measured in one way, that with the most lists, then the newest.
 
     `same` names the thing, `ask` the way. Of several answers to one question the newest counts.
     """
     things: dict[Hashable, dict[Hashable, dict[RemovalList, F]]] = {}
-    for each in found:
+    for each in findings:
         things.setdefault(same(each), {}).setdefault(ask(each), {})[each.removal_list] = each
     chosen = [
         max(ways.values(), key=lambda group: (len(group), max(each.finished for each in group.values())))
@@ -157,13 +158,13 @@ def _best(found: Iterable[F], same: Callable[[F], Hashable], ask: Callable[[F], 
     return [list(group.values()) for group in chosen]
 
 
-def _way(found: Finding) -> Hashable:
-    """How it was measured: all that makes its question but the list."""
-    return (found.dtype, *(str(getattr(found, name)) for name in found.of))
+def _way(finding: Finding) -> Hashable:
+    """The way in which it was measured: all fields of its question but the list."""
+    return (finding.dtype, *(str(getattr(finding, name)) for name in finding.of))
 
 
-def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
-    texts = of_kind(found, TextPerplexity)
+def _texts(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
+    texts = of_kind(findings, TextPerplexity)
     groups = _best(
         texts,
         lambda each: (each.text.name, each.text.window, each.text.bos, each.text.of_windows, each.dtype),
@@ -180,16 +181,16 @@ def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
     return _named(lines, [f"{group[0].text.window}" for group in groups])
 
 
-def _text_point(found: TextPerplexity, removed: int) -> Point:
-    value = _finite(found.measured.perplexity)
+def _text_point(answer: TextPerplexity, removed: int) -> Point:
+    value = _finite(answer.measured.perplexity)
     if not removed:
         return Point(0, value, change=0.0, change_error=0.0)
-    rise, error = found.rise, found.rise_standard_error
+    rise, error = answer.rise, answer.rise_standard_error
     return Point(removed, value, *_around(value, error), math.inf if rise is None else rise, error)
 
 
 def _of_the_search(run: Run) -> list[Line]:
-    """What the search itself measured: the held-out text, and the calibration set, on which the blocks were chosen."""
+    """Perplexities that the search measured: held-out text, and the calibration set, on which blocks were chosen."""
     if run.trace is None or run.stack is None:
         return []
     first = run.trace.baseline
@@ -203,7 +204,7 @@ def _of_the_search(run: Run) -> list[Line]:
         if kept.perplexity is not None:
             error = step.held_out_standard_error if step else 0.0
             value = _finite(kept.perplexity)
-            rise = _nats(kept) - _nats(first.held_out)
+            rise = _finite(nats(kept)) - _finite(nats(first.held_out))
             low, high = _around(value, error) if step else (None, None)
             held_out.append(Point(removed, value, low, high, math.inf if math.isnan(rise) else rise, error))
         if chosen.perplexity is not None:
@@ -213,13 +214,13 @@ def _of_the_search(run: Run) -> list[Line]:
         about = f"the search's own held-out text, {run.stack.held_out} × {run.stack.sequence_length} tokens"
         lines.append(Line("held-out", "held-out", about, tuple(held_out)))
     if calibration:
-        about = "the calibration set: the blocks were chosen on it, so it is too good"
+        about = "the calibration set: the blocks were chosen on it, so its perplexity is too good"
         lines.append(Line("calibration", "calibration", about, tuple(calibration)))
     return lines
 
 
-def _tasks(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
-    tasks = of_kind(found, TaskAccuracy)
+def _tasks(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list[Line]:
+    tasks = of_kind(findings, TaskAccuracy)
     parts = {name for each in tasks for name in each.subtasks if name != each.task}
     groups = _best(
         [each for each in tasks if each.task not in parts],  # a group stands for its parts
@@ -246,21 +247,21 @@ def _tasks(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
     return _named(lines, shots)
 
 
-def _lost(found: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tuple[float | None, float | None]:
-    """Against the baseline, with the standard error over pairs of examples; without pairs, that of two samples."""
-    if not found.removal_list:
+def _lost(answer: TaskAccuracy, first: TaskAccuracy | None, metric: str) -> tuple[float | None, float | None]:
+    """Accuracy lost and its standard error: over pairs of examples, or, without pairs, that of two samples."""
+    if not answer.removal_list:
         return 0.0, 0.0
-    if metric in found.changes:
-        return -found.changes[metric], found.change_standard_errors.get(metric)
+    if metric in answer.changes:
+        return -answer.changes[metric], answer.change_standard_errors.get(metric)
     if first is None:
         return None, None
-    errors = [each.standard_errors.get(metric) for each in (found, first)]
+    errors = [each.standard_errors.get(metric) for each in (answer, first)]
     known = [each for each in errors if each is not None]
-    return first.metrics[metric] - found.metrics[metric], math.hypot(*known) if len(known) == 2 else None
+    return first.metrics[metric] - answer.metrics[metric], math.hypot(*known) if len(known) == 2 else None
 
 
 def _mean(tasks: Sequence[Line]) -> list[Line]:
-    """Over all tasks, where every one of them was measured."""
+    """The mean over all tasks, at the numbers of blocks where each was measured."""
     if len(tasks) < 2:
         return []
     points = []
@@ -282,12 +283,12 @@ def _mean(tasks: Sequence[Line]) -> list[Line]:
     return [Line("mean", "mean", about, tuple(points), any(each.is_estimate for each in tasks))] if points else []
 
 
-def _speeds(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tuple[Line, ...]:
+def _speeds(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tuple[Line, ...]:
     lines = []
-    for group in _timed(found):
+    for group in _timed(findings):
         first = group[0]
         points = [
-            Point(numbers[each.removal_list], each.speedup, *each.spread, told=_seconds(each))
+            Point(numbers[each.removal_list], each.speedup, *each.spread, detail=_seconds(each))
             for each in group
             if each.removal_list
         ]
@@ -299,9 +300,9 @@ def _speeds(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> tup
     return tuple(lines)
 
 
-def _timed(found: Sequence[Finding]) -> list[list[Timing]]:
+def _timed(findings: Sequence[Finding]) -> list[list[Timing]]:
     groups = _best(
-        of_kind(found, Timing),
+        of_kind(findings, Timing),
         lambda each: each.shape,
         _way,
     )
@@ -311,15 +312,15 @@ def _timed(found: Sequence[Finding]) -> list[list[Timing]]:
     )
 
 
-def _seconds(found: Timing) -> str:
-    before, after = statistics.median(found.baseline_times), statistics.median(found.times)
-    return f"{before:.3g} s → {after:.3g} s" + ("" if found.gone else ", blocks skipped but not gone")
+def _seconds(timing: Timing) -> str:
+    before, after = statistics.median(timing.baseline_times), statistics.median(timing.times)
+    return f"{before:.3g} s → {after:.3g} s" + ("" if timing.gone else ", blocks skipped, not removed")
 
 
 def _sizes(
-    run: Run, found: Sequence[Finding], lists: Mapping[int, RemovalList], numbers: Mapping[RemovalList, int]
+    run: Run, findings: Sequence[Finding], lists: Mapping[int, RemovalList], numbers: Mapping[RemovalList, int]
 ) -> tuple[Line, ...]:
-    """Bytes of the weights in the run's dtype, of quantised weights, with the KV cache, and of a GPU's peak."""
+    """Bytes of the weights in the run's dtype, of quantised weights, with the KV cache, and peaks of a GPU."""
     if run.stack is None:
         return ()
     lines = []
@@ -327,15 +328,15 @@ def _sizes(
     if each_has is not None:
         parameters = {removed: run.stack.parameters_without(blocks) for removed, blocks in lists.items()}
         points = [
-            Point(removed, float(count * each_has), told=f"{count / 1e6:,.1f} M parameters")
+            Point(removed, float(count * each_has), detail=f"{count / 1e6:,.1f} M parameters")
             for removed, count in parameters.items()
         ]
         lines.append(Line("weights", "weights", f"all weights in {run.stack.dtype}", tuple(points)))
-    for quantized in _best(of_kind(found, Quantization), lambda each: each.scheme, lambda each: each.group_size):
+    for quantized in _best(of_kind(findings, Quantization), lambda each: each.scheme, lambda each: each.group_size):
         scheme = quantized[0].scheme
         points = [Point(numbers[each.removal_list], float(each.weight_bytes)) for each in quantized]
         lines.append(Line("quantized", scheme, f"all weights, quantised to {scheme}", _ordered(points)))
-    for group in _timed(found):
+    for group in _timed(findings):
         first = group[0]
         shape = f"{first.sequences} × {first.tokens} tokens"
         if first.shape == "generation" and each_has is not None:
@@ -353,74 +354,25 @@ def _sizes(
 
 
 def _with_cache(weights: Line, caches: Mapping[int, int], num_blocks: int) -> tuple[Point, ...]:
-    """Weights and cache; where no cache was measured, as much for each kept block as in the unmodified model."""
+    """Weights and cache; where no cache was measured, as much for each kept block as in the baseline."""
     points = []
     for each in weights.points:
         cache = caches.get(each.removed, caches[0] * (num_blocks - each.removed) / num_blocks)
-        told = f"{as_bytes(cache)} of cache" + ("" if each.removed in caches else ", by blocks")
-        points.append(Point(each.removed, each.value + cache, told=told))
+        detail = f"{as_bytes(cache)} of KV cache" + ("" if each.removed in caches else ", predicted from blocks")
+        points.append(Point(each.removed, each.value + cache, detail=detail))
     return tuple(points)
 
 
-def proportional(num_blocks: int, removed: int) -> float:
-    """What the speedup would be were time proportional to blocks."""
-    return num_blocks / (num_blocks - removed)
-
-
-def cost_gate(line: Line, share: float) -> Gate:
-    """At most so much worse: 0.1 is ten per cent more perplexity than the baseline."""
-    readings = {
-        each.removed: _reading(each.change, each.change_error) for each in line.points if each.change is not None
-    }
-    kind = f"{line.name} (an estimate)" if line.is_estimate else line.name
-    named = "the held-out perplexity" if line.kind == "held-out" else f"the perplexity on {kind}"
-    return Gate(named, "rise", math.log1p(share), readings)
-
-
-def accuracy_gate(line: Line, points: float) -> Gate:
-    """At most so many points of accuracy lost, as a share."""
-    readings = {
-        each.removed: _reading(each.change, each.change_error) for each in line.points if each.change is not None
-    }
-    name = "the mean accuracy lost" if line.kind == "mean" else f"the accuracy lost on {line.name}"
-    return Gate(name + (" (an estimate)" if line.is_estimate else ""), "points", points, readings)
-
-
-def speed_gate(found: Curves, line: Line | None, times: float) -> Gate:
-    """At least so many times as fast: measured where there is a timing, else in proportion to the blocks."""
-    readings = {
-        removed: Reading(proportional(found.num_blocks, removed), predicted=True)
-        for removed in found.lists
-        if removed < found.num_blocks
-    }
-    readings[0] = Reading(1.0)
-    for each in line.points if line else ():
-        readings[each.removed] = Reading(each.value, each.low, each.high)
-    return Gate(f"the speed of {line.name}" if line else "the speed", "speedup", times, readings)
-
-
-def size_gate(found: Curves, limit: float) -> Gate:
-    """At most so many bytes, of what `whole_size` is."""
-    line = whole_size(found)
-    readings = {each.removed: Reading(each.value) for each in line.points} if line else {}
-    return Gate("the size", "bytes", limit, readings)
-
-
-def whole_size(found: Curves) -> Line | None:
-    """The weights, with the KV cache where a generation was timed; None for a dtype of unknown size."""
-    own = {line.kind: line for line in reversed(found.size) if line.kind in ("weights", "whole")}
-    return own.get("whole", own.get("weights"))
-
-
-def table(found: Curves) -> pd.DataFrame:
+def table(curves: Curves) -> pd.DataFrame:
     """One row a point of a line."""
-    panels = {"perplexity": found.cost, "accuracy": found.accuracy, "speedup": found.speed, "bytes": found.size}
+    panels = {"perplexity": curves.cost, "accuracy": curves.accuracy, "speedup": curves.speed, "bytes": curves.size}
     rows = [
         (
-            what, line.name, line.about, line.is_estimate, each.removed, " ".join(map(str, found.lists[each.removed])),
+            quantity, line.name, line.about, line.is_estimate, each.removed,
+            " ".join(map(str, curves.lists[each.removed])),
             each.value, each.low, each.high, each.change, each.change_error,
         )
-        for what, lines in panels.items()
+        for quantity, lines in panels.items()
         for line in lines
         for each in line.points
     ]  # fmt: skip
@@ -428,37 +380,28 @@ def table(found: Curves) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _reading(change: float | None, error: float | None) -> Reading:
-    value = math.inf if change is None else change
-    return Reading(value) if error is None else Reading(value, value - error, value + error)
-
-
 def _ordered(points: Iterable[Point]) -> tuple[Point, ...]:
     return tuple(sorted(points, key=lambda each: each.removed))
 
 
 def _named(lines: Sequence[Line], further: Sequence[str]) -> list[Line]:
-    """Short names that differ: with something further where two are the same, else counted."""
+    """Lines with short names, all different: two of the same name get something of `further`, then a number."""
     names = [line.name for line in lines]
-    found: list[Line] = []
+    named: list[Line] = []
     for line, more in zip(lines, further, strict=True):
         alone = names.count(line.name) == 1
-        name = _cut(line.name) if alone else f"{_cut(line.name, _LABEL - len(more) - 1)} {more}"
-        taken = {each.name for each in found}
+        name = cut(line.name, _LABEL) if alone else f"{cut(line.name, _LABEL - len(more) - 1)} {more}"
+        taken = {each.name for each in named}
         count = 2
         while name in taken:
-            name = f"{_cut(line.name, _LABEL - 4)} ({count})"
+            name = f"{cut(line.name, _LABEL - 4)} ({count})"
             count += 1
-        found.append(replace(line, name=name))
-    return found
-
-
-def _cut(text: str, length: int = _LABEL) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+        named.append(replace(line, name=name))
+    return named
 
 
 def _around(value: float, error: float | None) -> tuple[float | None, float | None]:
-    """A perplexity, its nats one standard error less and more."""
+    """Bounds of a perplexity one standard error of its nats below and above."""
     if error is None or not math.isfinite(value):
         return None, None
     return value * math.exp(-error), value * math.exp(error)
@@ -470,7 +413,3 @@ def _within(value: float, error: float | None) -> tuple[float | None, float | No
 
 def _finite(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _nats(measured: Measured) -> float:
-    return math.inf if measured.nll_sum is None else measured.nll_sum / max(measured.token_count, 1)

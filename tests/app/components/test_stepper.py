@@ -13,6 +13,7 @@ from app.components import stepper
 from sleb.methods import step_evidence
 from sleb.records import JobState, Method, Run
 from sleb.report import build
+from sleb.report.figures import step_animation
 from sleb.report.figures import steps as step_charts
 from tests.support.dashboard import charts, open_page, words
 from tests.support.runs.stores import write_run
@@ -33,11 +34,6 @@ def steppers(app) -> list:  # type: ignore[no-untyped-def,type-arg]
     return [each for each in app.get("bidi_component") if each.proto.component_name == "sleb_stepper"]
 
 
-@pytest.fixture
-def runs(home: Path) -> Path:
-    return home / "runs"
-
-
 @pytest.mark.parametrize("method", list(Method))
 def test_every_step_is_drawn_with_its_evidence(method: Method, runs: Path) -> None:
     run = write_run(runs / "run", 12, 4, method=method)
@@ -53,7 +49,7 @@ def test_every_step_is_drawn_with_its_evidence(method: Method, runs: Path) -> No
         assert step.candidates[shown["chosen"]].skipped in (step.removal_list, step.removed)
         assert shown["differences"][shown["chosen"]] == 0
         assert {shown["blocks"][index] for index in shown["tied"]} == set(step.tied)
-        assert sorted(shown["gone"]) == sorted(step.removal_list)
+        assert sorted(shown["removed_at"]) == sorted(step.removal_list)
         assert shown["list"] == list(step.removal_list)
         low, high = found["axis"]["rises"]
         ends = [shown["rises"][shown["chosen"]], *(shown["rises"][index] for index in shown["tied"])]
@@ -73,7 +69,7 @@ def test_intervals_are_those_of_the_recorded_scores(runs: Path) -> None:
     from scipy.stats import t
 
     assert shown["differences"][other] == pytest.approx(difference.mean(), rel=1e-4)
-    assert shown["reaches"][other] == pytest.approx(t.ppf(0.975, 15) * error, rel=1e-4)
+    assert shown["half_widths"][other] == pytest.approx(t.ppf(0.975, 15) * error, rel=1e-4)
 
 
 def test_without_the_scores_there_are_bars_and_no_intervals(runs: Path) -> None:
@@ -82,7 +78,7 @@ def test_without_the_scores_there_are_bars_and_no_intervals(runs: Path) -> None:
         path.unlink()
     shown = payload(run)["steps"][0]
     assert None not in shown["scores"]
-    assert [each for index, each in enumerate(shown["reaches"]) if index != shown["chosen"]] == [None] * 9
+    assert [each for index, each in enumerate(shown["half_widths"]) if index != shown["chosen"]] == [None] * 9
 
 
 def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
@@ -95,7 +91,7 @@ def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
     for step, shown in zip(greedy.trace.steps, payload(greedy)["steps"], strict=True):
         assert ("tied with" in shown["words"]) == bool(step.tied)
         behind = sorted(shown["differences"])[1]
-        reach = shown["reaches"][shown["differences"].index(behind)]  # half of the interval that calls it tied
+        reach = shown["half_widths"][shown["differences"].index(behind)]  # half of the interval that calls it tied
         assert f"{step.margin:.4f} nats per token (± {reach:.4f} at 95%)" in shown["words"]
         assert ("told apart" in shown["words"]) == (not step.tied)
 
@@ -104,7 +100,7 @@ def test_frames_of_the_report_hold_every_step(runs: Path) -> None:
     run = write_run(runs / "run", 12, 4)
     assert run.trace is not None
     compared = [step_evidence.of(run, step) for step in run.trace.steps]
-    figure = step_charts.animated(run, compared)
+    figure = step_animation.animated(run, compared)
     assert [frame.name for frame in figure.frames] == ["1", "2", "3", "4"]
     for frame, step in zip(figure.frames, run.trace.steps, strict=True):
         kinds = [{block for block, height in enumerate(trace.y) if height} for trace in frame.data[:4]]
@@ -119,10 +115,10 @@ def test_frames_of_the_report_hold_every_step(runs: Path) -> None:
 def test_one_block_far_above_all_others_does_not_flatten_them() -> None:
     costs = np.array([0.1, 0.11, 0.12, 0.2, 3.0])
     reaches = np.array([0.0, 0.3, 0.01, 0.01, 0.5])
-    top = step_charts.reach_of_axis(costs, reaches, contenders=(0, 1), quantile=0.75)
+    top = step_animation.extent_of_axis(costs, reaches, contenders=(0, 1), quantile=0.75)
     assert 0.41 <= top < 1.0  # the tied one with its whole interval; the outlier is cut off
-    assert step_charts.reach_of_axis(costs[:4], reaches[:4], (0,), 0.75) == pytest.approx(0.2)
-    assert step_charts.reach_of_axis(np.array([np.nan]), np.array([np.nan]), (0,), 0.75) == 1.0
+    assert step_animation.extent_of_axis(costs[:4], reaches[:4], (0,), 0.75) == pytest.approx(0.2)
+    assert step_animation.extent_of_axis(np.array([np.nan]), np.array([np.nan]), (0,), 0.75) == 1.0
 
 
 def test_one_sequence_tells_nobody_apart(runs: Path) -> None:
@@ -199,9 +195,9 @@ def test_a_swap_shows_one_block_coming_back_and_another_going(runs: Path) -> Non
         assert shown["words"].startswith(
             f"Step {step.number}, a swap: {back} back, {block} out, {step.improvement:.4f}"
         )
-        assert shown["gone"][block] == step.number
-        assert back not in shown["gone"]
-        assert set(shown["gone"]) == set(step.removal_list)
+        assert shown["removed_at"][block] == step.number
+        assert back not in shown["removed_at"]
+        assert set(shown["removed_at"]) == set(step.removal_list)
         # One bar a block: of all swaps that remove it, the best.
         best = {each: min(c.score or 0 for c in step.candidates if c.block == each) for each in shown["blocks"]}
         assert shown["blocks"] == sorted({each.block for each in step.candidates})
@@ -229,7 +225,7 @@ def test_the_page_and_the_report_show_a_run_with_swaps(runs: Path) -> None:
     (line,) = step_charts.methods([run], held_out=False, logarithmic=True).data
     assert list(line.x) == [0, 1, 2, 3, 4]
     assert line.y[-1] == pytest.approx(run.trace.steps[-1].perplexity)  # of several lists of a length the last
-    figure = step_charts.animated(run, [step_evidence.of(run, step) for step in run.trace.steps])
+    figure = step_animation.animated(run, [step_evidence.of(run, step) for step in run.trace.steps])
     candidates, tied, chosen, gone = (
         {block for block, height in enumerate(trace.y) if height} for trace in figure.frames[4].data[:4]
     )

@@ -34,13 +34,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
-def tab(address: str) -> Iterator[browser.Tab]:
-    with browser.tab(address) as tab:
-        yield tab
-        assert tab.said == []
-
-
 def about(tab: browser.Tab, text: str) -> None:
     tab.page.locator(".about", has_text=text).wait_for()
 

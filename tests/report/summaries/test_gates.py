@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sleb.records import Run, RunSpec, TaskAccuracy, TextPerplexity
-from sleb.report.summaries import list_curves
-from sleb.report.summaries.gates import Gate, Reading, Unit, as_bytes, in_words, judge, span
+from sleb.report.summaries import line_gates, list_curves
+from sleb.report.summaries.gates import Gate, Reading, Unit, in_words, judge
+from sleb.report.summaries.numbers import as_bytes, span
 from sleb.runtime import findings_folder, origin, run_folder
 from tests.support.runs.judged import (
     accuracy,
@@ -194,7 +195,7 @@ def test_the_searchs_own_texts_are_there_without_a_finding(run: Run) -> None:
     assert held_out.change == pytest.approx(
         math.log(step.held_out.perplexity / run.trace.baseline.held_out.perplexity)  # type: ignore[operator]
     )
-    assert judge([list_curves.cost_gate(found.cost[0], 0.1)], found.lists).proposal is not None
+    assert judge([line_gates.cost_gate(found.cost[0], 0.1)], found.lists).proposal is not None
 
 
 def test_a_text_is_drawn_from_the_way_that_covers_most_lists(run: Run) -> None:
@@ -240,7 +241,7 @@ def test_the_mean_of_tasks_is_over_all_of_them_and_uses_paired_errors_where_ther
     )
     (line, *_) = list_curves.curves(run, [findings[0], paired]).accuracy
     assert (line.at(1).change, line.at(1).change_error) == (0.1, 0.005)  # type: ignore[union-attr]
-    assert judge([list_curves.accuracy_gate(line, 0.02)], [0, 1]).refusal.startswith(
+    assert judge([line_gates.accuracy_gate(line, 0.02)], [0, 1]).refusal.startswith(
         "No list passes: the accuracy lost on"
     )
 
@@ -262,7 +263,7 @@ def test_a_task_is_shown_by_its_normalised_accuracy_and_other_measures_are_left_
 def test_speed_is_measured_where_it_was_timed_and_predicted_elsewhere(run: Run) -> None:
     one = lists_of(run)[0]
     found = list_curves.curves(run, [timing(run, one, times=1.5)])
-    gate = list_curves.speed_gate(found, found.speed[0], 1.1)
+    gate = line_gates.speed_gate(found, found.speed[0], 1.1)
     assert gate.readings[1].value == pytest.approx(1.5, rel=0.02)
     assert not gate.readings[1].predicted
     assert gate.readings[2] == Reading(12 / 10, predicted=True)
@@ -272,12 +273,12 @@ def test_speed_is_measured_where_it_was_timed_and_predicted_elsewhere(run: Run) 
 def test_size_counts_weights_and_a_measured_cache(run: Run) -> None:
     lists = lists_of(run)
     bare = list_curves.curves(run, [])
-    weights = list_curves.whole_size(bare)
+    weights = line_gates.whole_size(bare)
     assert weights is not None
     assert weights.at(2).value == 2 * (17000 - 2 * 1000)  # type: ignore[union-attr]
     found = list_curves.curves(run, [timing(run, lists[1], "generation"), quantization(run, lists[1])])
     cache = timing(run, lists[1], "generation")
-    whole = list_curves.size_gate(found, 1e6)
+    whole = line_gates.size_gate(found, 1e6)
     assert whole.readings[0].value == 2 * 17000 + cache.baseline_cache_bytes
     assert whole.readings[2].value == 2 * 15000 + cache.cache_bytes
     assert whole.readings[1].value == 2 * 16000 + cache.baseline_cache_bytes * 11 / 12
