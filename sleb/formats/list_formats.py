@@ -10,14 +10,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sleb.errors import OptionError, excerpt, quoted
-from sleb.records import Run, Step
+from sleb.records import Run, Step, finite
 
 MODELS = ("hf", "gguf")
 """The formats that write a model instead of a text; `sleb.export` does."""
@@ -166,11 +165,6 @@ def yaml_string(text: str) -> str:
     return '"' + "".join(plain) + '"'
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
 
@@ -194,10 +188,10 @@ def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
         "calibration": run.spec.calibration.model_dump(mode="json")
         | {"source": without_folder(run.spec.calibration.source), "text": run.stack.text},
         "perplexity": {
-            "baseline": _finite(baseline.perplexity),
-            "baseline_held_out": _finite(baseline.held_out.perplexity),
-            "streamlined": _finite(last.perplexity),
-            "streamlined_held_out": _finite(last.held_out.perplexity),
+            "baseline": finite(baseline.perplexity),
+            "baseline_held_out": finite(baseline.held_out.perplexity),
+            "streamlined": finite(last.perplexity),
+            "streamlined_held_out": finite(last.held_out.perplexity),
         },
     }
     return json.dumps(found, indent=2, allow_nan=False) + "\n"

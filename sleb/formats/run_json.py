@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
-from sleb.records import Candidate, Finding, Measured, Run, Step
+from sleb.records import Candidate, Finding, Measured, Run, Step, finite
 from sleb.runtime.run_index import Outline
 
 
@@ -28,8 +27,8 @@ def summary(run: Run) -> dict[str, Any]:
         else {
             "nll_sum": first.calibration.nll_sum,
             "token_count": first.calibration.token_count,
-            "perplexity": _finite(first.perplexity),
-            "held_out_perplexity": _finite(first.held_out.perplexity),
+            "perplexity": finite(first.perplexity),
+            "held_out_perplexity": finite(first.held_out.perplexity),
         },
         "steps": [_step(step) for step in trace.steps] if trace else [],
         "block_evaluations": trace.block_evaluations if trace else 0,
@@ -60,7 +59,7 @@ def finding(found: Finding) -> dict[str, Any]:
     for name in type(found).model_fields:
         value = getattr(found, name)
         if isinstance(value, Measured):
-            kept[name]["perplexity"] = _finite(value.perplexity)
+            kept[name]["perplexity"] = finite(value.perplexity)
     return kept
 
 
@@ -70,8 +69,8 @@ def _step(step: Step) -> dict[str, Any]:
         "removed": list(step.removed),
         "restored": list(step.restored),
         "removal_list": list(step.removal_list),
-        "perplexity": _finite(step.perplexity),
-        "held_out_perplexity": _finite(step.held_out.perplexity),
+        "perplexity": finite(step.perplexity),
+        "held_out_perplexity": finite(step.held_out.perplexity),
         "held_out_standard_error": step.held_out_standard_error,
         "margin": step.margin,
         "margin_standard_error": step.margin_standard_error,
@@ -89,12 +88,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "block": candidate.block,
         "skipped": list(candidate.skipped),
         "objective": candidate.objective,
-        "score": _finite(candidate.score),
+        "score": finite(candidate.score),
         "nll_sum": candidate.nll_sum,
         "token_count": candidate.token_count,
-        "perplexity": _finite(candidate.perplexity),
+        "perplexity": finite(candidate.perplexity),
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -435,24 +435,16 @@ def _alignment(alignment: Alignment) -> go.Figure:
 
 
 def _rise(before: Measured, step: Step) -> str:
-    if (
-        before.nll_sum is None
-        or step.held_out.nll_sum is None
-        or not before.token_count
-        or not step.held_out.token_count
-    ):
+    rise = step.held_out.rise_over(before)
+    if rise is None:
         return ""
-    rise = step.held_out.nll_sum / step.held_out.token_count - before.nll_sum / before.token_count
     error = step.held_out_standard_error
     return f"{rise:+.3f}".replace("-", "−") + (f"\u00a0±\u00a0{error:.3f}" if error is not None else "")
 
 
 def _nats(measured: Measured, digits: int) -> str:
-    return (
-        "–"
-        if measured.nll_sum is None or not measured.token_count
-        else f"{measured.nll_sum / measured.token_count:.{digits}f}"
-    )
+    nats = measured.nats_per_token
+    return "–" if nats is None else f"{nats:.{digits}f}"
 
 
 def _perplexity(measured: Measured) -> str:

@@ -259,7 +259,7 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
                     removed / run.stack.num_blocks,
                     calibration.perplexity,
                     held_out.perplexity,
-                    _nats(held_out),
+                    held_out.nats_per_token,
                     error,
                 )
             )
@@ -269,10 +269,6 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
 
 def _point(step: Step) -> tuple[int, Measured, Measured, float | None]:
     return len(step.removal_list), step.calibration, step.held_out, step.held_out_standard_error
-
-
-def _nats(measured: Measured) -> float | None:
-    return None if measured.nll_sum is None or not measured.token_count else measured.nll_sum / measured.token_count
 
 
 def perplexity(
@@ -519,10 +515,10 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
         "Run": run.run_id,
     }
     if first and last:
-        before, after = _nats(first.held_out), _nats(last.held_out)
-        if before is not None and after is not None:
+        rise = last.held_out.rise_over(first.held_out)
+        if rise is not None:
             error = last.held_out_standard_error
-            found["Rise, nats"] = f"{after - before:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+            found["Rise, nats"] = f"{rise:.3f}" + (f" ± {error:.3f}" if error is not None else "")
     if first and run.trace:
         found["Seconds"] = first.seconds + sum(step.seconds for step in run.trace.steps)
     return found

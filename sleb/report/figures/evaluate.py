@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from sleb.formats.findings_tables import scheme_of
-from sleb.records import EvaluatedText, Finding, Healing, Quantization, RemovalList, TextPerplexity
+from sleb.records import EvaluatedText, Finding, Healing, Measured, Quantization, RemovalList, TextPerplexity
 from sleb.report.figures import compare, style
 from sleb.report.summaries.gates import Reading, as_bytes, in_words
 from sleb.report.summaries.list_curves import Curves, Line, Point, proportional
@@ -476,13 +476,12 @@ def healing_table(found: Sequence[Healing]) -> pd.DataFrame:
 def _rise(found: Quantization) -> str:
     """In per cent, with its standard error where there is one."""
     if found.change is None:
-        return _share(found.before.perplexity, found.measured.perplexity)
+        return _share(found.before, found.measured)
     error = found.change_standard_error
     low, high = (None, None) if error is None else (found.change - error, found.change + error)
     return in_words("rise", Reading(found.change, low, high))
 
 
-def _share(before: float | None, after: float | None) -> str:
-    if before is None or after is None or not 0 < before < math.inf or not math.isfinite(after):
-        return ""
-    return f"{after / before - 1:+.1%}".replace("-", "−")
+def _share(before: Measured, after: Measured) -> str:
+    ratio = after.ratio_to(before)
+    return "" if ratio is None else f"{ratio - 1:+.1%}".replace("-", "−")

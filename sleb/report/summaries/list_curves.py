@@ -13,7 +13,6 @@ import pandas as pd
 from sleb.formats.findings_tables import truncated_prompts, without_numbers
 from sleb.records import (
     Finding,
-    Measured,
     Quantization,
     RemovalList,
     Run,
@@ -181,7 +180,8 @@ def _texts(found: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> list
 
 
 def _text_point(found: TextPerplexity, removed: int) -> Point:
-    value = _finite(found.measured.perplexity)
+    perplexity = found.measured.perplexity
+    value = math.inf if perplexity is None else perplexity
     if not removed:
         return Point(0, value, change=0.0, change_error=0.0)
     rise, error = found.rise, found.rise_standard_error
@@ -202,12 +202,11 @@ def _of_the_search(run: Run) -> list[Line]:
         kept, chosen = (step or first).held_out, (step or first).calibration
         if kept.perplexity is not None:
             error = step.held_out_standard_error if step else 0.0
-            value = _finite(kept.perplexity)
-            rise = _nats(kept) - _nats(first.held_out)
+            value, rise = kept.perplexity, kept.rise_over(first.held_out)
             low, high = _around(value, error) if step else (None, None)
-            held_out.append(Point(removed, value, low, high, math.inf if math.isnan(rise) else rise, error))
+            held_out.append(Point(removed, value, low, high, math.inf if rise is None else rise, error))
         if chosen.perplexity is not None:
-            calibration.append(Point(removed, _finite(chosen.perplexity)))
+            calibration.append(Point(removed, chosen.perplexity))
     lines = []
     if held_out:
         about = f"the search's own held-out text, {run.stack.held_out} × {run.stack.sequence_length} tokens"
@@ -466,11 +465,3 @@ def _around(value: float, error: float | None) -> tuple[float | None, float | No
 
 def _within(value: float, error: float | None) -> tuple[float | None, float | None]:
     return (None, None) if error is None else (value - error, value + error)
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def _nats(measured: Measured) -> float:
-    return math.inf if measured.nll_sum is None else measured.nll_sum / max(measured.token_count, 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sleb.methods.statistics import Comparison
-from sleb.records import Baseline, Candidate, Measured, Run, Step, steps_of_removal
+from sleb.records import Baseline, Candidate, Run, Step, steps_of_removal
 
 SCORE_NAMES = {
     "metric3": "Metric3: nats per token without the block",
@@ -168,10 +168,5 @@ def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float
         return 0.0, "a block that changes nothing"
     so_far = set(before[-1].removal_list) if before else set()
     if so_far and all(so_far <= set(each.skipped) for each in step.candidates):
-        return nats(before[-1].calibration), f"the model after step {before[-1].number}"
-    return nats(baseline.calibration), "the whole model"
-
-
-def nats(of: Measured) -> float | None:
-    """Mean negative log-likelihood per token; None where the predictions were not numbers or there is no text."""
-    return None if of.nll_sum is None or of.token_count == 0 else of.nll_sum / of.token_count
+        return before[-1].calibration.nats_per_token, f"the model after step {before[-1].number}"
+    return baseline.calibration.nats_per_token, "the whole model"
