@@ -5,7 +5,6 @@ Everything shown is read from the run folder, so a reload loses nothing; the pro
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def _kind(run: Run, disabled: bool) -> str:
 def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     """A process that exports, or the sentence that says why not."""
     try:
-        folder = _checked_file(out, replace) if kind == GGUF else _checked(out, replace)
+        folder = _checked(out, replace, kind)
         spec = data.job_spec("export", "cpu").model_dump()
         spec |= {"steps": steps, "out": str(folder), "replace": replace, "format": kind}
         foreign_names.go_on(run, JobSpec.model_validate(spec))
@@ -114,40 +113,17 @@ def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     st.rerun()
 
 
-def _checked(out: str, replace: bool) -> Path:
-    """The folder, absolute. What a look at the disk can refuse is refused before a model is loaded."""
+def _checked(out: str, replace: bool, kind: str) -> Path:
+    """The folder or file, absolute. What a look at the disk can refuse is refused before a model is loaded."""
+    named = "file" if kind == GGUF else "folder"
     if not out.strip():
-        raise OptionError("Name a folder to write.")
+        raise OptionError(f"Name a {named} to write.")
     if not out.isprintable():
-        raise OptionError("The folder's name has characters that no file system takes; type it anew.")
-    access.require_destination(out.strip())
-    folder = files.expanded(Path(out.strip())).absolute()
-    try:
-        above = next((each for each in folder.parents if each.exists()), folder)
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OptionError(f"Nothing can be written in {above}; name another folder.")
-        Destination(folder, replace).require_free()
-    except (OSError, ValueError) as error:  # no permission to look, or no name for a file
-        raise OptionError(f"{folder} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
-    return folder
-
-
-def _checked_file(out: str, replace: bool) -> Path:
-    """The file, absolute. Whether what is there is an earlier export is seen by the job, which reads it."""
-    if not out.strip():
-        raise OptionError("Name a file to write.")
-    if not out.isprintable():
-        raise OptionError("The file's name has characters that no file system takes; type it anew.")
+        raise OptionError(f"The {named}'s name has characters that no file system takes; type it again.")
     access.require_destination(out.strip())
     path = files.expanded(Path(out.strip())).absolute()
-    try:
-        above = next((each for each in path.parents if each.exists()), path)
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OptionError(f"Nothing can be written in {above}; name another file.")
-        gguf_plan.require_name(path)
-        Destination(path, replace, gguf_plan.FILE, lambda _: True).require_free()
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
+    destination = gguf_plan.destination_of(path, replace) if kind == GGUF else Destination(path, replace)
+    destination.require_free(look_inside=kind != GGUF)  # a GGUF file takes seconds to read: its job does
     return path
 
 

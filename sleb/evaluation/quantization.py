@@ -24,7 +24,7 @@ from sleb.errors import ModelError, OptionError
 from sleb.evaluation import perplexity, quantized_folder
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.quantized_folder import Quantised
-from sleb.export.destination import require_free
+from sleb.export.destination import Destination
 from sleb.export.removal import plan_removal
 from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack, find_stack
@@ -46,7 +46,7 @@ def require(ask: QuantizeSpec) -> None:
         quantized_folder.require()
         if not ask.lists:
             raise OptionError("--out writes a model without blocks: give a removal list that names some.")
-        require_free(Path(ask.out), ask.replace)
+        Destination(Path(ask.out), ask.replace).require_free()
 
 
 def work(subject: Subject, ask: QuantizeSpec) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sleb.errors import OptionError
 from sleb.export import gguf_file, gguf_plan
 from sleb.export.checkpoint import export_checkpoint
-from sleb.export.destination import require_free
+from sleb.export.destination import Destination
 from sleb.export.proven_folder import Origin
 from sleb.formats.model_card import model_card
 from sleb.model.inspection import licence
@@ -38,10 +38,10 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
         raise OptionError("An export needs a folder to write: --out PATH.")
     out, removal_list = Path(job.out), run.removal_list_after(job.steps)
     if job.format != "gguf":
-        require_free(out, job.replace)
+        Destination(out, job.replace).require_free()
         return Plan(removal_list, out, None)
     source = gguf_plan.source_of(run, job)
-    gguf_plan.require_free(out, job.replace, source)
+    gguf_plan.destination_of(out, job.replace, source).require_free()
     gguf_plan.plan_cut(source, removal_list)
     return Plan(removal_list, out, source)
 
@@ -54,13 +54,15 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
         if run.stack is not None and run.stack.identity is None:
             log.warning("Run %s does not say with which config it began: only its weights were compared.", run.run_id)
     if plan.gguf is None:
-        found = findings_folder.findings(run.run_dir)
+        findings = findings_folder.findings(run.run_dir)
         proof = export_checkpoint(
             loaded.model,
             loaded.tokenizer,
             plan.removal_list,
             plan.out,
-            model_card(run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), found=found),
+            model_card(
+                run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), findings=findings
+            ),
             allow_existing=asked.replace,
             progress=meter.phase,
             source=source_folder(loaded.name, loaded.revision),

@@ -1,14 +1,13 @@
 """A GGUF file with blocks cut out, proven. What stays is copied as it is.
 
-As with a folder (`checkpoint.py`), nothing appears under the name that was asked for until the file has been reloaded
-by plain transformers and compared.
+As with a folder (`checkpoint.py`), the file appears under its name when plain transformers have reloaded it and it
+answers as the baseline does.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
-from sleb.export.destination import saving
+from sleb.export.destination import require_space, saving
 from sleb.export.gguf_plan import (
     BLOCKS_BEFORE,
     FILE,
@@ -31,14 +30,13 @@ from sleb.export.gguf_plan import (
     refused,
     value_of,
 )
-from sleb.export.proven_folder import Origin, expect, let_go, run_proof, write_expectation
+from sleb.export.proven_folder import Exporter, Origin, Written, count_parameters, dtype_of
 from sleb.export.removal import Removal, plan_removal, require_same_blocks
 from sleb.model.block_stack import BlockStack
 from sleb.records import Proof, Run
 
 RUN = "sleb.run"
 
-_SPARE_BYTES = 64 * 1024**2
 _CHUNK = 1 << 24  # bytes compared at once
 
 
@@ -61,8 +59,7 @@ def export_gguf(
     earlier export at `out` be replaced, and nothing else. Raises `ExportError` where the file cannot express the
     removal or the proof fails; then nothing is left at `out`.
     """
-    out = Path(os.path.abspath(out))
-    destination = destination_of(out, allow_existing, source)
+    destination = destination_of(Path(os.path.abspath(out)), allow_existing, source)
     destination.require_free()
     cut = plan_cut(source, removal_list)
     stack = BlockStack(model)
@@ -71,27 +68,19 @@ def export_gguf(
     removal = plan_removal(model, removal_list)
     if removal.packed:
         raise refused(cut, f"{min(removal.packed)} holds a slice for each block, and GGUF tensors are not cut")
-    _require_space(cut, out.parent)
+    require_space("The file", cut.bytes, destination.out.parent)
 
-    progress("Recording what the model answers with the blocks skipped")
-    expectation = expect(model, tokenizer, removal, origin)
-    blocks: Any = stack.blocks
-    removed = sum(
-        parameter.numel()
-        for block in range(removal.num_blocks)
-        if block not in removal.kept
-        for parameter in blocks[block].parameters()
-    )
-    with destination.writing() as folder:
-        progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
+    def write(folder: Path) -> Written:
         write_cut(cut, folder / FILE, removal_list, run_id)
         _require_same_reading(model, folder, removal)
-        dtype = str(model.dtype).removeprefix("torch.")
-        write_expectation(folder, removal, expectation, expectation.parameters - removed, dtype, FILE)
-        device = str(stack.device)
-        let_go(model)
-        progress("Reloading it in a new process, to compare")
-        proof = run_proof(folder, device, trust_remote_code)
+        removed = [stack.blocks[block] for block in range(removal.num_blocks) if block not in removal.kept]
+        parameters = count_parameters(model) - sum(map(count_parameters, removed))
+        return Written(parameters, dtype_of(model), gguf_file=FILE, finished=(model,))
+
+    exporter = Exporter(
+        model, tokenizer, removal, origin=origin or Origin(), trust_remote_code=trust_remote_code, progress=progress
+    )
+    proof = exporter.export(destination, write)
     opened.cache_clear()
     return proof.model_copy(update={"bytes_before": source.stat().st_size})
 
@@ -211,13 +200,3 @@ def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> N
             f"A GGUF file cannot say what the kept blocks are: {error}. Choose other blocks, or write the folder "
             "(--format hf)."
         ) from error
-
-
-def _require_space(cut: Cut, where: Path) -> None:
-    existing = next(folder for folder in (where, *where.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < cut.bytes + _SPARE_BYTES:
-        raise StorageError(
-            f"The file takes {cut.bytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left; "
-            "free some, or name another folder."
-        )

@@ -100,25 +100,9 @@ def source_of(run: Run, job: JobSpec) -> Path:
     return path
 
 
-def require_name(out: Path) -> None:
-    """Whether a GGUF file can be called so. Raises `OptionError`."""
-    if out.is_dir() and not out.is_symlink():
-        raise OptionError(f"{out} is a folder; name a file that ends in .gguf.")
-    if out.suffix.lower() != ".gguf":
-        raise OptionError(f"{out} does not end in .gguf, by which programs know such files; name one that does.")
-
-
-def destination_of(out: Path, allow_existing: bool, source: Path) -> Destination:
-    """Where the smaller file goes. Raises `OptionError` for what is not a GGUF file's name, or is the model itself."""
-    require_name(out)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise OptionError(f"{out} is the model itself; name another file.")
-    return Destination(out, allow_existing, FILE, _is_export)
-
-
-def require_free(out: Path, allow_existing: bool, source: Path) -> None:
-    """Whether the smaller file can be written there. Raises `OptionError`."""
-    destination_of(out, allow_existing, source).require_free()
+def destination_of(out: Path, replace: bool, source: Path | None = None) -> Destination:
+    """Where the smaller GGUF file is written; `source` is the file that it is cut from."""
+    return Destination(out, replace, FILE, ".gguf", source, _is_export)
 
 
 def plan_cut(source: Path, removal_list: Sequence[int]) -> Cut:

@@ -19,7 +19,7 @@ from gguf import GGUFReader
 import sleb
 from app import data
 from sleb.errors import ExportError, ModelError, OptionError, StorageError
-from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process
+from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process, proven_folder
 from sleb.export.gguf_file import export_gguf, write_cut
 from sleb.export.gguf_plan import plan_cut, require_free
 from sleb.model.loading import convert_gguf, load_model
@@ -55,7 +55,7 @@ def prove_here(folder: Path, *_: Any) -> Proof:
 
 @pytest.fixture
 def proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
+    monkeypatch.setattr(proven_folder, "run_proof", prove_here)
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def test_the_command_line_writes_proves_and_replaces(
     assert settings(out)["sleb.run"] == found["run_id"]
     assert len(load(out).model.model.layers) == 4
     assert "--replace" in command(*export, code=2)[1]
-    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
+    monkeypatch.setattr(proven_folder, "run_proof", prove_here)
     shown = command(*export, "--steps", 1, "--replace")[0]
     assert "Wrote and proved" in shown
     assert "megabytes" in shown
@@ -421,13 +421,13 @@ def test_where_the_converter_would_lose_the_windows_it_says_so(model_class: str,
 SLOW_PROOF = """
 import sys, time
 import sleb
-from sleb.export import gguf_file
+from sleb.export import proven_folder
 
 def slow(folder, *_):
     print([path.name for path in folder.iterdir()], flush=True)
     time.sleep(600)
 
-gguf_file.run_proof = slow
+proven_folder.run_proof = slow
 sleb.export_model(sys.argv[1], sys.argv[2], format="gguf")
 """
 

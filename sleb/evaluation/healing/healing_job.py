@@ -26,7 +26,7 @@ from sleb.evaluation import perplexity
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.healing import least_squares, lora
 from sleb.evaluation.healing.healed_folder import Healed, write_adapter, write_merged
-from sleb.export.destination import require_free
+from sleb.export.destination import Destination
 from sleb.export.removal import streamlined
 from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
@@ -61,7 +61,7 @@ def require(ask: HealSpec) -> None:
     if ask.adapter and ask.out is None:
         raise OptionError("--adapter says what to write: name a folder with --out.")
     if ask.out is not None:
-        require_free(Path(ask.out), ask.replace)
+        Destination(Path(ask.out), ask.replace).require_free()
 
 
 def work(subject: Subject, ask: HealSpec) -> None:

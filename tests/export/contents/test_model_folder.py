@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor
 from sleb.errors import ExportError
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
 from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored, write_saved
-from sleb.export.proven_folder import expect
+from sleb.export.proven_folder import expect, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import load_model
@@ -53,7 +53,8 @@ def write(folder: Path, source: Path) -> Path:
     removal = plan_removal(loaded.model, (1, 3))
     plan = plan_folder(loaded.model, removal, source_folder(str(source), None))
     expectation = expect(loaded.model, loaded.tokenizer, removal)
-    write_checkpoint(loaded.model, loaded.tokenizer, plan, expectation, folder, "# A card", trust_remote_code=trusted)
+    written = write_checkpoint(loaded.model, loaded.tokenizer, plan, folder, "# A card", trust_remote_code=trusted)
+    write_expectation(folder, removal, expectation, written)
     return folder
 
 
