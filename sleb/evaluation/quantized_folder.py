@@ -43,11 +43,11 @@ class Quantised:
     scheme: str
     stack: BlockStack
     group_sizes: dict[str, int]
-    """Of int4: the module's name in the model, and how many of its weights share a scale. Of int8: a whole row."""
+    """In int4, how many weights share a scale, by the module's name in the model; in int8 a whole row does."""
 
     @property
     def bits(self) -> int:
-        """Of one quantised weight."""
+        """Bits of one quantised weight."""
         return BITS[self.scheme]
 
     def weight_bytes(self, removal_list: RemovalList) -> tuple[int, int, float]:
@@ -73,7 +73,7 @@ class Quantised:
 
 
 def require() -> None:
-    """Raises `OptionError` where the library that packs and loads is missing."""
+    """Require the library that packs and loads. Raises `OptionError` where it is missing."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise OptionError("Writing a quantised model needs compressed-tensors: pip install 'sleb[quantize]'.")
 
@@ -134,7 +134,7 @@ def write(
 
 
 def _packed(model: nn.Module, bits: int) -> dict[str, torch.Tensor]:
-    """The state of a model as the format has it: names as they are, a quantised weight as words, scales and shape."""
+    """The state of a model in the format: names as they are, a quantised weight as words, scales and shape."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     state: dict[str, torch.Tensor] = {}
@@ -190,8 +190,8 @@ def _targets(own: Sequence[str], others: Sequence[str], path: str) -> list[str]:
     pattern = re.compile(rf"{re.escape(path)}\.\d+\.(.+)")
 
     def part(name: str) -> str:
-        found = pattern.fullmatch(name)
-        return found[1] if found else name
+        match = pattern.fullmatch(name)
+        return match[1] if match else name
 
     elsewhere = {part(name) for name in others}
     targets = [
@@ -201,7 +201,7 @@ def _targets(own: Sequence[str], others: Sequence[str], path: str) -> list[str]:
 
 
 def _stored(folder: Path) -> int:
-    """Numbers in the files that were written, tied ones once."""
+    """How many numbers the written files hold, tied ones once."""
     total = 0
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, framework="pt") as opened:

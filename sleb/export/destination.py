@@ -90,7 +90,7 @@ class Destination:
     def _require_replaceable(self, look_inside: bool) -> None:
         out = self.out
         sweep(run_folder.home(), out.parent)  # what was being replaced is back where it was
-        if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
         if not self.replace:
             state = "already exists" if self.file else "is not empty"

@@ -21,7 +21,7 @@ from app import data
 from sleb.errors import ExportError, ModelError, OptionError, StorageError
 from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process, proven_folder
 from sleb.export.gguf_file import export_gguf, write_cut
-from sleb.export.gguf_plan import plan_cut, require_free
+from sleb.export.gguf_plan import plan_cut, destination_of
 from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
 from sleb.report import build
@@ -241,15 +241,15 @@ def test_what_is_no_whole_model_is_refused(source: Path, tmp_path: Path) -> None
 def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> None:
     def refused(out: Path, sentence: str, allow_existing: bool = True) -> None:
         with pytest.raises(OptionError, match=sentence):
-            require_free(out, allow_existing, source)
+            destination_of(out, allow_existing, source).require_free()
 
     out = tmp_path / "out.gguf"
-    require_free(out, False, source)
+    destination_of(out, False, source).require_free()
     write_cut(plan_cut(source, (1,)), out, (1,))
     refused(out, "already exists", allow_existing=False)
-    require_free(out, True, source)
+    destination_of(out, True, source).require_free()
     with pytest.raises(OptionError, match="is the model itself"):
-        require_free(out, True, out)
+        destination_of(out, True, out).require_free()
     with open(out, "ab") as file:  # as another tool leaves it that carries the settings over
         file.write(b"\0" * 32)
     refused(out, "other than an earlier export")
