@@ -161,7 +161,9 @@ def _turn_ids(tokenizer: Any, prompt: str) -> list[int]:
         turn = chat_template.Conversation([{"role": "user", "content": prompt}])
         text = chat_template.rendered(tokenizer, [turn], reply=True).texts[0]
     except WorkEnded as error:
-        raise OptionError(f"The tokenizer's chat template refuses a user's turn ({error}). Leave `chat` out.") from error
+        raise OptionError(
+            f"The tokenizer's chat template refuses a user's turn ({error}). Leave `chat` out."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -188,7 +190,9 @@ def _continuation(subject: Subject, removal_list: RemovalList, prompt: list[int]
     return _generated(subject, removal_list, prompt, tokens, cached=False)
 
 
-def _generated(subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int, *, cached: bool) -> _Continuation:
+def _generated(
+    subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int, *, cached: bool
+) -> _Continuation:
     count = 0
 
     def tick() -> None:
