@@ -55,8 +55,8 @@ def work(subject: Subject, ask: GenerateSpec) -> None:
     """Continue the prompt with the baseline and the lists; each finding is kept as soon as it is made.
 
     Raises `OptionError` for a prompt that the model cannot be given, `ScoringError` where memory is too small,
-    `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts no numbers; of a list,
-    once the others are done.
+    `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts no
+    numbers; of a list, once the others are done.
     """
     require(ask)
     require_resident(subject.stack.streamed, "generating")

@@ -115,7 +115,7 @@ def load(ask: EvaluateSpec, trust_remote_code: bool = False) -> Tasks:
     folder = None if ask.task_folder is None else expanded(Path(ask.task_folder))
     if folder is not None and not folder.is_dir():
         raise OptionError(
-            f"There is no task folder {folder}: `task_folder` takes a folder with tasks in lm-eval's YAML."
+            f"The task folder {folder} does not exist; `task_folder` takes a folder with tasks in lm-eval's YAML."
         )
     try:
         from lm_eval.tasks import TaskManager  # noqa: F401
@@ -214,7 +214,7 @@ def _load(manager: Any, name: str, files: TaskFiles) -> Any:
         command = "lm-eval ls tasks" + ("" if folder is None else f" --include_path {folder}")
         unread = "" if folder is None else _unreadable(folder)
         raise OptionError(
-            f"There is no task {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
+            f"No task is called {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
         )
     files.require_loadable(manager.task_index, name)
     with as_sentences(

@@ -159,5 +159,5 @@ def _text(name: str) -> tuple[str, str, int | None]:
 def _local(name: str) -> tuple[Path, str | None]:
     local = text_files.local(name)
     if local is None:
-        raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
+        raise CalibrationError(f"No text is called {quoted(name)}; give {', '.join(NAMED_TEXTS)}, or a file.")
     return local

@@ -83,7 +83,7 @@ class _Scheme:
         self._quantised: Quantised | None = None
 
     def measure(self, windows: perplexity.Windows, before: dict[RemovalList, np.ndarray]) -> None:
-        """Measure perplexity on one text, of the lists for which it is unknown; `before` are nats with weights as loaded."""
+        """Measure perplexity on one text, of lists for which it is unknown; `before` are nats of the loaded weights."""
         known = self._known(windows.text)
         wanted = tuple(dict.fromkeys([(), *self.ask.lists]))
         missing = [each for each in wanted if each not in known]
@@ -185,7 +185,7 @@ def _quantise(blocks: nn.ModuleList, sizes: dict[int, int | None]) -> None:
 
     for size in dict.fromkeys(sizes.values()):
         # Not Int4WeightOnlyConfig: all its formats need a GPU, this one runs everywhere. The inductor's settings are
-        # those of the whole process, and quantising is no reason to change how others multiply.
+        # those of the whole process, and quantising must not change how others multiply.
         config = (
             Int8WeightOnlyConfig(set_inductor_config=False)
             if size is None

@@ -42,8 +42,8 @@ def subject_run(
             raise
         if removal_list is None:
             raise RunError(
-                f"There is no run {quoted(str(subject))}. For a model, say which blocks with `removal_list`: [14, 23], "
-                "or [] for the baseline."
+                f"No run is called {quoted(str(subject))}. For a model, say which blocks with `removal_list`: "
+                "[14, 23], or [] for the baseline."
             ) from error
     else:
         for option, value in (("dtype", dtype != "auto"), ("revision", revision), ("run_dir", run_dir)):

@@ -86,7 +86,7 @@ def export_gguf(
 
 
 def require_same_model(run: Run, source: Path, model: nn.Module) -> None:
-    """The GGUF file that was named is of the model that was searched, as far as shapes can tell."""
+    """Require a GGUF file of the model that was searched, as far as shapes show. Raises `OptionError`."""
     assert run.stack is not None
     stack, searched = BlockStack(model), run.stack
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -103,7 +103,7 @@ def require_same_model(run: Run, source: Path, model: nn.Module) -> None:
 
 
 def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str = "") -> None:
-    """Write the planned file, tensor by tensor, and look whether every byte of every tensor has arrived."""
+    """Write the planned file, tensor by tensor, and check that every byte of every tensor has arrived."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = cut.reader
@@ -145,7 +145,7 @@ def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str =
 
 
 def _as_written(cut: Cut, key: str, field: Any) -> Any:
-    """A setting as the writer takes it: text stays bytes, which need not be valid UTF-8."""
+    """A setting as the writer takes it: text stays bytes, which need not be valid UTF-8. Raises `ExportError`."""
     from gguf import GGUFValueType
 
     kind = field.types[0]
@@ -160,7 +160,7 @@ def _as_written(cut: Cut, key: str, field: Any) -> Any:
 
 
 def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[int]]:
-    """Number of blocks and removal list; of the file before the earlier export, where this one was cut already."""
+    """Number of blocks and removal list, both of the first file where this one was cut already."""
     before, earlier = value_of(cut.reader, BLOCKS_BEFORE), value_of(cut.reader, REMOVAL_LIST)
     if isinstance(before, int) and isinstance(earlier, list) and before - len(set(earlier)) == cut.num_blocks:
         left = [block for block in range(before) if block not in set(earlier)]
@@ -186,7 +186,10 @@ def _chunks(tensor: Any) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> None:
-    """Every kept block is what it was, also where the proof's text is too short to tell."""
+    """Require that every kept block is what it was, also where the proof's text is too short to show it.
+
+    Raises `ExportError`.
+    """
     from transformers import AutoConfig
 
     try:
@@ -198,5 +201,5 @@ def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> N
     except ExportError as error:
         raise ExportError(
             f"A GGUF file cannot say what the kept blocks are: {error}. Choose other blocks, or write the folder "
-            "(--format hf)."
+            "(`format=hf`)."
         ) from error

@@ -42,7 +42,7 @@ PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short 
 LONGEST_PROOF = 1088  # tokens
 PROMPT_LENGTH = 16
 GENERATED = 16
-GENERATED_STREAMED = 4  # each token reads the whole model
+GENERATED_STREAMED = 4  # each token reads all weights
 
 PROOF_TEXT = (
     "A river rises in the hills, runs through the town and reaches the sea after sixty miles. In 1847 the "

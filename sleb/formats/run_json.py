@@ -42,9 +42,9 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def summary_text(run: Run) -> str:
-    """What `summary` says, as the inside of a JSON object, without what depends on where the run lies."""
-    found = {key: value for key, value in summary(run).items() if key not in ("run_id", "run_dir")}
-    return json.dumps(found)[1:-1]
+    """The `summary` as the inside of a JSON object, without what depends on where the run lies."""
+    lasting = {key: value for key, value in summary(run).items() if key not in ("run_id", "run_dir")}
+    return json.dumps(lasting)[1:-1]
 
 
 def listed_text(run: Outline, text: str) -> str:
@@ -53,11 +53,11 @@ def listed_text(run: Outline, text: str) -> str:
     return f'{{{place}, {text}, "state": "{run.state.value}"}}'
 
 
-def finding(found: Finding) -> dict[str, Any]:
+def finding(record: Finding) -> dict[str, Any]:
     """A finding as it is kept, with `perplexity` beside each sum and its count."""
-    kept: dict[str, Any] = found.model_dump(mode="json")
-    for name in type(found).model_fields:
-        value = getattr(found, name)
+    kept: dict[str, Any] = record.model_dump(mode="json")
+    for name in type(record).model_fields:
+        value = getattr(record, name)
         if isinstance(value, Measured):
             kept[name]["perplexity"] = finite(value.perplexity)
     return kept

@@ -21,7 +21,7 @@ from app import data
 from sleb.errors import ExportError, ModelError, OptionError, StorageError
 from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process, proven_folder
 from sleb.export.gguf_file import export_gguf, write_cut
-from sleb.export.gguf_plan import plan_cut, destination_of
+from sleb.export.gguf_plan import destination_of, plan_cut
 from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
 from sleb.report import build

@@ -10,8 +10,9 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from sleb.errors import ExportError
+from sleb.export.config_periods import broken_periods
 from sleb.export.removal import plan_removal, remove_blocks
-from sleb.export.smaller_config import broken_periods, readings, streamlined_config
+from sleb.export.smaller_config import readings, streamlined_config
 from sleb.model.block_stack import BlockStack
 from tests.support.families import FAMILIES, build, token_ids
 

@@ -147,8 +147,8 @@ def _require_same(folder: Path, adapted: Any, smaller: nn.Module) -> None:
     stack = BlockStack(smaller)
     ids = torch.arange(3, 35, device=stack.device).remainder(stack.config.vocab_size)[None]
     expected = proof_process.last_logits(adapted.get_base_model(), ids, ids.shape[1])
-    found = proof_process.last_logits(again.get_base_model(), ids, ids.shape[1])
-    difference = float((expected - found).abs().max())
+    loaded = proof_process.last_logits(again.get_base_model(), ids, ids.shape[1])
+    difference = float((expected - loaded).abs().max())
     tolerance = proof_process.tolerance_of(dtype_of(stack.model), expected)
     if not difference <= tolerance:
         raise ExportError(

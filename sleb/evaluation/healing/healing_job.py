@@ -278,7 +278,7 @@ class _Healing:
         return lora.diverged(symptom, self.subject.loaded.dtype)
 
     def _tidy(self) -> None:
-        """Delete what a training would have gone on from."""
+        """Delete what a training would have been resumed from."""
         for path in (self._checkpoint, self._before_training):
             path.unlink(missing_ok=True)
 
@@ -293,7 +293,7 @@ class _Healing:
         ahead = [0]
 
         def tell(done: int, updates: int, message: str) -> None:
-            if not ahead[0]:  # the first of this job, which may go on from a checkpoint
+            if not ahead[0]:  # the first of this job, which may resume from a checkpoint
                 ahead[0] = updates - done + 1
                 subject.meter.expect(float(ahead[0]), 0, 0)
                 subject.meter.within("Training adapters")

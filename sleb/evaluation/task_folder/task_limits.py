@@ -63,7 +63,7 @@ def _memory_limit(memory: int) -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """End what runs inside after so many seconds; in other threads than the main one, which alone hears signals, never."""
+    """End what runs inside after so many seconds; only in the main thread, which alone hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -84,7 +84,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a nested list is stale": (
         "kimi",
         lambda folder: edit(folder / "config.json", lambda c: c["linear_attn_config"].update(full_attn_layers=[3, 8])),
-        "full_attn_layers in its config names a block that is not there",
+        "full_attn_layers in its config names a block that does not exist",
     ),
     "a setting is not the planned one": (
         "code",
@@ -291,7 +291,7 @@ def test_what_is_left_behind_is_said_in_the_log_and_the_card(tmp_path: Path, cap
     folder = source_folder(str(source), None)
     proof = export_checkpoint(loaded.model, loaded.tokenizer, (1, 3), tmp_path / "out", "# A card", source=folder)
     assert {each.name: each.why for each in proof.left_behind} == {
-        "pytorch_model.bin": "it holds weights of the whole model",
+        "pytorch_model.bin": "it holds weights of the baseline",
         "tensors that transformers does not load, if any": "only transformers reads a pickle",
         "run.sh": "it is a program",
     }
