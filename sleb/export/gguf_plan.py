@@ -267,7 +267,7 @@ def _read(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def opened(path: Path, size: int, changed: int) -> Any:
-    """The open file, kept: a large vocabulary takes seconds to read, and an export reads it before and after loading."""
+    """The open file, kept: a large vocabulary takes seconds to read, and an export does before and after loading."""
     return _open(path)
 
 

@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 EXPECTED = "proof-expected.safetensors"
 PROOF = "proof.json"
+ERROR = "proof-error.txt"
+"""Why the model could not be reloaded and compared, in one line; written in place of `PROOF`."""
 
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a model raises that cannot do what it is asked."""
@@ -401,10 +403,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with(options.parent)
-    proofs = [
-        prove(folder, options.device, options.trust_remote_code, options.memory_budget) for folder in options.folders
-    ]
-    return 0 if all(proof["passed"] for proof in proofs) else 1
+    passed = True
+    for folder in options.folders:
+        try:
+            passed &= prove(folder, options.device, options.trust_remote_code, options.memory_budget)["passed"]
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            (folder / ERROR).write_text(f"{type(error).__name__}: {lines[0]}", encoding="utf-8")
+            raise
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -280,18 +279,22 @@ def run_proof(
     try:
         proof = Proof.model_validate_json((folder / proof_process.PROOF).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise ExportError(f"The exported model could not be reloaded and compared: {_why(done)}") from error
+        log.info("%s", done.stderr)
+        reason = _why(done.returncode, folder)
+        raise ExportError(f"The exported model could not be reloaded and compared: {reason}") from error
     if not proof.passed:
         raise ExportError(f"The exported model is not the one that was scored: {'; '.join(proof.reasons)}.")
     return proof
 
 
-def _why(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a process ended, in one line."""
-    if done.returncode < 0:
-        return f"the process was killed by signal {-done.returncode}, perhaps because memory ran out."
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}."]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+def _why(exit_code: int, folder: Path) -> str:
+    """Why the proof of a folder ended without a verdict, in one line."""
+    if exit_code < 0:
+        return f"the process was killed by signal {-exit_code}, perhaps because memory ran out."
+    try:
+        return (folder / proof_process.ERROR).read_text(encoding="utf-8")
+    except OSError:
+        return f"the process ended with exit code {exit_code}."
 
 
 def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:

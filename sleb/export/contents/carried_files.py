@@ -29,7 +29,7 @@ TEMPLATES = "additional_chat_templates"
 
 _MOST_FILES, _MOST_BYTES = 500, 1 << 30
 _CHUNK = 1 << 20
-_OURS = (PROOF, "proof-expected.safetensors")
+_OURS = (PROOF, "proof-expected.safetensors", "proof-error.txt")
 _PROGRAMS = (
     *(".so", ".dll", ".dylib", ".exe", ".sh", ".bash", ".bat", ".cmd", ".ps1", ".com", ".pyc", ".pyd", ".jar"),
     *(".whl", ".js", ".deb", ".rpm"),
