@@ -111,11 +111,10 @@ def share_of_parameters(run: Run) -> float:
 
 def rise(before: Baseline | Standing, after: Step | Standing) -> str | None:
     """How much worse the held-out text is predicted, with its standard error: in per cent, or how many times."""
-    first, last = before.held_out.perplexity, after.held_out.perplexity
-    if first is None or last is None or not math.isfinite(last) or not 0 < first < math.inf:
+    ratio = after.held_out.ratio_to(before.held_out)
+    if ratio is None:
         return None
     error = after.held_out_standard_error
-    ratio = last / first
     return rise_in_words(ratio, ratio * error if error else None)
 
 

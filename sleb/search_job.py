@@ -30,7 +30,7 @@ from sleb.model.generation import require_positions
 from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model, require_same_scoring
-from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step
+from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step, perplexity_of
 from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
@@ -266,9 +266,8 @@ class Session:
             few = self.text.ids[:2].copy()
             few[:, 0] = token
             with_bos = Scorer(self.stack, few, batch_size=1, plain=True).score([()], np.arange(len(few)))[0].sum()
-            tokens = few.shape[1] - 1
-            sums = (nats[: len(few)].sum(), with_bos)
-            before, after = (np.exp(min(total / len(few) / tokens, 700)) for total in sums)
+            tokens = few.size - len(few)
+            before, after = (perplexity_of(float(total) / tokens) for total in (nats[: len(few)].sum(), with_bos))
             if after < 0.8 * before:
                 yield (
                     f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "

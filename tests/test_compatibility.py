@@ -25,7 +25,7 @@ import yaml
 
 import sleb
 from sleb.analysis import block_output_cache
-from sleb.export import gguf_file, proof_process
+from sleb.export import proof_process, proven_folder
 from sleb.records import Proof
 from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
@@ -432,7 +432,7 @@ def test_the_smaller_gguf_file_is_written_and_proved_as_it_was(fresh: Path, monk
     def prove_here(folder: Path, *_: Any) -> Proof:
         return Proof.model_validate(proof_process.prove(folder))
 
-    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
+    monkeypatch.setattr(proven_folder, "run_proof", prove_here)
     assert_proved_as_it_was("gguf", sleb.export_model("gguf", fresh / "smaller.gguf", format="gguf"))
 
 

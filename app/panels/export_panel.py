@@ -5,7 +5,6 @@ Everything shown is read from the run folder, so a reload loses nothing; no brow
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -125,17 +124,8 @@ def _checked(out: str, replace: bool, kind: str) -> Path:
         raise OptionError(f"The {thing}'s name has characters that no file system takes; type it again.")
     access.require_destination(out.strip())
     path = files.expanded(Path(out.strip())).absolute()
-    try:
-        above = next((each for each in path.parents if each.exists()), path)
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise OptionError(f"Nothing can be written in {above}; name another {thing}.")
-        if kind == GGUF:
-            gguf_plan.require_name(path)
-            Destination(path, replace, gguf_plan.FILE, lambda _: True).require_free()
-        else:
-            Destination(path, replace).require_free()
-    except (OSError, ValueError) as error:  # no permission to look, or a name that no file can have
-        raise OptionError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
+    destination = gguf_plan.destination_of(path, replace) if kind == GGUF else Destination(path, replace)
+    destination.require_free(look_inside=kind != GGUF)  # a GGUF file takes seconds to read: its job does
     return path
 
 

@@ -365,12 +365,12 @@ def _describe_analysis(run: Run) -> str:
 
 
 def _rise(of: Step | Baseline, baseline: Baseline) -> str:
-    before, after = baseline.held_out.perplexity, of.held_out.perplexity
-    if before is None or after is None or not 0 < before < math.inf or after == math.inf:
+    ratio = of.held_out.ratio_to(baseline.held_out)
+    if ratio is None:
         return ""
-    text = f"{after / before - 1:+.1%}"
+    text = f"{ratio - 1:+.1%}"
     if isinstance(of, Step) and of.held_out_standard_error is not None:
-        text += f" ± {after / before * of.held_out_standard_error:.1%}"  # exp() of a rise in nats
+        text += f" ± {ratio * of.held_out_standard_error:.1%}"  # exp() of a rise in nats
     return text
 
 

@@ -29,8 +29,8 @@ _LOGIT_BYTES = 64 << 20  # of one chunk of float32 logits
 
 
 @dataclass(frozen=True)
-class _Said:
-    """A continuation."""
+class _Continuation:
+    """What a model generated after the prompt."""
 
     ids: tuple[int, ...]
     seconds: float
@@ -46,17 +46,17 @@ class _Predictions:
 
 
 def require(ask: GenerateSpec) -> None:
-    """What can be refused before minutes of loading. Raises `OptionError`."""
+    """Refuse what can be refused before minutes of loading. Raises `OptionError`."""
     if not ask.prompt.strip():
-        raise OptionError("The prompt is empty; give some text to go on from with --prompt.")
+        raise OptionError("The prompt is empty; give some text to go on from with `prompt`.")
 
 
 def work(subject: Subject, ask: GenerateSpec) -> None:
-    """What the ask says, for the baseline and its lists; each finding is kept as soon as it is there.
+    """Continue the prompt with the baseline and the lists; each finding is kept as soon as it is made.
 
     Raises `OptionError` for a prompt that the model cannot be given, `ScoringError` where memory is too small,
-    `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts none; of a list,
-    once the others are done.
+    `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts no
+    numbers; of a list, once the others are done.
     """
     require(ask)
     require_resident(subject.stack.streamed, "generating")
@@ -67,15 +67,15 @@ def work(subject: Subject, ask: GenerateSpec) -> None:
         if not is_out_of_memory(error):
             raise
         raise ScoringError(
-            f"Out of memory with a prompt of {len(prompt)} tokens; lower --tokens, or choose a smaller --dtype."
+            f"Out of memory with a prompt of {len(prompt)} tokens; lower `tokens`, or choose a smaller `dtype`."
         ) from error
 
 
 def _work(subject: Subject, ask: GenerateSpec, lists: Sequence[RemovalList], prompt: list[int]) -> None:
     known = {each.removal_list: each for each in subject.known(Generation) if each.ask == ask}
-    known = {each: found for each, found in known.items() if found.dtype == subject.loaded.dtype}
-    said = next(
-        (_Said(each.baseline_ids, each.baseline_seconds, each.baseline_cached) for each in known.values()), None
+    known = {each: finding for each, finding in known.items() if finding.dtype == subject.loaded.dtype}
+    baseline = next(
+        (_Continuation(each.baseline_ids, each.baseline_seconds, each.baseline_cached) for each in known.values()), None
     )
     before: _Predictions | None = None
     refused: NotNumbers | None = None
@@ -84,18 +84,18 @@ def _work(subject: Subject, ask: GenerateSpec, lists: Sequence[RemovalList], pro
             subject.answer(known[each])
             continue
         started = time.perf_counter()
-        said = said or _said(subject, (), prompt, ask.tokens)
+        baseline = baseline or _continuation(subject, (), prompt, ask.tokens)
         flips: tuple[Flip, ...] = ()
-        own, text = said, [*prompt, *said.ids]
+        own, text = baseline, [*prompt, *baseline.ids]
         if each:
             before = before or _predictions(subject, (), text)
             try:
-                own = _said(subject, each, prompt, ask.tokens)
+                own = _continuation(subject, each, prompt, ask.tokens)
                 flips = _flips(subject.tokenizer, text, before, _predictions(subject, each, text))
             except NotNumbers as error:
                 refused = refused or error
                 continue
-        subject.keep(_generation(subject, ask, each, prompt, (said, own), flips, started))
+        subject.keep(_generation(subject, ask, each, prompt, (baseline, own), flips, started))
     if refused is not None:
         raise refused
 
@@ -105,12 +105,12 @@ def _generation(
     ask: GenerateSpec,
     removal_list: RemovalList,
     prompt: list[int],
-    said: tuple[_Said, _Said],
+    continuations: tuple[_Continuation, _Continuation],
     flips: tuple[Flip, ...],
     started: float,
 ) -> Generation:
-    before, after = said
-    pieces = [pieces_of(subject.tokenizer, [*prompt, *each.ids]) for each in said]
+    before, after = continuations
+    pieces = [pieces_of(subject.tokenizer, [*prompt, *each.ids]) for each in continuations]
     return Generation(
         **subject.facts(removal_list, time.perf_counter() - started),
         ask=ask,
@@ -137,7 +137,7 @@ def _prompt_ids(subject: Subject, ask: GenerateSpec) -> list[int]:
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the prompt has it, and the tokenizer adds it
         del ids[0]
     if not ids:
-        raise OptionError("The tokenizer makes no token of the prompt; give some text to go on from with --prompt.")
+        raise OptionError("The tokenizer makes no token of the prompt; give some text to go on from with `prompt`.")
     vocabulary = subject.stack.config.vocab_size
     if max(ids) >= vocabulary:
         raise ModelError(
@@ -146,7 +146,7 @@ def _prompt_ids(subject: Subject, ask: GenerateSpec) -> list[int]:
     limit = positions_of(subject.stack.config)
     if limit is not None and len(ids) + ask.tokens > limit:
         room = limit - len(ids)
-        advice = f"give --tokens {room} or less" if room > 0 else "shorten the prompt"
+        advice = f"give `tokens={room}` or less" if room > 0 else "shorten the prompt"
         raise OptionError(
             f"The prompt has {len(ids)} tokens, {ask.tokens} more are asked for, and the model has {limit} positions; "
             f"{advice}."
@@ -156,39 +156,43 @@ def _prompt_ids(subject: Subject, ask: GenerateSpec) -> list[int]:
 
 def _turn_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
-        raise OptionError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
+        raise OptionError("This model's tokenizer has no chat template. Leave `chat` out.")
     try:
         turn = chat_template.Conversation([{"role": "user", "content": prompt}])
         text = chat_template.rendered(tokenizer, [turn], reply=True).texts[0]
     except WorkEnded as error:
-        raise OptionError(f"--chat: the tokenizer's chat template refuses a user's turn ({error}).") from error
+        raise OptionError(
+            f"The tokenizer's chat template refuses a user's turn ({error}). Leave `chat` out."
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _said(subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int) -> _Said:
-    """What comes after the prompt, up to and with the model's own end."""
+def _continuation(subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int) -> _Continuation:
+    """Generate what comes after the prompt, up to and with the model's own end-of-sequence token."""
     subject.meter.phase(f"Continuing the prompt, {subject.num_removed(removal_list)}")
     try:
-        said = _generated(subject, removal_list, prompt, tokens, cached=True)
+        generated = _generated(subject, removal_list, prompt, tokens, cached=True)
     except ModelError as error:
         log.warning("%s It generates without a cache instead.", error)
     else:
-        predicted = _predictions(subject, removal_list, [*prompt, *said.ids]).tokens[len(prompt) - 1 :].tolist()
-        same = sum(token == own for token, own in zip(said.ids, predicted, strict=True))
-        if same >= _AGREES * len(said.ids):
-            return said
+        predicted = _predictions(subject, removal_list, [*prompt, *generated.ids]).tokens[len(prompt) - 1 :].tolist()
+        same = sum(token == own for token, own in zip(generated.ids, predicted, strict=True))
+        if same >= _AGREES * len(generated.ids):
+            return generated
         log.warning(
             "With its cache %s generates what its forward pass does not predict (%d of %d tokens are the same), %s. "
             "It generates without a cache instead.",
             type(subject.model).__name__,
             same,
-            len(said.ids),
+            len(generated.ids),
             subject.num_removed(removal_list),
         )
     return _generated(subject, removal_list, prompt, tokens, cached=False)
 
 
-def _generated(subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int, *, cached: bool) -> _Said:
+def _generated(
+    subject: Subject, removal_list: RemovalList, prompt: list[int], tokens: int, *, cached: bool
+) -> _Continuation:
     count = 0
 
     def tick() -> None:
@@ -200,13 +204,13 @@ def _generated(subject: Subject, removal_list: RemovalList, prompt: list[int], t
         ids = torch.tensor([prompt], device=subject.stack.device)
         started = time.perf_counter()
         text, _ = continued(model, ids, tokens, stop=True, cached=cached, tick=tick)
-        found = text[0].tolist()[len(prompt) :]  # waits for the device
-        return _Said(tuple(found), time.perf_counter() - started, cached)
+        new = text[0].tolist()[len(prompt) :]  # waits for the device
+        return _Continuation(tuple(new), time.perf_counter() - started, cached)
 
 
 @torch.inference_mode()
 def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int]) -> _Predictions:
-    """In one forward pass over the text, the blocks skipped the plain way. All its logits never exist at once.
+    """Predict a text in one forward pass, the blocks skipped the plain way. All its logits never exist at once.
 
     Raises `NotNumbers`.
     """
@@ -217,14 +221,14 @@ def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int
     nothing_undone = torch.zeros(len(stack), 1, dtype=torch.bool)
     with stack.skipping(removal_list):
         hidden = stack.last_output(ids, nothing_undone)
-    found = _read_out(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
-    if found is None:
+    predictions = _most_likely(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
+    if predictions is None:
         raise NotNumbers(model_without(removal_list), subject.loaded.dtype)
-    return found
+    return predictions
 
 
-def _read_out(chunks: Iterator[torch.Tensor]) -> _Predictions | None:
-    """Nothing where the logits are not numbers."""
+def _most_likely(chunks: Iterator[torch.Tensor]) -> _Predictions | None:
+    """The most likely tokens by the logits of a text, chunk by chunk; None where they are not numbers."""
     tokens, probabilities = [], []
     for logits in chunks:
         if not are_numbers(logits):
@@ -238,7 +242,7 @@ def _read_out(chunks: Iterator[torch.Tensor]) -> _Predictions | None:
 
 
 def _flips(tokenizer: Any, text: list[int], before: _Predictions, after: _Predictions) -> tuple[Flip, ...]:
-    """Where the two find another token most likely, as text in its place."""
+    """The places where the two find another token most likely, each token as text in its place."""
     flips = []
     for index in (before.tokens != after.tokens).nonzero()[:, 0].tolist():
         context, own = text[: index + 1], (int(before.tokens[index]), int(after.tokens[index]))
@@ -263,7 +267,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     Of a character in several tokens the last one has it, the others are empty.
     """
     pieces: list[str] = []
-    start = done = 0  # the text from `start` on is decoded with each token; up to `done` it is told
+    start = done = 0  # the text from `start` on is decoded with each token; up to `done` it is written
     for end in range(1, len(ids) + 1):
         old, new = _decoded(tokenizer, ids[start:done]), _decoded(tokenizer, ids[start:end])
         is_last = end == len(ids)
@@ -276,7 +280,7 @@ def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def piece_after(tokenizer: Any, context: Sequence[int], token: int) -> str:
-    """The text one token adds to a text; its bytes where they are no text yet, its name where it adds none at all."""
+    """The text one token adds to a text; its bytes where they are not text yet, its name where it adds none at all."""
     near = context[-8:]
     old, new = _decoded(tokenizer, near), _decoded(tokenizer, [*near, token])
     while not new.startswith(old):

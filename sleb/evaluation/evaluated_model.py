@@ -1,4 +1,4 @@
-"""What a job that judges removal lists works on: the model of a run, open, and what is already known of it."""
+"""The opened model of a run, on which an evaluation job works, and what is already known of it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def _is_same_text(evaluated: str, searched: str) -> bool:
     try:
         one, other = text_files.local(evaluated), text_files.local(searched)
         return one is not None and other is not None and one[0].samefile(other[0])
-    except (SlebError, OSError):  # the search's text is there no longer
+    except (SlebError, OSError):  # the search's text no longer exists
         return evaluated == searched
 
 
 @dataclass
 class Subject:
-    """The model of a run, and where what is found about it goes."""
+    """The model of a run, and the place where findings about it are kept."""
 
     run: Run
     job: JobSpec
@@ -68,16 +68,16 @@ class Subject:
     stack: BlockStack
     meter: Meter
     answered: list[str] = field(default_factory=list)
-    """Questions that were asked, whether the answer was known or found now."""
+    """Questions of the job, whether their answers were known or computed now."""
 
     @property
     def model(self) -> Any:
-        """The unmodified model, in evaluation mode on its device."""
+        """The baseline, in evaluation mode on its device."""
         return self.loaded.model
 
     @property
     def tokenizer(self) -> Any:
-        """Its own."""
+        """The tokenizer that came with the model; None where it has none."""
         return self.loaded.tokenizer
 
     def source(self) -> SourceFolder | None:
@@ -90,7 +90,7 @@ class Subject:
         return self.run.stack is not None and self.run.stack.self_check.scoring == "plain"
 
     def require_within(self, lists: tuple[RemovalList, ...]) -> None:
-        """Raises `OptionError` where a list does not fit the model."""
+        """Require that every list fits the model. Raises `OptionError`."""
         count = len(self.stack)
         for each in lists:
             outside = [block for block in each if block >= count]
@@ -105,13 +105,13 @@ class Subject:
 
     @cached_property
     def depends_on(self) -> str:
-        """Key of what is found here, besides list and question: model and code."""
+        """What findings depend on besides list and question, as a key: model and code."""
         assert self.run.stack is not None
         model = identity_of(self.loaded).key(self.run.stack.weights_hash, self.loaded.dtype)
         return hashlib.sha256(f"{model} {SCORING_VERSION} {EVALUATION_VERSION}".encode()).hexdigest()[:32]
 
     def adopt(self) -> None:
-        """The run is of this model, as far as an earlier version wrote anything that tells: so is all that it found."""
+        """Take the findings of an earlier version for this model's, as far as what it wrote shows."""
         assert self.run.stack is not None
         if self.run.stack.identity is None:
             stack = write_identity(self.run, self.run.stack, self.loaded)
@@ -119,49 +119,49 @@ class Subject:
         findings_folder.adopt(self.run.run_dir, self.depends_on)
 
     def known(self, kind: type[F]) -> list[F]:
-        """Findings of one kind that are there already, by this model and this code."""
-        found = findings_folder.of_kind(findings_folder.findings(self.run.run_dir), kind)
-        return [each for each in found if each.depends_on == self.depends_on]
+        """Findings of one kind that exist already, by this model and this code."""
+        kept = findings_folder.of_kind(findings_folder.findings(self.run.run_dir), kind)
+        return [each for each in kept if each.depends_on == self.depends_on]
 
     def table(self, windows: perplexity.Windows, weights: str) -> findings_folder.Table:
         """Nats on every window of a text, with weights of this type and treatment."""
         return findings_folder.Table(self.run.run_dir, windows.text, weights, self.depends_on)
 
     def keep(self, finding: Finding) -> None:
-        """Write one down, at once."""
+        """Write a finding at once, and count it as an answer."""
         findings_folder.keep(self.run.run_dir, finding)
         self.answer(finding)
 
     def answer(self, finding: Finding) -> None:
-        """It was asked for, and is there."""
+        """Count a finding as an answer of this job."""
         if finding.question not in self.answered:
             self.answered.append(finding.question)
         job_folder.write_result(self.job_dir, {"findings": self.answered})
 
     def windows(self, name: str, *, window: int, bos: Any = "no", limit: int | None = None) -> perplexity.Windows:
-        """A text, cut for this model."""
+        """A text, cut into windows for this model. Raises `OptionError`, `CalibrationError`."""
         limited = positions_of(self.model.config)
         if limited is not None and window > limited:
             raise OptionError(
                 f"Windows of {window} tokens are longer than the {limited} positions of the model. "
-                f"Use --window {limited} or less."
+                f"Use `window={limited}` or less."
             )
         self.meter.phase(f"Reading {name}")
-        found = perplexity.windows(
+        windows = perplexity.windows(
             name, self.tokenizer, self.stack.config.vocab_size, window=window, bos=bos, limit=limit
         )
         if self.run.spec.kind == "search":
-            said = ""
+            remark = ""
             if _is_same_text(name, self.run.spec.calibration.source):
-                said = "; the blocks were chosen on a part of it"
-            elif repeating := calibration.count_repeating(found.ids, self.run.run_dir):
-                said = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
-            described = found.text.description + said
-            found = replace(found, text=found.text.model_copy(update={"description": described}))
-        return found
+                remark = "; the blocks were chosen on a part of it"
+            elif repeating := calibration.count_repeating(windows.ids, self.run.run_dir):
+                remark = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
+            described = windows.text.description + remark
+            windows = replace(windows, text=windows.text.model_copy(update={"description": described}))
+        return windows
 
     def scorer(self, windows: perplexity.Windows, stack: BlockStack | None = None) -> Scorer:
-        """Scores lists on a text; on another model with the same blocks where `stack` is given."""
+        """A scorer of lists on a text; of another model with the same blocks where `stack` is given."""
         return Scorer(
             stack or self.stack,
             windows.ids,
@@ -173,7 +173,7 @@ class Subject:
     def perplexities(
         self, windows: perplexity.Windows, lists: tuple[RemovalList, ...]
     ) -> dict[RemovalList, np.ndarray]:
-        """Nats of the baseline and of each list on every window: what is known is read, the rest is found and kept.
+        """Nats of the baseline and of each list on every window: what is known is read, the rest is computed and kept.
 
         Infinite where a list's predictions are not numbers. Raises `NotNumbers` where the baseline's are not: then
         nothing that it would be compared with says anything.
@@ -188,9 +188,9 @@ class Subject:
             self.meter.expect(scorer.cost(ahead, len(windows.ids)).units(scorer.head_weight), 0, 0)
             self.meter.within(f"Perplexity on {windows.text.name}")
 
-        def keep(found: dict[RemovalList, np.ndarray]) -> None:
-            self.require_numbers((), found[()])
-            table.write(rows | found)
+        def keep(scored: dict[RemovalList, np.ndarray]) -> None:
+            self.require_numbers((), scored[()])
+            table.write(rows | scored)
 
         nats = perplexity.score(scorer, wanted, rows, keep)
         seconds = (time.perf_counter() - started) / max(1, len(ahead))
@@ -211,7 +211,7 @@ class Subject:
         return nats
 
     def _rows_without_key(self, windows: perplexity.Windows, scorer: Scorer) -> dict[RemovalList, np.ndarray]:
-        """What an earlier version scored, which compared weights alone; nothing where the first window disagrees."""
+        """Rows by an earlier version, which compared weights alone; none where the first window disagrees."""
         rows = findings_folder.Table(self.run.run_dir, windows.text, self.loaded.dtype).read()
         first = rows.get((), np.array([np.nan]))[0]
         if np.isnan(first):
@@ -224,12 +224,12 @@ class Subject:
         return {}
 
     def require_numbers(self, removal_list: RemovalList, nats: np.ndarray) -> None:
-        """Raises `NotNumbers` where a list's predictions for a window were not."""
+        """Require that a list's predictions were numbers in every window. Raises `NotNumbers`."""
         if np.isinf(nats).any():
             raise NotNumbers(model_without(removal_list), self.loaded.dtype)
 
     def facts(self, removal_list: RemovalList, seconds: float) -> dict[str, Any]:
-        """What every finding says."""
+        """The fields that every finding has."""
         return dict(
             removal_list=removal_list,
             dtype=self.loaded.dtype,
@@ -241,21 +241,21 @@ class Subject:
 
     @contextmanager
     def without(self, removal_list: RemovalList) -> Iterator[nn.Module]:
-        """The model without these blocks, ready to generate with its cache; shares its weights with the original.
+        """The model without these blocks, ready to generate with its cache; shares its weights with the baseline.
 
-        Where the family's config cannot express that, the original with the blocks skipped.
+        Where the family's config cannot express that, it is the baseline with the blocks skipped.
         """
         if not removal_list:
             yield self.model
             return
         try:
-            twin = streamlined(self.model, removal_list)
+            smaller = streamlined(self.model, removal_list)
         except ExportError:
             with self.stack.skipping(removal_list):
                 yield self.model
             return
-        yield twin
+        yield smaller
 
     def num_removed(self, removal_list: RemovalList) -> str:
-        """For a line of progress."""
-        return f"{len(removal_list)} of {len(self.stack)} blocks removed" if removal_list else "the unmodified model"
+        """How many blocks a list removes, in words for a line of progress."""
+        return f"{len(removal_list)} of {len(self.stack)} blocks removed" if removal_list else "the baseline"

@@ -42,7 +42,7 @@ def evaluator_of(job: JobSpec) -> Any:
 
 
 def require(job: JobSpec) -> None:
-    """What can be refused before minutes of loading; files of tasks may run code where the job may."""
+    """Refuse what can be refused before minutes of loading; files of tasks may run code where the job may."""
     if isinstance(job.ask, EvaluateSpec):
         perplexity_and_accuracy.require(job.ask, job.trust_remote_code)
     elif job.ask is not None:
@@ -50,7 +50,7 @@ def require(job: JobSpec) -> None:
 
 
 def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> Subject:
-    """The model as it was searched, or, in a run that searches nothing, as it is found now."""
+    """The model as it was searched, or, in a run that searches nothing, as it is now. Raises `RunError`."""
     assert job.spec.ask is not None
     stack = BlockStack(loaded.model)
     if run.stack is None:
@@ -73,22 +73,22 @@ def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: W
 def _adopt(subject: Subject) -> None:
     """Find out whether a search by an earlier version, which compared weights alone, was of this model.
 
-    Where its calibration text is out of reach nothing is said, and what it found is found again when it is asked for.
+    Where its calibration text cannot be had, its findings are computed again when they are asked for.
     Raises `RunError` where it was of another.
     """
     run, spec = subject.run, subject.run.spec
     assert run.stack is not None
-    subject.meter.phase("Comparing with the scores of the unmodified model")
+    subject.meter.phase("Comparing with the scores of the baseline")
     vocabulary = subject.stack.config.vocab_size
     try:
         text = calibration.build(
             spec.calibration, spec.held_out, spec.seed, subject.tokenizer, vocabulary, drawing=run.stack.drawing
         )
     except CalibrationError as error:
-        log.warning("Whether this is the model that run %s searched cannot be told: %s", run.run_id, error)
+        log.warning("Whether this is the model that run %s searched is unknown: %s", run.run_id, error)
         return
     if text.tokens_hash != run.stack.tokens_hash:
-        log.warning("Whether this is the model that run %s searched cannot be told: its text has changed.", run.run_id)
+        log.warning("Whether this is the model that run %s searched is unknown: its text has changed.", run.run_id)
         return
     scorer = Scorer(subject.stack, text.ids, batch_size=subject.job.batch_size, plain=subject.is_plain)
     recorded_baseline.require_same(run, scorer, recorded_baseline.recorded(run), text.sequences)

@@ -1,6 +1,6 @@
 """lm-eval's tasks by name, with their examples. Knows tasks; never sees a model.
 
-Those of a --task-folder are data (`task_files`); before they are loaded here, a process that can be ended does so.
+Those of a task folder are data (`task_files`); before they are loaded here, a process that can be ended does so.
 
 What lm-eval and the libraries below it print, draw, seed and warn about reaches nobody else (`apart`, `seeded`).
 """
@@ -58,7 +58,7 @@ _FAILURES = (
     re.error,
 )
 _LONGEST = 200  # characters of a version or a name
-_TELLING = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers")  # libraries that log while they work
+_LOGGERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "transformers")  # libraries that log while they work
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,30 +71,30 @@ class Leaf:
     count: int
     """Examples to evaluate."""
     limit: int | None
-    """None where that is all of them."""
+    """How many examples were wanted; None where that is all of them."""
     digest: str
-    """Of the examples, and of how they are put and scored."""
+    """A hash of the examples and of how they are put and scored."""
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What makes the question."""
+    def question(self) -> dict[str, Any]:
+        """The fields of a finding that say which task was evaluated, on which examples."""
         of_task = f"{str(self.task.VERSION)[:_LONGEST]}, lm-eval {version('lm_eval')}"
         return dict(task=self.name, shots=self.shots, limit=self.limit, version=of_task, examples_hash=self.digest)
 
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """What an ask names: tasks in its order, and groups, inner ones before outer ones."""
+    """The tasks that a request names, in its order, and groups, inner ones before outer ones."""
 
     leaves: dict[str, Leaf]
     groups: tuple[Any, ...]
     files: TaskFiles
-    """Where they come from: what is put and scored later is so within `files.as_data`."""
+    """The files they come from, within whose `as_data` they are put and scored."""
 
-    def asked(self, group: Any) -> dict[str, Any]:
-        """What makes the question of a group's aggregate."""
+    def question(self, group: Any) -> dict[str, Any]:
+        """The fields of a finding that say which group was aggregated, over which tasks."""
         leaves = self.of(group)
-        digest = _digest([group.aggregate_metric_list, [leaf.asked for leaf in leaves]])
+        digest = _digest([group.aggregate_metric_list, [leaf.question for leaf in leaves]])
         shots, limits = ({getattr(leaf, name) for leaf in leaves} for name in ("shots", "limit"))
         return dict(
             task=group.name,
@@ -115,7 +115,7 @@ def load(ask: EvaluateSpec, trust_remote_code: bool = False) -> Tasks:
     folder = None if ask.task_folder is None else expanded(Path(ask.task_folder))
     if folder is not None and not folder.is_dir():
         raise OptionError(
-            f"There is no task folder {folder}: --task-folder takes a folder with tasks in lm-eval's YAML."
+            f"The task folder {folder} does not exist; `task_folder` takes a folder with tasks in lm-eval's YAML."
         )
     try:
         from lm_eval.tasks import TaskManager  # noqa: F401
@@ -133,12 +133,12 @@ def load(ask: EvaluateSpec, trust_remote_code: bool = False) -> Tasks:
 
 
 def _tried(ask: EvaluateSpec, files: TaskFiles) -> None:
-    """All that will be done with a folder's tasks but for the model's part, in a process that is ended at a limit."""
+    """Do all that will be done with a folder's tasks without a model, in a process that is ended at a limit."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     for leaf in _loaded(ask, files).leaves.values():
         if not files.is_own(leaf.task):
-            with told(files, leaf.name, "cannot be put as questions"):
+            with as_sentences(files, leaf.name, "cannot be put as questions"):
                 leaf.task.set_fewshot_seed(DEFAULT_OTHER_SEED)
                 leaf.task.build_all_requests(limit=leaf.limit)
                 for made in (each for ensemble in leaf.task._filters for each in ensemble.filters):
@@ -151,25 +151,23 @@ def _loaded(ask: EvaluateSpec, files: TaskFiles) -> Tasks:
     grouped: set[str] = set()
     manager = _manager(ask.tasks, files.folder)
     for name in ask.tasks:
-        found = _found(manager, name, files)
-        inside = {task.task_name for group in found["groups"].values() for task in group.get_all_tasks()}
-        for task in found["tasks"].values():
+        named = _load(manager, name, files)
+        inside = {task.task_name for group in named["groups"].values() for task in group.get_all_tasks()}
+        for task in named["tasks"].values():
             twice = task.task_name in leaves
             if twice and task.task_name in inside | grouped:  # a group may put the same task differently
                 raise OptionError(f"Task {task.task_name!r} is asked for twice, the second time by {name!r}.")
             if not twice:
                 leaves[task.task_name] = _leaf(task, ask, files)
         grouped |= inside
-        for group in found["groups"].values():
+        for group in named["groups"].values():
             groups.setdefault(group.name, group)
     inner_first = sorted(groups.values(), key=lambda group: len(group.get_all_groups()))
     return Tasks(leaves, tuple(group for group in inner_first if group.has_aggregation), files)
 
 
 def _manager(names: tuple[str, ...], folder: Path | None) -> Any:
-    """lm-eval's index of tasks. Reading all of its own takes four seconds; a folder that has all that is asked for
-    needs none of them.
-    """
+    """An index of tasks by lm-eval. Reading all of its own takes four seconds: a folder with all names needs none."""
     from lm_eval.tasks import TaskManager
 
     if folder is None:
@@ -206,8 +204,8 @@ def _own() -> Any:
     return TaskManager()
 
 
-def _found(manager: Any, name: str, files: TaskFiles) -> Any:
-    """Tasks and groups of one name. Raises `OptionError` where there are none, or their examples are not there."""
+def _load(manager: Any, name: str, files: TaskFiles) -> Any:
+    """Tasks and groups of one name. Raises `OptionError` where there are none, or their examples are missing."""
     folder = files.folder
     if name not in manager.task_index:
         where = "" if folder is None else f" and {folder}"
@@ -216,26 +214,28 @@ def _found(manager: Any, name: str, files: TaskFiles) -> Any:
         command = "lm-eval ls tasks" + ("" if folder is None else f" --include_path {folder}")
         unread = "" if folder is None else _unreadable(folder)
         raise OptionError(
-            f"There is no task {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
+            f"No task is called {name[:200]!r} in lm-eval{where}{nearest}.{unread} List all with: {command}"
         )
     files.require_loadable(manager.task_index, name)
-    with told(files, name, "cannot be loaded", "Check its YAML, the files it names and the libraries it needs."):
+    with as_sentences(
+        files, name, "cannot be loaded", "Check its YAML, the files it names and the libraries it needs."
+    ):
         try:
-            found = manager.load([name])
+            named = manager.load([name])
         except ConnectionError as error:  # the hub's, as datasets puts it
             raise OptionError(
                 f"The examples of task {name!r} could not be fetched ({first_line(error)}): they come from the Hugging "
                 "Face hub. Check the network, or run it once where there is one and bring its cache along (HF_HOME); a "
-                "task with examples in local files goes into a --task-folder."
+                "task with examples in local files goes into a `task_folder`."
             ) from error
-    if not found["tasks"]:
+    if not named["tasks"]:
         raise OptionError(f"{name!r} is a group without tasks.")
-    return found
+    return named
 
 
 @contextmanager
-def told(files: TaskFiles, name: str, cannot: str, check: str = "") -> Iterator[None]:
-    """What a task's YAML, template, function or data set raises, as a sentence."""
+def as_sentences(files: TaskFiles, name: str, cannot: str, check: str = "") -> Iterator[None]:
+    """Raise what a task's YAML, template, function or data set raises as a sentence: an `OptionError`."""
     from jinja2.exceptions import SecurityError
 
     try:
@@ -252,7 +252,7 @@ def told(files: TaskFiles, name: str, cannot: str, check: str = "") -> Iterator[
 
 
 def _unreadable(folder: Path) -> str:
-    """The first file that lm-eval passed over in silence because it is no YAML, or none that may be read."""
+    """The first file that lm-eval passed over in silence because it is not YAML, or must not be read."""
     from lm_eval.tasks import TaskManager
     from yaml import YAMLError
 
@@ -279,7 +279,7 @@ def _unreadable(folder: Path) -> str:
     return (
         f" {error}"
         if isinstance(error, OptionError)
-        else f" {path} is no YAML that it could read ({first_line(error)})."
+        else f" {path} is not YAML that it could read ({first_line(error)})."
     )
 
 
@@ -293,8 +293,8 @@ def _leaf(task: Any, ask: EvaluateSpec, files: TaskFiles) -> Leaf:
     own = task.get_config("num_fewshot")
     shots = own or 0
     if ask.shots is not None and ask.shots != shots:
-        if own == 0:  # as lm-eval has it: a task that says none gets none
-            log.warning("Task %s says itself that it has no examples in the prompt; --shots is nothing to it.", name)
+        if own == 0:  # as lm-eval has it: a task that says zero gets zero
+            log.warning("Task %s says itself that it has no examples in the prompt; `shots` does not change it.", name)
         else:
             shots = ask.shots
     task.set_config("num_fewshot", shots)
@@ -318,7 +318,7 @@ def _leaf(task: Any, ask: EvaluateSpec, files: TaskFiles) -> Leaf:
 
 
 def _config(task: Any) -> dict[str, Any]:
-    """How examples are put and scored; where they lie is nothing to them."""
+    """How examples are put and scored, without where they lie."""
     config = dict(vars(task.config))
     config["metadata"] = {key: value for key, value in (config["metadata"] or {}).items() if key != "config_source"}
     for name in ("dataset_path", "dataset_name", "dataset_kwargs"):
@@ -331,7 +331,7 @@ def _digest(value: Any) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Functions of a task are the file that they are written in: what they call counts as well."""
+    """A value as JSON. A function is the text of its file, since what it calls counts as well."""
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if callable(value):
@@ -345,7 +345,7 @@ def _as_json(value: Any) -> Any:
 
 
 class _Passing(logging.Handler):
-    """What other libraries log goes into the job's log."""
+    """A handler that passes what other libraries log on to the job's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
         log.info("%s: %s", record.name, record.getMessage())
@@ -353,14 +353,14 @@ class _Passing(logging.Handler):
 
 @contextmanager
 def apart(level: int = logging.WARNING) -> Iterator[None]:
-    """Nothing is printed, drawn or warned about: stdout belongs to results, stderr to our own progress."""
+    """Let libraries print, draw and warn about nothing: stdout belongs to results, stderr to our own progress."""
     from tqdm import tqdm
 
-    drawn, said, passing = tqdm.__init__, io.StringIO(), _Passing(level)
-    loggers = [logging.getLogger(name) for name in _TELLING]
+    drawn, printed, passing = tqdm.__init__, io.StringIO(), _Passing(level)
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(each, each.handlers, each.propagate) for each in loggers]
     with ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(said))
+        stack.enter_context(contextlib.redirect_stdout(printed))
         stack.enter_context(warnings.catch_warnings(action="ignore"))
         stack.enter_context(_quiet_children())
         try:
@@ -372,20 +372,20 @@ def apart(level: int = logging.WARNING) -> Iterator[None]:
             tqdm.__init__ = drawn
             for each, handlers, propagate in before:
                 each.handlers, each.propagate = handlers, propagate
-            if said.getvalue().strip():
-                log.info("lm-eval: %s", said.getvalue().strip())
+            if printed.getvalue().strip():
+                log.info("lm-eval: %s", printed.getvalue().strip())
 
 
 @contextmanager
 def _quiet_children() -> Iterator[None]:
-    """lm-eval forks to bootstrap, and ends those processes by a SIGTERM that is no request to stop this one."""
+    """Ignore the SIGTERM by which lm-eval ends the processes that it forks to bootstrap: it does not stop this one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     here = os.getpid()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def told(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         handler = before[signal.Signals(number)]
         if os.getpid() != here:
             os._exit(0)
@@ -395,7 +395,7 @@ def _quiet_children() -> Iterator[None]:
     try:
         for number, handler in before.items():
             if callable(handler):
-                signal.signal(number, told)
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():
@@ -404,7 +404,7 @@ def _quiet_children() -> Iterator[None]:
 
 @contextmanager
 def seeded(device: torch.device | None = None) -> Iterator[None]:
-    """lm-eval's own seeds; whoever draws afterwards draws what they would have drawn."""
+    """Seed as lm-eval does; random numbers drawn afterwards are those that would have been drawn anyway."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     state, numpy_state = random.getstate(), np.random.get_state()
@@ -421,7 +421,7 @@ def seeded(device: torch.device | None = None) -> Iterator[None]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """With the errors of libraries below lm-eval that descend from none of Python's."""
+    """What tasks raise, with the errors of libraries below lm-eval that do not descend from Python's."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from yaml import YAMLError
@@ -430,5 +430,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a sentence."""
+    """The first line of an error's message, short enough for a sentence."""
     return excerpt((str(error).strip().splitlines() or [type(error).__name__])[0], 300)

@@ -34,7 +34,7 @@ _ROUNDS_AT_ONCE = 4  # sweeps between two writings of what was scored
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """A text, cut."""
+    """A text, cut into windows."""
 
     ids: np.ndarray  # (windows, window) int64
     text: EvaluatedText
@@ -46,7 +46,7 @@ class Windows:
 
 
 def require_there(names: Sequence[str]) -> None:
-    """Files that are missing are said before a model is loaded. Raises `CalibrationError`."""
+    """Require that files exist, before a model is loaded. Raises `CalibrationError`."""
     for name in names:
         if name not in NAMED_TEXTS:
             _local(name)
@@ -61,34 +61,35 @@ def windows(
     bos: Literal["auto", "yes", "no"] = "no",
     limit: int | None = None,
 ) -> Windows:
-    """A text by its published protocol, or a file: `.raw` as WikiText's rows, `.jsonl` and `.parquet` as documents
-    joined by spaces (of a column named after a colon), any other as one text. `limit` takes so many windows, evenly
-    spread.
+    """A text by its published protocol, or a file, cut into windows of so many tokens.
+
+    `.raw` files are WikiText's rows, `.jsonl` and `.parquet` files are documents joined by spaces (of a column named
+    after a colon), any other file is one text. `limit` takes so many windows, evenly spread.
 
     Raises `CalibrationError` where the text cannot be read or gives no window.
     """
     text, origin, most = _text(name)
     origin = " ".join(origin.split())  # a file's name may have line ends in it
     head = bos_of(bos, tokenizer, vocab_size)
-    found = cut(token_ids([text], tokenizer, vocab_size, origin), window, head)[:most]
-    if not len(found):
-        raise CalibrationError(f"{origin} gives no window of {window} tokens. Lower --window, or give a longer text.")
-    whole = len(found)
+    ids = cut(token_ids([text], tokenizer, vocab_size, origin), window, head)[:most]
+    if not len(ids):
+        raise CalibrationError(f"{origin} gives no window of {window} tokens. Lower `window`, or give a longer text.")
+    whole = len(ids)
     if limit is not None and limit < whole:
-        found = found[np.linspace(0, whole - 1, limit).round().astype(int)]
-    found = np.ascontiguousarray(found)
+        ids = ids[np.linspace(0, whole - 1, limit).round().astype(int)]
+    ids = np.ascontiguousarray(ids)
     counted = f"{whole:,} windows of {window} tokens"
-    some = f"{len(found)} of {counted}, evenly spread" if len(found) < whole else counted
-    distinct = count_distinct(found)  # a protocol says which windows: those that repeat others stay
-    if distinct < len(found):
+    some = f"{len(ids)} of {counted}, evenly spread" if len(ids) < whole else counted
+    distinct = count_distinct(ids)  # a protocol says which windows: those that repeat others stay
+    if distinct < len(ids):
         some += f", {distinct:,} of them distinct"
     return Windows(
-        found,
+        ids,
         EvaluatedText(
             name=name if name in NAMED_TEXTS else Path(name).name,
             description=f"{origin}: {some}" + (", BOS at the head of each" if head is not None else ""),
-            tokens_hash=xxhash.xxh3_128_hexdigest(found.tobytes()),
-            windows=len(found),
+            tokens_hash=xxhash.xxh3_128_hexdigest(ids.tobytes()),
+            windows=len(ids),
             of_windows=whole,
             window=window,
             bos=head is not None,
@@ -119,7 +120,7 @@ def score(
         if not missing:
             continue
         for each, row in zip(missing, scorer.score(missing, part), strict=True):
-            nats[each][part] = np.where(np.isfinite(row), row, np.inf)  # no number: scored, and worse than any
+            nats[each][part] = np.where(np.isfinite(row), row, np.inf)  # not a number: scored, and worse than any
         save(nats)
     return nats
 
@@ -156,7 +157,7 @@ def _text(name: str) -> tuple[str, str, int | None]:
 
 
 def _local(name: str) -> tuple[Path, str | None]:
-    found = text_files.local(name)
-    if found is None:
-        raise CalibrationError(f"There is no text {quoted(name)}: give {', '.join(NAMED_TEXTS)}, or a file.")
-    return found
+    local = text_files.local(name)
+    if local is None:
+        raise CalibrationError(f"No text is called {quoted(name)}; give {', '.join(NAMED_TEXTS)}, or a file.")
+    return local

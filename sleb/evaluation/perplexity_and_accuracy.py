@@ -1,4 +1,4 @@
-"""Judges removal lists by perplexity and accuracy: what `sleb evaluate` does, once the model is open."""
+"""Perplexity and accuracy of removal lists: what `sleb evaluate` does, once the model is open."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from sleb.records import EvaluateSpec
 
 
 def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
-    """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
     perplexity.require_there(ask.texts)
     if ask.tasks:
         task_accuracy.require(ask, trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:
-    """All texts, then all tasks; whatever is known already is not computed again."""
+    """Evaluate all texts, then all tasks; known answers are not computed again."""
     for name in ask.texts:
         subject.perplexities(subject.windows(name, window=ask.window, bos=ask.bos, limit=ask.limit), ask.lists)
     if ask.tasks:

@@ -24,7 +24,7 @@ from sleb.errors import ModelError, OptionError
 from sleb.evaluation import perplexity, quantized_folder
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.quantized_folder import Quantised
-from sleb.export.destination import require_free
+from sleb.export.destination import Destination
 from sleb.export.removal import plan_removal
 from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack, find_stack
@@ -36,28 +36,28 @@ _LEAST_SHARE = 0.5  # of the blocks' weights: below it the answer would be about
 
 
 def require(ask: QuantizeSpec) -> None:
-    """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
     if importlib.util.find_spec("torchao") is None:
         raise OptionError("Quantising weights needs torchao: pip install 'sleb[quantize]'.")
     if not ask.texts:
-        raise OptionError("Nothing to measure: give --perplexity a text.")
+        raise OptionError("Nothing to measure: give `perplexity` a text.")
     perplexity.require_there(ask.texts)
     if ask.out is not None:
         quantized_folder.require()
         if not ask.lists:
-            raise OptionError("--out writes a model without blocks: give a removal list that names some.")
-        require_free(Path(ask.out), ask.replace)
+            raise OptionError("`out` names a folder for a model without blocks: give a removal list that names some.")
+        Destination(Path(ask.out), ask.replace).require_free()
 
 
 def work(subject: Subject, ask: QuantizeSpec) -> None:
-    """Every scheme on every text, of the baseline and its lists; each finding is kept as soon as it is there.
+    """Measure every scheme on every text, for the baseline and the lists; each finding is kept as soon as it is made.
 
     Raises `OptionError` for a model that torchao cannot quantise so, `ExportError` for one that cannot be written.
     """
     if subject.stack.streamed is not None:
         raise OptionError(
-            "The model is read from disk block by block (--memory-budget), and quantising it needs all of it in "
-            "memory. Leave --memory-budget out."
+            "The model is read from disk block by block (`memory_budget`), and quantising it needs all of it in "
+            "memory. Leave `memory_budget` out."
         )
     if ask.out is not None:
         plan_removal(subject.model, ask.lists[-1])  # refused now rather than after the sweeps
@@ -73,7 +73,7 @@ def work(subject: Subject, ask: QuantizeSpec) -> None:
 
 
 class _Scheme:
-    """One scheme of what was asked. The copy is made when it is first needed."""
+    """One scheme of the request. The quantised copy is made when it is first needed."""
 
     def __init__(self, subject: Subject, ask: QuantizeSpec, scheme: str) -> None:
         self.subject = subject
@@ -83,7 +83,7 @@ class _Scheme:
         self._quantised: Quantised | None = None
 
     def measure(self, windows: perplexity.Windows, before: dict[RemovalList, np.ndarray]) -> None:
-        """Perplexity on one text, of the lists for which it is not known yet; `before` are nats as loaded."""
+        """Measure perplexity on one text, of lists for which it is unknown; `before` are nats of the loaded weights."""
         known = self._known(windows.text)
         wanted = tuple(dict.fromkeys([(), *self.ask.lists]))
         missing = [each for each in wanted if each not in known]
@@ -98,7 +98,7 @@ class _Scheme:
                 self.subject.keep(self._finding(windows, each, before[each], nats[each], seconds))
 
     def write(self, texts: Sequence[EvaluatedText]) -> None:
-        """The last list's model as a folder, proven; its findings say so."""
+        """Write the last list's model as a folder, proven, and name it in the findings."""
         removal_list, out = self.ask.lists[-1], Path(str(self.ask.out))
         measured = [self._known(text)[removal_list] for text in texts]
         quantized_folder.write(self.subject, self._copy(), removal_list, out, measured, allow_existing=self.ask.replace)
@@ -106,16 +106,16 @@ class _Scheme:
             self.subject.keep(each.model_copy(update={"out": self.ask.out}))
 
     def _known(self, text: EvaluatedText) -> dict[RemovalList, Quantization]:
-        """What is there already."""
-        asked = (self.subject.loaded.dtype, self.scheme, self.group_size, text)
+        """Findings of this scheme on a text that exist already, by list."""
+        wanted = (self.subject.loaded.dtype, self.scheme, self.group_size, text)
         return {
             each.removal_list: each
             for each in self.subject.known(Quantization)
-            if (each.dtype, each.scheme, each.group_size, each.text) == asked
+            if (each.dtype, each.scheme, each.group_size, each.text) == wanted
         }
 
     def _nats(self, windows: perplexity.Windows, lists: Sequence[RemovalList]) -> dict[RemovalList, np.ndarray]:
-        """Of the quantised model on every window; a sweep that was cut short goes on where it was."""
+        """Nats of the quantised model on every window; an interrupted sweep goes on where it was."""
         meter, scorer = self.subject.meter, self.subject.scorer(windows, self._copy().stack)
         group = "" if self.group_size is None else f"-{self.group_size}"
         weights = f"{self.subject.loaded.dtype}-{self.scheme}{group}"
@@ -123,7 +123,7 @@ class _Scheme:
         rows = table.read()
         meter.expect(scorer.cost(lists, len(windows.ids)).units(scorer.head_weight), 0, 0)
         meter.within(f"Perplexity on {windows.text.name} in {self.scheme}")
-        return perplexity.score(scorer, lists, rows, lambda found: table.write(rows | found))
+        return perplexity.score(scorer, lists, rows, lambda scored: table.write(rows | scored))
 
     def _finding(
         self, windows: perplexity.Windows, removal_list: RemovalList, before: np.ndarray, after: np.ndarray, took: float
@@ -160,14 +160,14 @@ def quantised(model: nn.Module, scheme: str, group_size: int = 128) -> Quantised
     int8 has a scale for each row, int4 one for each group of `group_size` weights of a row, halved until it divides
     the row; both are symmetric. Raises `OptionError` with the reason where this model cannot be quantised so.
     """
-    twin: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    path, blocks = find_stack(twin)
+    made: Any = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    path, blocks = find_stack(made)
     linear = {f"{path}.{name}": module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
-    _require_linear(twin, blocks, linear)
+    _require_linear(made, blocks, linear)
     sizes = _group_sizes(linear, group_size) if scheme == "int4" else {}
     _quantise(blocks, {id(module): sizes.get(name) for name, module in linear.items()})
     try:
-        stack = BlockStack(twin)
+        stack = BlockStack(made)
     except ModelError as error:
         cause = error.__cause__ or error
         raise OptionError(
@@ -185,7 +185,7 @@ def _quantise(blocks: nn.ModuleList, sizes: dict[int, int | None]) -> None:
 
     for size in dict.fromkeys(sizes.values()):
         # Not Int4WeightOnlyConfig: all its formats need a GPU, this one runs everywhere. The inductor's settings are
-        # those of the whole process, and quantising is no reason to change how others multiply.
+        # those of the whole process, and quantising must not change how others multiply.
         config = (
             Int8WeightOnlyConfig(set_inductor_config=False)
             if size is None
@@ -196,7 +196,7 @@ def _quantise(blocks: nn.ModuleList, sizes: dict[int, int | None]) -> None:
 
 
 def _require_linear(model: nn.Module, blocks: nn.ModuleList, linear: dict[str, nn.Linear]) -> None:
-    """Refuses what is quantised already, and blocks that are mostly something else."""
+    """Refuse what is quantised already, and blocks that are mostly something else. Raises `OptionError`."""
     name = type(model).__name__
     method = getattr(model, "quantization_method", None)
     plain = all(
@@ -216,22 +216,22 @@ def _require_linear(model: nn.Module, blocks: nn.ModuleList, linear: dict[str, n
         )
 
 
-def _group_sizes(linear: dict[str, nn.Linear], asked: int) -> dict[str, int]:
-    """The size asked for, halved until it divides a module's rows: 128, 64 and 32 are what kernels for int4 are for.
+def _group_sizes(linear: dict[str, nn.Linear], wanted: int) -> dict[str, int]:
+    """The wanted size by module, halved until it divides the rows: kernels for int4 are for 128, 64 and 32.
 
     Raises `OptionError` where no half of it divides some rows, with a size that does for all of them.
     """
     rows = {module.in_features: name for name, module in reversed(linear.items())}
-    unfit = sorted(row for row in rows if _fitting(row, asked) is None)
+    unfit = sorted(row for row in rows if _fitting(row, wanted) is None)
     if unfit:
-        smaller = range(min(asked, max(rows)), SMALLEST_GROUP - 1, -1)
+        smaller = range(min(wanted, max(rows)), SMALLEST_GROUP - 1, -1)
         best = next((size for size in smaller if all(_fitting(row, size) for row in rows)), None)
         listed = ", ".join(f"{row} ({rows[row]})" for row in unfit[:5]) + (" and others" if len(unfit) > 5 else "")
         raise OptionError(
-            f"Groups of {asked} weights, or of halves of that, do not divide rows of {listed}; "
-            f"{f'give --group-size {best}' if best else 'use int8'}."
+            f"Groups of {wanted} weights, or of halves of that, do not divide rows of {listed}; "
+            f"{f'give `group_size={best}`' if best else 'use int8'}."
         )
-    return {name: _fitting(module.in_features, asked) or asked for name, module in linear.items()}
+    return {name: _fitting(module.in_features, wanted) or wanted for name, module in linear.items()}
 
 
 def _fitting(row: int, size: int) -> int | None:

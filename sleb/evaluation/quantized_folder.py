@@ -2,8 +2,7 @@
 
 The format is compressed-tensors' `pack-quantized`: four or eight bits a weight in int32 words and a scale for each
 group, which transformers loads with the compressed-tensors library. torchao's own format would hold an int4 weight in a
-byte. As with an export, nothing appears under the name that was asked for until the folder has been reloaded in a fresh
-process and answers as the quantised model with the blocks skipped.
+byte. The proof compares the folder with the quantised model while its blocks are skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +22,11 @@ from torch import nn
 
 from sleb.errors import OptionError
 from sleb.evaluation.evaluated_model import Subject
-from sleb.export import proof_process
 from sleb.export.contents.model_folder import plan_folder, write_saved
-from sleb.export.destination import Destination, saving
-from sleb.export.proven_folder import Origin, expect, prove, write_expectation
+from sleb.export.destination import Destination
+from sleb.export.proven_folder import Exporter, Origin, Written, count_parameters
 from sleb.export.removal import plan_removal, streamlined
-from sleb.formats.list_formats import display_name, in_words
-from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
+from sleb.formats.changed_weights_cards import Streamlined, quantized_card
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection import licence
 from sleb.model.loading import forget_quantisation
@@ -46,11 +43,11 @@ class Quantised:
     scheme: str
     stack: BlockStack
     group_sizes: dict[str, int]
-    """Of int4: the module's name in the model, and how many of its weights share a scale. Of int8: a whole row."""
+    """In int4, how many weights share a scale, by the module's name in the model; in int8 a whole row does."""
 
     @property
     def bits(self) -> int:
-        """Of one quantised weight."""
+        """Bits of one quantised weight."""
         return BITS[self.scheme]
 
     def weight_bytes(self, removal_list: RemovalList) -> tuple[int, int, float]:
@@ -76,7 +73,7 @@ class Quantised:
 
 
 def require() -> None:
-    """Raises `OptionError` where the library that packs and loads is missing."""
+    """Require the library that packs and loads. Raises `OptionError` where it is missing."""
     if importlib.util.find_spec("compressed_tensors") is None:
         raise OptionError("Writing a quantised model needs compressed-tensors: pip install 'sleb[quantize]'.")
 
@@ -102,40 +99,42 @@ def write(
     require()
     destination = Destination(out, allow_existing)
     destination.require_free()
-    meter = subject.meter
-    meter.phase("Recording what the quantised model answers with the blocks skipped")
-    removal = plan_removal(subject.model, removal_list)
-    expectation = expect(quantised.stack.model, subject.tokenizer, removal, Origin.of(subject.run))
-    with destination.writing() as folder:
-        meter.phase(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks in {quantised.scheme}")
+    removal, job = plan_removal(subject.model, removal_list), subject.job
+    named = licence.of_model(subject.run.spec.model, subject.loaded.revision)
+    about = Streamlined(subject.run, len(subject.stack), removal_list, named)
+
+    def fill(folder: Path) -> Written:
         smaller: Any = streamlined(quantised.stack.model, removal_list)
-        parameters = sum(parameter.numel() for parameter in smaller.parameters())
-        tensors = _packed(smaller, quantised.bits)
+        parameters, tensors = count_parameters(smaller), _packed(smaller, quantised.bits)
         forget_quantisation(smaller)
         smaller.config.quantization_config = _config(smaller, quantised.stack.path, quantised.bits)
-        card = _card(subject, quantised, removal_list, measured)
         plan = plan_folder(subject.model, removal, subject.source())
-        trusted = subject.job.trust_remote_code
-        contents = write_saved(smaller, subject.tokenizer, plan, folder, with_code=trusted, state=tensors)
-        # A reload counts words and scales until its first forward pass; the numbers of the model are put in below.
-        write_expectation(folder, removal, expectation, _stored(folder), subject.loaded.dtype, contents=contents)
-        del smaller, tensors
-        meter.phase("Reloading it in a new process, to compare")
-        proof = prove(folder, str(quantised.stack.device), subject.job.trust_remote_code)
-        proof = proof.model_copy(
-            update={
-                "parameters_after": parameters,
-                "versions": proof.versions | {"compressed-tensors": version("compressed-tensors")},
-            }
+        with_code = job.trust_remote_code
+        contents = write_saved(smaller, subject.tokenizer, plan, folder, with_code=with_code, state=tensors)
+        # A reload counts words and scales until its first forward pass: the proof is told the model's own numbers.
+        return Written(
+            _stored(folder),
+            subject.loaded.dtype,
+            contents,
+            card=quantized_card(about, measured, quantised.bits),
+            corrections={"parameters_after": parameters},
+            versions={"compressed-tensors": version("compressed-tensors")},
         )
-        with saving():
-            (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            (folder / "README.md").write_text(_with_proof(card, proof), encoding="utf-8")
-    return proof
+
+    exporter = Exporter(
+        quantised.stack.model,
+        subject.tokenizer,
+        removal,
+        "quantised model",
+        origin=Origin.of(subject.run),
+        trust_remote_code=job.trust_remote_code,
+        progress=subject.meter.phase,
+    )
+    return exporter.export(destination, fill)
 
 
 def _packed(model: nn.Module, bits: int) -> dict[str, torch.Tensor]:
-    """The state of a model as the format has it: names as they are, a quantised weight as words, scales and shape."""
+    """The state of a model in the format: names as they are, a quantised weight as words, scales and shape."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     state: dict[str, torch.Tensor] = {}
@@ -191,8 +190,8 @@ def _targets(own: Sequence[str], others: Sequence[str], path: str) -> list[str]:
     pattern = re.compile(rf"{re.escape(path)}\.\d+\.(.+)")
 
     def part(name: str) -> str:
-        found = pattern.fullmatch(name)
-        return found[1] if found else name
+        match = pattern.fullmatch(name)
+        return match[1] if match else name
 
     elsewhere = {part(name) for name in others}
     targets = [
@@ -202,76 +201,9 @@ def _targets(own: Sequence[str], others: Sequence[str], path: str) -> list[str]:
 
 
 def _stored(folder: Path) -> int:
-    """Numbers in the files that were written, tied ones once."""
+    """How many numbers the written files hold, tied ones once."""
     total = 0
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, framework="pt") as opened:
             total += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
     return total
-
-
-def _card(subject: Subject, quantised: Quantised, removal_list: RemovalList, measured: Sequence[Quantization]) -> str:
-    """Front matter and provenance."""
-    run = subject.run
-    shown, named = display_name(run.spec.model), licence.of_model(run.spec.model, subject.loaded.revision)
-    groups = " or ".join(map(str, sorted(set(quantised.group_sizes.values()))))
-    whose = f"each group of {groups} weights" if groups else "each row"
-    scheme = f"{quantised.bits} bits a weight, a scale for {whose}"
-    found = measured[0]
-    lines = [
-        *front_matter(run.spec.model, "quantized", named, "compressed-tensors"),
-        "",
-        f"# {escaped(shown)} without {len(removal_list)} of its {len(subject.stack)} blocks, in {quantised.scheme}",
-        "",
-        f"Transformer blocks were removed whole ([SLEB]({PAPER})), and the linear weights of the others rounded to the "
-        f"nearest of {2**quantised.bits} values ({scheme}, symmetric, {escaped(found.library)}). Embeddings, head and "
-        "norms are as they were; nothing was trained.",
-        "",
-        base_model(run),
-        licence_line(named),
-        f"- **Removal list:** {code(list(removal_list))}",
-        f"- **Blocks:** {escaped(in_words(len(subject.stack), removal_list, in_order=False))}",
-        f"- **Weights:** {found.weight_bytes:,} bytes; {found.weight_bytes_before:,} before in {found.dtype}",
-        f"- **Run:** {code(run.run_id)}",
-        "",
-        "| text | perplexity without the blocks | and quantised |",
-        "|:---|---:|---:|",
-        *(
-            f"| {escaped(each.text.description)} | {each.before.perplexity or float('nan'):.4g} "
-            f"| {each.measured.perplexity or float('nan'):.4g} |"
-            for each in measured
-        ),
-        "",
-        "## How to load it",
-        "",
-        "```bash",
-        f"pip install transformers compressed-tensors=={version('compressed-tensors')}",
-        "```",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        "```",
-        "",
-        "transformers unpacks the weights at the first forward pass and then takes the memory of unquantised ones; "
-        "tools with kernels for packed weights may keep them packed.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _with_proof(card: str, proof: Proof) -> str:
-    lines = [
-        "## Proof",
-        "",
-        f"Reloaded in a fresh process with plain transformers {escaped(proof.versions.get('transformers', ''))}: "
-        f"{proof.blocks_after} of {proof.blocks_before} blocks, {proof.bytes_after:,} bytes of weights. Over "
-        f"{proof.tokens} positions its logits differ by at most {proof.max_logit_difference:.3g} from those of the "
-        f"quantised model with the blocks skipped ({proof.tolerance:.3g} allowed in {escaped(proof.dtype)}). The "
-        "details are in `proof.json`.",
-        "",
-        *accounted_for(proof),
-    ]
-    return card.rstrip("\n") + "\n\n" + "\n".join(lines)

@@ -1,7 +1,7 @@
 """A question about removal lists, checked, and the run that keeps its answer. Imports no torch.
 
 The subject is a run, of which some steps' lists are evaluated, or a model and a list from anywhere: then a run that
-searches nothing keeps what is found, and the next question about the same list finds it there.
+searches nothing keeps the findings, and the next question about the same list is answered from them.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def subject_run(
     revision: str | None = None,
     run_dir: str | PathLike[str] | None = None,
 ) -> Run:
-    """The run that keeps what is found: the one named, or one for this model and list, made where there is none.
+    """The run that keeps the findings: the one named, or one for this model and list, made where there is none.
 
     Raises `OptionError` where a run is named with what only a model can be given, `RunError` for a damaged one.
     """
     try:
-        found = run_folder.locate(subject.run_dir if isinstance(subject, Run) else subject)
+        directory = run_folder.locate(subject.run_dir if isinstance(subject, Run) else subject)
     except RunError as error:
         if isinstance(subject, Run):
             raise
         if removal_list is None:
             raise RunError(
-                f"There is no run {quoted(str(subject))}. For a model, say which blocks: --removal-list '[14, 23]', "
-                "or '[]' for the unmodified one."
+                f"No run is called {quoted(str(subject))}. For a model, say which blocks with `removal_list`: "
+                "[14, 23], or [] for the baseline."
             ) from error
     else:
-        for option, value in (("--dtype", dtype != "auto"), ("--revision", revision), ("--run-dir", run_dir)):
+        for option, value in (("dtype", dtype != "auto"), ("revision", revision), ("run_dir", run_dir)):
             if value:
-                raise OptionError(f"{option} is for a model; run {found.name} has its own. Leave it out.")
-        run_folder.refuse_sample(found)
-        return run_folder.load(found)
+                raise OptionError(f"`{option}` is for a model; run {directory.name} has its own. Leave it out.")
+        run_folder.refuse_sample(directory)
+        return run_folder.load(directory)
     given = sorted_list(_list(removal_list))  # the order of removal is nothing to a model
     spec = specs.run_spec(str(subject), kind="evaluate", dtype=dtype, revision=revision)  # type: ignore[arg-type]
     try:
@@ -68,15 +68,14 @@ def lists_of(
     run: Run, removal_list: Sequence[int] | None = None, steps: int | None = None, all_steps: bool = False
 ) -> tuple[RemovalList, ...]:
     """The lists that are asked for. Raises `OptionError`, or `RunError` for a run without steps."""
-    asked = [removal_list is not None, steps is not None, all_steps]
-    if sum(asked) > 1:
-        raise OptionError("Give one of --removal-list, --steps and --all-steps.")
+    if sum((removal_list is not None, steps is not None, all_steps)) > 1:
+        raise OptionError("Give one of `removal_list`, `steps` and `all_steps`.")
     if removal_list is not None:
         given = _list(removal_list)
         return (sorted_list(given),) if given else ()
     if run.spec.kind == "evaluate":
         if steps is not None or all_steps:
-            raise RunError(f"Run {run.run_id} searched nothing and has no steps; leave --steps and --all-steps out.")
+            raise RunError(f"Run {run.run_id} searched nothing and has no steps; leave `steps` and `all_steps` out.")
         return (sorted_list(run.spec.given or ()),) if run.spec.given else ()
     if steps == 0:
         return ()
@@ -85,32 +84,32 @@ def lists_of(
     return (sorted_list(run.removal_list_after(steps)),)
 
 
-def job_of(ask: Ask, **how: Any) -> JobSpec:
-    """A job that asks this. Raises `OptionError`."""
-    job = specs.job_spec(ask.kind, **how)
+def job_of(ask: Ask, **settings: Any) -> JobSpec:
+    """A job that answers this question. Raises `OptionError`."""
+    job = specs.job_spec(ask.kind, **settings)
     return JobSpec.model_validate(job.model_dump() | {"ask": ask})
 
 
 def ask_of(record: type[Any], **settings: Any) -> Any:
-    """A question, checked. Raises `OptionError` out of range."""
+    """A question about removal lists, checked. Raises `OptionError` for a setting that is out of range."""
     return specs.validated(record, settings)
 
 
 def answers(run: Run) -> list[Finding]:
-    """What the newest judging job of a run was asked, in the order in which it was answered."""
+    """The findings of a run's newest evaluation job, in the order in which it answered. Raises `RunError`."""
     own = [job for job in run.jobs if job.spec.ask is not None]
     if not own:
         return []
     questions = job_folder.read_result(own[-1].directory)["findings"]
-    found = {each.question: each for each in findings_folder.findings(run.run_dir)}
-    return [found[each] for each in questions if each in found]
+    findings = {each.question: each for each in findings_folder.findings(run.run_dir)}
+    return [findings[each] for each in questions if each in findings]
 
 
 def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
     blocks = tuple(removal_list)
     wrong = [block for block in blocks if not isinstance(block, int) or isinstance(block, bool) or block < 0]
     if wrong:
-        raise OptionError(f"A removal list holds block indices from 0 on; found {quoted(wrong[0])}.")
+        raise OptionError(f"A removal list holds block indices from 0 on; it has {quoted(wrong[0])}.")
     twice = [block for block in blocks if blocks.count(block) > 1]
     if twice:
         raise OptionError(f"The removal list names block {twice[0]} twice.")
@@ -118,6 +117,6 @@ def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
 
 
 def text_name(name: str) -> str:
-    """Files are kept absolute, so that a job finds them from any directory."""
+    """The name of a text; a file's as an absolute path, so that a job finds it from any directory."""
     name = specs.text("A text", name)
     return name if name in NAMED_TEXTS else str(files.expanded(Path(name)).absolute())

@@ -1,7 +1,7 @@
-"""Accuracy of removal lists on lm-eval's tasks, by the unmodified package on the live model.
+"""Accuracy of removal lists on lm-eval's tasks, by the package as it is, on the live model.
 
 Tasks are evaluated one by one, so that a stopped evaluation goes on after the last (list, task); a group's aggregate is
-lm-eval's own, out of what was found about its tasks. Prompts have no chat template.
+lm-eval's own, out of the findings about its tasks. Prompts have no chat template.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, failures, load, seeded, told
+from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, as_sentences, failures, load, seeded
 from sleb.methods.statistics import mean_and_error
 from sleb.model.generation import numbers_only
 from sleb.model.out_of_memory import is_out_of_memory
@@ -43,74 +43,85 @@ _ready: dict[tuple[EvaluateSpec, bool], Tasks] = {}
 
 
 def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
-    """Load the tasks, so that what is missing is said before minutes of loading the model. Raises `OptionError`."""
+    """Load the tasks, so that a missing one is refused before minutes of loading the model. Raises `OptionError`."""
     _ready.clear()
     _ready[ask, trust_remote_code] = load(ask, trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:
-    """Every task and group, for the baseline and its lists; each finding is kept as soon as it is there.
+    """Evaluate every task and group, for the baseline and the lists; each finding is kept as soon as it is made.
 
-    A list whose predictions are not numbers is found to have no metrics. Raises `NotNumbers` where the baseline's are
+    A list whose predictions are not numbers has no metrics. Raises `NotNumbers` where the baseline's are
     none.
     """
     trusted = subject.job.trust_remote_code
     tasks = _ready.pop((ask, trusted), None) or load(ask, trusted)
     with tasks.files.as_data():
-        _work(subject, ask, tasks)
+        _Evaluation(subject, ask, tasks).run()
 
 
-def _work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
-    wanted = tuple(dict.fromkeys([(), *ask.lists]))
-    have = {each.question: each for each in subject.known(TaskAccuracy)}
+class _Evaluation:
+    """All tasks and groups for all lists: which answers are known, and how far the others are."""
 
-    def known(removed: RemovalList, asked: dict[str, Any]) -> TaskAccuracy | None:
-        return have.get(_finding(subject, removed, asked, _Result(), 0.0).question)
+    def __init__(self, subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
+        self.subject, self.tasks = subject, tasks
+        self.lists: tuple[RemovalList, ...] = tuple(dict.fromkeys([(), *ask.lists]))
+        self.have = {each.question: each for each in subject.known(TaskAccuracy)}
+        leaves = tasks.leaves.values()
+        self.ahead = sum(
+            leaf.count for removed in self.lists for leaf in leaves if not self.known(removed, leaf.question)
+        )
+        self.done = 0
 
-    ahead = sum(
-        leaf.count for removed in wanted for leaf in tasks.leaves.values() if known(removed, leaf.asked) is None
-    )
-    done = 0
-    subject.meter.phase("Accuracy on tasks")
+    def known(self, removed: RemovalList, question: dict[str, Any]) -> TaskAccuracy | None:
+        return self.have.get(_finding(self.subject, removed, question, _Result(), 0.0).question)
 
-    def tell(leaf: Leaf, removed: RemovalList, share: float) -> None:
-        message = f"{leaf.name}, {subject.num_removed(removed)}"
-        subject.meter.part(min(1.0, (done + share * leaf.count) / max(1, ahead)), message)
+    def tell(self, leaf: Leaf, removed: RemovalList, share: float) -> None:
+        message = f"{leaf.name}, {self.subject.num_removed(removed)}"
+        self.subject.meter.part(min(1.0, (self.done + share * leaf.count) / max(1, self.ahead)), message)
 
-    for removed in wanted:
-        with ExitStack() as opened:
-            lm: Any = None
-            for leaf in tasks.leaves.values():
-                answer = known(removed, leaf.asked)
-                if answer is None:
-                    lm = lm or opened.enter_context(_opened(subject, removed))
-                    _require_possible(lm, leaf, removed, subject)
-                    tell(leaf, removed, 0.0)
-                    start = time.perf_counter()
-                    with told(tasks.files, leaf.name, "cannot be evaluated with this model"):
-                        try:
-                            found = _evaluated(lm, leaf, partial(tell, leaf, removed))
-                        except NotNumbers:
-                            if not removed:
-                                raise
-                            found = _Result(examples=leaf.count, not_numbers=True)
-                    done += leaf.count
-                    answer = _kept(subject, removed, leaf, found, time.perf_counter() - start, have)
-                    have[answer.question] = answer
-                else:
-                    subject.answer(answer)
-        for group in tasks.groups:
-            asked = tasks.asked(group)
-            parts = [known(removed, leaf.asked) for leaf in tasks.of(group)]
-            answer = known(removed, asked)
-            if answer is None:
-                of_baseline = None if not removed else known((), asked)
-                with told(tasks.files, group.name, "cannot be aggregated"):
-                    answer = _aggregated(subject, removed, group, asked, [each for each in parts if each], of_baseline)
-                have[answer.question] = answer
-                subject.keep(answer)
-            else:
-                subject.answer(answer)
+    def run(self) -> None:
+        self.subject.meter.phase("Accuracy on tasks")
+        for removed in self.lists:
+            with ExitStack() as opened:
+                lm: Any = None
+                for leaf in self.tasks.leaves.values():
+                    answer = self.known(removed, leaf.question)
+                    if answer is None:
+                        lm = lm or opened.enter_context(_opened(self.subject, removed))
+                        self._evaluate(lm, leaf, removed)
+                    else:
+                        self.subject.answer(answer)
+            for group in self.tasks.groups:
+                self._aggregate(group, removed)
+
+    def _evaluate(self, lm: Any, leaf: Leaf, removed: RemovalList) -> None:
+        _require_possible(lm, leaf, removed, self.subject)
+        self.tell(leaf, removed, 0.0)
+        start = time.perf_counter()
+        with as_sentences(self.tasks.files, leaf.name, "cannot be evaluated with this model"):
+            try:
+                result = _evaluated(lm, leaf, partial(self.tell, leaf, removed))
+            except NotNumbers:
+                if not removed:
+                    raise
+                result = _Result(examples=leaf.count, not_numbers=True)
+        self.done += leaf.count
+        answer = _kept(self.subject, removed, leaf, result, time.perf_counter() - start, self.have)
+        self.have[answer.question] = answer
+
+    def _aggregate(self, group: Any, removed: RemovalList) -> None:
+        question = self.tasks.question(group)
+        answer = self.known(removed, question)
+        if answer is not None:
+            self.subject.answer(answer)
+            return
+        parts = [self.known(removed, leaf.question) for leaf in self.tasks.of(group)]
+        of_baseline = self.known((), question) if removed else None
+        with as_sentences(self.tasks.files, group.name, "cannot be aggregated"):
+            answer = _aggregated(self.subject, removed, group, question, [each for each in parts if each], of_baseline)
+        self.have[answer.question] = answer
+        self.subject.keep(answer)
 
 
 # ---- evaluation
@@ -118,14 +129,14 @@ def _work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
 
 @dataclass(frozen=True)
 class _Result:
-    """What lm-eval found out about one task."""
+    """The result of one task, as lm-eval gives it."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     standard_errors: dict[str, float] = field(default_factory=dict)
     higher_is_better: dict[str, bool] = field(default_factory=dict)
     examples: int = 0
     values: dict[str, np.ndarray] = field(default_factory=dict)
-    """Metric -> float64 (examples,), of metrics that are a mean over them."""
+    """Values of each example by metric, float64 (examples,), of metrics that are a mean over them."""
     truncated: int | None = None
     not_numbers: bool = False
 
@@ -136,12 +147,12 @@ def _opened(subject: Subject, removed: RemovalList) -> Iterator[Any]:
     streamed = subject.stack.streamed
     with ExitStack() as opened:
         model: Any
-        if removed and streamed is not None:  # its weights are where the original's blocks load them
+        if removed and streamed is not None:  # its weights are where the baseline's blocks load them
             opened.enter_context(subject.stack.skipping(removed))
             model = subject.model
         else:
             model = opened.enter_context(subject.without(removed))
-        with apart(logging.ERROR), _keeping_weights(model):  # that the model is there already is no news
+        with apart(logging.ERROR), _keeping_weights(model):  # that the model is already loaded is not news
             lm = _counting()(
                 pretrained=model,
                 backend="causal",
@@ -155,14 +166,14 @@ def _opened(subject: Subject, removed: RemovalList) -> Iterator[Any]:
 
 
 def _counting() -> Any:
-    """lm-eval's wrapper, which remembers the prompts that it cuts: it says so in its log alone."""
+    """lm-eval's wrapper, which also remembers the prompts that it cuts."""
     from lm_eval.models.huggingface import HFLM
 
     class Counting(HFLM):
         whose: str
-        """Whose predictions they are."""
+        """The model that predicts, in words."""
         cut: set[Any]
-        """Requests by their texts: (context, continuation), or the context that is to be gone on from."""
+        """Requests by their texts: (context, continuation), or the context to be continued."""
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self.cut |= {texts for texts, context, rest in requests if len(context) + len(rest) > self.max_length + 1}
@@ -175,23 +186,23 @@ def _counting() -> Any:
             left_truncate_len: int | None = None,
             truncation: bool = False,
         ) -> Any:
-            found = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
-            if left_truncate_len is not None and found[0].shape[1] == left_truncate_len:
+            encoded = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            if left_truncate_len is not None and encoded[0].shape[1] == left_truncate_len:
                 _, read = super().tok_batch_encode(strings, padding_side, None, truncation)
                 lengths = read.sum(dim=1).tolist()
                 self.cut |= {each for each, length in zip(strings, lengths, strict=True) if length > left_truncate_len}
-            return found
+            return encoded
 
     return Counting
 
 
 def _batch_size(subject: Subject) -> int:
-    """Examples at once, where nobody says."""
+    """Examples at once, where the job does not say."""
     streamed = subject.stack.streamed
     if streamed is None:
         return 32 if subject.stack.device.type == "cuda" else 8
     logits = _SKETCH * subject.stack.config.vocab_size * 3 * 4  # bytes: the model's, their float32, its softmax
-    return max(1, min(64, streamed.spare_bytes // logits))  # many: every batch reads the whole model
+    return max(1, min(64, streamed.spare_bytes // logits))  # many: every batch reads all blocks
 
 
 @contextmanager
@@ -225,7 +236,7 @@ def _require_possible(lm: Any, leaf: Leaf, removed: RemovalList, subject: Subjec
     """A cache knows how far a text is by its first block: where that is skipped, nothing can be generated with it."""
     if removed and lm.model is subject.model and _generates(leaf):
         raise OptionError(
-            f"Task {leaf.name!r} has text generated, for which blocks must be gone; from this model they can only be "
+            f"Task {leaf.name!r} has text generated, for which blocks must be removed; in this model they can only be "
             "skipped. Choose tasks that compare choices."
         )
 
@@ -242,14 +253,14 @@ def _evaluated(lm: Any, leaf: Leaf, tell: Callable[[float], None]) -> _Result:
             leaf.task.set_fewshot_seed(DEFAULT_OTHER_SEED)
             lm.set_cache_hook(_Counter(leaf, tell, partial(NotNumbers, lm.whose, dtype)))
             try:
-                found = evaluate(lm, {"tasks": {leaf.name: leaf.task}}, limit=leaf.limit, bootstrap_iters=_BOOTSTRAPS)
-                return replace(_result(found, leaf.name), truncated=_truncated(leaf, lm.cut))
+                results = evaluate(lm, {"tasks": {leaf.name: leaf.task}}, limit=leaf.limit, bootstrap_iters=_BOOTSTRAPS)
+                return replace(_result(results, leaf.name), truncated=_truncated(leaf, lm.cut))
             except failures() as error:
                 if not is_out_of_memory(error):
                     raise
                 if lm.batch_size_per_gpu == 1:
                     raise ScoringError(
-                        f"Out of memory with one example of task {leaf.name!r}; choose a smaller --dtype."
+                        f"Out of memory with one example of task {leaf.name!r}; choose a smaller `dtype`."
                     ) from error
         lm.batch_size_per_gpu //= 2
         log.warning("Out of memory: going on with batches of %d.", lm.batch_size_per_gpu)
@@ -264,18 +275,18 @@ def _generates(leaf: Leaf) -> bool:
 
 def _truncated(leaf: Leaf, cut: set[Any]) -> int:
     """Examples with a request that did not fit."""
-    texts = itemgetter(0) if _generates(leaf) else tuple  # settings come with a context that is to be gone on from
+    texts = itemgetter(0) if _generates(leaf) else tuple  # settings come with a context to be continued
     return len({each.doc_id for each in leaf.task.instances if texts(each.args) in cut})
 
 
 class _Counter:
-    """lm-eval tells whoever caches its answers of each of them: that is how far it is, and whether they are numbers."""
+    """A cache of answers to lm-eval, which tells by them how far it is, and refuses those that are not numbers."""
 
     def __init__(self, leaf: Leaf, tell: Callable[[float], None], refusal: Callable[[], NotNumbers]) -> None:
         self._leaf, self._tell, self._refusal, self._count = leaf, tell, refusal, 0
 
     def add_partial(self, _kind: str, _request: Any, answer: Any) -> None:
-        """One more is there. Raises `NotNumbers` for a likelihood that is none."""
+        """Count one more answer. Raises `NotNumbers` for a likelihood that is not a number."""
         likelihood = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(likelihood, float) and math.isnan(likelihood):
             raise self._refusal()
@@ -283,32 +294,32 @@ class _Counter:
         self._tell(min(1.0, self._count / max(1, len(self._leaf.task.instances))))
 
 
-def _result(found: Any, name: str) -> _Result:
+def _result(results: Any, name: str) -> _Result:
     """Metrics by name, the filter left out where it is lm-eval's `none`."""
     metrics: dict[str, float] = {}
     errors: dict[str, float] = {}
     values: dict[str, np.ndarray] = {}
     better: dict[str, bool] = {}
-    for key, value in found["results"][name].items():
+    for key, value in results["results"][name].items():
         metric, comma, kind = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
         number, label = _number(value), metric if kind == "none" else key
         if number is None:
-            log.warning("%s of task %s is no number (%r) and is left out.", label, name, value)
+            log.warning("%s of task %s is not a number (%r) and is left out.", label, name, value)
             continue
         metrics[label] = number
-        error = _number(found["results"][name].get(f"{metric}_stderr,{kind}"))
+        error = _number(results["results"][name].get(f"{metric}_stderr,{kind}"))
         if error is not None:
             errors[label] = error
-        direction = found["higher_is_better"].get(name, {}).get(metric)
+        direction = results["higher_is_better"].get(name, {}).get(metric)
         if direction is not None:
             better[label] = bool(direction)
-        samples = [_number(each.get(metric)) for each in found["samples"][name] if each["filter"] == kind]
+        samples = [_number(each.get(metric)) for each in results["samples"][name] if each["filter"] == kind]
         numbers = np.array([math.nan if each is None else each for each in samples])
         if len(numbers) and math.isclose(float(numbers.mean()), number, rel_tol=1e-9, abs_tol=1e-12):
             values[label] = numbers
-    return _Result(metrics, errors, better, int(found["n-samples"][name]["effective"]), values)
+    return _Result(metrics, errors, better, int(results["n-samples"][name]["effective"]), values)
 
 
 def _number(value: Any) -> float | None:
@@ -321,17 +332,17 @@ def _number(value: Any) -> float | None:
 
 
 def _finding(
-    subject: Subject, removed: RemovalList, asked: dict[str, Any], found: _Result, seconds: float
+    subject: Subject, removed: RemovalList, question: dict[str, Any], result: _Result, seconds: float
 ) -> TaskAccuracy:
     return TaskAccuracy(
         **subject.facts(removed, seconds),
-        **asked,
-        metrics=found.metrics,
-        standard_errors=found.standard_errors,
-        higher_is_better=found.higher_is_better,
-        examples=found.examples,
-        truncated=found.truncated,
-        not_numbers=found.not_numbers,
+        **question,
+        metrics=result.metrics,
+        standard_errors=result.standard_errors,
+        higher_is_better=result.higher_is_better,
+        examples=result.examples,
+        truncated=result.truncated,
+        not_numbers=result.not_numbers,
     )
 
 
@@ -339,20 +350,20 @@ def _kept(
     subject: Subject,
     removed: RemovalList,
     leaf: Leaf,
-    found: _Result,
+    result: _Result,
     seconds: float,
     have: Mapping[str, TaskAccuracy],
 ) -> TaskAccuracy:
     """A task's finding, with what its metrics changed by: over the same examples, in pairs."""
     changes: dict[str, float] = {}
     errors: dict[str, float] = {}
-    finding = _finding(subject, removed, leaf.asked, found, seconds)
-    _write_values(subject, finding, found.values)
+    finding = _finding(subject, removed, leaf.question, result, seconds)
+    _write_values(subject, finding, result.values)
     baseline = have.get(finding.model_copy(update={"removal_list": ()}).question) if removed else None
     if baseline is not None:
         changes = _changes(finding, baseline)
         before = _read_values(subject, baseline)
-        for name, after in found.values.items():
+        for name, after in result.values.items():
             if name in changes and name in before and len(before[name]) == len(after) > 1:
                 _, error = mean_and_error(after - before[name], np.ones(len(after)))
                 errors[name] = float(error)
@@ -365,18 +376,18 @@ def _aggregated(
     subject: Subject,
     removed: RemovalList,
     group: Any,
-    asked: dict[str, Any],
+    question: dict[str, Any],
     parts: list[TaskAccuracy],
     baseline: TaskAccuracy | None,
 ) -> TaskAccuracy:
-    """A group's own metrics, by lm-eval, out of what was found about its tasks; none where a task has none."""
+    """A group's own metrics, by lm-eval, out of the findings about its tasks; none where a task has none."""
     seconds = sum(part.seconds for part in parts)
     counts = [part.truncated for part in parts]
     truncated = None if None in counts else sum(each or 0 for each in counts)
     if any(part.not_numbers for part in parts):
         examples = sum(part.examples for part in parts)
         nothing = _Result(examples=examples, truncated=truncated, not_numbers=True)
-        return _finding(subject, removed, asked, nothing, seconds)
+        return _finding(subject, removed, question, nothing, seconds)
     rows: dict[str, dict[str, Any]] = {}
     for part in parts:
         row = rows[part.task] = {"name": part.task, "alias": part.task, "sample_len": part.examples}
@@ -391,9 +402,9 @@ def _aggregated(
         for name, better in part.higher_is_better.items():
             directions.setdefault(name.partition(",")[0], set()).add(better)
     agreed = {metric: each.pop() for metric, each in directions.items() if len(each) == 1}
-    found = {"results": {group.name: entry}, "higher_is_better": {group.name: agreed}, "samples": {group.name: []}}
-    result = _result(found | {"n-samples": {group.name: {"effective": entry["sample_len"]}}}, group.name)
-    finding = _finding(subject, removed, asked, replace(result, truncated=truncated), seconds)
+    results = {"results": {group.name: entry}, "higher_is_better": {group.name: agreed}, "samples": {group.name: []}}
+    result = _result(results | {"n-samples": {group.name: {"effective": entry["sample_len"]}}}, group.name)
+    finding = _finding(subject, removed, question, replace(result, truncated=truncated), seconds)
     return finding if baseline is None else finding.model_copy(update={"changes": _changes(finding, baseline)})
 
 
@@ -402,19 +413,19 @@ def _changes(after: TaskAccuracy, before: TaskAccuracy) -> dict[str, float]:
 
 
 def _values_file(finding: TaskAccuracy) -> tuple[str, str]:
-    """Where it lies in the run folder."""
+    """Where the values of a finding's examples lie in the run folder."""
     return findings_folder.FOLDER, f"examples-{finding.question.removeprefix('accuracy-')}.npz"
 
 
 def _write_values(subject: Subject, finding: TaskAccuracy, values: Mapping[str, np.ndarray]) -> None:
-    """What each example counts: a later list is compared with the baseline example by example."""
+    """Keep the values of the examples: a later list is compared with the baseline example by example."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, *values.values(), names=np.array(json.dumps(list(values))))
     replace_file(inside(subject.run.run_dir, *_values_file(finding)), buffer.getvalue())
 
 
 def _read_values(subject: Subject, finding: TaskAccuracy) -> dict[str, np.ndarray]:
-    """Nothing where the file is missing or damaged: then a change has no standard error."""
+    """The values of the examples; none where the file is missing or damaged: then a change has no standard error."""
     parts = _values_file(finding)
     try:
         arrays = read_arrays(subject.run.run_dir, *parts)

@@ -1,9 +1,10 @@
-"""Seconds of removal lists and of the baseline, in turn on the same input. Reads no text; of predictions it asks in
-the warm-up whether they are numbers.
+"""Seconds of removal lists and of the baseline, by turns on the same input. Reads no text.
+
+Of predictions it sees, in the warm-up, whether they are numbers.
 
 What is timed is the model's own `generate`, which every family has and which users of the smaller model call: reading a
 prompt is the time to the first token, generating is a fixed number of tokens from a short prompt, whatever ends a
-sentence. The baseline and all lists take one turn each in every round, in the opposite order every other round, so that
+sentence. The baseline and all lists run once each in every round, in the opposite order every other round, so that
 a machine that grows slower or faster does so for all of them.
 """
 
@@ -39,8 +40,8 @@ class _Shape:
     repetitions: int
 
     @property
-    def asked(self) -> str:
-        return f"--{self.name} {self.sequences}x{self.tokens}"
+    def setting(self) -> str:
+        return f"`{self.name}={self.sequences}x{self.tokens}`"
 
     @property
     def read(self) -> int:
@@ -54,33 +55,34 @@ class _Shape:
 
 
 @dataclass
-class _Turn:
-    """Whose turn it is: the baseline or a list, and what was measured of it so far."""
+class _Timed:
+    """The baseline or a list, and what was measured of it so far."""
 
     removal_list: RemovalList
     model: nn.Module
-    gone: bool
+    removed: bool
+    """Whether the blocks are really removed; else they are skipped while it runs."""
     times: list[float] = field(default_factory=list)
     cache_bytes: int = 0
     peak_memory: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Of the model that ran; shared ones once."""
+        """Parameters of the model that ran; shared ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 def require(ask: BenchmarkSpec) -> None:
-    """What can be refused before minutes of loading. Raises `OptionError`."""
+    """Refuse what can be refused before minutes of loading. Raises `OptionError`."""
     if ask.prompt is None and ask.generation is None:
-        raise OptionError("Nothing to measure: give --prompt or --generation a shape such as 1x2048.")
+        raise OptionError("Nothing to measure: give `prompt` or `generation` a shape such as 1x2048.")
 
 
 def work(subject: Subject, ask: BenchmarkSpec) -> None:
-    """Both shapes one after the other, each kept when it is done.
+    """Time both shapes one after the other, each kept when it is done.
 
     Raises `OptionError` for a shape that the model has no positions for, `ScoringError` for one that memory has no room
-    for, `ModelError` where the family cannot generate, `NotNumbers` where one of these models predicts none; of a
+    for, `ModelError` where the family cannot generate, `NotNumbers` where one of these models predicts no numbers; of a
     list, once the others are done.
     """
     require(ask)
@@ -90,16 +92,16 @@ def work(subject: Subject, ask: BenchmarkSpec) -> None:
         _require_positions(subject, shape)
     refused: NotNumbers | None = None
     for shape in shapes:
-        asked = {each: _asked(subject, shape, each) for each in ask.lists or ((),)}
+        questions = {each: _question(subject, shape, each) for each in ask.lists or ((),)}
         known = {each.question: each for each in subject.known(Timing) if len(each.times) >= shape.repetitions}
-        ahead = [each for each in asked if asked[each].question not in known]
-        found, without_numbers = _measured(subject, shape, ahead) if ahead else ({}, None)
+        ahead = [each for each, question in questions.items() if question not in known]
+        timings, without_numbers = _measured(subject, shape, ahead) if ahead else ({}, None)
         refused = refused or without_numbers
-        for each in asked:
-            if each in found:
-                subject.keep(found[each])
+        for each, question in questions.items():
+            if each in timings:
+                subject.keep(timings[each])
             elif each not in ahead:
-                subject.answer(known[asked[each].question])
+                subject.answer(known[question])
     if refused is not None:
         raise refused
 
@@ -119,23 +121,24 @@ def _require_positions(subject: Subject, shape: _Shape) -> None:
         return
     if shape.name == "prompt":
         raise OptionError(
-            f"{shape.asked}: the model has {limit} positions, fewer than {shape.tokens} tokens; "
-            f"give --prompt {shape.sequences}x{limit} or less."
+            f"{shape.setting}: the model has {limit} positions, fewer than {shape.tokens} tokens; "
+            f"give `prompt={shape.sequences}x{limit}` or less."
         )
     room = limit - shape.prompt_tokens + 1
-    advice = f"give --generation {shape.sequences}x{room} or less" if room > 0 else "lower --generation-prompt"
+    advice = f"give `generation={shape.sequences}x{room}` or less" if room > 0 else "lower `generation_prompt`"
     raise OptionError(
-        f"{shape.asked} after a prompt of {shape.prompt_tokens} tokens: the model has {limit} positions; {advice}."
+        f"{shape.setting} after a prompt of {shape.prompt_tokens} tokens: the model has {limit} positions; {advice}."
     )
 
 
-def _asked(subject: Subject, shape: _Shape, removal_list: RemovalList) -> Timing:
-    """A timing without an answer: what makes its question."""
-    return Timing.model_construct(removal_list=removal_list, dtype=subject.loaded.dtype, **_where(subject, shape))
+def _question(subject: Subject, shape: _Shape, removal_list: RemovalList) -> str:
+    """The question that a timing of this list would answer."""
+    where = _where(subject, shape)
+    return Timing.model_construct(removal_list=removal_list, dtype=subject.loaded.dtype, **where).question
 
 
 def _where(subject: Subject, shape: _Shape) -> dict[str, Any]:
-    """What is timed, and on what machine."""
+    """Fields that say what is timed, and on what machine."""
     gpus = _gpus(subject.model)
     name = " + ".join(torch.cuda.get_device_name(index) for index in gpus)
     return dict(
@@ -152,23 +155,23 @@ def _where(subject: Subject, shape: _Shape) -> dict[str, Any]:
 def _measured(
     subject: Subject, shape: _Shape, lists: list[RemovalList]
 ) -> tuple[dict[RemovalList, Timing], NotNumbers | None]:
-    """All these lists beside the baseline, round by round; and why some are missing: they predict no numbers."""
-    what = f"{shape.sequences} x {shape.tokens}"
-    subject.meter.phase(f"Reading a prompt: {what} tokens" if shape.name == "prompt" else f"Generating: {what} tokens")
+    """Timings of these lists beside the baseline, round by round, and the error of those that predict no numbers."""
+    size = f"{shape.sequences} x {shape.tokens}"
+    subject.meter.phase(f"Reading a prompt: {size} tokens" if shape.name == "prompt" else f"Generating: {size} tokens")
     started = time.perf_counter()
     try:
-        with _turns(subject, lists) as turns:
-            refused = _take_turns(subject, shape, turns)
+        with _opened(subject, lists) as models:
+            refused = _run_rounds(subject, shape, models)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         half = f"{max(1, shape.sequences // 2)}x{shape.tokens if shape.sequences > 1 else max(1, shape.tokens // 2)}"
         raise ScoringError(
-            f"Out of memory with {shape.asked}; lower it, to {half} for one, or choose a smaller --dtype."
+            f"Out of memory with {shape.setting}; lower it, to {half} for one, or choose a smaller `dtype`."
         ) from error
     seconds = (time.perf_counter() - started) / len(lists)
-    baseline, blocks = turns[0], len(subject.stack)
-    found = {
+    baseline, blocks = models[0], len(subject.stack)
+    timings = {
         each.removal_list: Timing(
             **subject.facts(each.removal_list, seconds)
             | _where(subject, shape)
@@ -182,86 +185,89 @@ def _measured(
                 baseline_parameters=baseline.parameters,
                 parameters=each.parameters,
                 proportional=blocks / (blocks - len(each.removal_list)),
-                gone=each.gone,
+                gone=each.removed,
             )
         )
-        for each in turns
+        for each in models
         if each.removal_list in lists
     }
-    return found, refused
+    return timings, refused
 
 
 @contextmanager
-def _turns(subject: Subject, lists: list[RemovalList]) -> Iterator[list[_Turn]]:
+def _opened(subject: Subject, lists: list[RemovalList]) -> Iterator[list[_Timed]]:
     """The baseline first, then the lists; all of them in memory at once, with the weights of one."""
     with ExitStack() as held:
-        turns = [_Turn((), subject.model, gone=True)]
+        models = [_Timed((), subject.model, removed=True)]
         for each in lists:
             if not each:
                 continue
             of_its_own = ExitStack()
             model = of_its_own.enter_context(subject.without(each))
             if model is subject.model:
-                of_its_own.close()  # skipped when it is its turn: the baseline shares the model
+                of_its_own.close()  # skipped while it runs: the baseline shares the model
             else:
                 held.enter_context(of_its_own)
-            turns.append(_Turn(each, model, gone=model is not subject.model))
-        yield turns
+            models.append(_Timed(each, model, removed=model is not subject.model))
+        yield models
 
 
-def _take_turns(subject: Subject, shape: _Shape, turns: list[_Turn]) -> NotNumbers | None:
-    """Whoever predicts no numbers in the warm-up has no other turn; raises `NotNumbers` where that is the baseline."""
+def _run_rounds(subject: Subject, shape: _Shape, models: list[_Timed]) -> NotNumbers | None:
+    """Run all models round by round; returns the error of the first that predicts no numbers in the warm-up.
+
+    Such a model leaves `models`. Raises `NotNumbers` where it is the baseline.
+    """
     refused: NotNumbers | None = None
     ids = _ids(subject, shape)
-    total, done = (shape.repetitions + 1) * len(turns), 0
+    total, done = (shape.repetitions + 1) * len(models), 0
     for number in range(shape.repetitions + 1):
-        for turn in list(turns if number % 2 == 0 else reversed(turns)):
-            whose = subject.num_removed(turn.removal_list)
+        for each in list(models if number % 2 == 0 else reversed(models)):
+            name = subject.num_removed(each.removal_list)
             try:
                 with ExitStack() as around:
-                    if not turn.gone:
-                        around.enter_context(subject.stack.skipping(turn.removal_list))
+                    if not each.removed:
+                        around.enter_context(subject.stack.skipping(each.removal_list))
                     if number == 0:
-                        around.enter_context(numbers_only(turn.model, model_without(turn.removal_list)))
-                    _take(turn, ids, shape.generated)
+                        around.enter_context(numbers_only(each.model, model_without(each.removal_list)))
+                    _run(each, ids, shape.generated)
             except NotNumbers as error:
-                if not turn.removal_list:
+                if not each.removal_list:
                     raise
                 refused = refused or error
-                turns.remove(turn)
+                models.remove(each)
             except ModelError as error:
-                other = "" if shape.name == "prompt" else "; --generation none times the prompt alone"
-                sentence = f"{whose}: {str(error).removesuffix('.')}{other}."
+                other = "" if shape.name == "prompt" else "; `generation=none` times the prompt alone"
+                sentence = f"{name}: {str(error).removesuffix('.')}{other}."
                 raise ModelError(sentence[0].upper() + sentence[1:]) from error
             done += 1
             which = f"repetition {number} of {shape.repetitions}" if number else "warm-up"
-            subject.meter.part(done / total, f"{which}, {whose}")
+            subject.meter.part(done / total, f"{which}, {name}")
         if number == 0:
-            for turn in turns:
-                turn.times.clear()  # one dummy each (paper, Appendix B.5)
+            for each in models:
+                each.times.clear()  # one dummy each (paper, Appendix B.5)
     return refused
 
 
-def _take(turn: _Turn, ids: torch.Tensor, tokens: int) -> None:
-    """One turn. The first one's cache is as large as any other's."""
-    gpus = _gpus(turn.model)
+def _run(timed: _Timed, ids: torch.Tensor, tokens: int) -> None:
+    """Run one model once, and note its time, memory and cache; every run's cache is equally large."""
+    gpus = _gpus(timed.model)
     before = 0
     for index in gpus:
         torch.cuda.reset_peak_memory_stats(index)
         before += torch.cuda.memory_allocated(index)
-    (_, cache), seconds = _clocked(gpus, lambda: continued(turn.model, ids, tokens, stop=False))
-    turn.times.append(seconds)
+    (_, cache), seconds = _clocked(gpus, lambda: continued(timed.model, ids, tokens, stop=False))
+    timed.times.append(seconds)
     if gpus:
-        # The weights of the baseline are there in everybody's turn: each model's own ones count, and what came on top.
+        # The baseline's weights are in memory whichever model runs: each model's own count, and what came on top.
         on_top = sum(torch.cuda.max_memory_allocated(index) for index in gpus) - before
-        turn.peak_memory = max(turn.peak_memory or 0, on_top + _resident_bytes(turn.model))
-    turn.cache_bytes = cache_bytes(cache)
+        timed.peak_memory = max(timed.peak_memory or 0, on_top + _resident_bytes(timed.model))
+    timed.cache_bytes = cache_bytes(cache)
 
 
 def _clocked(gpus: list[int], work: Callable[[], T]) -> tuple[T, float]:
     """What `work` returns, and its seconds: by the GPU's own clock where there is one GPU, else by the wall's.
 
-    Nothing is waited for but the end: the GPU is idle before, because the last turn's end was waited for.
+    Nothing is waited for but the end: the GPU is idle before, because the end of the last run was waited for.
     """
     if len(gpus) == 1:
         stream = torch.cuda.current_stream(gpus[0])
@@ -286,7 +292,7 @@ def _gpus(model: nn.Module) -> list[int]:
 
 
 def _resident_bytes(model: nn.Module) -> int:
-    """Of a model's own weights on GPUs."""
+    """Bytes of a model's own weights on GPUs."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda)
 
 

@@ -1,12 +1,14 @@
-"""Where something is written that somebody named: nothing there is lost, at any moment. No torch.
+"""Where something is written that somebody named: what can be replaced there, and how. No torch.
 
-Everything is written into a workspace beside the destination and moved there when it is finished. A process that is
-killed leaves the old one in its place, or the new one, and a workspace that is recognised and removed later.
+Nothing there is lost at any moment: everything is written into a workspace beside the destination and moved there when
+it is finished. A process that is killed leaves the old one in its place, or the new one, and a workspace that is
+recognised and removed later.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from sleb.runtime.files import expanded, replace_file, writing
 from sleb.runtime.unfinished.in_place import put_in_place
 from sleb.runtime.unfinished.workspaces import NEW, sweep, workspace
 
+_SPARE_BYTES = 64 * 1024**2  # tokenizer, card and what the file system takes
+
 PROOF = "proof.json"
 """The file by which an earlier export is recognised; `proof_process` writes it."""
 
@@ -30,33 +34,69 @@ def _has_proof(out: Path) -> bool:
 
 @dataclass(frozen=True)
 class Destination:
-    """A folder to write a model to, or the file of that name, and what there can be removed for it."""
+    """The folder that a model is written to, or the file of that name, and what can be replaced there."""
 
     out: Path
     replace: bool = False
     """Whether an earlier export there can be removed; nothing else ever is."""
     file: str = ""
-    """Where a file is written: its name in the workspace."""
+    """The name of the file in the workspace, where a file is written; empty for a folder."""
+    suffix: str = ""
+    """How the name of the file must end, so that programs know its format."""
+    source: Path | None = None
+    """The file that the model is read from, which is never replaced."""
     is_export: Callable[[Path], bool] = _has_proof
+    """Whether what is there was left by an earlier export."""
 
-    def require_free(self) -> None:
-        """It is free, or an earlier export that can be removed. Raises `OptionError`."""
+    def require_free(self, *, look_inside: bool = True) -> None:
+        """It can be written: nothing is there, an empty folder, or an earlier export that can be removed.
+
+        Without `look_inside` anything counts as an earlier export, for a quick answer that another one follows. Raises
+        `OptionError`.
+        """
+        try:
+            self._require_name()
+            self._require_replaceable(look_inside)
+            above = next((each for each in self._absolute.parents if each.exists()), self._absolute)
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise OptionError(f"Nothing can be written in {above}; name another {self._kind}.")
+        except (OSError, ValueError) as error:  # no permission to look, or no name for a file
+            raise OptionError(f"{self.out} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
+
+    @property
+    def _kind(self) -> str:
+        return "file" if self.file else "folder"
+
+    @property
+    def _absolute(self) -> Path:
+        return Path(os.path.abspath(self.out))
+
+    def _require_name(self) -> None:
+        out = self.out
+        if out.is_symlink():
+            raise OptionError(f"{out} is a link; name the {self._kind} itself.")
+        if out.exists() and out.is_dir() == bool(self.file):
+            advice = (
+                f"name a file that ends in {self.suffix}" if self.suffix else "name a folder that does not exist yet"
+            )
+            raise OptionError(f"{out} is a {'folder' if self.file else 'file'}; {advice}.")
+        if self.suffix and out.suffix.lower() != self.suffix:
+            raise OptionError(
+                f"{out} does not end in {self.suffix}, by which programs know such files; name one that does."
+            )
+        if self.source is not None and out.exists() and self.source.exists() and out.samefile(self.source):
+            raise OptionError(f"{out} is the model itself; name another file.")
+
+    def _require_replaceable(self, look_inside: bool) -> None:
         out = self.out
         sweep(run_folder.home(), out.parent)  # what was being replaced is back where it was
-        what, other = ("file", "folder") if self.file else ("folder", "file")
-        if out.is_symlink():
-            raise OptionError(f"{out} is a link; name the {what} itself.")
-        if not out.exists():
-            return
-        if out.is_dir() == bool(self.file):
-            raise OptionError(f"{out} is a {other}; name a {what} that does not exist yet.")
-        if out.is_dir() and not any(out.iterdir()):
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
         if not self.replace:
-            found = "already exists" if self.file else "is not empty"
-            raise OptionError(f"{out} {found}; name another {what}, or replace an earlier export with --replace.")
-        if not self.is_export(out):
-            raise OptionError(f"{out} is something other than an earlier export; name another {what}.")
+            state = "already exists" if self.file else "is not empty"
+            raise OptionError(f"{out} {state}; name another {self._kind}, or replace an earlier export with `replace`.")
+        if look_inside and not self.is_export(out):
+            raise OptionError(f"{out} is something other than an earlier export; name another {self._kind}.")
 
     @contextmanager
     def writing(self) -> Iterator[Path]:
@@ -64,7 +104,7 @@ class Destination:
 
         Where it ends by an exception, everything is as it was before. Raises `StorageError`.
         """
-        out = Path(os.path.abspath(self.out))
+        out = self._absolute
         with workspace(run_folder.home(), out) as own:
             folder = own / NEW
             with writing(out):
@@ -78,23 +118,32 @@ class Destination:
                 raise StorageError(f"The exported model could not be moved to {out} ({error.strerror}).") from error
 
 
-def require_free(out: Path, allow_existing: bool) -> None:
-    """Whether a model can be written to a folder. Raises `OptionError`."""
-    Destination(out, allow_existing).require_free()
-
-
 @contextmanager
-def saving(what: str = "model") -> Iterator[None]:
-    """Turns what a disk refuses while a model is written into one sentence, in whichever library's words it comes."""
-    sentence = "The {} could not be written ({}); free some disk space, or name another folder."
+def saving(written: str = "model") -> Iterator[None]:
+    """Turns what a disk refuses while a model is written into one sentence, in whichever library's words it comes.
+
+    Raises `StorageError`.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise StorageError(sentence.format(what, error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # nothing narrower comes from the tokenizers library
+        # The tokenizers library raises nothing narrower than Exception itself.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
             raise
-        raise StorageError(sentence.format(what, error)) from error
+        raise StorageError(
+            f"The {written} could not be written ({error}); free some disk space, or name another folder."
+        ) from error
+
+
+def require_space(written: str, size: int, where: Path) -> None:
+    """The disk of a folder, which need not exist yet, has room for `size` bytes. Raises `StorageError`."""
+    existing = next(folder for folder in (where, *where.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size + _SPARE_BYTES:
+        raise StorageError(
+            f"{written} takes {(size + _SPARE_BYTES) / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left; "
+            "free some, or name another folder."
+        )
 
 
 def save_text(path: Path, text: str, *, replace: bool) -> None:
@@ -107,7 +156,7 @@ def save_text(path: Path, text: str, *, replace: bool) -> None:
             file.write(text)
         return
     if target.exists() and not replace:
-        raise OptionError(f"{path} already exists; name another file, or add --replace.")
+        raise OptionError(f"{path} already exists; name another file, or add `replace`.")
     target = target.resolve()
     with workspace(run_folder.home(), target) as own:
         replace_file(own / NEW, text)
@@ -116,7 +165,7 @@ def save_text(path: Path, text: str, *, replace: bool) -> None:
 
 
 def _open_to_others(folder: Path) -> None:
-    """A temporary folder is its owner's alone, and so are some libraries' files."""
+    """Give what was written the usual permissions: temporary folders, and some libraries' files, are private."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)

@@ -1,4 +1,4 @@
-"""The export job of a run: checks what is asked, then writes and proves the smaller model."""
+"""The export job of a run: checks the request, then writes and proves the smaller model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sleb.errors import OptionError
 from sleb.export import gguf_file, gguf_plan
 from sleb.export.checkpoint import export_checkpoint
-from sleb.export.destination import require_free
+from sleb.export.destination import Destination
 from sleb.export.proven_folder import Origin
 from sleb.formats.model_card import model_card
 from sleb.model.inspection import licence
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export job removes, where it writes, and the GGUF file that it cuts, if it writes one."""
+    """A checked export job: what it removes, where it writes, and the GGUF file that it cuts, if it writes one."""
 
     removal_list: tuple[int, ...]
     out: Path
@@ -33,43 +33,45 @@ class Plan:
 
 
 def plan_of(run: Run, job: JobSpec) -> Plan:
-    """What the job asks, refused before the model is loaded. Raises `OptionError`, `RunError`, `ExportError`."""
+    """The plan of a job, checked before the model is loaded. Raises `OptionError`, `RunError`, `ExportError`."""
     if job.out is None:
-        raise OptionError("An export needs a folder to write: --out PATH.")
+        raise OptionError("An export needs a folder to write: name one with `out`.")
     out, removal_list = Path(job.out), run.removal_list_after(job.steps)
     if job.format != "gguf":
-        require_free(out, job.replace)
+        Destination(out, job.replace).require_free()
         return Plan(removal_list, out, None)
     source = gguf_plan.source_of(run, job)
-    gguf_plan.require_free(out, job.replace, source)
+    gguf_plan.destination_of(out, job.replace, source).require_free()
     gguf_plan.plan_cut(source, removal_list)
     return Plan(removal_list, out, source)
 
 
 def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
     """Write the smaller model, prove it, and keep the proof with the job."""
-    asked = job.spec
-    if asked.gguf is None:
-        require_same_model(run, asked, loaded)
+    spec = job.spec
+    if spec.gguf is None:
+        require_same_model(run, spec, loaded)
         if run.stack is not None and run.stack.identity is None:
             log.warning("Run %s does not say with which config it began: only its weights were compared.", run.run_id)
     if plan.gguf is None:
-        found = findings_folder.findings(run.run_dir)
+        findings = findings_folder.findings(run.run_dir)
         proof = export_checkpoint(
             loaded.model,
             loaded.tokenizer,
             plan.removal_list,
             plan.out,
-            model_card(run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), found=found),
-            allow_existing=asked.replace,
+            model_card(
+                run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), findings=findings
+            ),
+            allow_existing=spec.replace,
             progress=meter.phase,
             source=source_folder(loaded.name, loaded.revision),
             origin=Origin.of(run),
-            trust_remote_code=asked.trust_remote_code,
-            memory_budget=asked.memory_budget,
+            trust_remote_code=spec.trust_remote_code,
+            memory_budget=spec.memory_budget,
         )
     else:
-        if asked.gguf is not None:
+        if spec.gguf is not None:
             gguf_file.require_same_model(run, plan.gguf, loaded.model)
         proof = gguf_file.export_gguf(
             loaded.model,
@@ -78,9 +80,9 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             plan.removal_list,
             plan.out,
             run.run_id,
-            allow_existing=asked.replace,
+            allow_existing=spec.replace,
             progress=meter.phase,
             origin=Origin.of(run),
-            trust_remote_code=asked.trust_remote_code,
+            trust_remote_code=spec.trust_remote_code,
         )
-    job_folder.write_result(job.directory, {"out": asked.out, "proof": proof.model_dump(mode="json")})
+    job_folder.write_result(job.directory, {"out": spec.out, "proof": proof.model_dump(mode="json")})

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def read_proof(run: Run) -> Proof:
-    """The proof of the run's newest export."""
+    """The proof of the run's newest export. Raises `RunError` where there is none."""
     done = [job.directory for job in run.jobs if job.spec.kind == "export" and (job.directory / RESULT).exists()]
     if not done:
         raise RunError(f"Run {run.run_id} has no finished export.")
@@ -34,12 +34,12 @@ class Export:
 
 def read_exports(run: Run) -> list[Export]:
     """The run's finished exports, oldest first; one whose result cannot be read is left out."""
-    found = []
+    exports = []
     for job in run.jobs:
         if job.spec.kind == "export":
             try:
                 result = job_folder.read_result(job.directory)
-                found.append(Export(job, Path(result["out"]), Proof.model_validate(result["proof"])))
+                exports.append(Export(job, Path(result["out"]), Proof.model_validate(result["proof"])))
             except (OSError, ValueError, KeyError, TypeError, RunError) as error:
                 log.debug("No export in %s: %s", job.directory, error)
-    return found
+    return exports

@@ -1,14 +1,13 @@
 """A GGUF file with blocks cut out, proven. What stays is copied as it is.
 
-As with a folder (`checkpoint.py`), nothing appears under the name that was asked for until the file has been reloaded
-by plain transformers and compared.
+As with a folder (`checkpoint.py`), the file appears under its name when plain transformers have reloaded it and it
+answers as the baseline does.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
-from sleb.export.destination import saving
+from sleb.export.destination import require_space, saving
 from sleb.export.gguf_plan import (
     BLOCKS_BEFORE,
     FILE,
@@ -31,14 +30,13 @@ from sleb.export.gguf_plan import (
     refused,
     value_of,
 )
-from sleb.export.proven_folder import Origin, expect, let_go, run_proof, write_expectation
+from sleb.export.proven_folder import Exporter, Origin, Written, count_parameters, dtype_of
 from sleb.export.removal import Removal, plan_removal, require_same_blocks
 from sleb.model.block_stack import BlockStack
 from sleb.records import Proof, Run
 
 RUN = "sleb.run"
 
-_SPARE_BYTES = 64 * 1024**2
 _CHUNK = 1 << 24  # bytes compared at once
 
 
@@ -61,8 +59,7 @@ def export_gguf(
     earlier export at `out` be replaced, and nothing else. Raises `ExportError` where the file cannot express the
     removal or the proof fails; then nothing is left at `out`.
     """
-    out = Path(os.path.abspath(out))
-    destination = destination_of(out, allow_existing, source)
+    destination = destination_of(Path(os.path.abspath(out)), allow_existing, source)
     destination.require_free()
     cut = plan_cut(source, removal_list)
     stack = BlockStack(model)
@@ -71,33 +68,25 @@ def export_gguf(
     removal = plan_removal(model, removal_list)
     if removal.packed:
         raise refused(cut, f"{min(removal.packed)} holds a slice for each block, and GGUF tensors are not cut")
-    _require_space(cut, out.parent)
+    require_space("The file", cut.bytes, destination.out.parent)
 
-    progress("Recording what the model answers with the blocks skipped")
-    expectation = expect(model, tokenizer, removal, origin)
-    blocks: Any = stack.blocks
-    removed = sum(
-        parameter.numel()
-        for block in range(removal.num_blocks)
-        if block not in removal.kept
-        for parameter in blocks[block].parameters()
-    )
-    with destination.writing() as folder:
-        progress(f"Writing {len(removal.kept)} of {removal.num_blocks} blocks")
+    def write(folder: Path) -> Written:
         write_cut(cut, folder / FILE, removal_list, run_id)
         _require_same_reading(model, folder, removal)
-        dtype = str(model.dtype).removeprefix("torch.")
-        write_expectation(folder, removal, expectation, expectation.parameters - removed, dtype, FILE)
-        device = str(stack.device)
-        let_go(model)
-        progress("Reloading it in a new process, to compare")
-        proof = run_proof(folder, device, trust_remote_code)
+        removed = [stack.blocks[block] for block in range(removal.num_blocks) if block not in removal.kept]
+        parameters = count_parameters(model) - sum(map(count_parameters, removed))
+        return Written(parameters, dtype_of(model), gguf_file=FILE, finished=(model,))
+
+    exporter = Exporter(
+        model, tokenizer, removal, origin=origin or Origin(), trust_remote_code=trust_remote_code, progress=progress
+    )
+    proof = exporter.export(destination, write)
     opened.cache_clear()
     return proof.model_copy(update={"bytes_before": source.stat().st_size})
 
 
 def require_same_model(run: Run, source: Path, model: nn.Module) -> None:
-    """The GGUF file that was named is of the model that was searched, as far as shapes can tell."""
+    """Require a GGUF file of the model that was searched, as far as shapes show. Raises `OptionError`."""
     assert run.stack is not None
     stack, searched = BlockStack(model), run.stack
     config: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
@@ -114,7 +103,7 @@ def require_same_model(run: Run, source: Path, model: nn.Module) -> None:
 
 
 def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str = "") -> None:
-    """Write the planned file, tensor by tensor, and look whether every byte of every tensor has arrived."""
+    """Write the planned file, tensor by tensor, and check that every byte of every tensor has arrived."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = cut.reader
@@ -156,7 +145,7 @@ def write_cut(cut: Cut, target: Path, removal_list: Sequence[int], run_id: str =
 
 
 def _as_written(cut: Cut, key: str, field: Any) -> Any:
-    """A setting as the writer takes it: text stays bytes, which need not be valid UTF-8."""
+    """A setting as the writer takes it: text stays bytes, which need not be valid UTF-8. Raises `ExportError`."""
     from gguf import GGUFValueType
 
     kind = field.types[0]
@@ -171,7 +160,7 @@ def _as_written(cut: Cut, key: str, field: Any) -> Any:
 
 
 def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[int]]:
-    """Number of blocks and removal list; of the file before the earlier export, where this one was cut already."""
+    """Number of blocks and removal list, both of the first file where this one was cut already."""
     before, earlier = value_of(cut.reader, BLOCKS_BEFORE), value_of(cut.reader, REMOVAL_LIST)
     if isinstance(before, int) and isinstance(earlier, list) and before - len(set(earlier)) == cut.num_blocks:
         left = [block for block in range(before) if block not in set(earlier)]
@@ -197,7 +186,10 @@ def _chunks(tensor: Any) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> None:
-    """Every kept block is what it was, also where the proof's text is too short to tell."""
+    """Require that every kept block is what it was, also where the proof's text is too short to show it.
+
+    Raises `ExportError`.
+    """
     from transformers import AutoConfig
 
     try:
@@ -209,15 +201,5 @@ def _require_same_reading(model: nn.Module, folder: Path, removal: Removal) -> N
     except ExportError as error:
         raise ExportError(
             f"A GGUF file cannot say what the kept blocks are: {error}. Choose other blocks, or write the folder "
-            "(--format hf)."
+            "(`format=hf`)."
         ) from error
-
-
-def _require_space(cut: Cut, where: Path) -> None:
-    existing = next(folder for folder in (where, *where.parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < cut.bytes + _SPARE_BYTES:
-        raise StorageError(
-            f"The file takes {cut.bytes / 1e9:.1f} GB and {existing} has {free / 1e9:.1f} GB left; "
-            "free some, or name another folder."
-        )

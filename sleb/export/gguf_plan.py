@@ -1,6 +1,6 @@
-"""What a GGUF file becomes without some of its blocks, planned and refused. Knows GGUF files; decodes no weight.
+"""The plan of a GGUF file without some of its blocks, or its refusal. Knows GGUF files; decodes no weight.
 
-A GGUF file says what each block is in its settings, and leaves some of it to the program that reads it: llama.cpp
+A GGUF file says in its settings what each block is, and leaves some of it to the program that reads it: llama.cpp
 knows the sliding windows of some architectures by the block's index alone. What cannot be said in the smaller file is
 refused before anything is written.
 """
@@ -29,7 +29,7 @@ FILE_BYTES = "sleb.file_bytes"
 """The length of the file that an export wrote: another tool that carries the keys over writes another length."""
 
 FILE = "model.gguf"
-"""What an export is called before it has its name."""
+"""The name of an export before it is moved into place."""
 
 FAILURES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError)
 
@@ -48,7 +48,7 @@ _WINDOWS_UNSAID = re.compile("Gemma[23](?!n)|GptOss")
 
 _BEWARE = (
     " Beware of the converter here: it does not write which blocks have a sliding window, and llama.cpp then counts "
-    "them off anew; --gguf refuses a list with which that would go wrong."
+    "them off again; with `gguf`, a list with which that would go wrong is refused."
 )
 
 _NEUTRAL = re.compile(r"^(rope|classifier)\.|layer_norm|time_step")  # speak of blocks only at first sight
@@ -65,11 +65,11 @@ class Cut:
     source: Path
     architecture: str
     num_blocks: int
-    """Of the stack: blocks behind it that predict further tokens (MTP) are not counted. They stay."""
+    """Blocks in the stack; blocks behind it that predict further tokens (MTP) are not counted, and stay."""
     kept: tuple[int, ...]
     """Original indices of the blocks that stay, those behind the stack included."""
     settings: dict[str, Any]
-    """What changes: key and new value."""
+    """The settings that change, by key, and their new values."""
     reader: Any
     """The open `gguf.GGUFReader`; its tensors lie in the file, not in memory."""
     tensors: tuple[tuple[str, Any], ...]
@@ -77,7 +77,7 @@ class Cut:
 
     @property
     def bytes(self) -> int:
-        """Of the tensors that are copied."""
+        """Bytes of the tensors that are copied."""
         return sum(tensor.n_bytes for _, tensor in self.tensors)
 
 
@@ -92,38 +92,24 @@ def source_of(run: Run, job: JobSpec) -> Path:
     else:
         beware = "" if run.stack is None or not _WINDOWS_UNSAID.match(run.stack.model_class) else _BEWARE
         raise OptionError(
-            f"{run.spec.model} is no GGUF file. Write the folder (--format hf) and convert that with llama.cpp's "
-            f"convert_hf_to_gguf.py; or name a GGUF file of this model with --gguf.{beware}"
+            f"{run.spec.model} is not a GGUF file. Write the folder (`format=hf`) and convert that with llama.cpp's "
+            f"convert_hf_to_gguf.py; or name a GGUF file of this model with `gguf`.{beware}"
         )
     if not path.is_file():
-        raise OptionError(f"There is no file {path}.")
+        raise OptionError(f"The file {path} does not exist.")
     return path
 
 
-def require_name(out: Path) -> None:
-    """Whether a GGUF file can be called so. Raises `OptionError`."""
-    if out.is_dir() and not out.is_symlink():
-        raise OptionError(f"{out} is a folder; name a file that ends in .gguf.")
-    if out.suffix.lower() != ".gguf":
-        raise OptionError(f"{out} does not end in .gguf, by which programs know such files; name one that does.")
-
-
-def destination_of(out: Path, allow_existing: bool, source: Path) -> Destination:
-    """Where the smaller file goes. Raises `OptionError` for what is not a GGUF file's name, or is the model itself."""
-    require_name(out)
-    if out.exists() and source.exists() and out.samefile(source):
-        raise OptionError(f"{out} is the model itself; name another file.")
-    return Destination(out, allow_existing, FILE, _is_export)
-
-
-def require_free(out: Path, allow_existing: bool, source: Path) -> None:
-    """Whether the smaller file can be written there. Raises `OptionError`."""
-    destination_of(out, allow_existing, source).require_free()
+def destination_of(out: Path, replace: bool, source: Path | None = None) -> Destination:
+    """Where the smaller GGUF file is written; `source` is the file that it is cut from."""
+    return Destination(out, replace, FILE, ".gguf", source, _is_export)
 
 
 def plan_cut(source: Path, removal_list: Sequence[int]) -> Cut:
-    """What the file becomes without these blocks. Raises `ExportError` where it cannot be said in a GGUF file,
-    `ModelError` for a file that is no whole model, `OptionError` for a removal list that does not fit it.
+    """Plan the file without these blocks.
+
+    Raises `ExportError` where a GGUF file cannot express it, `ModelError` for a file that is not a complete model,
+    `OptionError` for a removal list that does not fit it.
     """
     try:
         return _planned(source, removal_list)
@@ -140,7 +126,7 @@ def _planned(source: Path, removal_list: Sequence[int]) -> Cut:
     if not isinstance(architecture, str) or not isinstance(total, int) or total < 1:
         raise ModelError(f"{source} does not say how many blocks it has ({architecture}.block_count); fetch it again.")
     if value_of(reader, "general.type") not in (None, "model"):
-        raise ModelError(f"{source} is no model but a file of type {value_of(reader, 'general.type')!r}.")
+        raise ModelError(f"{source} is not a model but a file of type {value_of(reader, 'general.type')!r}.")
     further = value_of(reader, f"{architecture}.nextn_predict_layers") or 0
     num_blocks = total - further
     check_removal_list(removal_list, num_blocks)
@@ -148,13 +134,13 @@ def _planned(source: Path, removal_list: Sequence[int]) -> Cut:
     position = {block: index for index, block in enumerate(kept)}
     tensors, seen = [], set()
     for tensor in reader.tensors:
-        found = re.match(r"blk\.(\d+)\.", tensor.name)
-        if found is None:
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        if match is None:
             tensors.append((tensor.name, tensor))
             continue
-        seen.add(int(found[1]))
-        if int(found[1]) in position:
-            tensors.append((f"blk.{position[int(found[1])]}.{tensor.name[found.end() :]}", tensor))
+        seen.add(int(match[1]))
+        if int(match[1]) in position:
+            tensors.append((f"blk.{position[int(match[1])]}.{tensor.name[match.end() :]}", tensor))
     if seen != set(range(total)):
         odd = min(seen ^ set(range(total)))
         raise ModelError(
@@ -166,7 +152,7 @@ def _planned(source: Path, removal_list: Sequence[int]) -> Cut:
 
 
 def _settings(cut: Cut, total: int) -> dict[str, Any]:
-    """What changes in the settings. Raises `ExportError` for what would then be wrong."""
+    """The settings that change. Raises `ExportError` for those that would then be wrong."""
     prefix = f"{cut.architecture}."
     stack = tuple(block for block in cut.kept if block < cut.num_blocks)
     changed: dict[str, Any] = {f"{prefix}block_count": len(cut.kept)}
@@ -206,12 +192,15 @@ def _settings(cut: Cut, total: int) -> dict[str, Any]:
 
 
 def _require_what_llama_cpp_knows(cut: Cut, stack: tuple[int, ...]) -> None:
-    """What follows from the architecture's name, a block's index and the number of blocks, and is in no file."""
+    """Require what llama.cpp derives from the architecture, a block's index and the number of blocks, and no file says.
+
+    Raises `ExportError`.
+    """
     prefix = f"{cut.architecture}."
     period = _PERIODS.get(cut.architecture)
-    said = f"{prefix}attention.sliding_window_pattern" in cut.reader.fields
+    has_pattern = f"{prefix}attention.sliding_window_pattern" in cut.reader.fields
     slides = cut.architecture == "gemma2" or value_of(cut.reader, f"{prefix}attention.sliding_window")
-    if period is not None and slides and not said:
+    if period is not None and slides and not has_pattern:
         _require_period(cut, stack, period, f"every {period} blocks, known by the name {cut.architecture}")
     if _SCALED_BY_COUNT.get(cut.architecture) in (cut.num_blocks, len(stack)):
         width, heads, per_head = (
@@ -224,20 +213,22 @@ def _require_what_llama_cpp_knows(cut: Cut, stack: tuple[int, ...]) -> None:
                 cut,
                 f"llama.cpp scales the attention of {cut.architecture} by another number where there are {count} "
                 "blocks, so with fewer it would compute something else",
-                "Skip them while running instead, or write the folder (--format hf) for other programs.",
+                "Skip them while running instead, or write the folder (`format=hf`) for other programs.",
             )
 
 
-def _require_period(cut: Cut, stack: tuple[int, ...], period: int, said: str, which_is_other: bool = True) -> None:
-    """Kept blocks must stay of their kind: the last of each period is of another one than the others; where it is not
-    known which of them is, each must keep its place.
+def _require_period(cut: Cut, stack: tuple[int, ...], period: int, source: str, which_is_other: bool = True) -> None:
+    """Require that kept blocks stay of their kind. Raises `ExportError`.
+
+    The last of each period is of another kind than the others; where it is unknown which of them is, each must keep
+    its place.
     """
     for new, old in enumerate(stack):
         was, becomes = old % period + 1, new % period + 1
         if was != becomes and (period in (was, becomes) or not which_is_other):
             raise refused(
                 cut,
-                f"what kind a block is follows from its index by a period ({said}), and block {old}, number {was} of "
+                f"what kind a block is follows from its index by a period ({source}), and block {old}, number {was} of "
                 f"its period, would become block {new}, number {becomes}",
             )
 
@@ -263,7 +254,7 @@ def refused(cut: Cut, reason: str, instead: str = "") -> ExportError:
 
 
 def _read(path: Path) -> Any:
-    """The file, open. Raises `ModelError` for what is no whole GGUF file, or only a part of one."""
+    """The file, open. Raises `ModelError` for what is not a GGUF file, or only a part of one."""
     path = path.absolute()
     gguf_header.require_single(path, {})
     status = path.stat()
@@ -276,7 +267,7 @@ def _read(path: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def opened(path: Path, size: int, changed: int) -> Any:
-    """A large vocabulary takes seconds to read, and an export asks before and after loading."""
+    """The open file, kept: a large vocabulary takes seconds to read, and an export does before and after loading."""
     return _open(path)
 
 
@@ -287,17 +278,17 @@ def _open(path: Path) -> Any:
         gguf_header.check(path)
         return GGUFReader(path)
     except FAILURES as error:
-        raise ModelError(f"{path} is no GGUF file, or damaged ({type(error).__name__}); fetch it again.") from error
+        raise ModelError(f"{path} is not a GGUF file, or damaged ({type(error).__name__}); fetch it again.") from error
 
 
 def value_of(reader: Any, key: str) -> Any:
-    """A setting, or None where it is not there."""
+    """The value of a setting; None where the file does not have it."""
     field = reader.fields.get(key)
     return None if field is None else field.contents()
 
 
 def _is_export(path: Path) -> bool:
-    """Whether the file is as an export left it."""
+    """Whether the file is exactly as an earlier export left it."""
     try:
         reader = _open(path)
         return REMOVAL_LIST in reader.fields and value_of(reader, FILE_BYTES) == path.stat().st_size

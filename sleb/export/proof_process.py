@@ -1,9 +1,8 @@
-"""Reloads exported models in a process of its own and compares them with what their originals predicted.
+"""Reloads exported models in a process of its own and compares them with what the baselines predicted.
 
 Runs as `python -m sleb.export.proof_process FOLDER...` and imports nothing of sleb, so that what it proves is what
-anybody gets from plain transformers. Each folder holds a model and, in `EXPECTED`, what the intact original answered
-with the blocks skipped; the verdict is written beside the model as `PROOF`, with the fields of
-`records.Proof`.
+anybody gets from plain transformers. Each folder holds a model and, in `EXPECTED`, what the baseline answered with the
+blocks skipped; the verdict is written beside the model as `PROOF`, with the fields of `records.Proof`.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 EXPECTED = "proof-expected.safetensors"
 PROOF = "proof.json"
+ERROR = "proof-error.txt"
+"""Why the model could not be reloaded and compared, in one line; written in place of `PROOF`."""
 
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a model raises that cannot do what it is asked."""
@@ -56,23 +57,71 @@ def prove(
     with safe_open(folder / EXPECTED, framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with tempfile.TemporaryDirectory(prefix=".offload.", dir=folder) as scratch:
+        model, loading = reloaded(folder, facts, device, trust_remote_code, memory_budget, scratch)
+        counts, reasons = counted(model, loading, facts)
+        contents = facts["contents"]
+        checked: list[str] = []
+        if contents is not None:
+            checked = contents_checked(folder, facts, model, trust_remote_code, reasons)
+        logits, faults = logits_compared(model, expected, facts["dtype"], device)
+        generated, others = generation_compared(model, expected, facts["cache_works"], logits["tolerance"], device)
+        reasons += [*faults, *others]
+        proof = {
+            **facts["origin"],
+            "passed": not reasons,
+            "reasons": reasons,
+            "blocks_before": facts["blocks_before"],
+            "kept_blocks": facts["kept_blocks"],
+            "parameters_before": facts["parameters_before"],
+            **counts,
+            "bytes_after": sum(
+                file.stat().st_size for file in folder.glob(facts.get("gguf_file") or "model*.safetensors")
+            ),
+            "dtype": facts["dtype"],
+            **logits,
+            **generated,
+            "seconds": time.monotonic() - started,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "checked": checked,
+            "files": sorted(contents["files"]) if contents else [],
+            "left_behind": contents["left_behind"] if contents else [],
+            "notes": contents["notes"] if contents else [],
+        }
+    (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+    return proof
+
+
+def reloaded(
+    folder: Path,
+    facts: dict[str, Any],
+    device: str,
+    trust_remote_code: bool,
+    memory_budget: int | None,
+    scratch: str,
+) -> tuple[Any, dict[str, Any]]:
+    """The model as plain transformers load it, and what they say of its weights; `scratch` is a folder for blocks."""
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    scratch = tempfile.TemporaryDirectory(prefix=".offload.", dir=folder)
     if memory_budget is not None:
         where = device if device == "cpu" else torch.device(device).index or 0
         most = {where: memory_budget // 2} | ({} if device == "cpu" else {"cpu": 0})
-        options |= {"device_map": "auto", "max_memory": most, "offload_folder": scratch.name}
-    gguf = facts.get("gguf_file")
-    if gguf:
-        options |= {"gguf_file": gguf, "dtype": getattr(torch, facts["dtype"])}
+        options |= {"device_map": "auto", "max_memory": most, "offload_folder": scratch}
+    if facts.get("gguf_file"):
+        options |= {"gguf_file": facts["gguf_file"], "dtype": getattr(torch, facts["dtype"])}
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
-    model, loading = loaded[0].eval(), loaded[1]
-    if memory_budget is None:
-        model.to(device)
+    model = loaded[0].eval()
+    return model if memory_budget is not None else model.to(device), loaded[1]
 
+
+def counted(model: Any, loading: dict[str, Any], facts: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
+    """Blocks and parameters of the reloaded model, and why it has others, or other weights, than were written."""
     contents = facts["contents"]
     copied = contents is not None and contents["tensors"] is not None
-    # Of a copied checkpoint the original, too, held what transformers does not load.
+    # A copied checkpoint may hold what transformers does not load: the baseline's did.
     faults = ("missing_keys", "mismatched_keys") if copied else ("missing_keys", "unexpected_keys", "mismatched_keys")
     reasons = [
         f"{len(loading[kind])} weights are {kind.removesuffix('_keys')} when it is reloaded, such as "
@@ -89,78 +138,64 @@ def prove(
         )
     if parameters != facts["parameters_after"]:
         reasons.append(f"the reloaded model has {parameters} parameters, and {facts['parameters_after']} were written")
+    return {"blocks_after": blocks, "parameters_after": parameters}, reasons
 
-    checked: list[str] = []
-    if contents is not None:
-        checked = contents_checked(folder, facts, model, trust_remote_code, reasons)
 
+def logits_compared(
+    model: Any, expected: dict[str, torch.Tensor], dtype: str, device: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of the proof about logits, and why they are not those of the baseline with the blocks skipped."""
     ids = expected["ids"]  # (sequences, length)
     logits = expected["logits"]  # (sequences, positions, vocabulary)
     positions = logits.shape[1]
     with torch.inference_mode():
-        found = torch.cat([last_logits(model, row[None].to(device), positions).cpu() for row in ids])
-    dtype = facts["dtype"]
+        ours = torch.cat([last_logits(model, row[None].to(device), positions).cpu() for row in ids])
     tolerance = tolerance_of(dtype, logits)
-    difference = float((found - logits).abs().max()) if found.shape == logits.shape else float("nan")
-    if not difference <= tolerance:  # also where either is not a number
-        reasons.append(
-            f"its logits differ by up to {difference:.3g} from those of the original with the blocks "
-            f"skipped; {tolerance:.3g} is allowed in {dtype}"
-        )
+    difference = float((ours - logits).abs().max()) if ours.shape == logits.shape else float("nan")
+    fields = {
+        "tokens": ids.shape[0] * positions,
+        "max_logit_difference": sys.float_info.max if math.isnan(difference) else difference,  # JSON has no NaN
+        "tolerance": tolerance,
+    }
+    if difference <= tolerance:  # not where either is not a number
+        return fields, []
+    return fields, [
+        f"its logits differ by up to {difference:.3g} from those of the baseline with the blocks "
+        f"skipped; {tolerance:.3g} is allowed in {dtype}"
+    ]
 
+
+def generation_compared(
+    model: Any, expected: dict[str, torch.Tensor], cache_works: bool, tolerance: float, device: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Fields of the proof about greedy generation, and why it is not that of the baseline with the blocks skipped."""
     prompt, skipping = expected["prompt"].to(device), tuple(expected["generated"].tolist())
-    without_cache = greedy(model, prompt, len(skipping))
+    without_cache, reasons = greedy(model, prompt, len(skipping)), []
     try:
         with_cache = generate_with_cache(model, prompt, len(skipping))
     except FAILURES as error:
         with_cache = ()
-        if facts["cache_works"]:
+        if cache_works:
             reasons.append(f"it cannot generate with the KV cache ({type(error).__name__}: {error})")
-    others = [("by the original with the blocks skipped", skipping)]
-    if facts["cache_works"] and with_cache:  # with some models transformers' cache is off before any removal
+    others = [("by the baseline with the blocks skipped", skipping)]
+    if cache_works and with_cache:  # with some models transformers' cache is off before any removal
         others.append(("with the KV cache", with_cache))
-    for what, other in others:
+    for origin, other in others:
         reason = disagreement(model, prompt, without_cache, other, tolerance)
         if reason is not None:
-            reasons.append(f"greedy generation without the KV cache and {what} differ {reason}")
-
-    proof = facts["origin"] | {
-        "passed": not reasons,
-        "reasons": reasons,
-        "blocks_before": facts["blocks_before"],
-        "blocks_after": blocks,
-        "kept_blocks": facts["kept_blocks"],
-        "parameters_before": facts["parameters_before"],
-        "parameters_after": parameters,
-        "bytes_after": sum(file.stat().st_size for file in folder.glob(gguf or "model*.safetensors")),
-        "dtype": dtype,
-        "tokens": ids.shape[0] * positions,
-        "max_logit_difference": sys.float_info.max if math.isnan(difference) else difference,  # JSON has no NaN
-        "tolerance": tolerance,
+            reasons.append(f"greedy generation without the KV cache and {origin} differ {reason}")
+    return {
         "generated_tokens": len(skipping),
         "generated_with_cache": with_cache,
         "generated_without_cache": without_cache,
         "generated_by_skipping": skipping,
-        "seconds": time.monotonic() - started,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "checked": checked,
-        "files": sorted(contents["files"]) if contents else [],
-        "left_behind": contents["left_behind"] if contents else [],
-        "notes": contents["notes"] if contents else [],
-    }
-    scratch.cleanup()
-    (folder / PROOF).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
-    return proof
+    }, reasons
 
 
 def contents_checked(
     folder: Path, facts: dict[str, Any], model: Any, trust_remote_code: bool, reasons: list[str]
 ) -> list[str]:
-    """What was compared besides predictions; adds to `reasons` what is not as it must be."""
+    """Compare the folder besides predictions: returns what was compared, and adds what differs to `reasons`."""
     contents = facts["contents"]
     wrong = [
         *wrong_files(folder, contents["files"]),
@@ -172,10 +207,10 @@ def contents_checked(
     if contents["tensors"] is not None:
         checked.append(f"{len(contents['tensors'])} tensors have the names, types and shapes of the source's")
     if contents["files"]:
-        checked.append(f"{len(contents['files'])} files of the source's folder are there, byte for byte as written")
+        checked.append(f"{len(contents['files'])} files of the source's folder have the bytes that were written")
     if contents["generation"] is not None:
-        found, given = generation_of(model) or {}, contents["generation"]
-        differ = sorted(name for name in {*found, *given} if found.get(name) != given.get(name))
+        ours, given = generation_of(model) or {}, contents["generation"]
+        differ = sorted(name for name in {*ours, *given} if ours.get(name) != given.get(name))
         wrong += [f"its defaults for generating differ ({', '.join(differ)})"] if differ else []
         checked.append("the defaults for generating are equal")
     if contents["text"] is not None:
@@ -191,12 +226,12 @@ def contents_checked(
 
 def text_of(tokenizer: Any, text: str) -> dict[str, Any]:
     """All that the text of a conversation and its tokens depend on, as JSON."""
-    found = {
+    settings = {
         "tokens": list(tokenizer(text)["input_ids"]),
         "chat templates": getattr(tokenizer, "chat_template", None),
         "special tokens": dict(tokenizer.special_tokens_map),
     }
-    return dict(json.loads(json.dumps(found, default=str)))
+    return dict(json.loads(json.dumps(settings, default=str)))
 
 
 def generation_of(model: Any) -> dict[str, Any] | None:
@@ -205,14 +240,16 @@ def generation_of(model: Any) -> dict[str, Any] | None:
     if config is None:
         return None
     idle = () if config.do_sample is True else SAMPLING
-    found = json.loads(json.dumps(config.to_dict(), default=str))
+    settings = json.loads(json.dumps(config.to_dict(), default=str))
     return {
-        name: each for name, each in found.items() if name not in ("transformers_version", "_from_model_config", *idle)
+        name: each
+        for name, each in settings.items()
+        if name not in ("transformers_version", "_from_model_config", *idle)
     }
 
 
 def wrong_files(folder: Path, files: dict[str, str]) -> list[str]:
-    """Files that are not there as they were carried over."""
+    """Files that are missing or not as they were carried over."""
     wrong = []
     for name, digest in files.items():
         if not (folder / name).is_file():
@@ -226,28 +263,29 @@ def wrong_files(folder: Path, files: dict[str, str]) -> list[str]:
 
 def wrong_tensors(folder: Path, expected: dict[str, list[Any]]) -> list[str]:
     """Tensors whose names, types or shapes are not those of the source without the removed blocks."""
-    found: dict[str, list[Any]] = {}
+    written: dict[str, list[Any]] = {}
     listed: dict[str, str] = {}
     for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                found[name], listed[name] = [part.get_dtype(), list(part.get_shape())], path.name
+                written[name], listed[name] = [part.get_dtype(), list(part.get_shape())], path.name
     index = folder / "model.safetensors.index.json"
     if index.is_file() and json.loads(index.read_bytes())["weight_map"] != listed:
         return ["its index names other tensors than its files hold"]
-    differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-    what = f"{len(differ)} tensors are not those of the source without the blocks, such as"
-    return [f"{what} {differ[0]}"] if differ else []
+    differ = sorted(name for name in {*written, *expected} if written.get(name) != expected.get(name))
+    if not differ:
+        return []
+    return [f"{len(differ)} tensors are not those of the source without the blocks, such as {differ[0]}"]
 
 
 def wrong_config(folder: Path, expected: dict[str, Any], model: Any) -> list[str]:
     """Settings that are not what the removal makes of them."""
-    found = json.loads(json.dumps(model.config.get_text_config().to_dict(), default=str))
+    settings = json.loads(json.dumps(model.config.get_text_config().to_dict(), default=str))
     return [
-        f"its config says {name} = {found.get(name)!r:.200}, and {value!r:.200} was to be written"
+        f"its config says {name} = {settings.get(name)!r:.200}, and {value!r:.200} was to be written"
         for name, value in expected.items()
-        if found.get(name) != value
+        if settings.get(name) != value
     ]
 
 
@@ -260,9 +298,9 @@ TEXT_PART = re.compile("text|language|llm|thinker|decoder")
 
 
 def stale_settings(folder: Path, before: int, after: int) -> list[str]:
-    """Settings in config.json that still speak of the whole model.
+    """Settings in config.json that still describe the baseline.
 
-    Counts of its blocks, lists with an entry for each of them, and numbers of blocks that are not there.
+    These are counts of its blocks, lists with an entry for each of them, and numbers of blocks that do not exist.
     """
     config = json.loads((folder / "config.json").read_bytes())
     further = max(
@@ -277,7 +315,7 @@ def stale_settings(folder: Path, before: int, after: int) -> list[str]:
             if isinstance(value, list) and len(value) == before != after and not len(numbers) == len(set(numbers)) > 0:
                 wrong.append(f"{name} in its config still has an entry for each of {before} blocks")
             elif len(numbers) == len(value) and any(after + further < each <= before for each in numbers):
-                wrong.append(f"{name} in its config names a block that is not there")
+                wrong.append(f"{name} in its config names a block that does not exist")
     return wrong
 
 
@@ -314,7 +352,7 @@ def greedy(model: Any, prompt: torch.Tensor, length: int) -> tuple[int, ...]:
 
 
 def generate_with_cache(model: Any, prompt: torch.Tensor, length: int) -> tuple[int, ...]:
-    """The same by `generate`, the way everybody does it."""
+    """The same continuation by `generate`, the way everybody does it."""
     # The model's own defaults may sample, penalise or stop: put aside, since the cache is what is tried.
     before = model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, use_cache=True, pad_token_id=0)
@@ -328,7 +366,7 @@ def generate_with_cache(model: Any, prompt: torch.Tensor, length: int) -> tuple[
 def disagreement(
     model: Any, prompt: torch.Tensor, ours: tuple[int, ...], other: tuple[int, ...], tolerance: float
 ) -> str | None:
-    """Where two continuations part, unless both tokens are equally likely within the tolerance."""
+    """Say where two continuations part, unless both tokens are equally likely within the tolerance."""
     if ours == other:
         return None
     if len(ours) != len(other):
@@ -344,7 +382,7 @@ def disagreement(
 
 
 def die_with(parent: int) -> None:
-    """End when the process does that started this one: what is being proved is then nobody's any more."""
+    """End this process when its parent ends: nobody waits for the proof any more."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -355,7 +393,7 @@ def die_with(parent: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prove every folder; 0 where all passed, 1 where one did not."""
+    """Prove every folder; returns 0 where all passed, 1 where one did not."""
     parser = argparse.ArgumentParser(prog="python -m sleb.export.proof_process", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--device", default="cpu")
@@ -365,10 +403,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.parent is not None:
         die_with(options.parent)
-    proofs = [
-        prove(folder, options.device, options.trust_remote_code, options.memory_budget) for folder in options.folders
-    ]
-    return 0 if all(proof["passed"] for proof in proofs) else 1
+    passed = True
+    for folder in options.folders:
+        try:
+            passed &= prove(folder, options.device, options.trust_remote_code, options.memory_budget)["passed"]
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            (folder / ERROR).write_text(f"{type(error).__name__}: {lines[0]}", encoding="utf-8")
+            raise
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""The proof of an export: what the model answers before, and a fresh process that reloads and compares."""
+"""Writing a smaller model: what it must answer, its files, a fresh process that reloads and compares, the move.
+
+Nothing appears under the name that was asked for until the proof has passed.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +22,26 @@ from torch import nn
 
 from sleb.errors import ExportError, model_without
 from sleb.export import proof_process
+from sleb.export.contents.carried_files import CARD
 from sleb.export.contents.model_folder import Contents
-from sleb.export.destination import saving
+from sleb.export.destination import Destination, saving
 from sleb.export.removal import Removal
 from sleb.formats.list_formats import display_name
+from sleb.formats.model_card import with_proof
 from sleb.model.block_stack import BlockStack
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Proof, Run
 
 log = logging.getLogger(__name__)
 
-MOST_SAID = 20
-"""Things left behind that a log names one by one."""
+MOST_LOGGED = 20
+"""How many things left behind a log names one by one."""
 PROOF_SEQUENCES = 2
-PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short enough to be gone past
+PROOF_LENGTH = 32  # tokens; longer where the model's attention window is short enough to be passed
 LONGEST_PROOF = 1088  # tokens
 PROMPT_LENGTH = 16
 GENERATED = 16
-GENERATED_STREAMED = 4  # each token reads the whole model
+GENERATED_STREAMED = 4  # each token reads all weights
 
 PROOF_TEXT = (
     "A river rises in the hills, runs through the town and reaches the sea after sixty miles. In 1847 the "
@@ -62,7 +67,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the intact model answers with the blocks skipped: what the exported one must answer."""
+    """What the model with all its blocks answers while some are skipped: what the exported one must answer."""
 
     ids: torch.Tensor  # (sequences, length)
     logits: torch.Tensor  # (sequences, positions, vocabulary), float32, of the last positions
@@ -70,7 +75,7 @@ class Expectation:
     generated: tuple[int, ...]
     parameters: int
     cache_works: bool
-    """Whether the intact model generates the same with and without the KV cache; not every model does."""
+    """Whether the model generates the same with and without the KV cache before any removal; not every model does."""
     generation: dict[str, Any] | None
     """Its defaults for generating."""
     text: dict[str, Any] | None
@@ -78,8 +83,85 @@ class Expectation:
     origin: Origin
 
 
+@dataclass(frozen=True)
+class Written:
+    """A smaller model that lies in a folder and is not proven yet."""
+
+    parameters: int
+    """How many numbers its files hold, as a reload counts them."""
+    dtype: str
+    contents: Contents | None = None
+    """What the folder was given beside the weights; None for a GGUF file."""
+    gguf_file: str | None = None
+    """The name of the GGUF file in the folder, where it holds one."""
+    finished: tuple[nn.Module, ...] = ()
+    """Models that nobody needs any more: their memory is given back before the reload."""
+    card: str | None = None
+    """The model card, to which the proof is added."""
+    corrections: dict[str, Any] = field(default_factory=dict)
+    """Fields of the proof that a reload cannot count, such as the parameters of packed weights."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of further libraries that a reload needs."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A model with all its blocks, and how a smaller one is written that answers as it does with blocks skipped."""
+
+    model: nn.Module
+    tokenizer: Any
+    removal: Removal
+    name: str = "baseline"
+    """What the model is, as progress and the card call it."""
+    origin: Origin = field(default_factory=Origin)
+    trust_remote_code: bool = False
+    memory_budget: int | None = None
+    progress: Callable[[str], None] = lambda message: None
+
+    def export(self, destination: Destination, write: Callable[[Path], Written]) -> Proof:
+        """Have `write` fill a folder, prove what it wrote, and move it to the destination.
+
+        Where anything fails the destination is as it was. Raises `OptionError` where it is taken, `ExportError` where
+        the model cannot run without the blocks or the proof fails, `StorageError` where the disk is full.
+        """
+        destination.require_free()
+        expectation = self._expectation()
+        with destination.writing() as folder:
+            return self._fill(folder, expectation, write)
+
+    def fill(self, folder: Path, write: Callable[[Path], Written]) -> Proof:
+        """Have `write` fill an existing folder, and prove what it wrote there. Raises `ExportError`, `StorageError`."""
+        return self._fill(folder, self._expectation(), write)
+
+    def _expectation(self) -> Expectation:
+        self.progress(f"Recording what the {self.name} answers with the blocks skipped")
+        return expect(self.model, self.tokenizer, self.removal, self.origin)
+
+    def _fill(self, folder: Path, expectation: Expectation, write: Callable[[Path], Written]) -> Proof:
+        device = str(BlockStack(self.model).device)
+        self.progress(f"Writing {len(self.removal.kept)} of {self.removal.num_blocks} blocks")
+        written = write(folder)
+        write_expectation(folder, self.removal, expectation, written)
+        for model in written.finished:
+            let_go(model)
+        self.progress("Reloading it in a new process, to compare")
+        proof = prove(folder, device, self.trust_remote_code, self.memory_budget)
+        if written.corrections or written.versions:
+            versions = proof.versions | written.versions
+            proof = proof.model_copy(update={**written.corrections, "versions": versions})
+            with saving():
+                (folder / proof_process.PROOF).write_text(proof.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if written.card is not None:
+            with saving():
+                (folder / CARD).write_text(with_proof(written.card, proof, self.name), encoding="utf-8")
+        return proof
+
+
 def expect(model: nn.Module, tokenizer: Any, removal: Removal, origin: Origin | None = None) -> Expectation:
-    """Ask the intact model, with the blocks skipped."""
+    """Ask the model, which still has all its blocks, with the removed ones skipped.
+
+    Raises `ExportError` where it cannot run without them or predicts no numbers.
+    """
     stack = BlockStack(model.eval())
     ids = _proof_ids(model, tokenizer)
     prompt = ids[0, :PROMPT_LENGTH]
@@ -97,18 +179,16 @@ def expect(model: nn.Module, tokenizer: Any, removal: Removal, origin: Origin | 
         ) from error
     logits = torch.cat([row.cpu() for row in rows])
     if not bool(torch.isfinite(logits).all()):
-        dtype = str(model.dtype).removeprefix("torch.")
         raise ExportError(
-            f"{model_without(sorted(skipped))} gives predictions that are not numbers in {dtype}, in which it would be "
-            "written. Convert the checkpoint to bfloat16 or float32 first, or choose another removal list."
+            f"{model_without(sorted(skipped))} gives predictions that are not numbers in {dtype_of(model)}, in which "
+            "it would be written. Convert the checkpoint to bfloat16 or float32 first, or choose another removal list."
         )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Expectation(
         ids,
         logits,
         prompt,
         generated,
-        parameters,
+        count_parameters(model),
         cache_works,
         proof_process.generation_of(model),
         None if tokenizer is None else proof_process.text_of(tokenizer, PROOF_TEXT),
@@ -124,33 +204,22 @@ def _cache_works(model: Any, prompt: torch.Tensor, length: int) -> bool:
         return False
     without = proof_process.greedy(model, prompt, length)
     logits = proof_process.last_logits(model, prompt[None], PROMPT_LENGTH)
-    tolerance = proof_process.tolerance_of(str(model.dtype).removeprefix("torch."), logits)
+    tolerance = proof_process.tolerance_of(dtype_of(model), logits)
     return proof_process.disagreement(model, prompt, without, with_cache, tolerance) is None
 
 
-def write_expectation(
-    folder: Path,
-    removal: Removal,
-    expectation: Expectation,
-    parameters_after: int,
-    dtype: str,
-    gguf_file: str | None = None,
-    contents: Contents | None = None,
-) -> None:
-    """What the proof of the model in `folder` compares with; `gguf_file` is its name there where it is a GGUF file.
-
-    `contents` is what the folder was given beside the weights.
-    """
+def write_expectation(folder: Path, removal: Removal, expectation: Expectation, written: Written) -> None:
+    """Write what the proof of the model in `folder` compares with."""
     facts = {
         "path": removal.path,
         "blocks_before": removal.num_blocks,
         "kept_blocks": removal.kept,
         "parameters_before": expectation.parameters,
-        "parameters_after": parameters_after,
-        "dtype": dtype,
+        "parameters_after": written.parameters,
+        "dtype": written.dtype,
         "cache_works": expectation.cache_works,
-        "gguf_file": gguf_file,
-        "contents": None if contents is None else _facts(contents, expectation),
+        "gguf_file": written.gguf_file,
+        "contents": None if written.contents is None else _facts(written.contents, expectation),
         "origin": asdict(expectation.origin),
     }
     tensors = {
@@ -181,13 +250,13 @@ def prove(
 ) -> Proof:
     """Reload the model in a fresh process, compare it with what `write_expectation` wrote, and remove that.
 
-    What the folder does not have of its source is said in the log, which is the terminal's, too.
+    The log, which is the terminal's, too, names what the folder does not have of its source.
     """
     proof = run_proof(folder, device, trust_remote_code, memory_budget)
-    for each in proof.left_behind[:MOST_SAID]:
+    for each in proof.left_behind[:MOST_LOGGED]:
         log.warning("Left behind: %s (%s).", each.name, each.why)
-    if len(proof.left_behind) > MOST_SAID:
-        more = len(proof.left_behind) - MOST_SAID
+    if len(proof.left_behind) > MOST_LOGGED:
+        more = len(proof.left_behind) - MOST_LOGGED
         log.warning("%d more are left behind; %s and the card name them.", more, proof_process.PROOF)
     for note in proof.notes:
         log.warning("%s", note)
@@ -210,18 +279,22 @@ def run_proof(
     try:
         proof = Proof.model_validate_json((folder / proof_process.PROOF).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise ExportError(f"The exported model could not be reloaded and compared: {_why(done)}") from error
+        log.info("%s", done.stderr)
+        reason = _why(done.returncode, folder)
+        raise ExportError(f"The exported model could not be reloaded and compared: {reason}") from error
     if not proof.passed:
         raise ExportError(f"The exported model is not the one that was scored: {'; '.join(proof.reasons)}.")
     return proof
 
 
-def _why(done: subprocess.CompletedProcess[str]) -> str:
-    """Why a process ended, in one line."""
-    if done.returncode < 0:
-        return f"the process was killed by signal {-done.returncode}, perhaps for want of memory."
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}."]
-    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), lines[-1])
+def _why(exit_code: int, folder: Path) -> str:
+    """Why the proof of a folder ended without a verdict, in one line."""
+    if exit_code < 0:
+        return f"the process was killed by signal {-exit_code}, perhaps because memory ran out."
+    try:
+        return (folder / proof_process.ERROR).read_text(encoding="utf-8")
+    except OSError:
+        return f"the process ended with exit code {exit_code}."
 
 
 def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
@@ -244,6 +317,16 @@ def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
     ordinary = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
     chosen = torch.randint(len(ordinary), (wanted,), generator=torch.Generator().manual_seed(0))
     return ordinary[chosen].reshape(PROOF_SEQUENCES, length)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers in the weights of a model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def dtype_of(model: Any) -> str:
+    """The type of a model's weights, without the name of the library."""
+    return str(model.dtype).removeprefix("torch.")
 
 
 def let_go(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def plan_removal(model: nn.Module, removal_list: Sequence[int]) -> Removal:
 def _require_decided(
     model: Any, data: dict[str, Any], removal_list: Sequence[int], path: str, kept: tuple[int, ...]
 ) -> None:
-    """Where the config does not tell from where a list of block numbers counts, the model itself must."""
+    """Require that config or model show from where lists of block numbers count. Raises `ExportError`."""
     for name, other in undecided(model.config, removal_list, data):
         try:
             _compare(model, _skeleton(model, rebuilt(model.config, other, removal_list)), path, kept)
@@ -98,7 +98,7 @@ def require_same_blocks(model: nn.Module, config: Any, removal: Removal) -> None
 
 
 def remove_blocks(model: nn.Module, removal_list: Sequence[int]) -> None:
-    """Take the blocks out of the model for good: list, layer indices, config, and tensors packed per block.
+    """Remove the blocks from the model for good: list, layer indices, config, and tensors packed per block.
 
     Raises `ExportError` and leaves the model as it was where its config cannot express the result.
     """
@@ -106,20 +106,20 @@ def remove_blocks(model: nn.Module, removal_list: Sequence[int]) -> None:
 
 
 def streamlined(model: nn.Module, removal_list: Sequence[int]) -> nn.Module:
-    """A model without these blocks that shares its weights with the original, which stays as it is.
+    """A model without these blocks that shares its weights with the baseline, which stays as it is.
 
     Raises `ExportError` where the family's config cannot express the removal.
     """
     removal = plan_removal(model, removal_list)
     tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    carry_out(twin, removal)
-    return twin
+    smaller = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    carry_out(smaller, removal)
+    return smaller
 
 
 @torch.no_grad()
 def carry_out(model: nn.Module, removal: Removal) -> None:
-    """Do to the model what was planned for it."""
+    """Remove the planned blocks from the model for good."""
     blocks: Any = model.get_submodule(removal.path)
     for block in reversed(range(removal.num_blocks)):
         if block not in removal.kept:
@@ -143,8 +143,8 @@ def _skeleton(model: Any, config: Any) -> nn.Module:
         with torch.device("meta"):
             return type(model)._from_config(copy.deepcopy(config), dtype=model.dtype)
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, StopIteration, ZeroDivisionError) as error:
-        said = " ".join(str(error).split())
-        raise ExportError(f"no model can be built from the config that is left ({said[:300]})") from error
+        reason = " ".join(str(error).split())
+        raise ExportError(f"no model can be built from the config that is left ({reason[:300]})") from error
 
 
 def _compare(model: nn.Module, skeleton: nn.Module, path: str, kept: tuple[int, ...]) -> dict[str, int]:
@@ -244,7 +244,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of the module's own parameters and buffers."""
+    """Shapes of the module's own parameters and buffers."""
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 

@@ -8,7 +8,6 @@ first; which of them is right is for `removal.py` to find out, by building the m
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import math
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub.errors import StrictDataclassError
 
 from sleb.errors import ExportError, OptionError
+from sleb.export.config_periods import fit_periods
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,11 +32,10 @@ _NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
 _COUNT = re.compile("layer|block|dense")
 _FROM_START = re.compile(r"first|start_index$|^num_dense_layers$|^max_window_layers$")
 _FROM_END = re.compile(r"_last_|shared_layers$")
-_PERIOD = re.compile("interval|every_n|pattern$|_period$|_step$|_freq$|group_size$")
 _END_INDEX = re.compile(r"end_index$")
 _NUMBERED = re.compile("layer|block|idx|indices|indexes")  # a list of numbers so named holds block numbers
 FURTHER = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules", "n_mtp_layers")
-"""How configs call the number of further blocks that predict several tokens at once."""
+"""Names of the number of further blocks that predict several tokens at once."""
 _OTHER_PART = re.compile("vision|visual|image|video|audio|speech|encoder|talker|project|quant|rope|draft|mtp")
 """Nested settings of something else than the stack."""
 
@@ -45,7 +44,7 @@ Path = tuple[str | int, ...]
 
 
 def check_removal_list(removal_list: Sequence[int], num_blocks: int) -> None:
-    """A removal list names blocks of this model, each once, and leaves one."""
+    """Require a list of blocks of this model, each once, that leaves one. Raises `OptionError`."""
     if not removal_list:
         raise OptionError("The removal list is empty; name at least one block to remove.")
     outside = [block for block in removal_list if not 0 <= block < num_blocks]
@@ -101,31 +100,14 @@ def undecided(config: PreTrainedConfig, removal_list: Sequence[int], data: dict[
 
 
 def changes(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, Any]:
-    """What the config of the text part says otherwise for the smaller model, by the names of the settings."""
+    """Settings of the config's text part that the smaller model changes, by name."""
     before, after = (each.get_text_config().to_dict() for each in (old, new))
     loading = ("dtype", "quantization_config", "_name_or_path", "transformers_version")
     return {name: value for name, value in after.items() if before.get(name) != value and name not in loading}
 
 
-def broken_periods(old: PreTrainedConfig, new: PreTrainedConfig) -> dict[str, str]:
-    """Periods that said of which kind each block is and no longer do, and the list that says it in their place."""
-    before, after = (each.get_text_config().to_dict() for each in (old, new))
-    count = old.get_text_config().num_hidden_layers
-    lists = {name: value for name, value in before.items() if isinstance(value, list) and len(value) == count}
-    found: dict[str, str] = {}
-    for name, period in after.items():
-        if not _PERIOD.search(name) or type(period) is not int or not 1 < period <= count:
-            continue
-        for other, kinds in lists.items():
-            repeats = all(kind == kinds[block % period] for block, kind in enumerate(kinds))
-            stays = all(kind == kinds[block % period] for block, kind in enumerate(after.get(other) or ()))
-            if repeats and not stays and any(kind != kinds[0] for kind in kinds):
-                found[name] = other
-    return found
-
-
 def named(path: Path) -> str:
-    """A setting as a message names it."""
+    """The name of a setting in a message."""
     return ".".join(map(str, path))
 
 
@@ -208,10 +190,10 @@ def rebuilt(config: PreTrainedConfig, data: dict[str, Any], removal_list: Sequen
     try:
         new = type(config).from_dict(copy.deepcopy(data))
         _require_accepted(config, new, data)
-        _fit_periods(config.get_text_config(), new.get_text_config(), set(removal_list))
+        fit_periods(config.get_text_config(), new.get_text_config(), set(removal_list))
     except (StrictDataclassError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        said = " ".join(str(error).split())
-        raise ExportError(f"{type(config).__name__} does not accept what is left ({said[:300]})") from error
+        reason = " ".join(str(error).split())
+        raise ExportError(f"{type(config).__name__} does not accept what is left ({reason[:300]})") from error
     for name in ("_attn_implementation", "_experts_implementation"):  # chosen while loading, never saved
         if getattr(config, name, None) is not None:
             setattr(new, name, getattr(config, name))
@@ -219,7 +201,10 @@ def rebuilt(config: PreTrainedConfig, data: dict[str, Any], removal_list: Sequen
 
 
 def _require_accepted(old: PreTrainedConfig, new: PreTrainedConfig, data: dict[str, Any]) -> None:
-    """Some configs correct what they are given: Gemma 4 makes the last block one of full attention."""
+    """Require that a config takes what it is given: Gemma 4's makes the last block one of full attention.
+
+    Raises `ExportError`.
+    """
     if old.get_text_config() is not old:
         data = data[_text_name(old)]
     becomes = new.get_text_config().to_dict()
@@ -240,7 +225,7 @@ def _as_data(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _text_name(config: PreTrainedConfig) -> str:
-    """What a multimodal config calls the part that has the blocks."""
+    """The name of the part of a multimodal config that has the blocks. Raises `ExportError`."""
     names = [name for name, value in vars(config).items() if value is config.get_text_config()]
     if not names:
         raise ExportError(f"the text part of {type(config).__name__} has no name of its own")
@@ -256,7 +241,7 @@ def _deviations(likeliest: dict[Path, Any], others: dict[Path, list[Any]]) -> It
 
 
 def _read(path: Path, value: Any, stack: _Stack) -> list[Any]:
-    """What the attribute may be for the kept blocks alone, the likeliest first."""
+    """Values that the attribute may have for the kept blocks alone, the likeliest first."""
     name, num_blocks, kept = str(path[-1]), stack.num_blocks, stack.kept
     options: list[Any] = []
     if _OTHER.search(name) or isinstance(value, bool):
@@ -298,7 +283,7 @@ def _numbers_in(name: str, value: Any) -> list[int]:
 
 
 def _bases(path: Path, numbers: list[int], stack: _Stack) -> list[int]:
-    """What the block numbers of a list may count from: 0, 1, both where it cannot be told, or neither."""
+    """What the block numbers of a list may count from: 0, 1, both where it is unknown, or neither."""
     last = stack.num_blocks + stack.further
     bases = [base for base in (0, 1) if all(base <= number < last + base for number in numbers)]
     if len(bases) == 1:
@@ -311,12 +296,12 @@ def _bases(path: Path, numbers: list[int], stack: _Stack) -> list[int]:
     for base in bases:  # lists that name every block once, between them
         if everything == list(range(base, stack.num_blocks + base)) and len([each for each in beside if each]) > 1:
             return [base]
-    told = [base for base in bases if frozenset(number - base for number in numbers) in stack.kinds]
-    return told if len(told) == 1 else bases
+    fitting = [base for base in bases if frozenset(number - base for number in numbers) in stack.kinds]
+    return fitting if len(fitting) == 1 else bases
 
 
 def _is_undecided(path: Path, value: Any, stack: _Stack) -> bool:
-    """Whether a list holds block numbers, and nothing in the config tells from where they count."""
+    """Whether a list holds block numbers, and nothing in the config shows from where they count."""
     numbers = _numbers_in(str(path[-1]), value)
     if not numbers or len(numbers) == stack.num_blocks or _OTHER.search(str(path[-1])):
         return False
@@ -397,55 +382,3 @@ def _with_explicit_dense_blocks(data: dict[str, Any], num_blocks: int) -> dict[s
     listed = data["mlp_only_layers"] or []
     dense = [block for block in range(num_blocks) if block in listed or (block + 1) % step]
     return data | {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-
-
-def _derived_lists(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Lists with an entry per block that the config computes rather than holds."""
-    names = [name for name, member in inspect.getmembers_static(type(config)) if isinstance(member, property)]
-    values = {name: getattr(config, name, None) for name in names if re.search("layer", name)}
-    return {
-        name: list(value)
-        for name, value in values.items()
-        if isinstance(value, list | tuple) and len(value) == config.num_hidden_layers
-    }
-
-
-def _fit_periods(old: PreTrainedConfig, new: PreTrainedConfig, removed: set[int]) -> None:
-    """Where kinds follow from a period and an offset (Jamba), find those that give the kept blocks' kinds."""
-    pairs = [
-        (name, name.removesuffix("period") + "offset")
-        for name, value in vars(new).items()
-        if name.endswith("_period") and isinstance(value, int)
-    ]
-    pairs = [(period, offset) for period, offset in pairs if isinstance(getattr(new, offset, None), int)]
-    if not pairs:
-        return
-    wanted = {
-        name: [entry for block, entry in enumerate(value) if block not in removed]
-        for name, value in _derived_lists(old).items()
-    }
-
-    def mismatches() -> int:
-        found = _derived_lists(new)
-        return sum(a != b for name in wanted for a, b in zip(wanted[name], found[name], strict=True))
-
-    said = ", ".join(f"{name}={getattr(new, name)}" for pair in pairs for name in pair)
-    for pair in pairs:  # they do not depend on each other: fitting one after the other fits all
-        before = getattr(new, pair[0])
-        periods = [before, *(period for period in range(1, new.num_hidden_layers + 2) if period != before)]
-        fits: list[tuple[int, int, int]] = []
-        for period, offset in ((value, offset) for value in periods for offset in range(value)):
-            _set(new, pair, period, offset)
-            fits.append((mismatches(), period, offset))
-        _set(new, pair, *min(fits, key=lambda fit: fit[0])[1:])
-    if mismatches():
-        name = next(name for name in wanted if wanted[name] != _derived_lists(new)[name])
-        raise ExportError(
-            f"its config can only say where blocks of a kind are by a period ({said}), and no period gives "
-            f"the kinds of the blocks that stay ({name}: {', '.join(map(str, wanted[name]))})"
-        )
-
-
-def _set(config: PreTrainedConfig, names: tuple[str, str], period: int, offset: int) -> None:
-    setattr(config, names[0], period)
-    setattr(config, names[1], offset)

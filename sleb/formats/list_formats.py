@@ -1,5 +1,4 @@
-"""A removal list in the formats of other tools. Knows records and strings; never imports torch, writes no
-file.
+"""A removal list in the formats of other tools. Knows records and strings; imports no torch, writes no file.
 
 Other tools count differently and say so badly ("21 to 29", with or without 29?), so every format that can
 carry a remark names the removed blocks, the kept blocks and the half-open ranges of kept blocks, all 0-based.
@@ -10,17 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sleb.errors import OptionError, excerpt, quoted
-from sleb.records import Run, Step
+from sleb.records import Run, Step, finite
 
 MODELS = ("hf", "gguf")
-"""The formats that write a model instead of a text; `sleb.export` does."""
+"""The formats that `sleb.export` writes: a model instead of a text."""
 
 
 def render(run: Run, format: str, steps: int | None = None, *, model_name: str | None = None) -> str:
@@ -30,7 +28,7 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
     `OptionError` where the other tool could not read the model.
     """
     if format not in _RENDERERS:
-        raise OptionError(f"There is no format {quoted(format)}; choose one of {', '.join((*FORMATS, *MODELS))}.")
+        raise OptionError(f"No format is called {quoted(format)}; choose one of {', '.join((*FORMATS, *MODELS))}.")
     taken = run.steps_until(steps)
     _require_readable(run, format)
     name = public_name(run.spec.model) if format in _RUN else display_name(run.spec.model)
@@ -38,45 +36,45 @@ def render(run: Run, format: str, steps: int | None = None, *, model_name: str |
 
 
 def remarks(run: Run, format: str) -> tuple[str, ...]:
-    """What to beware of where another tool takes this run's list: a sentence each."""
+    """Remarks for those who give this run's list to another tool: a sentence each."""
     assert run.stack is not None
-    said: list[str] = []
+    sentences: list[str] = []
     lists = run.stack.per_block_lists
     if format == "mergekit" and lists:
-        said.append(
+        sentences.append(
             f"The model's config has an entry for each block in {', '.join(lists)}, which mergekit 0.1.5 does not "
             "shorten, and fails on: use `sleb export --format hf` instead, which does, and proves it."
         )
     elif format == "mergekit" and lists is None:
-        said.append(
+        sentences.append(
             "mergekit 0.1.5 fails where the model's config has a list with an entry for each block, such as the "
             "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it, and proves it."
         )
     if format == "mergekit" and run.spec.model == "demo":
-        said.append(
+        sentences.append(
             "The search was on a 4-bit file of this model, dequantised; the hub's weights are not quite the same."
         )
     revision = _revision(run)
     if format == "llama-quantize" and revision is not None:
-        said.append(f"The list is for revision {excerpt(revision, 60)} of the model: convert that to MODEL.gguf.")
+        sentences.append(f"The list is for revision {excerpt(revision, 60)} of the model: convert that to MODEL.gguf.")
     if format == "sleb":
         name = public_name(run.spec.model).lower()
         path = "model.decoder.layers" if "opt" in name else "model.layers" if "llama" in name else None
         if path is None:
-            said.append(
+            sentences.append(
                 "The reference knows OPT and LLaMA models by their names only, and removes nothing from any other, "
                 "without saying so: this name has neither opt nor llama in it."
             )
         elif path != run.stack.path:
-            said.append(
+            sentences.append(
                 f"The reference knows models by their names only: by this one it looks for the blocks in {path}, and "
                 f"they are in {run.stack.path}. Give it the model under another name."
             )
-    return tuple(said)
+    return tuple(sentences)
 
 
 def _require_readable(run: Run, format: str) -> None:
-    """Raises `OptionError` where the tool cannot read the model of the run, or not the one that was searched."""
+    """Require a tool that can read the model of the run as it was searched. Raises `OptionError`."""
     if format not in ("mergekit", "sleb"):
         return
     assert run.stack is not None
@@ -84,8 +82,8 @@ def _require_readable(run: Run, format: str) -> None:
     model = run.spec.model
     if model.lower().endswith(".gguf"):
         raise OptionError(
-            f"{display_name(model)} is a GGUF file, which {tool} cannot read. Use --format gguf, or --format "
-            "llama-quantize for llama.cpp's own tool; --format hf writes a folder without the blocks."
+            f"{display_name(model)} is a GGUF file, which {tool} cannot read. Use `format=gguf`, or "
+            "`format=llama-quantize` for llama.cpp's own tool; `format=hf` writes a folder without the blocks."
         )
     if format == "mergekit" and run.stack.quantisation is not None and model != "demo":
         raise OptionError(
@@ -100,9 +98,9 @@ def _require_readable(run: Run, format: str) -> None:
 
 
 def _revision(run: Run) -> str | None:
-    """Of a model on the hub: what was loaded, or else asked for."""
-    found = (run.stack.revision if run.stack else None) or run.spec.revision
-    return found if is_hub_id(run.spec.model) else None
+    """The revision of a model on the hub that was loaded, or else was to be; None for other models."""
+    revision = (run.stack.revision if run.stack else None) or run.spec.revision
+    return revision if is_hub_id(run.spec.model) else None
 
 
 def public_name(model: str) -> str:
@@ -116,7 +114,7 @@ def display_name(model: str) -> str:
 
 
 def without_folder(name: str) -> str:
-    """The last part of a folder or file: where it lies is nobody else's business. Other names as they are."""
+    """The last part of a folder or file: where it lies is private. Other names stay as they are."""
     local = name.startswith(("/", "~")) or ":\\" in name
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local else name
 
@@ -166,11 +164,6 @@ def yaml_string(text: str) -> str:
     return '"' + "".join(plain) + '"'
 
 
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 def _and(words: list[str]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else ""
 
@@ -180,7 +173,7 @@ def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     assert run.trace is not None
     last, baseline = steps[-1], run.trace.baseline
     removed = set(last.removal_list)
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "model": model_name,
         "revision": run.stack.revision or run.spec.revision,
         "weights_hash": run.stack.weights_hash,
@@ -194,13 +187,13 @@ def _json(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
         "calibration": run.spec.calibration.model_dump(mode="json")
         | {"source": without_folder(run.spec.calibration.source), "text": run.stack.text},
         "perplexity": {
-            "baseline": _finite(baseline.perplexity),
-            "baseline_held_out": _finite(baseline.held_out.perplexity),
-            "streamlined": _finite(last.perplexity),
-            "streamlined_held_out": _finite(last.held_out.perplexity),
+            "baseline": finite(baseline.perplexity),
+            "baseline_held_out": finite(baseline.held_out.perplexity),
+            "streamlined": finite(last.perplexity),
+            "streamlined_held_out": finite(last.held_out.perplexity),
         },
     }
-    return json.dumps(found, indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _csv(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
@@ -248,7 +241,7 @@ def _list(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
 
 
 def _sleb(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
-    """The reference's own evaluation of a list (eval.py)."""
+    """A command that has the reference evaluate the list (eval.py)."""
     command = ["python", "-m", "eval", "--model_name", model_name]
     return shlex.join([*command, "--removal_list", json.dumps(steps[-1].removal_list)]) + "\n"
 
@@ -283,7 +276,7 @@ def _mergekit(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
 
 
 def _llama_quantize(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
-    """llama.cpp: options, then input, output and type; the type COPY keeps every tensor as it is.
+    """A command for llama.cpp: options, then input, output and type; the type COPY keeps every tensor as it is.
 
     Block numbers are llama.cpp's own, 0-based like ours; they are sorted, since their order means nothing
     there.

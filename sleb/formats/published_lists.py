@@ -14,13 +14,13 @@ class PublishedList:
     """A removal list as it was printed: original, 0-based block indices in the order of removal."""
 
     key: str
-    """Short and fit for an address: `llama-2-7b`."""
+    """A short name that an address can hold: `llama-2-7b`."""
     model: str
     num_blocks: int
     first: tuple[int, ...]
     """The list for the lower removal ratio (10 %)."""
     further: tuple[int, ...]
-    """What is removed after it, for the higher one (20 %)."""
+    """Blocks that are removed after it, for the higher ratio (20 %)."""
     source: str = SLEB_TABLE_4
     remark: str = ""
 
@@ -59,7 +59,7 @@ _NAMES = {
     )
     for each in PUBLISHED
 }
-# The lists were found on the base models: what was trained further has other weights under nearly the same name.
+# The lists are those of the base models: what was trained further has other weights under nearly the same name.
 _TRAINED_FURTHER = re.compile(r"(?<![a-z])(chat|instruct|sft|dpo|rlhf|lora|coder?|python|guard|iml|sleb)(?![a-z])")
 
 

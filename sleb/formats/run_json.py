@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
-from sleb.records import Candidate, Finding, Measured, Run, Step
+from sleb.records import Candidate, Finding, Measured, Run, Step, finite
 from sleb.runtime.run_index import Outline
 
 
@@ -28,8 +27,8 @@ def summary(run: Run) -> dict[str, Any]:
         else {
             "nll_sum": first.calibration.nll_sum,
             "token_count": first.calibration.token_count,
-            "perplexity": _finite(first.perplexity),
-            "held_out_perplexity": _finite(first.held_out.perplexity),
+            "perplexity": finite(first.perplexity),
+            "held_out_perplexity": finite(first.held_out.perplexity),
         },
         "steps": [_step(step) for step in trace.steps] if trace else [],
         "block_evaluations": trace.block_evaluations if trace else 0,
@@ -43,9 +42,9 @@ def summary(run: Run) -> dict[str, Any]:
 
 
 def summary_text(run: Run) -> str:
-    """What `summary` says, as the inside of a JSON object, without what depends on where the run lies."""
-    found = {key: value for key, value in summary(run).items() if key not in ("run_id", "run_dir")}
-    return json.dumps(found)[1:-1]
+    """The `summary` as the inside of a JSON object, without what depends on where the run lies."""
+    lasting = {key: value for key, value in summary(run).items() if key not in ("run_id", "run_dir")}
+    return json.dumps(lasting)[1:-1]
 
 
 def listed_text(run: Outline, text: str) -> str:
@@ -54,13 +53,13 @@ def listed_text(run: Outline, text: str) -> str:
     return f'{{{place}, {text}, "state": "{run.state.value}"}}'
 
 
-def finding(found: Finding) -> dict[str, Any]:
+def finding(record: Finding) -> dict[str, Any]:
     """A finding as it is kept, with `perplexity` beside each sum and its count."""
-    kept: dict[str, Any] = found.model_dump(mode="json")
-    for name in type(found).model_fields:
-        value = getattr(found, name)
+    kept: dict[str, Any] = record.model_dump(mode="json")
+    for name in type(record).model_fields:
+        value = getattr(record, name)
         if isinstance(value, Measured):
-            kept[name]["perplexity"] = _finite(value.perplexity)
+            kept[name]["perplexity"] = finite(value.perplexity)
     return kept
 
 
@@ -70,8 +69,8 @@ def _step(step: Step) -> dict[str, Any]:
         "removed": list(step.removed),
         "restored": list(step.restored),
         "removal_list": list(step.removal_list),
-        "perplexity": _finite(step.perplexity),
-        "held_out_perplexity": _finite(step.held_out.perplexity),
+        "perplexity": finite(step.perplexity),
+        "held_out_perplexity": finite(step.held_out.perplexity),
         "held_out_standard_error": step.held_out_standard_error,
         "margin": step.margin,
         "margin_standard_error": step.margin_standard_error,
@@ -89,12 +88,8 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "block": candidate.block,
         "skipped": list(candidate.skipped),
         "objective": candidate.objective,
-        "score": _finite(candidate.score),
+        "score": finite(candidate.score),
         "nll_sum": candidate.nll_sum,
         "token_count": candidate.token_count,
-        "perplexity": _finite(candidate.perplexity),
+        "perplexity": finite(candidate.perplexity),
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

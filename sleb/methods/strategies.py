@@ -79,11 +79,11 @@ def _too_far(step: Step, first: Baseline, problem: Problem) -> bool:
     until = problem.until_perplexity
     if until is None or first.held_out.perplexity is None:
         return False
-    before, now = first.held_out, step.held_out
-    if before.nll_sum is None or now.nll_sum is None:  # how far is not known
+    rise = step.held_out.rise_over(first.held_out)
+    if rise is None:  # how far is not known
         raise NotNumbers(model_without(step.removal_list), problem.dtype)
     # In nats: a perplexity can be too large for a number, and a rise of it still be one.
-    return now.nll_sum / now.token_count - before.nll_sum / before.token_count > math.log1p(until)
+    return rise > math.log1p(until)
 
 
 def _greedy(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:

@@ -11,7 +11,7 @@ from sleb.records.analysis import (
     PassageToken,
     Similarity,
 )
-from sleb.records.base import FORMAT_VERSION, MOST, Measured, Record
+from sleb.records.base import FORMAT_VERSION, MOST, Measured, Record, finite, perplexity_of
 from sleb.records.export import LeftBehind, Proof
 from sleb.records.findings import (
     AnyFinding,
@@ -102,6 +102,8 @@ __all__ = [
     "Timing",
     "Trace",
     "default_held_out",
+    "finite",
+    "perplexity_of",
     "sorted_list",
     "steps_of_removal",
 ]

@@ -28,7 +28,7 @@ from sleb.report.html_page import facts, page, plot, section, table
 from sleb.report.summaries import step_comparison
 from sleb.report.summaries.compared_lists import Listed
 from sleb.report.summaries.exported_model import generation
-from sleb.report.summaries.numbers import NONE, minus, nats, number, perplexity, rise_in_nats, share_of_parameters
+from sleb.report.summaries.numbers import NONE, minus, number, perplexity, share_of_parameters
 from sleb.runtime import findings_folder
 from sleb.runtime.findings_folder import of_kind
 
@@ -173,7 +173,7 @@ def _difference(difference: float | None) -> str:
 def _baseline(trace: Trace) -> str:
     first = trace.baseline
     rows = [
-        (name, perplexity(each), number(nats(each), 4), f"{each.token_count:,}")
+        (name, perplexity(each), number(each.nats_per_token, 4), f"{each.token_count:,}")
         for name, each in (("Calibration", first.calibration), ("Held-out", first.held_out))
     ]
     warnings = "".join(f'<p class="warning">{escape(each)}</p>' for each in first.warnings)
@@ -239,7 +239,7 @@ def _step_row(first: Baseline, step: Step) -> tuple[str, ...]:
 
 def _rise(before: Measured, step: Step) -> str:
     """The held-out rise in nats per token, ± its standard error; empty where it is not known."""
-    nats_more, error = rise_in_nats(before, step.held_out), step.held_out_standard_error
+    nats_more, error = step.held_out.rise_over(before), step.held_out_standard_error
     if nats_more is None:
         return ""
     return minus(f"{nats_more:+.3f}") + (f"\u00a0±\u00a0{error:.3f}" if error is not None else "")

@@ -7,7 +7,7 @@ import numpy as np
 from sleb.errors import RunError
 from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
-from sleb.records import SCORING_VERSION, Run, StackDescription
+from sleb.records import SCORING_VERSION, Measured, Run, StackDescription
 from sleb.runtime import origin, trace_file
 from sleb.scoring.sweep import Scorer
 
@@ -40,11 +40,12 @@ def require_same(run: Run, scorer: Scorer, then: np.ndarray, sequences: int) -> 
     counted = scorer.block_evaluations, scorer.head_evaluations
     now = float(scorer.score([()], again).sum())
     scorer.block_evaluations, scorer.head_evaluations = counted  # they are on record as taken
-    tokens = float(scorer.token_counts[again].sum())
+    tokens = int(scorer.token_counts[again].sum())
     if not agrees(now, float(then[0]), tokens, run.stack.dtype):
+        ours, theirs = (Measured(nll_sum=each, token_count=tokens).nats_per_token for each in (now, float(then[0])))
         raise RunError(
-            f"The unmodified model scores {now / tokens:.6g} nats per token on the calibration text where run "
-            f"{run.run_id} has {then[0] / tokens:.6g}: its config, tokenizer or code has changed since. Restore it, or "
+            f"The unmodified model scores {ours:.6g} nats per token on the calibration text where run "
+            f"{run.run_id} has {theirs:.6g}: its config, tokenizer or code has changed since. Restore it, or "
             "start a new run."
         )
 

@@ -74,14 +74,14 @@ def greedy(model: Any, prompt: torch.Tensor, tokens: int, **settings: Any) -> li
 )
 def test_texts_and_flips_are_those_of_transformers_own(family: str, removal_list: RemovalList, tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / family, family)
-    (found,), _ = ask(folder, removal_list)
+    (generation,), _ = ask(folder, removal_list)
     model, tokenizer = opened(folder)
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])
-    said = greedy(model, prompt, 10)
-    assert list(found.baseline_ids) == said
-    assert (found.cached, found.baseline_cached) == (True, True)
+    expected_ids = greedy(model, prompt, 10)
+    assert list(generation.baseline_ids) == expected_ids
+    assert (generation.cached, generation.baseline_cached) == (True, True)
 
-    whole = torch.tensor([[*prompt[0].tolist(), *said]])
+    whole = torch.tensor([[*prompt[0].tolist(), *expected_ids]])
     with torch.no_grad():
         before = model(whole[:, :-1], use_cache=False).logits[0].softmax(dim=-1)
         with BlockStack(model).skipping(removal_list):
@@ -92,9 +92,9 @@ def test_texts_and_flips_are_those_of_transformers_own(family: str, removal_list
         if before[index].argmax() != after[index].argmax()
     }
     assert expected or family == "mamba"  # whose tiny blocks turn over no prediction
-    assert found.compared == len(before) == whole.shape[1] - 1
-    assert [flip.position for flip in found.flips] == list(expected)
-    for flip in found.flips:
+    assert generation.compared == len(before) == whole.shape[1] - 1
+    assert [flip.position for flip in generation.flips] == list(expected)
+    for flip in generation.flips:
         assert (flip.before_probability, flip.after_probability) == pytest.approx(expected[flip.position], rel=1e-4)
         names = [tokenizer.convert_ids_to_tokens(each[flip.position - 1].argmax().item()) for each in (before, after)]
         for shown, name in zip((flip.before, flip.after), names, strict=True):
@@ -104,7 +104,7 @@ def test_texts_and_flips_are_those_of_transformers_own(family: str, removal_list
     model.save_pretrained(str(tmp_path / "smaller"))
     tokenizer.save_pretrained(str(tmp_path / "smaller"))
     smaller, _ = opened(tmp_path / "smaller")
-    assert list(found.ids) == greedy(smaller, prompt, 10)
+    assert list(generation.ids) == greedy(smaller, prompt, 10)
 
 
 def test_a_text_ends_with_the_models_own_end_of_sequence(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_text_ends_with_the_models_own_end_of_sequence(tmp_path: Path) -> None
     model.generation_config.repetition_penalty = 1.5  # of which a greedy text knows nothing
     model.save_pretrained(str(tmp_path / "ending"))
     tiny.tokenizer().save_pretrained(str(tmp_path / "ending"))
-    (found,), _ = ask(tmp_path / "ending", (1, 3))
-    assert found.baseline_ids == free.baseline_ids[: first + 1]
-    assert len(found.baseline_tokens) == first + 1
-    assert found.compared == len(PROMPT) + first
+    (generation,), _ = ask(tmp_path / "ending", (1, 3))
+    assert generation.baseline_ids == free.baseline_ids[: first + 1]
+    assert len(generation.baseline_tokens) == first + 1
+    assert generation.compared == len(PROMPT) + first
 
 
 def test_every_list_is_kept_at_once_and_not_computed_again(tmp_path: Path) -> None:
@@ -169,20 +169,20 @@ def test_every_list_is_kept_at_once_and_not_computed_again(tmp_path: Path) -> No
 
 
 def test_the_unmodified_model_alone(tmp_path: Path) -> None:
-    (found,), _ = ask(tiny.save(tmp_path / "model"))
-    assert found.removal_list == ()
-    assert found.ids == found.baseline_ids
-    assert (found.flips, found.compared) == ((), 0)
+    (generation,), _ = ask(tiny.save(tmp_path / "model"))
+    assert generation.removal_list == ()
+    assert generation.ids == generation.baseline_ids
+    assert (generation.flips, generation.compared) == ((), 0)
 
 
 def test_where_a_cache_does_not_work_the_text_is_generated_without_one(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "rwkv")
-    (found,), _ = ask(folder, (0,))  # its first block makes the state that all others write into
-    assert (found.baseline_cached, found.cached) == (True, False)
+    (generation,), _ = ask(folder, (0,))  # its first block makes the state that all others write into
+    assert (generation.baseline_cached, generation.cached) == (True, False)
     model, tokenizer = opened(folder)
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])
     with BlockStack(model).skipping((0,)):
-        assert list(found.ids) == greedy(model, prompt, 10, use_cache=False)
+        assert list(generation.ids) == greedy(model, prompt, 10, use_cache=False)
 
 
 def test_where_a_cache_is_wrong_the_text_is_generated_without_one(tmp_path: Path) -> None:
@@ -197,18 +197,18 @@ def test_where_a_cache_is_wrong_the_text_is_generated_without_one(tmp_path: Path
     loaded = LoadedModel(model, tokenizer, str(folder), None, "float32", "cpu")
     subject = Subject(run, run.jobs[-1].spec, run.jobs[-1].directory, loaded, BlockStack(model), Meter())
     continuations.work(subject, GenerateSpec(prompt=PROMPT, tokens=9))
-    found = findings_folder.of_kind(findings_folder.findings(run.run_dir), Generation)[-1]
-    assert (found.baseline_cached, found.cached) == (False, False)
-    assert list(found.ids) == right[:9]
+    generation = findings_folder.of_kind(findings_folder.findings(run.run_dir), Generation)[-1]
+    assert (generation.baseline_cached, generation.cached) == (False, False)
+    assert list(generation.ids) == right[:9]
 
 
 def test_blocks_that_a_family_cannot_lose_are_skipped(tmp_path: Path) -> None:
     folder = tiny.save(tmp_path / "model", "jamba")
-    (found,), _ = ask(folder, (2,))
+    (generation,), _ = ask(folder, (2,))
     model, tokenizer = opened(folder)
     prompt = torch.tensor([tokenizer(PROMPT).input_ids])
     with BlockStack(model).skipping((2,)):
-        assert list(found.ids) == greedy(model, prompt, 10, use_cache=False)
+        assert list(generation.ids) == greedy(model, prompt, 10, use_cache=False)
 
 
 @pytest.fixture
@@ -221,9 +221,9 @@ def folder(tmp_path: Path) -> Path:
     [
         ({"prompt": ""}, r"The prompt is empty; give some text"),
         ({"prompt": " \n"}, r"The prompt is empty"),
-        ({"prompt": "x" * 100, "tokens": 29}, r"has 100 tokens, 29 more .* 128 positions; give --tokens 28 or less"),
+        ({"prompt": "x" * 100, "tokens": 29}, r"has 100 tokens, 29 more .* 128 positions; give `tokens=28` or less"),
         ({"prompt": "x" * 128, "tokens": 1}, r"has 128 tokens, 1 more .* 128 positions; shorten the prompt"),
-        ({"chat": True}, r"--chat: this model's tokenizer has no chat template"),
+        ({"chat": True}, r"This model's tokenizer has no chat template"),
         ({"prompt": "a\udcffb"}, r"The prompt is no UTF-8 text \(character 1\)"),
         ({"tokens": 0}, r"--tokens: found 0"),
     ],
@@ -234,8 +234,8 @@ def test_bad_input_is_one_sentence(settings: dict[str, Any], sentence: str, fold
 
 
 def test_every_position_may_be_used(folder: Path) -> None:
-    (found,), _ = ask(folder, (1,), prompt="x" * (POSITIONS - 2), tokens=2)
-    assert (len(found.prompt_tokens), len(found.ids), found.compared) == (126, 2, 127)
+    (generation,), _ = ask(folder, (1,), prompt="x" * (POSITIONS - 2), tokens=2)
+    assert (len(generation.prompt_tokens), len(generation.ids), generation.compared) == (126, 2, 127)
 
 
 def chatting(folder: Path, template: str) -> Path:
@@ -248,24 +248,26 @@ def chatting(folder: Path, template: str) -> Path:
 def test_a_chat_is_a_users_turn_in_the_models_template(folder: Path) -> None:
     template = tiny.CHAT + "{% if add_generation_prompt %}assistant: {% endif %}"
     folder = chatting(folder, template)
-    (found,), _ = ask(folder, (1, 3), prompt="hi", chat=True)
-    assert [each.strip(" ") for each in found.prompt_tokens] == [each.strip(" ") for each in "user: hi\nassistant: "]
+    (generation,), _ = ask(folder, (1, 3), prompt="hi", chat=True)
+    assert [each.strip(" ") for each in generation.prompt_tokens] == [
+        each.strip(" ") for each in "user: hi\nassistant: "
+    ]
     (plain,), _ = ask(folder, (1, 3), prompt="hi")
-    assert plain.question != found.question
+    assert plain.question != generation.question
 
 
 def test_a_template_that_refuses_a_user_is_said(folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"--chat: the tokenizer's chat template refuses a user's turn \(no users"):
+    with pytest.raises(OptionError, match=r"The tokenizer's chat template refuses a user's turn \(no users"):
         ask(chatting(folder, "{{ raise_exception('no users here') }}"), (1, 3), prompt="hi", chat=True)
 
 
 def test_a_prompt_that_begins_with_bos_gets_no_other(folder: Path) -> None:
     tiny.tokenizer(adds_bos=True).save_pretrained(str(folder))
-    (found,), _ = ask(folder, (1,), prompt="<s>hi")
+    (generation,), _ = ask(folder, (1,), prompt="<s>hi")
     (same,), _ = ask(folder, (1,), prompt="hi")
-    assert found.prompt_tokens == same.prompt_tokens
-    assert len(found.prompt_tokens) == 3
-    assert found.ids == same.ids
+    assert generation.prompt_tokens == same.prompt_tokens
+    assert len(generation.prompt_tokens) == 3
+    assert generation.ids == same.ids
 
 
 def test_a_model_that_stays_on_disk_generates_nothing(tmp_path: Path) -> None:
@@ -331,13 +333,13 @@ def command(*words: object) -> str:
 
 def test_on_the_command_line(folder: Path) -> None:
     words = [folder, "--removal-list", "[3, 1]", "--prompt", PROMPT, "--tokens", 6, "--dtype", "float32"]
-    (found,) = json.loads(command(*words, "--json"))["findings"]
-    assert found["removal_list"] == [1, 3]
-    assert len(found["tokens"]) == len(found["baseline_tokens"]) == 6
+    (generation,) = json.loads(command(*words, "--json"))["findings"]
+    assert generation["removal_list"] == [1, 3]
+    assert len(generation["tokens"]) == len(generation["baseline_tokens"]) == 6
     printed = command(*words)
     assert "The unmodified model (6 tokens in" in printed
     assert "Without 1, 3 (6 tokens in" in printed
-    flips = found["flips"]
+    flips = generation["flips"]
     assert f"{len(flips)} of {len(PROMPT) + 5} predictions" in printed
     rows = [line for line in printed.splitlines() if line.split()[:1] == [str(flips[0]["position"])]]
     assert len(rows) == 1

@@ -79,41 +79,41 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_the_whole_curve_is_one_command_and_kept_in_the_run(run: sleb.Run, text: Path, scored: list[int]) -> None:
-    found = evaluated(run.run_id, "--all-steps", "--perplexity", text)["findings"]
-    assert [len(each["removal_list"]) for each in found] == [0, 1, 2, 3]
-    assert [tuple(each["removal_list"]) for each in found[1:]] == [
+    findings = evaluated(run.run_id, "--all-steps", "--perplexity", text)["findings"]
+    assert [len(each["removal_list"]) for each in findings] == [0, 1, 2, 3]
+    assert [tuple(each["removal_list"]) for each in findings[1:]] == [
         tuple(sorted(step.removal_list)) for step in run.trace.steps
     ]
-    assert found[0]["rise"] is None
-    first = found[0]["measured"]
+    assert findings[0]["rise"] is None
+    first = findings[0]["measured"]
     assert first["perplexity"] == pytest.approx(math.exp(first["nll_sum"] / first["token_count"]))
-    for each in found[1:]:
-        nats = each["measured"]["nll_sum"] - found[0]["measured"]["nll_sum"]
+    for each in findings[1:]:
+        nats = each["measured"]["nll_sum"] - findings[0]["measured"]["nll_sum"]
         assert each["rise"] == pytest.approx(nats / each["measured"]["token_count"])
         assert each["rise_standard_error"] > 0
-    windows = found[0]["text"]["windows"]
+    windows = findings[0]["text"]["windows"]
     assert sum(scored) == 4 * windows
     scored.clear()
     last = evaluated(run.run_id, "--perplexity", text)["findings"]  # the last list, known from the curve
-    assert last == [found[0], found[3]]
+    assert last == [findings[0], findings[3]]
     assert scored == []
     evaluated(run.run_id, "--perplexity", text, "--removal-list", "[1]")
     assert sum(scored) in (0, windows)  # the new list only; none where a step has removed just block 1
     known = findings_folder.of_kind(sleb.findings_of(run), TextPerplexity)
-    assert {each.removal_list for each in known} >= {tuple(each["removal_list"]) for each in found}
+    assert {each.removal_list for each in known} >= {tuple(each["removal_list"]) for each in findings}
 
 
 def test_json_has_the_perplexity_beside_each_sum_and_the_files_have_not(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 12, 5, analysis=False)
     judged.keep(run, judged.everything(run))
-    found = json.loads(command("show", run.run_dir, "--json")[0])["findings"]
-    sums = [each for finding in found for each in finding.values() if isinstance(each, dict) and "nll_sum" in each]
-    assert {each["kind"] for each in found} >= {"perplexity", "quantization", "healing"}
+    findings = json.loads(command("show", run.run_dir, "--json")[0])["findings"]
+    sums = [each for finding in findings for each in finding.values() if isinstance(each, dict) and "nll_sum" in each]
+    assert {each["kind"] for each in findings} >= {"perplexity", "quantization", "healing"}
     assert len(sums) > 20
     for each in sums:
         assert each["perplexity"] == pytest.approx(math.exp(each["nll_sum"] / each["token_count"]))
     kept = findings_folder.findings(run.run_dir)
-    assert [set(each) for each in found] == [set(each.model_dump()) for each in kept]  # and nothing else was added
+    assert [set(each) for each in findings] == [set(each.model_dump()) for each in kept]  # and nothing else was added
     for each in kept:
         file = json.loads((run.run_dir / findings_folder.FOLDER / f"{each.question}.json").read_text())
         assert file == each.model_dump(mode="json")
@@ -200,11 +200,11 @@ def test_a_job_from_elsewhere_is_worked_off(run: sleb.Run, text: Path) -> None:
         (["--removal-list", "[1]", "--steps", "1"], "Give one of"),
         (["--steps", "4"], "has 3 finished"),
         (["--perplexity", "none"], "Nothing to evaluate"),
-        (["--perplexity", "/nowhere.txt"], "no file /nowhere.txt"),
-        (["--perplexity", "wikitext3"], "no text"),
+        (["--perplexity", "/nowhere.txt"], "file /nowhere.txt"),
+        (["--perplexity", "wikitext3"], "No text"),
         (["--bos", "maybe"], "--bos"),
         (["--perplexity", "demo,none"], "stands alone"),
-        (["--perplexity", "x" * 300], "no text"),
+        (["--perplexity", "x" * 300], "No text"),
         (["--perplexity", "bad\udcffname"], "no UTF-8"),
         (["--limit", "99999999999999999999999"], "--limit"),
         (["--removal-list", "[99999999999999999999999]"], "block indices such as"),
@@ -224,8 +224,8 @@ def test_bad_input_is_a_sentence(words: list[str], sentence: str, run: sleb.Run,
 def test_bad_subjects_are_a_sentence_and_leave_nothing(tiny_model: Path, text: Path, home: Path) -> None:
     assert "There is no run 'nothing'" in command("evaluate", "nothing", code=2)[1]
     assert "no model folder" in command("evaluate", "./nothing", "--removal-list", "[1]", code=2)[1]
-    gone = ["evaluate", tiny_model, "--removal-list", "[99]", "--perplexity", text, "--window", 50]
-    assert "blocks 0 to 5" in command(*gone, code=2)[1]
+    outside = ["evaluate", tiny_model, "--removal-list", "[99]", "--perplexity", text, "--window", 50]
+    assert "blocks 0 to 5" in command(*outside, code=2)[1]
     assert sleb.runs() == []
     write_run(home / "runs" / "begun", 12, 3, done=0, state=JobState.STOPPED)
     assert "no finished step" in command("evaluate", "begun", "--perplexity", text, code=2)[1]
@@ -243,8 +243,8 @@ def test_what_a_model_only_takes_is_refused_for_a_run(run: sleb.Run, text: Path,
 
 
 def test_the_order_of_a_list_is_nothing(tiny_model: Path, text: Path) -> None:
-    found = [evaluated(tiny_model, "--removal-list", each, "--perplexity", text) for each in ("[5, 2]", "[2, 5]")]
-    assert found[0] == found[1]
+    answers = [evaluated(tiny_model, "--removal-list", each, "--perplexity", text) for each in ("[5, 2]", "[2, 5]")]
+    assert answers[0] == answers[1]
 
 
 def test_who_comes_second_takes_nothing_away(tiny_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,17 +321,20 @@ def test_windows_that_repeat_what_chose_are_counted_in_a_text_of_another_name(
     windows = perplexity.windows(str(copied), tokenizer, 128, window=128).ids
     counted = sum(any(each in tokenizer.decode(row) for each in passages) for row in windows)
     assert 3 <= counted <= 6
-    for path, said in ((copied, f"; {counted} of its windows repeat text that the blocks were chosen on"), (other, "")):
-        found = json.loads(command("evaluate", run.run_id, "--perplexity", path, "--window", 128, "--json")[0])
-        assert found["findings"][0]["text"]["description"].endswith(f"windows of 128 tokens{said}")
+    for path, ending in (
+        (copied, f"; {counted} of its windows repeat text that the blocks were chosen on"),
+        (other, ""),
+    ):
+        answer = json.loads(command("evaluate", run.run_id, "--perplexity", path, "--window", 128, "--json")[0])
+        assert answer["findings"][0]["text"]["description"].endswith(f"windows of 128 tokens{ending}")
 
 
-@pytest.mark.parametrize(("source", "said"), [("own", True), ("linked", True), ("other", False)])
-def test_the_searchs_own_text_is_called_so(run: sleb.Run, text: Path, source: str, said: bool) -> None:
+@pytest.mark.parametrize(("source", "is_named"), [("own", True), ("linked", True), ("other", False)])
+def test_the_searchs_own_text_is_called_so(run: sleb.Run, text: Path, source: str, is_named: bool) -> None:
     linked = text.with_name("linked.txt")
     linked.symlink_to(run.spec.calibration.source)
     name = {"own": run.spec.calibration.source, "linked": str(linked), "other": str(text)}[source]
-    found = evaluated(run.run_id, "--perplexity", name)["findings"]
-    assert ("chosen on a part of it" in found[0]["text"]["description"]) is said
-    found = list_curves.curves(run, sleb.findings_of(run)).too_good
-    assert found == ((f"{Path(name).name}: the blocks were chosen on a part of it",) if said else ())
+    findings = evaluated(run.run_id, "--perplexity", name)["findings"]
+    assert ("chosen on a part of it" in findings[0]["text"]["description"]) is is_named
+    too_good = list_curves.curves(run, sleb.findings_of(run)).too_good
+    assert too_good == ((f"{Path(name).name}: the blocks were chosen on a part of it",) if is_named else ())

@@ -40,7 +40,7 @@ from tests.support.command import run as sleb_run
 from tests.support.runs import judged
 from tests.support.runs.stores import write_run
 
-UNMODIFIED = r"^The unmodified model gives predictions that are not numbers in float16. Use --dtype bfloat16 or "
+BASELINE = r"^The unmodified model gives predictions that are not numbers in float16. Use --dtype bfloat16 or "
 WITHOUT = r"^The model without blocks \[2\] gives predictions that are not numbers in float16. Use --dtype bfloat16 or "
 BOTH = [(2,), (3,)]
 """Lists without numbers, and with."""
@@ -103,7 +103,7 @@ COMMANDS: dict[str, Callable[..., list[Finding]]] = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unmodified_model_without_numbers_voids_everything(always: Path, text_file: Path, command: str) -> None:
-    with pytest.raises(NotNumbers, match=UNMODIFIED) as caught:
+    with pytest.raises(NotNumbers, match=BASELINE) as caught:
         COMMANDS[command](always, text_file, removal_list=[3], dtype="float16")
     assert caught.value.exit_code == 2
     (run,) = api.runs()
@@ -113,16 +113,16 @@ def test_an_unmodified_model_without_numbers_voids_everything(always: Path, text
 
 @pytest.mark.parametrize("name", ["chooses", "says", "both"])
 def test_accuracy_from_no_numbers_is_no_finding(always: Path, tasks: Path, name: str) -> None:
-    with pytest.raises(NotNumbers, match=UNMODIFIED):
+    with pytest.raises(NotNumbers, match=BASELINE):
         api.evaluate(always, removal_list=[3], perplexity=(), tasks=[name], task_folder=tasks, dtype="float16")
     assert api.findings_of(api.runs()[0]) == []
 
 
 def test_neither_a_search_nor_a_forecast_begins(always: Path, text_file: Path) -> None:
-    with pytest.raises(NotNumbers, match=UNMODIFIED):
+    with pytest.raises(NotNumbers, match=BASELINE):
         search(always, text_file)
     spec = specs.run_spec(str(always), dtype="float16", sequences=2, sequence_length=32)
-    with pytest.raises(NotNumbers, match=UNMODIFIED):
+    with pytest.raises(NotNumbers, match=BASELINE):
         forecast.probe(spec, specs.job_spec("search", device="cpu"))
     with pytest.raises(NotNumbers, match=r"^Block 0 gives outputs that are not numbers in float16"):
         sleb.analyze(str(always), calibration=str(text_file), sequences=2, sequence_length=32, dtype="float16")
@@ -130,32 +130,32 @@ def test_neither_a_search_nor_a_forecast_begins(always: Path, text_file: Path) -
 
 def test_in_another_type_the_same_model_has_numbers(always: Path, once: Path, text_file: Path) -> None:
     for model in (always, once):
-        found = COMMANDS["perplexity"](model, text_file, removal_list=[2], dtype="bfloat16")
-        assert all(each.measured.perplexity for each in of_kind(found, TextPerplexity))
+        findings = COMMANDS["perplexity"](model, text_file, removal_list=[2], dtype="bfloat16")
+        assert all(each.measured.perplexity for each in of_kind(findings, TextPerplexity))
 
 
 def test_a_list_without_numbers_is_a_result_with_its_cause(once: Path, text_file: Path, tasks: Path) -> None:
-    found: list[Finding] = []
+    findings: list[Finding] = []
     run = request.subject_run(str(once), [], dtype="float16")
     for blocks in BOTH:
-        found += api.evaluate(
+        findings += api.evaluate(
             run, removal_list=blocks, perplexity=[str(text_file)], window=50, limit=4, tasks=["both"], task_folder=tasks
         )
-    perplexities = {each.removal_list: each.measured.perplexity for each in of_kind(found, TextPerplexity)}
+    perplexities = {each.removal_list: each.measured.perplexity for each in of_kind(findings, TextPerplexity)}
     assert perplexities.keys() == {(), (2,), (3,)}
     assert [each for each, value in perplexities.items() if value is None] == [(2,)]
-    accuracies = {(each.task, each.removal_list): each for each in of_kind(found, TaskAccuracy)}
+    accuracies = {(each.task, each.removal_list): each for each in of_kind(findings, TaskAccuracy)}
     assert {each for each, value in accuracies.items() if value.not_numbers} == {
         (name, (2,)) for name in ("chooses", "says", "both")
     }
     assert all(bool(each.metrics) is not each.not_numbers for each in accuracies.values())
     assert all(each.changes == {} for each in accuracies.values() if each.not_numbers)
     sentence = WITHOUT.replace("\\", "").removeprefix("^")
-    for table in tables_of(found):
+    for table in tables_of(findings):
         assert any(note.startswith(sentence) for note in table.notes)
         assert all("no number" in row for row in table.rows if "1: 2" in row)
 
-    own = [each for each in found if each.removal_list in ((), (2,))]
+    own = [each for each in findings if each.removal_list in ((), (2,))]
     shown = list_curves.curves(api.load(run.run_dir), own)
     assert shown.notes[-1].startswith(sentence)
     assert [[point.removed for point in line.points] for line in shown.accuracy if line.kind == "task"] == [[0]]
@@ -167,15 +167,20 @@ def test_a_list_without_numbers_is_a_result_with_its_cause(once: Path, text_file
 
 def test_a_chart_does_not_take_a_missing_number_for_a_large_one(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    found = [judged.perplexity(run, blocks, 0.5 if blocks else 0.0) for blocks in ((), *judged.lists_of(run))]
+    findings = [judged.perplexity(run, blocks, 0.5 if blocks else 0.0) for blocks in ((), *judged.lists_of(run))]
     nothing = {"measured": Measured(nll_sum=None, token_count=10), "rise": None, "rise_standard_error": None}
-    missing = [*found[:-1], found[-1].model_copy(update=nothing)]
-    far = [*found[:-1], judged.perplexity(run, found[-1].removal_list, 9.0)]
-    shown = [beyond(list_curves.curves(run, each).cost) for each in (found, missing, far)]
+    missing = [*findings[:-1], findings[-1].model_copy(update=nothing)]
+    far = [*findings[:-1], judged.perplexity(run, findings[-1].removal_list, 9.0)]
+    shown = [beyond(list_curves.curves(run, each).cost) for each in (findings, missing, far)]
     assert shown == [[], [], ["wikitext2"]]
-    assert list_curves.curves(run, missing).notes == (not_numbers(model_without(found[-1].removal_list), "bfloat16"),)
+    assert list_curves.curves(run, missing).notes == (
+        not_numbers(model_without(findings[-1].removal_list), "bfloat16"),
+    )
 
-    voided = [found[0].model_copy(update={"measured": nothing["measured"]}), *found[1:]]  # as version 0.1.0 kept it
+    voided = [
+        findings[0].model_copy(update={"measured": nothing["measured"]}),
+        *findings[1:],
+    ]  # as version 0.1.0 kept it
     assert [line.kind for line in list_curves.curves(run, voided).cost] == ["held-out", "calibration"]
     assert list_curves.curves(run, voided).notes[0].startswith("The unmodified model gives predictions that are not")
 
@@ -199,8 +204,8 @@ def test_other_lists_are_answered_before_one_without_numbers_is_named(
 
 
 def test_quantised_weights_follow_their_list(once: Path, text_file: Path) -> None:
-    found = of_kind(COMMANDS["quantize"](once, text_file, removal_list=[2], dtype="float16"), Quantization)
-    assert [(each.removal_list, each.measured.no_number, each.change is None) for each in found] == [
+    findings = of_kind(COMMANDS["quantize"](once, text_file, removal_list=[2], dtype="float16"), Quantization)
+    assert [(each.removal_list, each.measured.no_number, each.change is None) for each in findings] == [
         ((), False, False),
         ((2,), True, True),
     ]
@@ -215,7 +220,7 @@ def test_what_has_no_numbers_is_not_healed(once: Path, text_file: Path, how: str
 
 @pytest.mark.parametrize("updates", [1, 4])  # seen by what comes out, or by the next loss
 def test_a_training_that_diverged_keeps_nothing(once: Path, text_file: Path, tmp_path: Path, updates: int) -> None:
-    with pytest.raises(ScoringError, match=r"^The training diverged in float16: .*Nothing was kept\. Lower --learn"):
+    with pytest.raises(ScoringError, match=r"^The training diverged in float16: .*Nothing was kept\. Lower `learn"):
         COMMANDS["heal"](
             once, text_file, removal_list=[3], dtype="float16", how="lora", learning_rate=1.0,
             batch_sequences=4 // updates, out=tmp_path / "out",

@@ -28,23 +28,23 @@ def plain_nats(folder: str, ids: np.ndarray, removed: tuple[int, ...]) -> np.nda
     kept = [block for index, block in enumerate(model.model.layers) if index not in removed]
     model.model.layers = torch.nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)
-    found = []
+    nats = []
     with torch.inference_mode():
         for window in torch.from_numpy(ids):
             logits = model(window[None], use_cache=False).logits[0, :-1].double()
-            found.append(-logits.log_softmax(-1).gather(1, window[1:, None]).sum().item())
-    return np.array(found)
+            nats.append(-logits.log_softmax(-1).gather(1, window[1:, None]).sum().item())
+    return np.array(nats)
 
 
 def test_rows_of_a_raw_file_are_joined_as_the_data_set_has_them(tmp_path: Path) -> None:
     (tmp_path / "wiki.raw").write_text(" \n = A = \n\n one two \n")
     tokenizer = tiny.tokenizer()
-    found = perplexity.windows(str(tmp_path / "wiki.raw"), tokenizer, 128, window=4)
+    windows = perplexity.windows(str(tmp_path / "wiki.raw"), tokenizer, 128, window=4)
     text = "\n\n".join(["", " = A = \n", "", " one two \n"])
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert found.ids.ravel().tolist() == ids[: len(ids) // 4 * 4]
-    assert found.text.is_whole
-    assert not found.text.bos
+    assert windows.ids.ravel().tolist() == ids[: len(ids) // 4 * 4]
+    assert windows.text.is_whole
+    assert not windows.text.bos
 
 
 def test_other_files_are_one_text_and_documents_are_joined_by_spaces(tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_other_files_are_one_text_and_documents_are_joined_by_spaces(tmp_path: P
     assert tokenizer.decode(perplexity.windows(str(tmp_path / "one.txt"), tokenizer, 128, window=3).ids[0]) == "a b c"
     lines = [json.dumps({"text": "abc"}), "", json.dumps({"text": "def", "url": "x"})]
     (tmp_path / "c4.jsonl").write_text("\n".join(lines))
-    found = perplexity.windows(str(tmp_path / "c4.jsonl"), tokenizer, 128, window=7)
-    assert found.ids[0].tolist() == tokenizer("abc def", add_special_tokens=False).input_ids
+    windows = perplexity.windows(str(tmp_path / "c4.jsonl"), tokenizer, 128, window=7)
+    assert windows.ids[0].tolist() == tokenizer("abc def", add_special_tokens=False).input_ids
 
 
 def test_a_limit_takes_windows_evenly_and_says_so(tmp_path: Path) -> None:
@@ -69,18 +69,18 @@ def test_a_limit_takes_windows_evenly_and_says_so(tmp_path: Path) -> None:
 
 def test_windows_that_repeat_others_stay_and_are_counted(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("abcdefghij" * 7 + "klmnopqrst")
-    found = perplexity.windows(str(tmp_path / "t.txt"), tiny.tokenizer(), 128, window=10)
-    assert len(found.ids) == 8
-    assert found.text.description == "t.txt: 8 windows of 10 tokens, 2 of them distinct"
+    windows = perplexity.windows(str(tmp_path / "t.txt"), tiny.tokenizer(), 128, window=10)
+    assert len(windows.ids) == 8
+    assert windows.text.description == "t.txt: 8 windows of 10 tokens, 2 of them distinct"
 
 
 def test_bos_is_added_where_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(500))
     adds = tiny.tokenizer(adds_bos=True)
     assert not perplexity.windows(str(tmp_path / "t.txt"), adds, 128, window=10).text.bos  # published: none
-    found = perplexity.windows(str(tmp_path / "t.txt"), adds, 128, window=10, bos="auto")
-    assert found.text.bos
-    assert set(found.ids[:, 0]) == {1}
+    windows = perplexity.windows(str(tmp_path / "t.txt"), adds, 128, window=10, bos="auto")
+    assert windows.text.bos
+    assert set(windows.ids[:, 0]) == {1}
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_bad_texts_are_a_sentence(name: str, content: str | bytes, sentence: str
 def test_the_sum_is_that_of_a_plain_forward_pass(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(2000))
     loaded = load_model(str(tiny_model), dtype="float32")
-    found = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
+    windows = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
     lists = [(), (2,), (1, 4)]
-    nats = perplexity.score(Scorer(BlockStack(loaded.model), found.ids), lists)
+    nats = perplexity.score(Scorer(BlockStack(loaded.model), windows.ids), lists)
     for each in lists:
-        plain = plain_nats(str(tiny_model), found.ids, each)
+        plain = plain_nats(str(tiny_model), windows.ids, each)
         assert nats[each] == pytest.approx(plain, rel=1e-6)
-        total = measured(nats[each], found.token_counts)
+        total = measured(nats[each], windows.token_counts)
         assert total.perplexity == pytest.approx(np.exp(plain.sum() / (len(plain) * 49)), rel=1e-6)
 
 
@@ -127,20 +127,20 @@ def test_on_the_real_text_and_model_it_is_the_plain_one_to_five_digits() -> None
     folder = str(demo.model_folder(convert_gguf))
     loaded = load_model("demo", dtype="float32")
     stack = BlockStack(loaded.model)
-    for path, windows in ((raw, 148), (c4, 81)):
-        found = perplexity.windows(str(path), loaded.tokenizer, stack.config.vocab_size, limit=1)
-        assert found.text.of_windows == windows
-        nats = perplexity.score(Scorer(stack, found.ids), [(), (14, 23)])
+    for path, count in ((raw, 148), (c4, 81)):
+        windows = perplexity.windows(str(path), loaded.tokenizer, stack.config.vocab_size, limit=1)
+        assert windows.text.of_windows == count
+        nats = perplexity.score(Scorer(stack, windows.ids), [(), (14, 23)])
         for each, row in nats.items():
-            assert row.sum() / 2047 == pytest.approx(plain_nats(folder, found.ids, each).sum() / 2047, abs=1e-5)
+            assert row.sum() / 2047 == pytest.approx(plain_nats(folder, windows.ids, each).sum() / 2047, abs=1e-5)
 
 
 def test_a_stopped_scoring_goes_on_where_it_was(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(3000))
     loaded = load_model(str(tiny_model), dtype="float32")
-    found = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
+    windows = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
     stack, lists = BlockStack(loaded.model), [(), (2,), (2, 3)]
-    whole = perplexity.score(Scorer(stack, found.ids, batch_size=2), lists)
+    whole = perplexity.score(Scorer(stack, windows.ids, batch_size=2), lists)
     saved: list[dict[tuple[int, ...], np.ndarray]] = []
 
     class Killed(Exception):
@@ -152,28 +152,28 @@ def test_a_stopped_scoring_goes_on_where_it_was(tiny_model: Path, tmp_path: Path
             raise Killed
 
     with pytest.raises(Killed):
-        perplexity.score(Scorer(stack, found.ids, batch_size=2), lists, None, save)
+        perplexity.score(Scorer(stack, windows.ids, batch_size=2), lists, None, save)
     done = int(np.isfinite(saved[-1][()]).sum())
-    assert 0 < done < len(found.ids)
-    rest = Scorer(stack, found.ids, batch_size=2)
+    assert 0 < done < len(windows.ids)
+    rest = Scorer(stack, windows.ids, batch_size=2)
     again = perplexity.score(rest, lists, saved[-1])
     assert all(np.array_equal(again[each], whole[each]) for each in lists)
-    assert rest.head_evaluations == len(lists) * (len(found.ids) - done)
-    later = Scorer(stack, found.ids, batch_size=2)
+    assert rest.head_evaluations == len(lists) * (len(windows.ids) - done)
+    later = Scorer(stack, windows.ids, batch_size=2)
     perplexity.score(later, [*lists, (4,)], again)  # one more list costs only itself
-    assert later.head_evaluations == len(found.ids)
+    assert later.head_evaluations == len(windows.ids)
 
 
 def test_all_lists_share_one_sweep(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text(tiny.text(500))
     loaded = load_model(str(tiny_model), dtype="float32")
-    found = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
+    windows = perplexity.windows(str(tmp_path / "t.txt"), loaded.tokenizer, 128, window=50)
     stack, lists = BlockStack(loaded.model), [(), (4,), (3, 4), (2, 3, 4)]
-    together = Scorer(stack, found.ids)
+    together = Scorer(stack, windows.ids)
     perplexity.score(together, lists)
     alone = 0
     for each in lists:
-        scorer = Scorer(stack, found.ids)
+        scorer = Scorer(stack, windows.ids)
         perplexity.score(scorer, [each])
         alone += scorer.block_evaluations
     assert together.block_evaluations < 0.75 * alone

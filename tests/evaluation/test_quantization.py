@@ -44,8 +44,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantised(model: Path, text: Path, *schemes: str, **more: Any) -> list[Quantization]:
     how = dict(removal_list=LIST, schemes=schemes, perplexity=[str(text)], window=WINDOW, dtype="float32")
-    found = api.quantize(str(model), **(how | more))
-    return findings_folder.of_kind(found, Quantization)
+    findings = api.quantize(str(model), **(how | more))
+    return findings_folder.of_kind(findings, Quantization)
 
 
 def by_torchao(model: Any, scheme: str) -> Any:
@@ -73,13 +73,13 @@ def plain_nats(model: Any, skipped: tuple[int, ...], ids: torch.Tensor) -> float
 def test_perplexity_is_that_of_a_plain_forward_of_the_quantised_model(
     tiny_model: Path, text: Path, scheme: str
 ) -> None:
-    found = quantised(tiny_model, text, scheme, group_size=32)
-    assert [each.removal_list for each in found] == [(), LIST]
+    findings = quantised(tiny_model, text, scheme, group_size=32)
+    assert [each.removal_list for each in findings] == [(), LIST]
     loaded = load_model(str(tiny_model), dtype="float32")
     ids = torch.from_numpy(cut(str(text), loaded.tokenizer, 128, window=WINDOW).ids)
-    before = {each.removal_list: plain_nats(loaded.model, each.removal_list, ids) for each in found}
+    before = {each.removal_list: plain_nats(loaded.model, each.removal_list, ids) for each in findings}
     model = by_torchao(loaded.model, scheme)
-    for each in found:
+    for each in findings:
         after = plain_nats(model, each.removal_list, ids)
         assert each.before.nll_sum == pytest.approx(before[each.removal_list], rel=1e-6)
         assert each.measured.nll_sum == pytest.approx(after, rel=1e-6)
@@ -88,7 +88,7 @@ def test_perplexity_is_that_of_a_plain_forward_of_the_quantised_model(
         assert each.library == f"torchao {torchao.__version__}"
         assert each.group_sizes == (() if scheme == "int8" else (32,))
     known = findings_folder.of_kind(api.findings_of(run_folder.list_runs()[0]), TextPerplexity)
-    assert {each.removal_list: each.measured for each in known} == {each.removal_list: each.before for each in found}
+    assert {each.removal_list: each.measured for each in known} == {each.removal_list: each.before for each in findings}
 
 
 def test_int8_is_close_and_int4_is_farther() -> None:
@@ -113,11 +113,11 @@ def test_the_model_itself_is_left_alone() -> None:
     precision = torch.get_float32_matmul_precision()
     with torch.inference_mode():
         logits = model(ids).logits
-        twin = quantization.quantised(model, "int4", 16)
+        copied = quantization.quantised(model, "int4", 16)
         assert torch.equal(model(ids).logits, logits)
     assert weights_hash(model) == before
     assert {type(each) for each in model.parameters()} == kinds
-    assert twin.stack.model.lm_head.weight is model.lm_head.weight  # shared, not copied
+    assert copied.stack.model.lm_head.weight is model.lm_head.weight  # shared, not copied
     assert torch.get_float32_matmul_precision() == precision
 
 
@@ -126,8 +126,8 @@ def test_the_folder_holds_what_was_promised_and_is_proven(
     tiny_model: Path, text: Path, tmp_path: Path, scheme: str
 ) -> None:
     out = tmp_path / "out"
-    found = quantised(tiny_model, text, scheme, out=out)
-    assert [each.out for each in found] == [None, str(out)]
+    findings = quantised(tiny_model, text, scheme, out=out)
+    assert [each.out for each in findings] == [None, str(out)]
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
     proof = json.loads((out / "proof.json").read_text())
     assert proof["passed"]
@@ -136,10 +136,10 @@ def test_the_folder_holds_what_was_promised_and_is_proven(
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(proof["files"])
     assert proof["left_behind"] == []
     file = (out / "model.safetensors").read_bytes()
-    assert found[1].weight_bytes == len(file) - 8 - int.from_bytes(file[:8], "little")
-    assert found[1].weight_bytes < (0.42 if scheme == "int8" else 0.35) * found[1].weight_bytes_before
+    assert findings[1].weight_bytes == len(file) - 8 - int.from_bytes(file[:8], "little")
+    assert findings[1].weight_bytes < (0.42 if scheme == "int8" else 0.35) * findings[1].weight_bytes_before
     assert json.loads((out / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
-    with pytest.raises(OptionError, match="--replace"):
+    with pytest.raises(OptionError, match="`replace`"):
         quantised(tiny_model, text, scheme, out=out)
     if scheme == "int4":
         assert reloaded(out, tmp_path) == pytest.approx(skipping(tiny_model, scheme), abs=1e-5)
@@ -234,19 +234,19 @@ def test_a_sweep_that_was_cut_short_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("row", "asked", "size"), [(576, 128, 64), (1536, 128, 128), (32, 128, 32), (96, 96, 96), (80, 128, 16)]
+    ("row", "wanted", "size"), [(576, 128, 64), (1536, 128, 128), (32, 128, 32), (96, 96, 96), (80, 128, 16)]
 )
-def test_a_group_divides_its_row(row: int, asked: int, size: int) -> None:
-    assert quantization._group_sizes({"q_proj": torch.nn.Linear(row, 1)}, asked) == {"q_proj": size}
+def test_a_group_divides_its_row(row: int, wanted: int, size: int) -> None:
+    assert quantization._group_sizes({"q_proj": torch.nn.Linear(row, 1)}, wanted) == {"q_proj": size}
 
 
 @pytest.mark.parametrize(
     ("rows", "advice"),
     [
-        ((88,), "rows of 88 (0); give --group-size 88."),
+        ((88,), "rows of 88 (0); give `group_size=88`."),
         ((8,), "rows of 8 (0); use int8."),
         ((96, 88), "rows of 88 (1); use int8."),  # each alone could be divided, by 96 and by 88
-        ((72, 144), "rows of 72 (0); give --group-size 96."),  # 144 by 48, and 72 by 24
+        ((72, 144), "rows of 72 (0); give `group_size=96`."),  # 144 by 48, and 72 by 24
         ((88, 128, 72), "rows of 72 (2), 88 (0); use int8."),
     ],
 )
@@ -255,9 +255,9 @@ def test_advice_about_groups_holds_for_all_rows(rows: tuple[int, ...], advice: s
     with pytest.raises(OptionError) as refused:
         quantization._group_sizes(modules, 128)
     assert advice in str(refused.value)
-    said = re.search(r"--group-size (\d+)", advice)
-    if said:
-        sizes = quantization._group_sizes(modules, int(said[1])).values()
+    match = re.search(r"group_size=(\d+)", advice)
+    if match:
+        sizes = quantization._group_sizes(modules, int(match[1])).values()
         assert all(row % size == 0 for row, size in zip(rows, sizes, strict=True))
 
 
@@ -275,9 +275,9 @@ def test_models_that_torchao_cannot_quantise_are_refused(family: str, reason: st
 
 
 def test_a_quantised_model_is_not_quantised_again() -> None:
-    twin = quantization.quantised(build("llama"), "int8").stack.model
+    copied = quantization.quantised(build("llama"), "int8").stack.model
     with pytest.raises(OptionError, match="LlamaForCausalLM is quantised already"):
-        quantization.quantised(twin, "int4")
+        quantization.quantised(copied, "int4")
 
 
 def test_a_missing_library_is_said_before_a_run_is_made(
@@ -300,9 +300,9 @@ def test_a_streamed_model_is_refused(tiny_model: Path, text: Path) -> None:
 
 
 def test_bad_input_is_one_sentence(tiny_model: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--out writes a model without blocks"):
+    with pytest.raises(OptionError, match="`out` names a folder for a model without blocks"):
         quantised(tiny_model, text, "int8", removal_list=(), out=tmp_path / "out")
-    with pytest.raises(OptionError, match="give --perplexity a text"):
+    with pytest.raises(OptionError, match="give `perplexity` a text"):
         quantised(tiny_model, text, "int8", perplexity=[])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OptionError, match="is a file"):

@@ -97,10 +97,10 @@ def ask(*names: str, folder: Path | None = None, **settings: Any) -> EvaluateSpe
 
 def evaluated(model: Path, *names: str, folder: Path, blocks: list[int] = BLOCKS, **settings: Any) -> dict[Any, Any]:
     """(task, removal list) -> finding."""
-    found = api.evaluate(
+    findings = api.evaluate(
         model, removal_list=blocks, perplexity=(), tasks=names, task_folder=folder, dtype="float32", **settings
     )
-    return {(each.task, each.removal_list): each for each in of_kind(found, TaskAccuracy)}
+    return {(each.task, each.removal_list): each for each in of_kind(findings, TaskAccuracy)}
 
 
 @pytest.fixture
@@ -110,9 +110,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[Any]]]:
     own = task_accuracy._evaluated
 
     def watched(lm: Any, leaf: lm_eval_tasks.Leaf, tell: Callable[[float], None]) -> Any:
-        found = own(lm, leaf, tell)
+        findings = own(lm, leaf, tell)
         seen.append((leaf.name, [each.resps[0] for each in leaf.task.instances]))
-        return found
+        return findings
 
     monkeypatch.setattr(task_accuracy, "_evaluated", watched)
     return seen
@@ -153,14 +153,14 @@ def test_accuracy_is_what_plain_log_likelihoods_say(
     family: str, adds_bos: bool, tmp_path: Path, folder: Path, answers: list[tuple[str, list[Any]]]
 ) -> None:
     model = tiny.save(tmp_path / "model", family, adds_bos=adds_bos)
-    found = evaluated(model, "questions", folder=folder)
+    findings = evaluated(model, "questions", folder=folder)
     nats = {blocks: plainly(model, list(blocks)) for blocks in ((), tuple(BLOCKS))}
-    for (name, said), expected in zip(answers, nats.values(), strict=True):
+    for (name, given), expected in zip(answers, nats.values(), strict=True):
         assert name == "questions"
-        np.testing.assert_allclose(np.array([each[0] for each in said]).reshape(30, 4), expected, atol=1e-3)
+        np.testing.assert_allclose(np.array([each[0] for each in given]).reshape(30, 4), expected, atol=1e-3)
     assert np.abs(nats[()] - nats[1, 4]).min() > 0.01  # these blocks matter to every choice
     for blocks, own in nats.items():
-        finding = found["questions", blocks]
+        finding = findings["questions", blocks]
         assert (finding.examples, finding.shots, finding.limit) == (30, 0, None)
         assert finding.higher_is_better == {"acc": True, "acc_norm": True}
         assert finding.version.startswith("1.0, lm-eval 0.")
@@ -172,7 +172,7 @@ def test_accuracy_is_what_plain_log_likelihoods_say(
                 change = hits - right(nats[()], normalised=metric == "acc_norm")
                 assert finding.changes[metric] == pytest.approx(change.mean())
                 assert finding.change_standard_errors[metric] == pytest.approx(change.std(ddof=1) / 30**0.5)
-    assert not found["questions", ()].changes
+    assert not findings["questions", ()].changes
 
 
 @pytest.mark.parametrize("family", ["rwkv", "gpt2-inverse-index"])
@@ -225,11 +225,11 @@ def test_a_function_of_a_task_is_part_of_the_question(folder: Path) -> None:
     config = yaml.safe_dump(QUESTIONS).replace("'Question: {{question}}", "'").splitlines()
     put = [line for line in config if not line.startswith(("doc_to_text", "  Answer", "\\"))]
     (folder / "questions.yaml").write_text("\n".join([*put, "doc_to_text: !function utils.text"]))
-    asked = ask("questions", folder=folder)
-    first = lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"]
-    assert first.digest == lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"].digest
+    request = ask("questions", folder=folder)
+    first = lm_eval_tasks.load(request, trust_remote_code=True).leaves["questions"]
+    assert first.digest == lm_eval_tasks.load(request, trust_remote_code=True).leaves["questions"].digest
     (folder / "utils.py").write_text("def text(doc):\n    return 'Q: ' + doc['question']\n")
-    assert first.digest != lm_eval_tasks.load(asked, trust_remote_code=True).leaves["questions"].digest
+    assert first.digest != lm_eval_tasks.load(request, trust_remote_code=True).leaves["questions"].digest
 
 
 def test_a_stopped_evaluation_goes_on_after_the_last_task(
@@ -246,9 +246,9 @@ def test_a_stopped_evaluation_goes_on_after_the_last_task(
     with pytest.raises(Stopped):
         evaluated(tiny_model, "both", folder=folder)
     monkeypatch.setattr(task_accuracy, "_evaluated", watched)
-    found = evaluated(tiny_model, "both", folder=folder)
+    findings = evaluated(tiny_model, "both", folder=folder)
     assert [name for name, _ in answers] == ["questions", "short", "questions", "short"]
-    assert list(found) == [(name, blocks) for blocks in ((), (1, 4)) for name in ("questions", "short", "both")]
+    assert list(findings) == [(name, blocks) for blocks in ((), (1, 4)) for name in ("questions", "short", "both")]
 
 
 def test_groups_shots_and_limits_are_lm_evals_own(tiny_model: Path, folder: Path) -> None:
@@ -256,7 +256,7 @@ def test_groups_shots_and_limits_are_lm_evals_own(tiny_model: Path, folder: Path
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    found = evaluated(tiny_model, "both", folder=folder, blocks=[], shots=2, limit=12)
+    findings = evaluated(tiny_model, "both", folder=folder, blocks=[], shots=2, limit=12)
     loaded = TaskManager(include_path=str(folder), include_defaults=False).load(["both"])
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", 2)
@@ -264,13 +264,13 @@ def test_groups_shots_and_limits_are_lm_evals_own(tiny_model: Path, folder: Path
     lm = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=tiny.tokenizer(), batch_size=5)
     theirs = evaluate(lm, loaded, limit=12)
     for name in ("questions", "short", "both"):
-        finding = found[name, ()]
+        finding = findings[name, ()]
         expected = {key.removesuffix(",none"): value for key, value in theirs["results"][name].items() if "," in key}
         for metric, value in finding.metrics.items():
             assert value == pytest.approx(expected[metric])
             assert finding.standard_errors[metric] == pytest.approx(expected[f"{metric}_stderr"])
         assert (finding.shots, finding.limit) == (2, 12)
-    group = found["both", ()]
+    group = findings["both", ()]
     assert list(group.metrics) == ["acc"]
     assert (group.examples, group.subtasks, group.version.split(",")[0]) == (24, ("questions", "short"), "2")
 
@@ -280,7 +280,7 @@ def test_a_task_that_says_zero_examples_gets_none(folder: Path, caplog: pytest.L
     with caplog.at_level(logging.WARNING, "sleb"):
         leaf = lm_eval_tasks.load(ask("questions", folder=folder, shots=3)).leaves["questions"]
     assert leaf.shots == 0
-    assert "--shots is nothing to it" in caplog.text
+    assert "`shots` does not change it" in caplog.text
 
 
 def test_model_tokenizer_and_process_are_left_as_they_were(
@@ -315,20 +315,20 @@ def test_model_tokenizer_and_process_are_left_as_they_were(
     evaluated(tmp_path / "model", "questions", "says", folder=folder)
     assert len(seen) == 1
     assert seen[0][0] == seen[0][1]
-    said = np.array([each[0] for each in dict(answers[:1])["questions"]]).reshape(30, 4)
-    np.testing.assert_allclose(said, plainly(tmp_path / "model", []), atol=1e-3)  # by its own head
+    given = np.array([each[0] for each in dict(answers[:1])["questions"]]).reshape(30, 4)
+    np.testing.assert_allclose(given, plainly(tmp_path / "model", []), atol=1e-3)  # by its own head
 
 
 def test_generated_answers_are_drawn_the_same_twice(
     tmp_path: Path, tiny_model: Path, folder: Path, answers: Any
 ) -> None:
     for number in range(2):
-        found = evaluated(tiny_model, "says", folder=folder, limit=6, run_dir=tmp_path / str(number))
-    assert list(found["says", (1, 4)].metrics) == ["exact_match,first"]
-    said = [each for _, each in answers]
-    assert said[:2] == said[2:]
-    assert said[0] != said[1]
-    assert len(set(said[0])) > 1
+        findings = evaluated(tiny_model, "says", folder=folder, limit=6, run_dir=tmp_path / str(number))
+    assert list(findings["says", (1, 4)].metrics) == ["exact_match,first"]
+    given = [each for _, each in answers]
+    assert given[:2] == given[2:]
+    assert given[0] != given[1]
+    assert len(set(given[0])) > 1
 
 
 def test_streamed_blocks_are_skipped(tmp_path: Path, folder: Path, answers: list[tuple[str, list[Any]]]) -> None:
@@ -348,21 +348,21 @@ def test_streamed_blocks_are_skipped(tmp_path: Path, folder: Path, answers: list
 def test_json_is_alone_on_stdout_and_the_table_groups(tiny_model: Path, folder: Path) -> None:
     command = ["evaluate", tiny_model, "--removal-list", "[1, 4]", "--perplexity", "none", "--tasks", "both"]
     out, err = sleb_run(*command, "--task-folder", folder, "--dtype", "float32", "--json")
-    found = json.loads(out)["findings"]
-    assert [each["task"] for each in found] == ["questions", "short", "both"] * 2
+    findings = json.loads(out)["findings"]
+    assert [each["task"] for each in findings] == ["questions", "short", "both"] * 2
     assert not [noise for noise in ("it/s", "requests", "warning", "pretrained") if noise in err.lower()]
     out, _ = sleb_run(*command, "--task-folder", folder, "--dtype", "float32")
     table = [line.split("  ") for line in out.splitlines()]
     assert ["Accuracy by lm-eval, float32, no examples in the prompt"] in table
     heads = [row[0] for row in table[table.index(["Accuracy by lm-eval, float32, no examples in the prompt"]) + 1 :]]
     assert [head for head in heads if head] == ["task", "questions", "short", "both (2 tasks)"]
-    value, error = found[3]["metrics"]["acc"], found[3]["standard_errors"]["acc"]
-    change, of_change = found[3]["changes"]["acc"], found[3]["change_standard_errors"]["acc"]
+    value, error = findings[3]["metrics"]["acc"], findings[3]["standard_errors"]["acc"]
+    change, of_change = findings[3]["changes"]["acc"], findings[3]["change_standard_errors"]["acc"]
     assert f"2: 1, 4  {value:.4f} ± {error:.4f}  {change:+.4f} ± {of_change:.4f}  30" in out
 
 
 def test_nearest_names_and_a_hub_out_of_reach_are_one_sentence(folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"no task 'arc_eazy'.*arc_easy.*List all with: lm-eval ls tasks$"):
+    with pytest.raises(OptionError, match=r"No task is called 'arc_eazy'.*arc_easy.*List all with: lm-eval ls tasks$"):
         task_accuracy.require(ask("arc_eazy"))
     with pytest.raises(OptionError, match=r"examples of task 'piqa' could not be fetched .*hub") as refused:
         task_accuracy.require(ask("piqa"))
@@ -402,7 +402,7 @@ def test_a_file_that_lm_eval_passes_over_is_named(folder: Path, monkeypatch: pyt
     (folder / "questions.yaml").write_text("task: questions\n  dataset_path: [json\n")
     alone = lm_eval_tasks._manager(("says",), folder)
     monkeypatch.setattr(lm_eval_tasks, "_manager", lambda *_: alone)  # lm-eval's own tasks take four seconds
-    with pytest.raises(OptionError, match=r"no task 'questions'.*questions\.yaml is no YAML"):
+    with pytest.raises(OptionError, match=r"No task is called 'questions'.*questions\.yaml is not YAML"):
         task_accuracy.require(ask("questions", folder=folder))
 
 
@@ -427,9 +427,9 @@ def test_lm_eval_is_imported_where_it_is_used() -> None:
     users = set()
     for path in files:
         tree = ast.parse(path.read_text())
-        found = {node: name for node in ast.walk(tree) for name in imported(node) if name.split(".")[0] == "lm_eval"}
-        assert not set(found) & set(tree.body), path
-        users |= {path.stem} if found else set()
+        findings = {node: name for node in ast.walk(tree) for name in imported(node) if name.split(".")[0] == "lm_eval"}
+        assert not set(findings) & set(tree.body), path
+        users |= {path.stem} if findings else set()
     assert users == {"lm_eval_tasks", "task_accuracy", "task_files"}
 
 
@@ -455,23 +455,23 @@ def test_prompts_that_are_longer_than_the_model_are_counted(
         "dataset_kwargs": {"data_files": {"test": str(data)}},
     }  # fmt: skip
     write(folder, own)
-    found = evaluated(tiny.save(tmp_path / "model"), "long", folder=folder)
+    findings = evaluated(tiny.save(tmp_path / "model"), "long", folder=folder)
     # A choice of " yes" after 126 characters is 130 tokens, of which the last is not read: 129 are too many by one. Six
     # tokens that are generated leave room for 122.
-    assert {each.truncated for each in found.values()} == {3}
-    (table,) = tables_of(found.values())
+    assert {each.truncated for each in findings.values()} == {3}
+    (table,) = tables_of(findings.values())
     assert table.notes == (
         "3 of 4 examples of long are longer than the model: the beginning of their prompts was cut off.",
     )
-    print_findings(list(found.values()))
+    print_findings(list(findings.values()))
     assert table.notes[0] in " ".join(capsys.readouterr().out.split())
 
 
 def test_findings_of_earlier_versions_say_nothing_of_cut_prompts(folder: Path, tmp_path: Path) -> None:
-    found = evaluated(tiny.save(tmp_path / "model"), "questions", folder=folder)[("questions", ())]
-    assert found.truncated == 0
-    earlier = json.loads(found.model_dump_json())
+    findings = evaluated(tiny.save(tmp_path / "model"), "questions", folder=folder)[("questions", ())]
+    assert findings.truncated == 0
+    earlier = json.loads(findings.model_dump_json())
     del earlier["truncated"], earlier["not_numbers"]
     read = TaskAccuracy.model_validate(earlier)
-    assert (read.truncated, read.not_numbers, read.question) == (None, False, found.question)
+    assert (read.truncated, read.not_numbers, read.question) == (None, False, findings.question)
     assert tables_of([read])[0].notes == ()

@@ -89,11 +89,11 @@ def test_what_is_timed_is_the_list_with_its_blocks_really_gone(
     family: str, removal_list: RemovalList, folder: Callable[[str], Path]
 ) -> None:
     with watched_forwards() as passes:
-        found, _ = ask(folder(family), removal_list, generation=None)
+        timings, _ = ask(folder(family), removal_list, generation=None)
     kept = tuple(block for block in ALL if block not in removal_list)
     # One dummy each, then two rounds, the second in the opposite order of the first.
     assert passes[-6:] == [ALL, kept, kept, ALL, ALL, kept]
-    (timing,) = found
+    (timing,) = timings
     assert timing.removal_list == removal_list
     assert timing.gone
     assert (timing.shape, timing.sequences, timing.tokens, timing.prompt_tokens) == ("prompt", 2, 16, 0)
@@ -102,21 +102,21 @@ def test_what_is_timed_is_the_list_with_its_blocks_really_gone(
     assert timing.proportional == 6 / len(kept)
     model = build(family)
     _, blocks = find_stack(model)
-    gone = sum(each.numel() for block in removal_list for each in blocks[block].parameters())
+    removed = sum(each.numel() for block in removal_list for each in blocks[block].parameters())
     assert timing.baseline_parameters == sum(each.numel() for each in model.parameters())
-    assert timing.parameters == timing.baseline_parameters - gone
+    assert timing.parameters == timing.baseline_parameters - removed
     assert timing.peak_memory is None  # a CPU's cannot be told apart
 
 
 def test_all_lists_take_turns_within_each_round_and_share_the_baseline(folder: Callable[[str], Path]) -> None:
     with watched_forwards() as passes:
-        found, _ = ask(folder("llama"), (1,), (1, 3), generation=None, prompt_repetitions=3)
+        timings, _ = ask(folder("llama"), (1,), (1, 3), generation=None, prompt_repetitions=3)
     one, two = (0, 2, 3, 4, 5), (0, 2, 4, 5)
     forth = [ALL, one, two]
     assert passes[-12:] == [*forth, *reversed(forth), *forth, *reversed(forth)]
-    assert [each.removal_list for each in found] == [(1,), (1, 3)]
-    assert found[0].baseline_times == found[1].baseline_times
-    assert found[0].times != found[1].times
+    assert [each.removal_list for each in timings] == [(1,), (1, 3)]
+    assert timings[0].baseline_times == timings[1].baseline_times
+    assert timings[0].times != timings[1].times
 
 
 def test_generation_has_as_many_tokens_as_asked_whatever_ends_a_sentence(tmp_path: Path) -> None:
@@ -146,29 +146,31 @@ def test_cache_bytes_are_those_that_the_shapes_give(folder: Callable[[str], Path
 
     (prompt, generation), _ = ask(folder("gemma3"), (1, 3))
     sliding = [kind == "sliding_attention" for kind in MIXED]
-    for found, tokens in ((prompt, 16), (generation, read)):
-        each = [attention_bytes(found.sequences, min(tokens, WINDOW - 1) if short else tokens, 1) for short in sliding]
-        assert found.baseline_cache_bytes == sum(each)
-        assert found.cache_bytes == sum(size for block, size in enumerate(each) if block not in (1, 3))
+    for timings, tokens in ((prompt, 16), (generation, read)):
+        each = [
+            attention_bytes(timings.sequences, min(tokens, WINDOW - 1) if short else tokens, 1) for short in sliding
+        ]
+        assert timings.baseline_cache_bytes == sum(each)
+        assert timings.cache_bytes == sum(size for block, size in enumerate(each) if block not in (1, 3))
 
     (prompt, generation), _ = ask(folder("mamba"), (2,))
-    for found in (prompt, generation):  # a state of convolution and one of recurrence, however long the text
-        state = found.sequences * 2 * HIDDEN * (4 + 8) * FLOAT
-        assert (found.baseline_cache_bytes, found.cache_bytes) == (6 * state, 5 * state)
+    for timings in (prompt, generation):  # a state of convolution and one of recurrence, however long the text
+        state = timings.sequences * 2 * HIDDEN * (4 + 8) * FLOAT
+        assert (timings.baseline_cache_bytes, timings.cache_bytes) == (6 * state, 5 * state)
 
 
 def test_where_a_family_cannot_lose_a_block_it_is_skipped_and_the_finding_says_so(
     folder: Callable[[str], Path],
 ) -> None:
-    found, run = ask(folder("jamba"), (2,), (0,))
-    gone = {(each.removal_list, each.shape): each.gone for each in found}
-    assert gone == {((2,), "prompt"): False, ((2,), "generation"): False, ((0,), "prompt"): True} | {
+    timings, run = ask(folder("jamba"), (2,), (0,))
+    removed = {(each.removal_list, each.shape): each.gone for each in timings}
+    assert removed == {((2,), "prompt"): False, ((2,), "generation"): False, ((0,), "prompt"): True} | {
         ((0,), "generation"): True
     }
-    for each in found:
+    for each in timings:
         assert (each.parameters == each.baseline_parameters) is not each.gone
         assert each.cache_bytes < each.baseline_cache_bytes  # a block that does not run writes nothing
-    assert {each.question for each in findings_folder.findings(run.run_dir)} == {each.question for each in found}
+    assert {each.question for each in findings_folder.findings(run.run_dir)} == {each.question for each in timings}
 
 
 def test_the_unmodified_model_alone(folder: Callable[[str], Path]) -> None:
@@ -214,13 +216,13 @@ def test_a_stopped_benchmark_keeps_the_shape_that_was_done_and_begins_the_other_
     run = request.subject_run(str(folder("llama")), [], dtype="float32")
     (prompt,) = findings_folder.of_kind(findings_folder.findings(run.run_dir), Timing)
     assert prompt.shape == "prompt"
-    found, _ = ask(folder("llama"), (1, 3))
-    assert found[0] == prompt
-    assert [each.shape for each in found] == ["prompt", "generation"]
+    timings, _ = ask(folder("llama"), (1, 3))
+    assert timings[0] == prompt
+    assert [each.shape for each in timings] == ["prompt", "generation"]
 
 
 def test_out_of_memory_is_a_sentence_and_what_was_done_stays(folder: Callable[[str], Path]) -> None:
-    sentence = r"Out of memory with --generation 100000000000000x4; lower it, to 50000000000000x4 for one"
+    sentence = r"Out of memory with `generation=100000000000000x4`; lower it, to 50000000000000x4 for one"
     with pytest.raises(ScoringError, match=sentence):
         ask(folder("llama"), (1, 3), generation=(10**14, 4))  # more than a processor can address
     run = request.subject_run(str(folder("llama")), [], dtype="float32")
@@ -232,14 +234,14 @@ def test_out_of_memory_is_a_sentence_and_what_was_done_stays(folder: Callable[[s
     [
         (
             {"prompt": (1, POSITIONS + 1)},
-            r"--prompt 1x129: the model has 128 positions, fewer .*give --prompt 1x128 or",
+            r"`prompt=1x129`: the model has 128 positions, fewer .*give `prompt=1x128` or",
         ),
         (
             {"generation": (2, 100), "generation_prompt": 40},
-            r"--generation 2x100 after a prompt of 40 tokens: the model has 128 positions; give --generation 2x89 or",
+            r"`generation=2x100` after a prompt of 40 tokens: the model has 128 positions; give `generation=2x89` or",
         ),
-        ({"generation_prompt": 129}, r"after a prompt of 129 tokens: .* lower --generation-prompt"),
-        ({"prompt": None, "generation": None}, r"Nothing to measure: give --prompt or --generation"),
+        ({"generation_prompt": 129}, r"after a prompt of 129 tokens: .* lower `generation_prompt`"),
+        ({"prompt": None, "generation": None}, r"Nothing to measure: give `prompt` or `generation`"),
         ({"prompt": (0, 16)}, r"--prompt: found 0"),
         ({"generation": (1, -1)}, r"--generation: found -1"),
         ({"generation_repetitions": 0}, r"--generation-repetitions: found 0"),
@@ -251,11 +253,11 @@ def test_bad_input_is_one_sentence(settings: dict[str, Any], sentence: str, fold
 
 
 def test_every_position_may_be_used(folder: Callable[[str], Path]) -> None:
-    found, _ = ask(
+    timings, _ = ask(
         folder("llama"), (1,), prompt=(1, POSITIONS), generation=(1, 4), generation_prompt=POSITIONS - 3,
         prompt_repetitions=1,
     )  # fmt: skip
-    assert [each.baseline_cache_bytes for each in found] == [attention_bytes(1, POSITIONS, 6)] * 2
+    assert [each.baseline_cache_bytes for each in timings] == [attention_bytes(1, POSITIONS, 6)] * 2
 
 
 def test_a_model_that_stays_on_disk_is_not_timed(tmp_path: Path) -> None:
@@ -271,7 +273,7 @@ def test_a_model_that_stays_on_disk_is_not_timed(tmp_path: Path) -> None:
 def test_a_family_that_cannot_generate_with_the_blocks_skipped_is_said(tmp_path: Path) -> None:
     model = tiny.save(tmp_path / "rwkv", "rwkv")
     with pytest.raises(
-        ModelError, match=r"^1 of 6 blocks removed: Rwkv.* cannot generate .*--generation none times the"
+        ModelError, match=r"^1 of 6 blocks removed: Rwkv.* cannot generate .*`generation=none` times the"
     ):
         ask(model, (0,), prompt=None)
 
@@ -300,8 +302,8 @@ def command(*words: object) -> str:
 def test_on_the_command_line(folder: Callable[[str], Path]) -> None:
     words = [folder("llama"), "--removal-list", "[3, 1]", "--dtype", "float32", "--device", "cpu", "--prompt", "1x16"]
     words += ["--generation", "2x4", "--generation-prompt", 6, "--prompt-repetitions", 2, "--generation-repetitions", 2]
-    found = json.loads(command(*words, "--json"))["findings"]
-    assert [(each["shape"], each["sequences"], each["tokens"], each["prompt_tokens"]) for each in found] == [
+    timings = json.loads(command(*words, "--json"))["findings"]
+    assert [(each["shape"], each["sequences"], each["tokens"], each["prompt_tokens"]) for each in timings] == [
         ("prompt", 1, 16, 0),
         ("generation", 2, 4, 6),
     ]
@@ -327,5 +329,5 @@ def test_peak_memory_of_a_list_is_without_the_baselines_weights(folder: Callable
     assert timing.device == torch.cuda.get_device_name(0)
     assert timing.peak_memory is not None
     assert timing.baseline_peak_memory is not None
-    gone = (timing.baseline_parameters - timing.parameters) * FLOAT
-    assert timing.baseline_peak_memory - timing.peak_memory >= gone
+    removed = (timing.baseline_parameters - timing.parameters) * FLOAT
+    assert timing.baseline_peak_memory - timing.peak_memory >= removed

@@ -31,7 +31,7 @@ from sleb.errors import ExportError, OptionError, StorageError
 from sleb.export import proof_process
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
 from sleb.export.contents.model_folder import plan_folder
-from sleb.export.proven_folder import expect, run_proof
+from sleb.export.proven_folder import expect, run_proof, write_expectation
 from sleb.export.removal import plan_removal, remove_blocks
 from sleb.formats.model_card import with_proof
 from sleb.model.inspection.source_folder import SourceFolder
@@ -95,7 +95,8 @@ def write(model: Any, removal_list: tuple[int, ...], folder: Path, source: Sourc
     """All of an export but its proof."""
     folder.mkdir()
     plan = plan_folder(model, plan_removal(model, removal_list), source)
-    write_checkpoint(model, None, plan, expect(model, None, plan.removal), folder, CARD)
+    expectation = expect(model, None, plan.removal)
+    write_expectation(folder, plan.removal, expectation, write_checkpoint(model, None, plan, folder, CARD))
     return folder
 
 
@@ -220,9 +221,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model.config.quantization_config = {"quant_method": "gguf"}
     model.is_quantized = True
     parent = tmp_path_factory.mktemp("whole")
-    said: list[str] = []
-    proof = export_checkpoint(model, make_tokenizer(), [3, 1], parent / "deep" / "out", CARD, progress=said.append)
-    return SimpleNamespace(folder=parent / "deep" / "out", proof=proof, said=said, model=model)
+    messages: list[str] = []
+    proof = export_checkpoint(model, make_tokenizer(), [3, 1], parent / "deep" / "out", CARD, progress=messages.append)
+    return SimpleNamespace(folder=parent / "deep" / "out", proof=proof, messages=messages, model=model)
 
 
 def test_an_export_is_a_folder_that_anybody_can_load(exported: SimpleNamespace) -> None:
@@ -238,7 +239,7 @@ def test_an_export_is_a_folder_that_anybody_can_load(exported: SimpleNamespace) 
     config = (exported.folder / "config.json").read_text()
     assert "quantization_config" not in config
     assert "somebody" not in config
-    assert len(exported.said) == 3
+    assert len(exported.messages) == 3
     mask = os.umask(0)
     os.umask(mask)
     for file in exported.folder.iterdir():

@@ -1,4 +1,4 @@
-"""A disk that is full while a model is written is told in one sentence, whichever library meets it."""
+"""A disk that is full while a model is written is one sentence, whichever library meets it."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def test_a_bug_is_not_told_as_a_full_disk(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
 
 
-@pytest.mark.parametrize("what", ["quantize", "heal", "adapter", "export"])
+@pytest.mark.parametrize("kind", ["quantize", "heal", "adapter", "export"])
 def test_a_disk_that_fills_while_the_tokenizer_is_written_leaves_nothing(
-    what: str, text_file: Path, tmp_path: Path
+    kind: str, text_file: Path, tmp_path: Path
 ) -> None:
     model, out = tmp_path / "model", tmp_path / "made" / "out"
     build("llama", 4, 0).save_pretrained(str(model))
     wordy().save_pretrained(str(model))
     ask = dict(removal_list=[1], perplexity=[str(text_file)], limit=1, window=16, dtype="float32", out=out)
     healing = dict(source=str(text_file), sequences=1, sequence_length=8)
-    run = _searched(model, text_file) if what == "export" else None
+    run = _searched(model, text_file) if kind == "export" else None
     work = {
         "quantize": lambda: sleb.quantize(str(model), **ask),
         "heal": lambda: sleb.heal(str(model), **ask, **healing),
         "adapter": lambda: sleb.heal(str(model), **ask, **healing, adapter=True),
         "export": lambda: sleb.export_model(run, out),
-    }[what]
+    }[kind]
     with files_of_at_most(300_000), pytest.raises(StorageError, match="free some disk space"):
         work()
     assert list(out.parent.iterdir()) == []

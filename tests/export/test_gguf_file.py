@@ -19,9 +19,9 @@ from gguf import GGUFReader
 import sleb
 from app import data
 from sleb.errors import ExportError, ModelError, OptionError, StorageError
-from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process
+from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process, proven_folder
 from sleb.export.gguf_file import export_gguf, write_cut
-from sleb.export.gguf_plan import plan_cut, require_free
+from sleb.export.gguf_plan import destination_of, plan_cut
 from sleb.model.loading import convert_gguf, load_model
 from sleb.records import Job, JobSpec, JobState, Proof
 from sleb.report.summaries import exported_model
@@ -55,7 +55,7 @@ def prove_here(folder: Path, *_: Any) -> Proof:
 
 @pytest.fixture
 def proved_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
+    monkeypatch.setattr(proven_folder, "run_proof", prove_here)
 
 
 def settings(path: Path) -> dict[str, Any]:
@@ -241,15 +241,15 @@ def test_what_is_no_whole_model_is_refused(source: Path, tmp_path: Path) -> None
 def test_only_an_earlier_export_is_replaced(source: Path, tmp_path: Path) -> None:
     def refused(out: Path, sentence: str, allow_existing: bool = True) -> None:
         with pytest.raises(OptionError, match=sentence):
-            require_free(out, allow_existing, source)
+            destination_of(out, allow_existing, source).require_free()
 
     out = tmp_path / "out.gguf"
-    require_free(out, False, source)
+    destination_of(out, False, source).require_free()
     write_cut(plan_cut(source, (1,)), out, (1,))
     refused(out, "already exists", allow_existing=False)
-    require_free(out, True, source)
+    destination_of(out, True, source).require_free()
     with pytest.raises(OptionError, match="is the model itself"):
-        require_free(out, True, out)
+        destination_of(out, True, out).require_free()
     with open(out, "ab") as file:  # as another tool leaves it that carries the settings over
         file.write(b"\0" * 32)
     refused(out, "other than an earlier export")
@@ -277,9 +277,9 @@ def test_a_mixture_of_kinds_is_proved(tmp_path: Path) -> None:
     source = gguf_files.write(tmp_path / "in.gguf", "lfm2", conv=(0, 1, 3, 5))
     loaded = load(source)
     before = sum(parameter.numel() for parameter in loaded.model.parameters())
-    said: list[str] = []
+    messages: list[str] = []
     out = tmp_path / "deep" / "out.gguf"
-    proof = export_gguf(loaded.model, loaded.tokenizer, source, (4, 1), out, progress=said.append)
+    proof = export_gguf(loaded.model, loaded.tokenizer, source, (4, 1), out, progress=messages.append)
     assert proof.passed
     assert proof.max_logit_difference == 0.0
     assert proof.kept_blocks == (0, 2, 3, 5)
@@ -288,7 +288,7 @@ def test_a_mixture_of_kinds_is_proved(tmp_path: Path) -> None:
     assert (proof.bytes_before, proof.bytes_after) == (source.stat().st_size, out.stat().st_size)
     assert settings(out)["lfm2.attention.head_count_kv"] == [0, 2, 0, 0]
     assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
-    assert len(said) == 3
+    assert len(messages) == 3
     mask = os.umask(0)
     os.umask(mask)
     assert out.stat().st_mode & 0o777 == 0o666 & ~mask
@@ -361,7 +361,7 @@ def test_the_command_line_writes_proves_and_replaces(
     assert settings(out)["sleb.run"] == found["run_id"]
     assert len(load(out).model.model.layers) == 4
     assert "--replace" in command(*export, code=2)[1]
-    monkeypatch.setattr(gguf_file, "run_proof", prove_here)
+    monkeypatch.setattr(proven_folder, "run_proof", prove_here)
     shown = command(*export, "--steps", 1, "--replace")[0]
     assert "Wrote and proved" in shown
     assert "megabytes" in shown
@@ -383,12 +383,12 @@ def test_a_folder_needs_a_gguf_file_of_the_same_model(source: Path, text_file: P
         str(folder), calibration=str(text_file), sequences=4, sequence_length=24, remove=2, analysis=False
     )
     out = tmp_path / "out.gguf"
-    with pytest.raises(OptionError, match=r"--format hf.*convert_hf_to_gguf\.py; or name a GGUF file .* with --gguf"):
+    with pytest.raises(OptionError, match=r"`format=hf`.*convert_hf_to_gguf\.py; or name a GGUF file .* with `gguf`"):
         sleb.export_model(run, out, format="gguf")
     seven = gguf_files.write(tmp_path / "seven.gguf", num_blocks=7)
     with pytest.raises(OptionError, match="it has 7 blocks, and the model has 6"):
         sleb.export_model(run, out, format="gguf", gguf=seven)
-    with pytest.raises(ModelError, match="There is no file"):
+    with pytest.raises(ModelError, match="does not exist"):
         sleb.export_model(run, out, format="gguf", gguf=tmp_path / "nothing.gguf")
     with pytest.raises(OptionError, match="--gguf"):
         sleb.export_model(run, tmp_path / "out", gguf=source)
@@ -413,7 +413,7 @@ def test_where_the_converter_would_lose_the_windows_it_says_so(model_class: str,
     run = write_run(home / "runs" / "one", 12, 2)
     assert run.stack is not None
     run = run.model_copy(update={"stack": run.stack.model_copy(update={"model_class": model_class})})
-    with pytest.raises(OptionError, match="--format hf") as raised:
+    with pytest.raises(OptionError, match="`format=hf`") as raised:
         gguf_plan.source_of(run, JobSpec(kind="export", format="gguf"))
     assert ("Beware of the converter" in str(raised.value)) is beware
 
@@ -421,13 +421,13 @@ def test_where_the_converter_would_lose_the_windows_it_says_so(model_class: str,
 SLOW_PROOF = """
 import sys, time
 import sleb
-from sleb.export import gguf_file
+from sleb.export import proven_folder
 
 def slow(folder, *_):
     print([path.name for path in folder.iterdir()], flush=True)
     time.sleep(600)
 
-gguf_file.run_proof = slow
+proven_folder.run_proof = slow
 sleb.export_model(sys.argv[1], sys.argv[2], format="gguf")
 """
 

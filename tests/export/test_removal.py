@@ -10,8 +10,9 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from sleb.errors import ExportError
+from sleb.export.config_periods import broken_periods
 from sleb.export.removal import plan_removal, remove_blocks
-from sleb.export.smaller_config import broken_periods, readings, streamlined_config
+from sleb.export.smaller_config import readings, streamlined_config
 from sleb.model.block_stack import BlockStack
 from tests.support.families import FAMILIES, build, token_ids
 
@@ -57,9 +58,9 @@ def test_removing_equals_skipping(name: str, removal_list: tuple[int, ...]) -> N
     assert config.to_dict() == untouched  # replaced, not changed: others may hold it
     assert model.config.num_hidden_layers == len(stack.blocks) == 6 - len(removal_list)
     with torch.inference_mode():
-        found = model(input_ids=ids, use_cache=False).logits
+        result = model(input_ids=ids, use_cache=False).logits
     # Gemma 4's packed per-layer inputs come from a smaller matrix product, which may round otherwise.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 if name == "gemma4" else 0)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4 if name == "gemma4" else 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "gpt-neo", "falcon-h1", "mamba", "rwkv", "gemma3", "lfm2", "jamba"])
@@ -68,14 +69,14 @@ def test_layer_indices_are_renumbered(name: str) -> None:
     path = plan_removal(model, (1, 3)).path
     remove_blocks(model, (1, 3))
     blocks = model.get_submodule(path)
-    found: set[int] = set()
+    result: set[int] = set()
     for position, block in enumerate(blocks):
         for module in block.modules():
             index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
             if index is not None:
                 assert index == position
-                found.add(index)
-    assert found == {0, 1, 2, 3}
+                result.add(index)
+    assert result == {0, 1, 2, 3}
 
 
 def test_lists_counts_and_indices_of_the_config_follow() -> None:
@@ -138,8 +139,8 @@ def test_lists_of_blocks_follow_wherever_they_stand(case: str) -> None:
     config = build("qwen3").config
     for name, value in given.items():
         setattr(config, name, value)
-    found = streamlined_config(config, (1, 3)).to_dict()
-    assert {name: found[name] for name in expected} == expected
+    result = streamlined_config(config, (1, 3)).to_dict()
+    assert {name: result[name] for name in expected} == expected
 
 
 def test_a_list_that_nothing_explains_is_refused_where_it_matters() -> None:

@@ -65,10 +65,10 @@ def test_every_format_reads_back_to_the_same_blocks(removal_list: tuple[int, ...
     assert parse_llama_quantize(render(run, "llama-quantize")).prune_layers == sorted(removal_list)
     assert json.loads(render(run, "list")) == list(removal_list)
 
-    found = json.loads(render(run, "json"))
-    assert found["removal_list"] == list(removal_list)
-    assert found["kept_blocks"] == kept(removal_list, num_blocks)
-    assert [block for start, end in found["kept_ranges"] for block in range(start, end)] == found["kept_blocks"]
+    result = json.loads(render(run, "json"))
+    assert result["removal_list"] == list(removal_list)
+    assert result["kept_blocks"] == kept(removal_list, num_blocks)
+    assert [block for start, end in result["kept_ranges"] for block in range(start, end)] == result["kept_blocks"]
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--model_name")
@@ -132,13 +132,13 @@ def test_csv_says_what_each_step_found() -> None:
 
 
 def test_json_carries_the_provenance() -> None:
-    found = json.loads(render(make_run(), "json"))
-    assert (found["model"], found["revision"], found["num_blocks"]) == ("example/model-1b", "0123abc", 30)
-    assert found["method"] == "metric3"
-    assert found["calibration"]["source"] == "demo"
-    assert found["perplexity"]["baseline"] == pytest.approx(math.exp(3.0))
-    assert found["perplexity"]["streamlined_held_out"] == pytest.approx(math.exp(3.4))
-    assert found["in_words"] == in_words(30, (14, 23, 11))
+    result = json.loads(render(make_run(), "json"))
+    assert (result["model"], result["revision"], result["num_blocks"]) == ("example/model-1b", "0123abc", 30)
+    assert result["method"] == "metric3"
+    assert result["calibration"]["source"] == "demo"
+    assert result["perplexity"]["baseline"] == pytest.approx(math.exp(3.0))
+    assert result["perplexity"]["streamlined_held_out"] == pytest.approx(math.exp(3.4))
+    assert result["in_words"] == in_words(30, (14, 23, 11))
 
 
 def test_json_stays_json_where_a_perplexity_is_no_number() -> None:
@@ -147,9 +147,9 @@ def test_json_stays_json_where_a_perplexity_is_no_number() -> None:
     def refuse(word: str) -> None:
         raise AssertionError(word)
 
-    found = json.loads(render(make_run((3,), steps=(step,)), "json"), parse_constant=refuse)
-    assert found["perplexity"]["streamlined"] is None
-    assert found["perplexity"]["streamlined_held_out"] is None
+    result = json.loads(render(make_run((3,), steps=(step,)), "json"), parse_constant=refuse)
+    assert result["perplexity"]["streamlined"] is None
+    assert result["perplexity"]["streamlined_held_out"] is None
 
 
 @pytest.mark.parametrize("name", [AWKWARD, "org/model name", "-rf", "null", "1.0", "C:\\models\\x"])
@@ -191,7 +191,7 @@ def test_mergekit_is_told_the_revision() -> None:
 def test_tools_that_cannot_read_the_model_are_refused() -> None:
     gguf = make_run(spec={"model": "/models/mine.GGUF"})
     for format in ("mergekit", "sleb"):
-        with pytest.raises(OptionError, match=r"mine\.GGUF is a GGUF file.*--format llama-quantize"):
+        with pytest.raises(OptionError, match=r"mine\.GGUF is a GGUF file.*`format=llama-quantize`"):
             render(gguf, format)
     packed = make_run(spec={"model": "/models/mine"}, stack={"quantisation": "compressed-tensors (pack-quantized)"})
     with pytest.raises(OptionError, match=r"mine is quantised .*Search the checkpoint that it was made from"):
@@ -219,12 +219,12 @@ def test_tools_that_cannot_read_the_model_are_refused() -> None:
 )
 def test_what_to_beware_of_is_said(format: str, changes: dict[str, dict[str, object]], sentence: str | None) -> None:
     run = make_run(**changes)  # type: ignore[arg-type]
-    said = remarks(run, format)
-    assert len(said) == (sentence is not None)
+    sentences = remarks(run, format)
+    assert len(sentences) == (sentence is not None)
     if sentence is not None:
-        assert sentence in said[0]
+        assert sentence in sentences[0]
     if format == "mergekit":
-        assert all(f"# {each}\n" in render(run, format) for each in said)
+        assert all(f"# {each}\n" in render(run, format) for each in sentences)
 
 
 @pytest.mark.parametrize("format", ["json", "csv", "list"])
@@ -238,9 +238,9 @@ def test_formats_that_travel_name_no_folder(format: str) -> None:
     text = render(run, format)
     assert "somebody" not in text
     if format == "json":
-        found = json.loads(text)
-        assert (found["model"], found["weights_hash"]) == ("mine", "feedbeef")
-        assert found["calibration"]["source"] == "notes.txt"
+        result = json.loads(text)
+        assert (result["model"], result["weights_hash"]) == ("mine", "feedbeef")
+        assert result["calibration"]["source"] == "notes.txt"
     for other in ("mergekit", "sleb"):
         assert "/home/somebody/models/mine" in render(run, other)
 

@@ -28,11 +28,11 @@ def test_the_numbers_are_those_of_table_4() -> None:
         pytest.skip(f"needs the paper's text in {PAPER}")
     table = PAPER.read_text().partition("Table 4. Number and indices")[2].partition("<sup>")[0]
     rows = re.findall(r"(\d+B|6\.7B)\t(\d+)\t\d+\t([\d, ]+)\t\d+\t\+ ([\d, ]+)", table)
-    found = [
+    result = [
         (int(blocks), tuple(map(int, first.split(","))), tuple(map(int, further.split(","))))
         for _, blocks, first, further in rows
     ]
-    assert found == [(each.num_blocks, each.first, each.further) for each in PUBLISHED]
+    assert result == [(each.num_blocks, each.first, each.further) for each in PUBLISHED]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Mending a model at its cuts without training. Knows models and token ids; knows no run.
+"""Least-squares refits of a model at its cuts, without training. Knows models and token ids; knows no run.
 
-A cut is a maximal run of removed blocks. The last linear layer of the block before it is fitted anew, so that the
-hidden state comes out of that block as it came out of the run in the unmodified model. That is a least-squares problem
+A cut is a maximal run of removed blocks. The last linear layer of the block before it is refit, so that the hidden
+state comes out of that block as it comes out of the removed blocks in the baseline. That is a least-squares problem
 with one answer, and the answer is a weight of the shape that was there: nothing is added to the model, and every
 architecture that adds a linear layer's output to its hidden state can carry it.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sleb.errors import NotNumbers, OptionError
+from sleb.errors import NotNumbers, OptionError, model_without
 from sleb.evaluation.healing.lora import is_linear
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
 from sleb.scoring.sweep import default_batch_size
@@ -31,15 +31,15 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
-class Mended:
-    """One layer, fitted anew."""
+class Refit:
+    """A linear layer whose weight was refit by least squares."""
 
     name: str
-    """Of its weight in the smaller model."""
+    """The name of its weight in the smaller model."""
     weight: torch.Tensor
     ridge: float
     error_before: float
-    """On held-out text: the squared difference from the unmodified model's hidden state, relative to that state."""
+    """On held-out text: the squared difference from the baseline's hidden state, relative to that state."""
     error_after: float
 
 
@@ -60,77 +60,88 @@ class _Layer:
 def cuts(removal_list: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
     """Each cut as (the block before it, the first block behind it or `num_blocks`), in the order of the stack.
 
-    Before a cut at the very beginning there is no block: it is left out.
+    A cut at the very beginning has no block before it and is left out.
     """
     kept = [-1, *(block for block in range(num_blocks) if block not in set(removal_list)), num_blocks]
-    found = itertools.pairwise(kept)
-    return [(before, behind) for before, behind in found if before >= 0 and behind - before > 1]
+    return [(before, behind) for before, behind in itertools.pairwise(kept) if before >= 0 and behind - before > 1]
 
 
 @torch.no_grad()
-def mend(
+def refit(
     original: BlockStack,
     smaller: BlockStack,
     removal_list: Sequence[int],
     ids: np.ndarray,
     held_out: int,
     tell: Callable[[float, str], None] = lambda fraction, message: None,
-) -> list[Mended]:
-    """Fit one layer before each cut of `smaller`, which shares its weights with `original` and is given its own there.
+) -> list[Refit]:
+    """Refit one layer before each cut of `smaller`, which shares its weights with `original` and gets new ones there.
 
     `ids` is (sequences, length) int64, of which the last `held_out` choose the ridge. Cut follows cut: each is fitted
-    to what comes out of the mended model before it. Tokens weigh by one over the square of their hidden state, because
+    to what comes out of the refit model before it. Tokens weigh by one over the square of their hidden state, because
     that is how the norm behind them sees a difference, and because the first token of many models has one that is a
     hundred times longer than all others.
 
-    Raises `OptionError` where no cut can be mended, `NotNumbers` where there is nothing to fit to.
+    Raises `OptionError` where no cut can be refit, `NotNumbers` where the baseline or the smaller model gives none.
     """
-    count, length = ids.shape
-    where = cuts(removal_list, len(original))
-    if not where:
-        raise OptionError("The only cut is before the first block; there is nothing in front of it to mend.")
+    behind_of = dict(cuts(removal_list, len(original)))
+    if not behind_of:
+        raise OptionError("The only cut is before the first block, and no block in front of it could be refit.")
+    batches, is_held_out = _batches(original, ids, held_out)
+    goals = _goals(original, batches, list(behind_of.values()), tell)
     kept = [block for block in range(len(original)) if block not in set(removal_list)]
-    size = default_batch_size(original.device, length)
-    fitting = count - held_out
-    parts = [
-        torch.from_numpy(ids[start:stop])
-        for first, last in ((0, fitting), (fitting, count))
-        for start, stop in ((at, min(at + size, last)) for at in range(first, last, size))
-    ]
-    batches = [part.to(original.device) for part in parts]
-    is_held_out = [start >= fitting for start in np.cumsum([0, *(len(part) for part in parts)])[:-1]]
-    goals: dict[int, list[torch.Tensor]] = {behind: [] for _, behind in where}
-    for done, batch in enumerate(batches):
-        outputs = original.outputs(batch)
-        for behind, found in goals.items():
-            found.append(outputs[behind])
-            _require_numbers(found[-1], "The unmodified model")
-        tell(0.4 * (done + 1) / len(batches), "what the cuts took away")
     inputs = [smaller.capture(batch) for batch in batches]
     streams = [each.start() for each in inputs]
-    mended: list[Mended] = []
-    behind_of = dict(where)
+    refits: list[Refit] = []
     for position, block in enumerate(kept):
         if block in behind_of:
-            goal = goals.pop(behind_of[block])
-            fitted = _fit(smaller, position, inputs, streams, goal, is_held_out)
+            fitted = _fit(smaller, position, inputs, streams, goals.pop(behind_of[block]), is_held_out)
             if fitted is not None:
-                mended.append(fitted)
+                refits.append(fitted)
         if not goals:
             break  # what is behind the last cut stays as it is
         for each, stream in zip(inputs, streams, strict=True):
             smaller.advance(position, each, stream)
         tell(0.4 + 0.6 * (position + 1) / len(kept), f"block {block}")
-    if not mended:
+    if not refits:
         raise OptionError(
             f"{type(original.model).__name__} adds no linear layer's output to its hidden state before a cut; "
-            "use --how lora."
+            "use `how=lora`."
         )
-    return mended
+    return refits
+
+
+def _batches(stack: BlockStack, ids: np.ndarray, held_out: int) -> tuple[list[torch.Tensor], list[bool]]:
+    """The sequences in batches that the device takes, and whether each batch is held out."""
+    fitting = len(ids) - held_out
+    size = default_batch_size(stack.device, ids.shape[1])
+    parts = [
+        (torch.from_numpy(ids[start : min(start + size, last)]).to(stack.device), first == fitting)
+        for first, last in ((0, fitting), (fitting, len(ids)))
+        for start in range(first, last, size)
+    ]
+    return [batch for batch, _ in parts], [is_held_out for _, is_held_out in parts]
+
+
+def _goals(
+    original: BlockStack,
+    batches: Sequence[torch.Tensor],
+    blocks: Sequence[int],
+    tell: Callable[[float, str], None],
+) -> dict[int, list[torch.Tensor]]:
+    """The baseline's hidden state of every batch in front of each of these blocks. Raises `NotNumbers`."""
+    goals: dict[int, list[torch.Tensor]] = {behind: [] for behind in blocks}
+    for done, batch in enumerate(batches):
+        outputs = original.outputs(batch)
+        for behind, hidden in goals.items():
+            hidden.append(outputs[behind])
+            _require_numbers(hidden[-1], model_without(()))
+        tell(0.4 * (done + 1) / len(batches), "what the cuts took away")
+    return goals
 
 
 def put(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Give layers new weights of their own; whoever shared the old ones keeps them. By name in `model`."""
+    """Give layers, by name in `model`, new weights of their own; a model that shared the old ones keeps them."""
     for name, weight in weights.items():
         path, _, leaf = name.rpartition(".")
         module: Any = model.get_submodule(path)
@@ -145,7 +156,7 @@ def _fit(
     streams: Sequence[Stream],
     goals: Sequence[torch.Tensor],
     is_held_out: Sequence[bool],
-) -> Mended | None:
+) -> Refit | None:
     """The last linear layer of a block, fitted so that the block gives out `goals`; None where it has none."""
     layer = _last_layer(stack, position, inputs[0], streams[0])
     if layer is None:
@@ -164,8 +175,8 @@ def _fit(
     best, ridge = normal[False].solve(old, normal[True])
     put(stack.model, {layer.name: best if layer.is_transposed else best.T})
     before, after = (normal[True].error(each) * layer.scale**2 for each in (old, best))
-    log.info("%s fitted anew (ridge %g): error %.4f, was %.4f", layer.name, ridge, after, before)
-    return Mended(layer.name, layer.module.weight.detach(), ridge, before, after)
+    log.info("%s refit (ridge %g): error %.4f, was %.4f", layer.name, ridge, after, before)
+    return Refit(layer.name, layer.module.weight.detach(), ridge, before, after)
 
 
 def _require_numbers(hidden: torch.Tensor, whose: str) -> None:
@@ -184,11 +195,11 @@ class _Normal:
 
     @staticmethod
     def empty(weight: torch.Tensor) -> _Normal:
-        """Of no tokens yet, for a weight of this shape: (inputs, outputs)."""
+        """The equations before any token, for a weight of this shape: (inputs, outputs)."""
         return _Normal(weight.new_zeros(len(weight), len(weight)), torch.zeros_like(weight), 0.0, 0)
 
     def add(self, entering: torch.Tensor, wanted: torch.Tensor, goal: torch.Tensor) -> None:
-        """More tokens: (tokens, inputs), (tokens, outputs), and the hidden state by which they weigh."""
+        """Add tokens: (tokens, inputs), (tokens, outputs), and the hidden state by which they weigh."""
         weight = 1.0 / goal.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         entering, wanted = entering * weight, wanted * weight
         self.gram += (entering.T @ entering).double()
@@ -197,20 +208,20 @@ class _Normal:
         self.tokens += len(entering)
 
     def error(self, weight: torch.Tensor) -> float:
-        """Mean squared difference over tokens."""
+        """Weighted mean squared difference over tokens that a weight leaves."""
         fitted = (weight * (self.gram @ weight)).sum() - 2 * (weight * self.cross).sum()
         return (self.square + float(fitted)) / self.tokens
 
     def solve(self, old: torch.Tensor, judge: _Normal) -> tuple[torch.Tensor, float]:
         """The weight, held to the old one by the ridge that does best on other tokens; and that ridge."""
         unit = self.gram.diagonal().mean()
-        found = []
+        tried = []
         for ridge in RIDGES:
             left = self.gram.clone()
             left.diagonal().add_(ridge * unit)
             weight = torch.linalg.solve(left, self.cross + ridge * unit * old)
-            found.append((judge.error(weight), ridge, weight))
-        error, ridge, weight = min(found, key=lambda each: each[0])
+            tried.append((judge.error(weight), ridge, weight))
+        error, ridge, weight = min(tried, key=lambda each: each[0])
         return (weight, ridge) if error < judge.error(old) else (old, float("inf"))
 
 
@@ -228,9 +239,9 @@ def _run(
 
 
 def _last_layer(stack: BlockStack, position: int, inputs: BlockInputs, stream: Stream) -> _Layer | None:
-    """Found out by trying: what is added to the layer's output comes out of the block, times a constant.
+    """The linear layer, if any, of which what is added to its output comes out of the block, times a constant.
 
-    A norm behind it, or another layer that reads it, would change that.
+    That is tried: a norm behind the layer, or another layer that reads it, would change it.
     """
     block = stack.blocks[position]
     called: list[tuple[str, Any]] = []
@@ -258,8 +269,8 @@ def _last_layer(stack: BlockStack, position: int, inputs: BlockInputs, stream: S
 def _scale(
     stack: BlockStack, position: int, module: Any, inputs: BlockInputs, stream: Stream, plain: torch.Tensor
 ) -> float | None:
-    """By what the block's output moves when the layer's does; None where it does not just follow."""
-    moved: list[torch.Tensor] = []
+    """How far the block's output moves when the layer's moves by one; None where it does not just follow."""
+    pushes: list[torch.Tensor] = []
 
     def push(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor | None:
         if output.shape[-1] != plain.shape[-1] or output.numel() != plain.numel():
@@ -268,18 +279,18 @@ def _scale(
         length = plain.float().norm(dim=-1, keepdim=True) / plain.shape[-1] ** 0.5  # of one number, per token
         noise = torch.randn(output.shape, generator=draw).to(output.device) * length.view(*output.shape[:-1], 1)
         pushed = output + noise.to(output.dtype)
-        moved.append(pushed.float() - output.float())  # as it was rounded
+        pushes.append(pushed.float() - output.float())  # as it was rounded
         return pushed
 
     handle = module.register_forward_hook(push)
-    twin = stream.fork()
+    moved = stream.fork()
     try:
-        stack.advance(position, inputs, twin)
+        stack.advance(position, inputs, moved)
     finally:
         handle.remove()
-    if not moved:
+    if not pushes:
         return None
-    difference, push_by = twin.hidden.float() - plain.float(), moved[0].view_as(plain)
+    difference, push_by = moved.hidden.float() - plain.float(), pushes[0].view_as(plain)
     scale = float((difference * push_by).sum() / push_by.square().sum())
     scale = 1.0 if abs(scale - 1.0) < 1e-2 else scale  # what it is nearly always, but for rounding
     left = float((difference - scale * push_by).norm() / push_by.norm())

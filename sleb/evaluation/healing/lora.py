@@ -1,5 +1,4 @@
-"""Low-rank adapters (LoRA, by peft) inside the blocks of a model, and their training. Knows a model and token ids;
-knows no run.
+"""Low-rank adapters (LoRA, by peft) inside the blocks of a model, and their training. Knows token ids, and no run.
 
 The model's own weights are never written to: the adapters are parameters of their own, and merging puts new weights in
 the place of old ones. Adapters, moments and gradients are float32 whatever the model's type is.
@@ -39,36 +38,36 @@ _WARM_UP = 0.05  # of all updates
 _LARGEST_GRADIENT = 1.0  # norm over all adapters
 _ALPHA = 2  # times the rank: what an adapter adds is scaled by alpha / rank
 _LOSSES = 200  # kept at most
-_READ_OUT_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits; its gradients come on top
+_LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits; its gradients come on top
 _FIRST, _SECOND = "exp_avg", "exp_avg_sq"  # AdamW's moments
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a training."""
+    """Hyperparameters of LoRA training."""
 
     rank: int
     learning_rate: float
     epochs: int
     batch_sequences: int
-    """Per update."""
+    """Sequences per update."""
     seed: int
 
 
 @dataclass
 class Progress:
-    """How far a training is: what is done can be gone on from."""
+    """How far a training has come, so that it can be resumed."""
 
     updates: int = 0
     losses: list[float] = field(default_factory=list)
-    """Of each update, nats per token."""
+    """Loss of each update, nats per token."""
     seconds: float = 0.0
 
 
 def require() -> None:
-    """Raises `OptionError` where peft is missing."""
+    """Require peft. Raises `OptionError` where it is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise OptionError("Healing with --how lora needs peft: pip install 'sleb[heal]'.")
+        raise OptionError("Healing with `how=lora` needs peft: pip install 'sleb[heal]'.")
 
 
 def adapt(model: nn.Module, rank: int, seed: int) -> Any:
@@ -79,13 +78,13 @@ def adapt(model: nn.Module, rank: int, seed: int) -> Any:
     from peft import LoraConfig, TaskType, get_peft_model
 
     stack = BlockStack(model)
-    found = [each for block in stack.blocks for each in block.named_modules() if is_linear(each[1])]
-    layers = sorted({name for name, _ in found})
+    linear = [each for block in stack.blocks for each in block.named_modules() if is_linear(each[1])]
+    layers = sorted({name for name, _ in linear})
     if not layers:
         raise OptionError(f"{type(model).__name__} has no linear layers inside its blocks for LoRA to adapt.")
-    most = max(min(module.weight.shape) for _, module in found)
+    most = max(min(module.weight.shape) for _, module in linear)
     if rank > most:
-        raise OptionError(f"--rank {rank} is more than the model's layers have ({most} at most); choose a smaller one.")
+        raise OptionError(f"`rank={rank}` is more than the model's layers have ({most} at most); choose a smaller one.")
     inside = "|".join(map(re.escape, layers))
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -98,12 +97,12 @@ def adapt(model: nn.Module, rank: int, seed: int) -> Any:
         try:
             return get_peft_model(model, config).eval()
         except (ValueError, NotImplementedError) as error:
-            said = re.sub(r"^\[.*?\] ", "", " ".join(str(error).split())).split(". ")[0]
-            raise OptionError(f"peft cannot adapt {type(model).__name__} ({said[:300]}).") from error
+            reason = re.sub(r"^\[.*?\] ", "", " ".join(str(error).split())).split(". ")[0]
+            raise OptionError(f"peft cannot adapt {type(model).__name__} ({reason[:300]}).") from error
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Linear, or the transposed one of GPT-2."""
+    """Whether a module is a linear layer, or the transposed one of GPT-2."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
@@ -136,8 +135,8 @@ def train(
     to norm 1, a learning rate that rises over the first updates and falls to nothing. Nothing is dropped out. `tell`
     hears of the updates done, of all. Without `in_pieces` the logits of a whole sequence exist at once.
 
-    Raises `NotNumbers` where the model predicts none before anything is trained, `ScoringError` when the loss or its
-    gradients become none, or a single sequence does not fit into memory.
+    Raises `NotNumbers` where the model predicts no numbers before anything is trained, `ScoringError` when the loss or
+    its gradients are not numbers, or a single sequence does not fit into memory.
     """
     stack = BlockStack(adapted.get_base_model())
     parameters = _trainable(adapted)
@@ -171,11 +170,11 @@ def train(
     return progress
 
 
-def diverged(how: str, dtype: str) -> ScoringError:
-    """Of a training whose numbers are none: what was seen of it, and what to do."""
-    wider = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}.get(dtype)
+def diverged(symptom: str, dtype: str) -> ScoringError:
+    """The error of a training whose numbers are not finite: the symptom, and what to do."""
+    wider = {"float16": "`dtype=bfloat16` or `dtype=float32`", "bfloat16": "`dtype=float32`"}.get(dtype)
     return ScoringError(
-        f"The training diverged in {dtype}: {how}. Nothing was kept. Lower --learning-rate"
+        f"The training diverged in {dtype}: {symptom}. Nothing was kept. Lower `learning_rate`"
         + (f", or use {wider}." if wider else ".")
     )
 
@@ -192,7 +191,7 @@ def course(losses: Sequence[float]) -> tuple[float, ...]:
 
 
 def merge(adapted: Any) -> Any:
-    """The model with its adapters added into weights of its own; whoever shared the old ones keeps them as they were.
+    """The model with its adapters added into weights of its own; a model that shared the old ones keeps them.
 
     The adapted model is used up.
     """
@@ -226,7 +225,7 @@ def _rate(number: int, updates: int) -> float:
 def _gradients(
     stack: BlockStack, parameters: dict[str, nn.Parameter], rows: torch.Tensor, piece: int, in_pieces: bool
 ) -> tuple[float, int]:
-    """Gradients of the mean over the tokens of `rows`, (sequences, length), which go up `piece` at a time.
+    """Compute gradients of the mean over the tokens of `rows`, (sequences, length), which go up `piece` at a time.
 
     Returns that mean, nats, and how many sequences at a time fitted.
     """
@@ -241,7 +240,7 @@ def _gradients(
                 raise
             if piece == 1:
                 raise ScoringError(
-                    "Out of memory while training on one sequence; lower --sequence-length or --rank."
+                    "Out of memory while training on one sequence; lower `sequence_length` or `rank`."
                 ) from error
             piece //= 2
             log.warning("Out of memory: going on with %d sequences at a time.", piece)
@@ -260,7 +259,7 @@ def _backward(stack: BlockStack, ids: torch.Tensor, in_pieces: bool) -> torch.Te
     """
     batch, length = ids.shape
     hidden = stack.outputs(ids)[-1]
-    limit = _READ_OUT_BYTES["cuda" if ids.device.type == "cuda" else "cpu"]
+    limit = _LOGIT_BYTES["cuda" if ids.device.type == "cuda" else "cpu"]
     size = max(1, limit // (4 * batch * stack.config.vocab_size)) if in_pieces else length
     targets = nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # nothing follows the last token
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -290,14 +289,14 @@ def _write(
 
 @torch.no_grad()
 def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> Progress:
-    """Put back what a checkpoint holds; one that cannot be read is begun anew."""
+    """Put back what a checkpoint holds; where it cannot be read, the training begins again."""
     if not path.is_file():
         return Progress()
     try:
         with safe_open(path, framework="pt") as file:
             progress = Progress(**json.loads(file.metadata()["progress"]))
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = {
+        state = {
             name: [
                 stored[f"{kind}.{name}"].to(each.device)
                 for kind in ("weight", _FIRST, _SECOND)
@@ -305,12 +304,12 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
             ]
             for name, each in parameters.items()
         }
-        if any(each.shape != parameters[name].shape for name, own in found.items() for each in own):
+        if any(each.shape != parameters[name].shape for name, own in state.items() for each in own):
             raise ValueError("it is of other adapters")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        log.warning("%s cannot be read, and training begins anew: %s", path, error)
+        log.warning("%s cannot be read, and training begins again: %s", path, error)
         return Progress()
-    for name, (weight, *moments) in found.items():
+    for name, (weight, *moments) in state.items():
         parameters[name].copy_(weight)
         if moments:
             step = torch.tensor(float(progress.updates))
@@ -320,7 +319,7 @@ def _resume(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.op
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Peft warns of what it does by itself (the transposed layers of GPT-2, tied embeddings)."""
+    """Silence peft's warnings of what it handles by itself (transposed layers of GPT-2, tied embeddings)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

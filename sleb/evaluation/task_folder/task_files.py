@@ -21,7 +21,7 @@ from sleb.errors import OptionError, WorkEnded, excerpt
 from sleb.evaluation.task_folder.task_limits import within
 
 LARGEST = 4 << 20
-"""Bytes of a task file; lm-eval's own largest has 63,000."""
+"""Most bytes of a task file; lm-eval's own largest has 63,000."""
 _DEEPEST, _WIDEST = 100, 1_000_000  # of what its YAML becomes, with all that its aliases repeat
 _MEMBERS, _GROUPS_DEEP = 20_000, 50
 _LONGEST_TEXT = 4_000_000  # characters that a template may make of one example
@@ -50,11 +50,11 @@ _CHANGEABLE = {
     "target_delimiter", "fewshot_delimiter",
 }  # fmt: skip
 """What a group may change about one of lm-eval's own tasks that has functions; the rest would reach them."""
-_FLAG = "which a task file may only with --trust-remote-code"
+_FLAG = "which a task file may only with `trust_remote_code`"
 
 
 class _Function(str):
-    """What `!function` names, where nothing is imported."""
+    """The name that `!function` gives, where nothing is imported."""
 
 
 class TaskFiles:
@@ -74,7 +74,7 @@ class TaskFiles:
 
     @contextmanager
     def as_data(self) -> Iterator[None]:
-        """While tasks are loaded, and while they are put and scored; lm-eval is as it was afterwards."""
+        """Treat task files as data while tasks are loaded, put and scored; lm-eval is as it was afterwards."""
         from lm_eval import utils
         from lm_eval.api import task as tasks
         from lm_eval.tasks import _factory, _index, _yaml_loader, manager
@@ -112,7 +112,7 @@ class TaskFiles:
         return load_yaml
 
     def _read(self, path: Path, refuse: bool, recursive: bool, seen: set[Path]) -> dict[str, Any]:
-        """As lm-eval reads and merges, but for code: it is refused, or left as text where lm-eval only lists."""
+        """Read and merge as lm-eval does, but for code: it is refused, or left as text where lm-eval only lists."""
         if path in seen:
             raise OptionError(f"The task file {path} includes itself, or is included twice.")
         seen.add(path)
@@ -123,13 +123,13 @@ class TaskFiles:
         merged: dict[str, Any] = {}
         for each in includes if isinstance(includes, list) else [includes]:
             if not isinstance(each, str):
-                raise OptionError(f"The task file {path} includes what is no file name: {excerpt(each, 80)}.")
+                raise OptionError(f"The task file {path} includes what is not a file name: {excerpt(each, 80)}.")
             included = (path.parent / each).resolve()
             if not (self._holds(included) or is_lm_evals(included)):
                 raise OptionError(f"The task file {path} includes {included} outside its folder, {_FLAG}.")
-            found = self._read(included, refuse, True, seen)
-            found.pop("task_list", None)
-            merged.update(found)
+            content = self._read(included, refuse, True, seen)
+            content.pop("task_list", None)
+            merged.update(content)
         merged.update(config)
         return merged
 
@@ -159,7 +159,7 @@ class TaskFiles:
         return build_task
 
     def _metric(self, lm_evals: Callable[..., Any]) -> Callable[..., Any]:
-        """One that lm-eval does not have is a program: of the hub, or of the folder where the command starts."""
+        """Refuse a metric that is a program, of the hub or of the current folder, where it must not run."""
         from lm_eval.api import metrics, registry  # noqa: F401  importing the metrics registers them
 
         def get_metric(name: Any, hf_evaluate_metric: bool = False) -> Any:
@@ -198,7 +198,7 @@ class TaskFiles:
         return download
 
     def _require_plain(self, path: Any, settings: Any) -> None:
-        """Examples come from files that are only read."""
+        """Require examples in files that are only read. Raises `OptionError`."""
         from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
         if not isinstance(path, str) or not isinstance(settings, dict):
@@ -251,12 +251,12 @@ class TaskFiles:
     # ---- before and after loading
 
     def require_loadable(self, index: Mapping[str, Any], name: str) -> None:
-        """Groups end, and reach lm-eval's own functions only as they are. Raises `OptionError`."""
+        """Require that groups end, and reach lm-eval's own functions only as they are. Raises `OptionError`."""
         if self.restricted:
             _Members(index, self).visit(index[name], frozenset(), ())
 
     def require_bounded(self, task: Any) -> None:
-        """What a task asks of the model has a bound. Raises `OptionError`."""
+        """Require bounds of what a task asks of the model. Raises `OptionError`."""
         if self.is_own(task):
             return
         name, config = task.task_name, task.config
@@ -276,7 +276,7 @@ class TaskFiles:
 
 
 class _Members:
-    """Walks a group as lm-eval would build it, counting, with what its task files change on the way."""
+    """A walk through a group as lm-eval would build it, which counts, with what its task files change on the way."""
 
     def __init__(self, index: Mapping[str, Any], files: TaskFiles) -> None:
         self._index, self._files, self._left = index, files, _MEMBERS
@@ -363,12 +363,11 @@ def _parsed(path: Path, refuse: bool) -> dict[str, Any]:
 
 
 def _text(path: Path) -> bytes:
-    """Of a regular file: a pipe would never end."""
+    """The bytes of a regular file: a pipe would never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise OptionError(f"The task file {path} is no regular file.")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OptionError(f"The task file {path} is not a regular file.")
         text = file.read(LARGEST + 1)
     if len(text) > LARGEST:
         raise OptionError(
@@ -378,7 +377,7 @@ def _text(path: Path) -> bytes:
 
 
 def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
-    """An alias is as large as what it repeats. Read event by event, before anything is made of it."""
+    """Refuse YAML that becomes too much; an alias is as large as what it repeats. Nothing is made of the events yet."""
     sizes: dict[str, int] = {}
     opened: list[tuple[str | None, int]] = []
     total = 0
@@ -421,13 +420,13 @@ def _sandbox(lm_evals: Any) -> Any:
 
 
 class _Import(MetaPathFinder):
-    """Has a module changed as soon as it is imported, whoever does so."""
+    """A finder that changes a module as soon as anything imports it."""
 
     def __init__(self, name: str, change: Callable[[Any], None]) -> None:
         self._name, self._change = name, change
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Python's own, for that one module."""
+        """Python's own spec for that one module; None for others."""
         spec = PathFinder.find_spec(fullname, path, target) if fullname == self._name else None
         if spec is None or spec.loader is None:
             return None
@@ -444,7 +443,7 @@ class _Import(MetaPathFinder):
 
 @contextmanager
 def _nothing_from_here(trusted: bool) -> Iterator[None]:
-    """`evaluate` prefers a folder of a metric's name in the current one to the hub.
+    """Keep `evaluate` from programs in the current folder: it prefers one with a metric's name to the hub.
 
     Any function of lm-eval's tasks may import it at any time. Importing it here would take seconds from all others.
     """
@@ -473,7 +472,7 @@ def _nothing_from_here(trusted: bool) -> Iterator[None]:
 
 
 def _may_run(program: str, trusted: bool) -> bool:
-    """lm-eval's own, and what trusted code names by its whole path. A mere name is no file of the current folder."""
+    """Whether a program is lm-eval's own, or one that trusted code names by its whole path."""
     return is_lm_evals(program) or (trusted and os.path.isabs(program))
 
 

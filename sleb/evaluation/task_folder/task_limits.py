@@ -1,4 +1,4 @@
-"""Ends what a task file asks for at a limit of time and memory: here, or beforehand in a copy of this process.
+"""Limits of time and memory for what a task file asks for: here, or beforehand in a copy of this process.
 
 Knows neither tasks nor lm-eval. A signal ends loops of Python and of regular expressions, not those of other C code:
 that is why `tried` does the same work first where the system can end it.
@@ -23,14 +23,14 @@ from types import FrameType
 from sleb.errors import OptionError, SlebError, WorkEnded, excerpt
 
 SECONDS_EACH = 10.0
-"""For one text, or what is done with one answer; a hundredth is plenty."""
+"""Seconds for one text, or what is done with one answer; a hundredth is plenty."""
 MEMORY_EACH = 2 << 30
-"""Bytes, likewise."""
+"""Bytes of memory for the same."""
 SECONDS = 600
-"""Of processor time, to load tasks and put all their questions."""
+"""Seconds of processor time, to load tasks and put all their questions."""
 MEMORY = 4 << 30
 LARGEST_FILE = 8 << 30
-"""Bytes of a file that loading may write: examples are unpacked and converted into a cache."""
+"""Most bytes of a file that loading writes: examples are unpacked and converted into a cache."""
 _MESSAGE = 4_000  # bytes
 _ends = threading.local()
 
@@ -63,7 +63,7 @@ def _memory_limit(memory: int) -> Iterator[None]:
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Only the main thread hears signals: elsewhere there is none."""
+    """End what runs inside after so many seconds; only in the main thread, which alone hears signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -92,7 +92,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def within(seconds: float | None = None, memory: int = MEMORY_EACH) -> Iterator[None]:
-    """What runs inside ends at a limit. Raises `WorkEnded`; a limit inside another one is not counted."""
+    """End what runs inside at a limit. Raises `WorkEnded`; a limit inside another one is not counted."""
     if getattr(_ends, "inside", False):
         yield
         return
@@ -119,39 +119,39 @@ def tried(work: Callable[[], object]) -> None:
         _in_child(work, writing)
     os.close(writing)
     try:
-        said = _heard(reading, time.monotonic() + 60 + 4 * SECONDS)
+        report = _received(reading, time.monotonic() + 60 + 4 * SECONDS)
     finally:
         os.close(reading)
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)  # it has said all, or it is late
+            os.kill(child, signal.SIGKILL)  # it has reported all, or it is late
         _, status = os.waitpid(child, 0)
-    if said[:1] == b"r":
-        raise OptionError(said[1:].decode("utf-8", "replace"))
-    if said[:1] == b"e":
-        raise WorkEnded(said[1:].decode("utf-8", "replace"))
-    if said[:1] != b"d":
+    if report[:1] == b"r":
+        raise OptionError(report[1:].decode("utf-8", "replace"))
+    if report[:1] == b"e":
+        raise WorkEnded(report[1:].decode("utf-8", "replace"))
+    if report[:1] != b"d":
         ended = os.waitstatus_to_exitcode(status)
         if -ended in (signal.SIGXCPU, signal.SIGKILL):
             raise WorkEnded(f"it took more than {SECONDS} seconds, or more memory than there is")
         raise WorkEnded(f"the process that tried it ended with exit code {ended}")
 
 
-def _heard(reading: int, until: float) -> bytes:
-    """What the child says until it closes its end. Raises `WorkEnded`."""
-    said = b""
-    while len(said) <= _MESSAGE:
+def _received(reading: int, until: float) -> bytes:
+    """What the child reports until it closes its end. Raises `WorkEnded`."""
+    report = b""
+    while len(report) <= _MESSAGE:
         if not select.select([reading], [], [], max(0.0, until - time.monotonic()))[0]:
             raise WorkEnded(f"it took more than {SECONDS} seconds")
         part = os.read(reading, _MESSAGE)
         if not part:
             break
-        said += part
-    return said
+        report += part
+    return report
 
 
 def _in_child(work: Callable[[], object], writing: int) -> None:
-    """Never returns: nothing of this process may be done twice."""
-    said = b"e"
+    """Do the work, report, and exit: nothing of this process may be done twice."""
+    report = b"e"
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -166,23 +166,23 @@ def _in_child(work: Callable[[], object], writing: int) -> None:
             resource.setrlimit(number, (most, most))
         with _memory_limit(MEMORY):
             work()
-        said = b"d"
+        report = b"d"
     except WorkEnded as error:
-        said += excerpt(error).encode()
+        report += excerpt(error).encode()
     except SlebError as error:
-        said = b"r" + str(error).encode("utf-8", "replace")[:_MESSAGE]
+        report = b"r" + str(error).encode("utf-8", "replace")[:_MESSAGE]
     except MemoryError:
-        said += f"it needed more than {MEMORY / 1e9:.1f} GB of memory".encode()
+        report += f"it needed more than {MEMORY / 1e9:.1f} GB of memory".encode()
     except BaseException as error:  # whatever it is, it must not go on in a copy of the caller
-        said += excerpt(f"{type(error).__name__}: {error}").encode()
+        report += excerpt(f"{type(error).__name__}: {error}").encode()
     finally:
         with suppress(OSError):
-            os.write(writing, said)
+            os.write(writing, report)
         os._exit(0)
 
 
 def _silence() -> None:
-    """What there is to say is said when the same is done here."""
+    """Print and log nothing: the parent does so when it does the same work."""
     for name in (None, "sleb"):
         logging.getLogger(name).handlers = []
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -191,6 +191,6 @@ def _silence() -> None:
 
 
 def _die_with_parent() -> None:
-    """So that a parent that is killed leaves nobody behind who holds its locks. Linux only."""
+    """End with the parent, so that no process of a killed one holds its locks. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

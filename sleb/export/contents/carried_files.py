@@ -1,7 +1,7 @@
 """What else lies in a model's folder: carried over into the smaller model's, or named as left behind. No torch.
 
 The folder may be a stranger's. No link is followed out of it, no program is carried over, no more is read than such
-files hold, and what speaks of the blocks of the whole model is left behind.
+files hold, and what describes the blocks of the baseline is left behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPLATES = "additional_chat_templates"
 
 _MOST_FILES, _MOST_BYTES = 500, 1 << 30
 _CHUNK = 1 << 20
-_OURS = (PROOF, "proof-expected.safetensors")
+_OURS = (PROOF, "proof-expected.safetensors", "proof-error.txt")
 _PROGRAMS = (
     *(".so", ".dll", ".dylib", ".exe", ".sh", ".bash", ".bat", ".cmd", ".ps1", ".com", ".pyc", ".pyd", ".jar"),
     *(".whl", ".js", ".deb", ".rpm"),
@@ -37,12 +37,12 @@ _PROGRAMS = (
 _VOCABULARIES = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|chat_template)\w*\.json")
 _COUNT = re.compile(r"(n|num)_?(hidden_|decoder_)?(layers?|blocks?)")
 _NAMED_BLOCK = re.compile(r"\b(layers?|blocks?|h)\\?\.\(?\d+|layer_range")
-_WHOLE = "it describes the blocks of the whole model"
+_WHOLE = "it describes the blocks of the baseline"
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What became of every file of a folder besides weights and config."""
+    """The files of a folder besides weights and config: carried over, or left behind."""
 
     files: dict[str, str]
     """Names of the files that were carried over, and the SHA-256 of what was written."""
@@ -74,7 +74,7 @@ def carry_over(source: SourceFolder, folder: Path, num_blocks: int, *, with_code
 
 
 def _entries(source: SourceFolder) -> Iterator[tuple[str, Path]]:
-    """Everything in the folder, and what is in its folder of chat templates."""
+    """Every entry of the folder and of its folder of chat templates, by name."""
     for path in sorted(source.folder.iterdir()):
         if path.name == TEMPLATES and path.is_dir() and not path.is_symlink():
             yield from ((f"{TEMPLATES}/{each.name}", each) for each in sorted(path.iterdir()))
@@ -98,7 +98,7 @@ def _reason(source: SourceFolder, name: str, path: Path, num_blocks: int, with_c
     if name.startswith("."):
         return "it is hidden"
     if suffix in WEIGHTS or name.endswith(".index.json"):
-        return "it holds weights of the whole model"
+        return "it holds weights of the baseline"
     if name in _OURS or name == SOURCE_CARD:
         return "an earlier export wrote it"
     if name.startswith(TEMPLATES) and suffix != ".jinja":
@@ -106,14 +106,14 @@ def _reason(source: SourceFolder, name: str, path: Path, num_blocks: int, with_c
     if suffix in _PROGRAMS:
         return "it is a program"
     if suffix == ".py" and not with_code:
-        return "it is code, which only --trust-remote-code carries over"
+        return "it is code, which only `trust_remote_code` carries over"
     if path.stat().st_size > LARGEST:
         return f"it has more than {LARGEST >> 20} MiB"
     return _WHOLE if "imatrix" in name.lower() or _speaks_of_blocks(path, num_blocks) else None
 
 
 def _stays_inside(folder: Path, path: Path) -> bool:
-    """No link, or one within the folder; in a cache of the hub's, one to the model's own files there."""
+    """Whether a path leads nowhere else: a link must stay in the folder, or lead to its files in the hub's cache."""
     if not path.is_symlink():
         return True
     root = folder.resolve()
@@ -127,7 +127,7 @@ def _stays_inside(folder: Path, path: Path) -> bool:
 
 
 def _speaks_of_blocks(path: Path, num_blocks: int) -> bool:
-    """Settings of another tool that number the blocks or count them, such as params.json or a recipe."""
+    """Whether settings of another tool number the blocks or count them, such as params.json or a recipe."""
     kind = path.suffix.lower()
     if kind in (".yaml", ".yml"):
         return _NAMED_BLOCK.search(path.read_text("utf-8", "replace")) is not None
@@ -167,10 +167,10 @@ def _without_code(path: Path) -> bytes | None:
     if path.suffix != ".json" or path.stat().st_size > MOST_BYTES:
         return None
     try:
-        found = json.loads(path.read_bytes())
+        settings = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or "auto_map" not in found:
+    if not isinstance(settings, dict) or "auto_map" not in settings:
         return None
-    found.pop("auto_map")
-    return (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    settings.pop("auto_map")
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

@@ -18,10 +18,11 @@ from safetensors import safe_open
 
 from sleb.errors import ExportError, excerpt, quoted
 from sleb.export import proof_process
+from sleb.export.config_periods import broken_periods
 from sleb.export.contents import carried_files, tensor_files
 from sleb.export.destination import saving
 from sleb.export.removal import Removal
-from sleb.export.smaller_config import broken_periods, changes, further_blocks
+from sleb.export.smaller_config import changes, further_blocks
 from sleb.model.inspection.source_folder import SourceFolder
 from sleb.model.inspection.stored_tensors import FLOATS, read_headers
 from sleb.model.streaming import streamed_blocks
@@ -35,14 +36,14 @@ _PACKED = re.compile(r"_(packed|scale|shape)$")  # what compressed-tensors makes
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of the source before the model is changed: which of its tensors are whose."""
+    """What is known of the source before the model is changed: the block of each of its tensors."""
 
     removal: Removal
     source: SourceFolder | None
     copy: tensor_files.Copy | None
     """None where blocks share weights, or the names of the stored tensors do not tell which block each is of."""
     config: Any
-    """The model's, as it was loaded."""
+    """The config of the model, as it was loaded."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ class Contents:
     tensors: dict[str, tuple[str, tuple[int, ...]]] | None = None
     """Type and shape of each tensor that was copied, by name; None where transformers wrote the weights."""
     config: dict[str, Any] = field(default_factory=dict)
-    """What the config of the text part says otherwise than before."""
+    """Settings of the config's text part that have changed."""
     left_behind: tuple[LeftBehind, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def plan_folder(model: Any, removal: Removal, source: SourceFolder | None) -> Plan:
-    """Look at the source while the model is whole. Raises `ModelError` for a damaged file."""
-    found = None
+    """Read the source while the model still has all blocks. Raises `ModelError` for a damaged file."""
+    copy = None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if source is not None and source.weights and not any(name.startswith(f"{removal.path}.") for name in tied):
         blocks: Any = model.get_submodule(removal.path)
@@ -69,12 +70,12 @@ def plan_folder(model: Any, removal: Removal, source: SourceFolder | None) -> Pl
         state = model.state_dict()
         packed = {name: (tuple(state[name].shape), dim) for name, dim in removal.packed.items() if name in state}
         stored = read_headers(source.weights)
-        found = tensor_files.without_blocks(stored, removal.path, shapes, packed, removal.kept)
-    return Plan(removal, source, found, model.config)
+        copy = tensor_files.without_blocks(stored, removal.path, shapes, packed, removal.kept)
+    return Plan(removal, source, copy, model.config)
 
 
 def require_as_stored(plan: Plan) -> None:
-    """A quantised checkpoint is kept as it is, or not exported at all. Raises `ExportError`."""
+    """Require that a quantised checkpoint can be copied as it is. Raises `ExportError`."""
     if plan.source is None or plan.copy is not None or _QUANTISATION not in plan.source.config():
         return
     raise ExportError(
@@ -108,7 +109,7 @@ def write_saved(
     `state` are the tensors to write where they are not the model's parameters.
     """
     with saving():
-        _mend_generation_config(model, folder)
+        _repair_generation_config(model, folder)
         streamed = streamed_blocks(model)
         if streamed is not None:
             streamed.forget()  # saving reads shard by shard, and has the room for itself
@@ -138,7 +139,7 @@ def write_saved(
 
 
 def _notes(copy: tensor_files.Copy) -> list[str]:
-    """What was carried over that predicts further tokens: transformers does not load it by itself."""
+    """Notes on what is carried over that predicts further tokens: transformers does not load it by itself."""
     notes = [
         f"{copy.prefix}.{old}, which stands behind the last block and predicts further tokens, is carried over as "
         f"{copy.prefix}.{new}."
@@ -153,7 +154,7 @@ def _notes(copy: tensor_files.Copy) -> list[str]:
 
 
 def _periods(plan: Plan, model: Any) -> Iterator[str]:
-    """Transformers goes by the list; other tools may go by the period."""
+    """Notes on periods that no longer hold: transformers reads the list; other tools may read the period."""
     for name, other in broken_periods(plan.config, model.config).items():
         yield f"{name} in the config no longer says of which kind each block is; {other} does."
 
@@ -172,12 +173,12 @@ def _not_written(plan: Plan, folder: Path, loaded: set[str]) -> list[LeftBehind]
     lost = sorted(tensor.stored_as for tensor in plan.copy.tensors if tensor.name not in written | loaded)
     if not lost:
         return []
-    what = f"{len(lost)} tensor{'s' if len(lost) > 1 else ''}, such as {excerpt(lost[0])}"
-    return [LeftBehind(name=what, why="transformers does not load them")]
+    name = f"{len(lost)} tensor{'s' if len(lost) > 1 else ''}, such as {excerpt(lost[0])}"
+    return [LeftBehind(name=name, why="transformers does not load them")]
 
 
 def _write_config(model: Any, plan: Plan, folder: Path, with_code: bool, *, copied: bool) -> None:
-    """The config, with what the source's says about other things than its size."""
+    """Write the config, with what the source's says about other things than its size."""
     assert plan.source is not None
     raw = plan.source.config()
     config = _whole(model.config, raw, plan.source.folder, with_code) if copied else model.config
@@ -199,8 +200,8 @@ def _write_config(model: Any, plan: Plan, folder: Path, with_code: bool, *, copi
         if not copied and getattr(model.config, _QUANTISATION, None):
             data[_QUANTISATION] = model.config.quantization_config
     if copied and not _names_dtype(raw) and len(_float_types(plan.copy)) == 1:
-        _forget(data, *_DTYPES)  # so that the weights tell, as they did
-    _forget(data, "_name_or_path")  # where the source lies is nobody else's business
+        _forget(data, *_DTYPES)  # so that the weights decide, as they did
+    _forget(data, "_name_or_path")  # where the source lies is private
     with saving():
         (folder / CONFIG).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -221,7 +222,7 @@ def _whole(config: Any, raw: dict[str, Any], folder: Path, with_code: bool) -> A
 
 
 def _keep_explicit(data: dict[str, Any], raw: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """What the source says although it is the default: other tools have other defaults."""
+    """Keep what the source says although it is the default: other tools have other defaults."""
     for name, value in raw.items():
         if name in settings and name not in data:
             data[name] = settings[name]
@@ -247,13 +248,13 @@ def _float_types(copy: tensor_files.Copy | None) -> set[str]:
 
 
 def renumbered_names(value: Any, prefix: str, removal: Removal, further: tuple[tuple[int, int], ...]) -> Any:
-    """Settings in which modules are named, with the numbers that the blocks have now; those of removed ones go.
+    """Settings in which modules are named, with the numbers that the blocks have now, without those of removed ones.
 
     Raises `ExportError` where a pattern speaks of certain blocks.
     """
     stack = re.escape(prefix.rpartition(".")[2])
     position = {block: index for index, block in enumerate(removal.kept)} | dict(further)
-    found = re.compile(rf"((?:^|[^\w]){stack}\\?\.)(\d+)(?![\d])")
+    numbered = re.compile(rf"((?:^|[^\w]){stack}\\?\.)(\d+)(?![\d])")
     pattern = re.compile(rf"(^|[^\w]){stack}\\?\.[(\[]")
 
     def moved(text: str) -> str | None:
@@ -264,10 +265,10 @@ def renumbered_names(value: Any, prefix: str, removal: Removal, further: tuple[t
                 f"The config names blocks in its settings for quantisation by a pattern ({quoted(text)}), which cannot "
                 "be followed; export a checkpoint that is not quantised."
             )
-        numbers = [int(match[2]) for match in found.finditer(text)]
+        numbers = [int(match[2]) for match in numbered.finditer(text)]
         if any(number not in position for number in numbers):
             return None
-        return found.sub(lambda match: f"{match[1]}{position[int(match[2])]}", text)
+        return numbered.sub(lambda match: f"{match[1]}{position[int(match[2])]}", text)
 
     def walk(part: Any) -> Any:
         if isinstance(part, dict):
@@ -280,8 +281,8 @@ def renumbered_names(value: Any, prefix: str, removal: Removal, further: tuple[t
     return walk(value)
 
 
-def _mend_generation_config(model: Any, folder: Path) -> None:
-    """Some published defaults set a temperature without sampling; saving refuses what generating ignores."""
+def _repair_generation_config(model: Any, folder: Path) -> None:
+    """Drop what saving refuses and generating ignores, such as a temperature without sampling."""
     config = getattr(model, "generation_config", None)
     if config is None:
         return

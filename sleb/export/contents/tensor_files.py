@@ -34,13 +34,13 @@ class Tensor:
 
     name: str
     stored_as: str
-    """The name it had."""
+    """The name it had in the source."""
     source: StoredTensor
     slices: _Slices | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what is written."""
+        """Shape of what is written."""
         if self.slices is None:
             return self.source.shape
         dim, before, kept = self.slices
@@ -50,14 +50,14 @@ class Tensor:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size of what is written, in bytes."""
         if self.slices is None:
             return self.source.size
         _, before, kept = self.slices
         return self.source.size // before * len(kept)
 
     def chunks(self) -> Iterator[bytes]:
-        """What is written, in order."""
+        """The bytes that are written, in order."""
         if self.slices is None:
             yield from _chunks(self.source.file, self.source.begin, self.source.size)
             return
@@ -83,7 +83,7 @@ class Copy:
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size of what is written, in bytes."""
         return sum(tensor.size for tensor in self.tensors)
 
 
@@ -94,7 +94,7 @@ def without_blocks(
     packed: Mapping[str, tuple[tuple[int, ...], int]],
     kept: Sequence[int],
 ) -> Copy | None:
-    """The tensors to write for the blocks `kept`; None where the names do not tell which tensor is of which block.
+    """The tensors to write for the blocks `kept`; None where the names do not show which tensor is of which block.
 
     `blocks` holds the shapes of each block's own tensors; `packed` those of tensors outside the stack at `path` that
     hold a slice for each block, with the dimension these are packed along.
@@ -104,10 +104,10 @@ def without_blocks(
         return None
     slices: dict[str, _Slices] = {}
     for name, (shape, dim) in packed.items():
-        found = _stored_as(name, shape, stored)
-        if found is None or stored[found].item_size is None:
+        origin = _stored_as(name, shape, stored)
+        if origin is None or stored[origin].item_size is None:
             return None
-        slices[found] = (dim, len(blocks), tuple(kept))
+        slices[origin] = (dim, len(blocks), tuple(kept))
     position = {block: index for index, block in enumerate(kept)}
     tensors, further = [], {}
     for name, tensor in stored.items():
@@ -125,7 +125,7 @@ def without_blocks(
 
 
 def write(copy: Copy, folder: Path, most: int | None = None) -> None:
-    """Write the tensors in as many files as they came from, and look whether every byte has arrived.
+    """Write the tensors in as many files as they came from, and check that every byte has arrived.
 
     With `most`, in more files where one would have more bytes and more than one tensor.
     """
@@ -218,9 +218,9 @@ def _prefix(stored: Mapping[str, StoredTensor], path: str, blocks: Sequence[Shap
             if number < len(blocks):
                 same = blocks[number].get(".".join(parts[index + 1 :])) == tensor.shape
                 matches[prefix] = matches.get(prefix, 0) + same
-    whole = [prefix for prefix, found in numbers.items() if found >= set(range(len(blocks)))]
-    best = max((matches.get(prefix, 0) for prefix in whole), default=0)
-    likeliest = [prefix for prefix in whole if matches.get(prefix, 0) == best]
+    complete = [prefix for prefix, blocks_of in numbers.items() if blocks_of >= set(range(len(blocks)))]
+    best = max((matches.get(prefix, 0) for prefix in complete), default=0)
+    likeliest = [prefix for prefix in complete if matches.get(prefix, 0) == best]
     if best == 0:
         return None
     if path in likeliest:
@@ -233,5 +233,5 @@ def _stored_as(name: str, shape: tuple[int, ...], stored: Mapping[str, StoredTen
     if name in stored:
         return name if stored[name].shape == shape else None
     end = ".".join(name.split(".")[-2:])
-    found = [each for each, tensor in stored.items() if each.endswith(end) and tensor.shape == shape]
-    return found[0] if len(found) == 1 else None
+    likely = [each for each, tensor in stored.items() if each.endswith(end) and tensor.shape == shape]
+    return likely[0] if len(likely) == 1 else None

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from sleb.records import Baseline, Measured, Method, Run, Step
+from sleb.records import Baseline, Method, Run, Step, finite, perplexity_of
 from sleb.report.figures import style
-from sleb.report.summaries.numbers import nats
 from sleb.report.summaries.step_comparison import Bars
 
 
@@ -43,26 +42,28 @@ def curve_table(run: Run) -> pd.DataFrame:
     measured: tuple[Baseline | Step, ...] = (run.trace.baseline, *run.trace.steps)
     for of in measured:
         step = of if isinstance(of, Step) else None
-        held_out = nats(of.held_out)
+        held_out = of.held_out.nats_per_token
         error = step.held_out_standard_error if step else None
-        bounds = (None, None) if held_out is None or error is None else (held_out - error, held_out + error)
+        low = high = None
+        if held_out is not None and error is not None:
+            low, high = perplexity_of(held_out - error), perplexity_of(held_out + error)
         rows.append(
             {
                 "step": step.number if step else 0,
                 "blocks_removed": len(step.removal_list) if step else 0,
                 "removed": " ".join(map(str, step.removed)) if step else "",
                 "restored": " ".join(map(str, step.restored)) if step else "",
-                "calibration_perplexity": _finite(of.calibration.perplexity),
-                "held_out_perplexity": _finite(of.held_out.perplexity),
-                "held_out_low": _finite(Measured(nll_sum=bounds[0], token_count=1).perplexity),
-                "held_out_high": _finite(Measured(nll_sum=bounds[1], token_count=1).perplexity),
+                "calibration_perplexity": _number(of.calibration.perplexity),
+                "held_out_perplexity": _number(of.held_out.perplexity),
+                "held_out_low": _number(low),
+                "held_out_high": _number(high),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _finite(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.nan
+def _number(value: float | None) -> float:
+    return math.nan if (number := finite(value)) is None else number
 
 
 def perplexity(run: Run) -> go.Figure:

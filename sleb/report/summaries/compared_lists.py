@@ -12,7 +12,7 @@ from sleb.formats.list_formats import display_name, without_folder
 from sleb.formats.published_lists import PublishedList
 from sleb.records import Measured, Method, Run, StackDescription, Step
 from sleb.report.figures import style
-from sleb.report.summaries.numbers import cut, nats, rise_in_nats, search_seconds
+from sleb.report.summaries.numbers import cut, search_seconds
 
 _LABEL = 44  # characters; longer ones would take the place of what they label
 
@@ -136,7 +136,7 @@ def curve_table(runs: Sequence[Run], rows: Sequence[Listed]) -> pd.DataFrame:
                     removed / run.stack.num_blocks,
                     calibration.perplexity,
                     held_out.perplexity,
-                    nats(held_out),
+                    held_out.nats_per_token,
                     error,
                 )
             )
@@ -196,7 +196,7 @@ def _summary(run: Run, row: Listed) -> dict[str, Any]:
         "Run": run.run_id,
     }
     if first and last:
-        rise = rise_in_nats(first.held_out, last.held_out)
+        rise = last.held_out.rise_over(first.held_out)
         if rise is not None:
             error = last.held_out_standard_error
             record["Rise, nats"] = f"{rise:.3f}" + (f" ± {error:.3f}" if error is not None else "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sleb.formats.findings_tables import NO_NUMBER, scheme_of
-from sleb.records import EvaluatedText, Finding, Healing, Quantization, RemovalList, TextPerplexity
+from sleb.records import EvaluatedText, Finding, Healing, Measured, Quantization, RemovalList, TextPerplexity
 from sleb.report.summaries.numbers import as_bytes, minus, rise
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes.progress import duration
@@ -141,11 +141,10 @@ def healing_table(answers: Sequence[Healing]) -> pd.DataFrame:
 def _rise(answer: Quantization) -> str:
     """The rise in per cent, with its standard error where there is one."""
     if answer.change is None:
-        return _share(answer.before.perplexity, answer.measured.perplexity)
+        return _share(answer.before, answer.measured)
     return rise(answer.change, answer.change_standard_error)
 
 
-def _share(before: float | None, after: float | None) -> str:
-    if before is None or after is None or not 0 < before < math.inf or not math.isfinite(after):
-        return ""
-    return minus(f"{after / before - 1:+.1%}")
+def _share(before: Measured, after: Measured) -> str:
+    ratio = after.ratio_to(before)
+    return "" if ratio is None else minus(f"{ratio - 1:+.1%}")

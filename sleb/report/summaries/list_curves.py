@@ -22,7 +22,7 @@ from sleb.records import (
     Timing,
     sorted_list,
 )
-from sleb.report.summaries.numbers import as_bytes, cut, nats
+from sleb.report.summaries.numbers import as_bytes, cut
 from sleb.runtime.findings_folder import of_kind
 
 Kind = Literal[
@@ -182,7 +182,8 @@ def _texts(findings: Sequence[Finding], numbers: Mapping[RemovalList, int]) -> l
 
 
 def _text_point(answer: TextPerplexity, removed: int) -> Point:
-    value = _finite(answer.measured.perplexity)
+    perplexity = answer.measured.perplexity
+    value = math.inf if perplexity is None else perplexity
     if not removed:
         return Point(0, value, change=0.0, change_error=0.0)
     rise, error = answer.rise, answer.rise_standard_error
@@ -203,12 +204,11 @@ def _of_the_search(run: Run) -> list[Line]:
         kept, chosen = (step or first).held_out, (step or first).calibration
         if kept.perplexity is not None:
             error = step.held_out_standard_error if step else 0.0
-            value = _finite(kept.perplexity)
-            rise = _finite(nats(kept)) - _finite(nats(first.held_out))
+            value, rise = kept.perplexity, kept.rise_over(first.held_out)
             low, high = _around(value, error) if step else (None, None)
-            held_out.append(Point(removed, value, low, high, math.inf if math.isnan(rise) else rise, error))
+            held_out.append(Point(removed, value, low, high, math.inf if rise is None else rise, error))
         if chosen.perplexity is not None:
-            calibration.append(Point(removed, _finite(chosen.perplexity)))
+            calibration.append(Point(removed, chosen.perplexity))
     lines = []
     if held_out:
         about = f"the search's own held-out text, {run.stack.held_out} × {run.stack.sequence_length} tokens"
@@ -409,7 +409,3 @@ def _around(value: float, error: float | None) -> tuple[float | None, float | No
 
 def _within(value: float, error: float | None) -> tuple[float | None, float | None]:
     return (None, None) if error is None else (value - error, value + error)
-
-
-def _finite(value: float | None) -> float:
-    return math.inf if value is None else value

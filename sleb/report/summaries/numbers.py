@@ -24,17 +24,6 @@ def perplexity(measured: Measured) -> str:
     return NO_NUMBER if measured.no_number else number(measured.perplexity)
 
 
-def nats(measured: Measured) -> float | None:
-    """Mean negative log-likelihood per token; None without text, or where predictions were not numbers."""
-    return None if measured.nll_sum is None or not measured.token_count else measured.nll_sum / measured.token_count
-
-
-def rise_in_nats(before: Measured, after: Measured) -> float | None:
-    """Nats per token by which the text is predicted worse; None where one of both is not known."""
-    first, last = nats(before), nats(after)
-    return None if first is None or last is None else last - first
-
-
 def minus(text: str) -> str:
     """The text of a number, with a minus sign in place of a hyphen."""
     return text.replace("-", "−")

@@ -10,7 +10,6 @@ import numpy as np
 
 from sleb.methods.statistics import Comparison
 from sleb.records import Baseline, Candidate, Run, Step, steps_of_removal
-from sleb.report.summaries.numbers import nats
 
 SCORE_NAMES = {
     "metric3": "Metric3: nats per token without the block",
@@ -197,5 +196,5 @@ def _base(baseline: Baseline, before: Sequence[Step], step: Step) -> tuple[float
         return 0.0, "a block that changes nothing"
     so_far = set(before[-1].removal_list) if before else set()
     if so_far and all(so_far <= set(each.skipped) for each in step.candidates):
-        return nats(before[-1].calibration), f"the model after step {before[-1].number}"
-    return nats(baseline.calibration), "the baseline"
+        return before[-1].calibration.nats_per_token, f"the model after step {before[-1].number}"
+    return baseline.calibration.nats_per_token, "the baseline"

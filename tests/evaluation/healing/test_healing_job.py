@@ -1,4 +1,4 @@
-"""Healing on tiny models: training and its resumption, mended cuts, what is written, and what is refused."""
+"""Healing on tiny models: training and its resumption, refits at the cuts, what is written, and what is refused."""
 
 from __future__ import annotations
 
@@ -101,10 +101,10 @@ def test_the_gradients_are_those_of_the_mean_loss_however_the_batch_is_cut(tmp_p
 def test_adapters_of_a_short_type_are_float32_and_only_inside_the_blocks() -> None:
     model = frozen().to(torch.bfloat16)
     adapted = lora.adapt(streamlined(model, LIST), 4, 0)
-    found = lora.weights(adapted)
-    assert {each.dtype for each in found.values()} == {torch.float32}
-    assert all(".model.layers." in name for name in found)
-    assert len(found) == 4 * 7 * 2  # blocks, linear layers, A and B
+    result = lora.weights(adapted)
+    assert {each.dtype for each in result.values()} == {torch.float32}
+    assert all(".model.layers." in name for name in result)
+    assert len(result) == 4 * 7 * 2  # blocks, linear layers, A and B
     rows = torch.from_numpy(token_ids(2))
     loss, _ = lora._gradients(BlockStack(adapted.get_base_model()), lora._trainable(adapted), rows, 2, in_pieces=True)
     assert np.isfinite(loss)
@@ -176,7 +176,7 @@ def test_what_peft_cannot_adapt_is_said() -> None:
 
 
 def test_a_rank_that_no_layer_has_is_refused_before_memory_is_taken_for_it() -> None:
-    with pytest.raises(OptionError, match=r"--rank 33 is more than the model's layers have \(32 at most\)"):
+    with pytest.raises(OptionError, match=r"`rank=33` is more than the model's layers have \(32 at most\)"):
         lora.adapt(frozen(), 33, 0)
 
 
@@ -210,9 +210,9 @@ def test_a_mended_layer_is_the_least_squares_answer(
     smaller = streamlined(model, (2, 3))
     stack = BlockStack(smaller)
     old = weight_of(stack.blocks[1].get_submodule(name)).double()
-    (mended,) = least_squares.mend(BlockStack(model), stack, (2, 3), ids, 4)
-    assert mended.name == f"{stack.path}.1.{name}.weight"
-    assert mended.error_after < mended.error_before
+    (refits,) = least_squares.refit(BlockStack(model), stack, (2, 3), ids, 4)
+    assert refits.name == f"{stack.path}.1.{name}.weight"
+    assert refits.error_after < refits.error_before
     assert weights_hash(model) == before
 
     module = BlockStack(model).blocks[1].get_submodule(name)
@@ -231,8 +231,8 @@ def test_a_mended_layer_is_the_least_squares_answer(
     rows = torch.cat([a, ridge**0.5 * torch.eye(a.shape[1], dtype=torch.float64)])
     goals = torch.cat([r, ridge**0.5 * old])
     expected = torch.linalg.lstsq(rows, goals).solution
-    found = weight_of(stack.blocks[1].get_submodule(name)).double()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    result = weight_of(stack.blocks[1].get_submodule(name)).double()
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
 
 
 def weight_of(module: Any) -> torch.Tensor:
@@ -243,28 +243,28 @@ def weight_of(module: Any) -> torch.Tensor:
 def test_two_cuts_are_mended_one_after_the_other() -> None:
     model, ids = frozen(), token_ids(12)
     smaller = BlockStack(streamlined(model, (2, 4)))
-    mended = least_squares.mend(BlockStack(model), smaller, (2, 4), ids, 4)
-    assert [each.name for each in mended] == [f"model.layers.{at}.mlp.down_proj.weight" for at in (1, 2)]
+    refits = least_squares.refit(BlockStack(model), smaller, (2, 4), ids, 4)
+    assert [each.name for each in refits] == [f"model.layers.{at}.mlp.down_proj.weight" for at in (1, 2)]
     again = streamlined(model, (2, 4))
-    least_squares.put(again, {each.name: each.weight for each in mended})
+    least_squares.put(again, {each.name: each.weight for each in refits})
     assert torch.equal(logits(again, ids), logits(smaller.model, ids))
 
 
 def test_a_family_with_a_norm_behind_its_last_layer_is_refused() -> None:
     model = frozen("gemma3")
     with pytest.raises(OptionError, match="adds no linear layer's output to its hidden state before a cut"):
-        least_squares.mend(BlockStack(model), BlockStack(streamlined(model, LIST)), LIST, token_ids(12), 4)
+        least_squares.refit(BlockStack(model), BlockStack(streamlined(model, LIST)), LIST, token_ids(12), 4)
     model = frozen()
     with pytest.raises(OptionError, match="The only cut is before the first block"):
-        least_squares.mend(BlockStack(model), BlockStack(streamlined(model, (0,))), (0,), token_ids(12), 4)
+        least_squares.refit(BlockStack(model), BlockStack(streamlined(model, (0,))), (0,), token_ids(12), 4)
 
 
 # --- the job
 
 
-def windows_with_text_of(found: Healing, text_file: Path) -> int:
+def windows_with_text_of(result: Healing, text_file: Path) -> int:
     """Evaluated windows with sixteen characters in a row of what was healed on; a token is a character."""
-    healed = calibration.build(healing_job._text_of(found.ask), 3, found.ask.seed, tiny.tokenizer(), 128)
+    healed = calibration.build(healing_job._text_of(result.ask), 3, result.ask.seed, tiny.tokenizer(), 128)
     passages = {tuple(row[start : start + 16]) for row in healed.ids[:24].tolist() for start in range(17)}
     windows = perplexity.windows(str(text_file), tiny.tokenizer(), 128, window=64, limit=6).ids.tolist()
     return sum(any(tuple(row[start : start + 16]) in passages for start in range(49)) for row in windows)
@@ -274,17 +274,17 @@ def test_a_healing_is_measured_kept_and_not_computed_again(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     answers = sleb.heal(str(tiny_model), **ask(text_file), run_dir=tmp_path / "run")
-    (found,) = of_kind(answers, Healing)
-    assert found.removal_list == LIST
-    assert found.change is not None
-    assert found.change < -0.1  # the text it was trained on
-    assert found.after.nll_sum == pytest.approx(found.before.nll_sum + found.change * found.after.token_count)
-    assert found.windows_healed_on == windows_with_text_of(found, text_file) > 0
-    assert found.held_out_before is not None
-    assert found.held_out_after is not None
-    assert found.held_out_after.nll_sum < found.held_out_before.nll_sum
-    assert len(found.losses) == 6
-    assert found.trained_tokens == 24 * 32
+    (result,) = of_kind(answers, Healing)
+    assert result.removal_list == LIST
+    assert result.change is not None
+    assert result.change < -0.1  # the text it was trained on
+    assert result.after.nll_sum == pytest.approx(result.before.nll_sum + result.change * result.after.token_count)
+    assert result.windows_healed_on == windows_with_text_of(result, text_file) > 0
+    assert result.held_out_before is not None
+    assert result.held_out_after is not None
+    assert result.held_out_after.nll_sum < result.held_out_before.nll_sum
+    assert len(result.losses) == 6
+    assert result.trained_tokens == 24 * 32
     (folder,) = (tmp_path / "run" / "healing").iterdir()
     assert [each.name for each in folder.iterdir()] == ["healed.safetensors"]
 
@@ -292,9 +292,9 @@ def test_a_healing_is_measured_kept_and_not_computed_again(
         raise AssertionError("trained again")
 
     monkeypatch.setattr(lora, "train", never)
-    assert of_kind(sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto")), Healing) == [found]
+    assert of_kind(sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto")), Healing) == [result]
     longer = sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto", limit=8))  # another text: measured, not trained
-    assert of_kind(longer, Healing)[0].after != found.after
+    assert of_kind(longer, Healing)[0].after != result.after
 
 
 def test_a_healed_folder_proves_itself_and_gives_the_perplexity_that_was_measured(
@@ -302,8 +302,8 @@ def test_a_healed_folder_proves_itself_and_gives_the_perplexity_that_was_measure
 ) -> None:
     out = tmp_path / "out"
     answers = sleb.heal(str(tiny_model), **ask(text_file), run_dir=tmp_path / "run", out=out)
-    (found,) = of_kind(answers, Healing)
-    assert found.out == str(out)
+    (result,) = of_kind(answers, Healing)
+    assert result.out == str(out)
     proof = json.loads((out / "proof.json").read_text())
     assert proof["passed"]
     assert proof["kept_blocks"] == [0, 2, 4, 5]
@@ -315,7 +315,7 @@ def test_a_healed_folder_proves_itself_and_gives_the_perplexity_that_was_measure
     assert "- counts and lists in config.json that are named after layers or blocks follow the blocks" in card
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(proof["files"])
     again = sleb.evaluate(str(out), removal_list=[], perplexity=[str(text_file)], window=64, limit=6, dtype="float32")
-    assert again[0].measured.nll_sum == pytest.approx(found.after.nll_sum, rel=1e-6)  # type: ignore[attr-defined]
+    assert again[0].measured.nll_sum == pytest.approx(result.after.nll_sum, rel=1e-6)  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match="is not empty"):
         sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto"), out=out)
     sleb.heal(tmp_path / "run", **ask(text_file, dtype="auto", how="both"), out=out, replace=True)
@@ -329,7 +329,7 @@ def test_an_adapter_belongs_to_the_streamlined_folder_that_it_names(
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "adapter"
-    (found,) = of_kind(sleb.heal(str(tiny_model), **ask(text_file), out=out, adapter=True), Healing)
+    (result,) = of_kind(sleb.heal(str(tiny_model), **ask(text_file), out=out, adapter=True), Healing)
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "./base"
     card = (out / "README.md").read_text()
@@ -346,8 +346,8 @@ def test_an_adapter_belongs_to_the_streamlined_folder_that_it_names(
     assert float((logits(adapted, ids) - plain).abs().max()) > 1e-2
     windows = perplexity.windows(str(text_file), tiny.tokenizer(), 128, window=64, limit=6)
     nats = Scorer(BlockStack(adapted.get_base_model()), windows.ids).score([()], np.arange(6))
-    assert float(nats.sum()) == pytest.approx(found.after.nll_sum, rel=1e-5)
-    assert found.out == str(out)
+    assert float(nats.sum()) == pytest.approx(result.after.nll_sum, rel=1e-5)
+    assert result.out == str(out)
 
 
 def test_an_adapter_that_answers_otherwise_is_not_written(tmp_path: Path) -> None:
@@ -407,10 +407,10 @@ def test_a_killed_job_goes_on_and_leaves_nothing_at_out(
     assert len(calls) == 3  # of six updates
     assert not out.exists()
     assert not list(tmp_path.glob(".out*"))
-    (found,) = of_kind(sleb.findings_of(tmp_path / "run"), Healing)
-    assert found.out is None
-    assert found.after.nll_sum == pytest.approx(whole.after.nll_sum, rel=1e-6)
-    assert found.losses == whole.losses
+    (result,) = of_kind(sleb.findings_of(tmp_path / "run"), Healing)
+    assert result.out is None
+    assert result.after.nll_sum == pytest.approx(whole.after.nll_sum, rel=1e-6)
+    assert result.losses == whole.losses
     assert [each.name for each in folder.iterdir()] == ["healed.safetensors"]
 
 
@@ -418,22 +418,22 @@ def test_mended_cuts_are_measured_and_do_not_depend_on_settings_of_a_training(
     tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     settings = ask(text_file, how="linear", sequences=48)
-    (found,) = of_kind(sleb.heal(str(tiny_model), **settings, run_dir=tmp_path / "run"), Healing)
-    assert found.losses == ()
-    assert found.trained_parameters == 2 * 32 * 64  # two cuts
-    assert found.trained_tokens == 48 * 32
-    assert found.change == pytest.approx((found.after.nll_sum - found.before.nll_sum) / found.after.token_count)
+    (result,) = of_kind(sleb.heal(str(tiny_model), **settings, run_dir=tmp_path / "run"), Healing)
+    assert result.losses == ()
+    assert result.trained_parameters == 2 * 32 * 64  # two cuts
+    assert result.trained_tokens == 48 * 32
+    assert result.change == pytest.approx((result.after.nll_sum - result.before.nll_sum) / result.after.token_count)
     again = of_kind(
         sleb.heal(tmp_path / "run", **ask(text_file, how="linear", sequences=48, rank=2, dtype="auto")), Healing
     )
-    assert again == [found]  # a rank is nothing to a remedy without training
+    assert again == [result]  # a rank does not matter without training
 
 
 def test_adapters_are_trained_on_what_mending_gave_and_a_killed_job_does_not_mend_twice(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     settings = ask(text_file, how="both", learning_rate=1e-9)  # too little to move anything
-    (mended,) = of_kind(sleb.heal(str(tiny_model), **settings | {"how": "linear"}, run_dir=tmp_path / "run"), Healing)
+    (refits,) = of_kind(sleb.heal(str(tiny_model), **settings | {"how": "linear"}, run_dir=tmp_path / "run"), Healing)
     train = lora.train
 
     def dying(*_: Any, **__: Any) -> None:
@@ -445,8 +445,8 @@ def test_adapters_are_trained_on_what_mending_gave_and_a_killed_job_does_not_men
     monkeypatch.setattr(lora, "train", train)
     monkeypatch.setattr(least_squares, "mend", dying)
     (both,) = of_kind(sleb.heal(tmp_path / "run", **settings | {"dtype": "auto"}), Healing)
-    assert both.after.nll_sum == pytest.approx(mended.after.nll_sum, rel=1e-5)
-    assert both.before == mended.before
+    assert both.after.nll_sum == pytest.approx(refits.after.nll_sum, rel=1e-5)
+    assert both.before == refits.before
     assert len(both.losses) == 6
     names = sorted(each.name for each in (tmp_path / "run" / "healing").rglob("*.safetensors"))
     assert names == ["healed.safetensors", "healed.safetensors"]
@@ -466,14 +466,14 @@ def test_without_a_number_of_sequences_each_way_has_its_own() -> None:
     ("changes", "sentence"),
     [
         ({"removal_list": []}, "There is nothing to heal in the unmodified model"),
-        ({"perplexity": []}, "Nothing to measure: give --perplexity a text"),
+        ({"perplexity": []}, "Nothing to measure: give `perplexity` a text"),
         ({"perplexity": ["missing.raw"]}, "There is no file"),
         ({"source": "missing.txt"}, "There is no file"),
         ({"sequences": 10_000}, r"asks for 10000 sequences of 32 tokens and 32 held out; text\.txt gives 187"),
-        ({"adapter": True}, "name a folder with --out"),
-        ({"adapter": True, "how": "linear", "out": "somewhere"}, "leave --adapter out"),
-        ({"adapter": True, "how": "both", "out": "somewhere"}, "leave --adapter out"),
-        ({"memory_budget": 200_000}, "healing needs all of it in memory. Leave --memory-budget out"),
+        ({"adapter": True}, "name a folder with `out`"),
+        ({"adapter": True, "how": "linear", "out": "somewhere"}, "leave `adapter` out"),
+        ({"adapter": True, "how": "both", "out": "somewhere"}, "leave `adapter` out"),
+        ({"memory_budget": 200_000}, "healing needs all of it in memory. Leave `memory_budget` out"),
         ({"removal_list": [9]}, "names block 9; the model has blocks 0 to 5"),
         ({"rank": 0}, "rank"),
         ({"rank": 999_999_999_999}, "rank"),

@@ -1,4 +1,4 @@
-"""Task files are data: none of the ways to code in them is taken without --trust-remote-code, and all of them end."""
+"""Task files are data: none of the ways to code in them is taken without `trust_remote_code`, and all of them end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sleb.records import EvaluateSpec
 from tests.support.paths import DATA
 
 HOSTILE = "{{ cycler.__init__.__globals__.os.popen('touch MARKER').read() }}"
-FLAG = "--trust-remote-code"
+FLAG = "`trust_remote_code`"
 LM_EVALS = Path(lm_eval.tasks.__file__).parent
 TASK: dict[str, Any] = {
     "task": "questions",
@@ -75,8 +75,8 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def load(folder: Path, *names: str, trust: bool = False, limit: int | None = 3, shots: int | None = None) -> Tasks:
-    asked = EvaluateSpec(texts=(), tasks=names, task_folder=str(folder), limit=limit, shots=shots)
-    return lm_eval_tasks.load(asked, trust_remote_code=trust)
+    request = EvaluateSpec(texts=(), tasks=names, task_folder=str(folder), limit=limit, shots=shots)
+    return lm_eval_tasks.load(request, trust_remote_code=trust)
 
 
 def write(folder: Path, **changes: Any) -> None:
@@ -85,12 +85,12 @@ def write(folder: Path, **changes: Any) -> None:
 
 
 def refused(folder: Path, *names: str, match: str, **settings: Any) -> str:
-    with pytest.raises(OptionError, match=match) as found:
+    with pytest.raises(OptionError, match=match) as caught:
         load(folder, *(names or ("questions",)), **settings)
-    said = str(found.value)
-    assert said.isprintable()
-    assert len(said) < 1_500
-    return said
+    sentence = str(caught.value)
+    assert sentence.isprintable()
+    assert len(sentence) < 1_500
+    return sentence
 
 
 # ---- code
@@ -289,7 +289,7 @@ def test_with_trust_it_is_taken(way: str, folder: Path, marker: Path) -> None:
 def test_yaml_of_python_itself_is_no_yaml(folder: Path, marker: Path) -> None:
     text = yaml.safe_dump(TASK).replace("'{{question}}'", "!!python/name:os.system")
     (folder / "questions.yaml").write_text(text)
-    refused(folder, match=r"questions\.yaml is no YAML that it could read \(could not determine a constructor")
+    refused(folder, match=r"questions\.yaml is not YAML that it could read \(could not determine a constructor")
 
 
 def test_a_script_of_examples_is_not_run(folder: Path, marker: Path) -> None:
@@ -503,20 +503,20 @@ def merged() -> str:
         (yaml.safe_dump(TASK) + "metadata: &m {a: *m}\n", "has an alias of itself"),
         ("# " + "a" * task_files.LARGEST, "has more than 4 MB"),
         (yaml.safe_dump(TASK) + "metadata: " + "1:" * 500_000 + "1\n", "has a number of 1,000,001 digits"),
-        (b"task: questions\n\xff\xfe", "is no YAML"),
+        (b"task: questions\n\xff\xfe", "is not YAML"),
         ("include: questions.yaml\ntask: questions\n", "includes itself"),
-        ("include: [7]\ntask: questions\n", "includes what is no file name"),
+        ("include: [7]\ntask: questions\n", "includes what is not a file name"),
     ],
     ids=["deep", "bomb", "merged", "circle", "huge", "digits", "bytes", "itself", "number"],
 )
 def test_a_file_that_becomes_too_much_is_named(content: str | bytes, sentence: str, folder: Path) -> None:
     text(folder, content)
-    refused(folder, match=rf"There is no task 'questions'.*questions\.yaml {sentence}")
+    refused(folder, match=rf"No task is called 'questions'.*questions\.yaml {sentence}")
 
 
 def test_a_pipe_is_not_waited_for(folder: Path) -> None:
     os.mkfifo(folder / "questions.yaml")
-    refused(folder, match="is no regular file")
+    refused(folder, match="is not a regular file")
 
 
 LETTERS = "abcdefghijklmnop"
@@ -577,7 +577,7 @@ def test_what_a_task_asks_for_ends(
     if sentence:
         refused(folder, match=sentence)
     else:
-        assert len(load(folder, "questions").leaves["questions"].asked["version"]) < 300
+        assert len(load(folder, "questions").leaves["questions"].question["version"]) < 300
 
 
 def test_what_hears_no_signal_is_ended_by_the_system(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -636,5 +636,5 @@ def test_a_link_in_the_folder_is_followed(folder: Path) -> None:
 
 def test_trust_changes_no_question(folder: Path) -> None:
     write(folder, num_fewshot=1)
-    data, trusted = (load(folder, "questions", trust=trust).leaves["questions"].asked for trust in (False, True))
+    data, trusted = (load(folder, "questions", trust=trust).leaves["questions"].question for trust in (False, True))
     assert data == trusted

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor
 from sleb.errors import ExportError
 from sleb.export.checkpoint import export_checkpoint, write_checkpoint
 from sleb.export.contents.model_folder import plan_folder, renumbered_names, require_as_stored, write_saved
-from sleb.export.proven_folder import expect
+from sleb.export.proven_folder import expect, write_expectation
 from sleb.export.removal import plan_removal, streamlined
 from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import load_model
@@ -53,22 +53,25 @@ def write(folder: Path, source: Path) -> Path:
     removal = plan_removal(loaded.model, (1, 3))
     plan = plan_folder(loaded.model, removal, source_folder(str(source), None))
     expectation = expect(loaded.model, loaded.tokenizer, removal)
-    write_checkpoint(loaded.model, loaded.tokenizer, plan, expectation, folder, "# A card", trust_remote_code=trusted)
+    written = write_checkpoint(loaded.model, loaded.tokenizer, plan, folder, "# A card", trust_remote_code=trusted)
+    write_expectation(folder, removal, expectation, written)
     return folder
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
-    found = json.loads(path.read_text())
-    change(found)
-    path.write_text(json.dumps(found))
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
 
 
 def _lose_a_tensor(folder: Path) -> None:
-    source_folders.rewrite(folder, lambda found: {name: each for name, each in found.items() if "eh_proj" not in name})
+    source_folders.rewrite(
+        folder, lambda result: {name: each for name, each in result.items() if "eh_proj" not in name}
+    )
 
 
 def _change_a_type(folder: Path) -> None:
-    source_folders.rewrite(folder, lambda found: found | {"model.norm.weight": found["model.norm.weight"].half()})
+    source_folders.rewrite(folder, lambda result: result | {"model.norm.weight": result["model.norm.weight"].half()})
 
 
 WRONG: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -83,7 +86,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a nested list is stale": (
         "kimi",
         lambda folder: edit(folder / "config.json", lambda c: c["linear_attn_config"].update(full_attn_layers=[3, 8])),
-        "full_attn_layers in its config names a block that is not there",
+        "full_attn_layers in its config names a block that does not exist",
     ),
     "a setting is not the planned one": (
         "code",
@@ -143,7 +146,7 @@ def test_every_tensor_is_that_of_the_source_under_its_new_number(written: Simple
     moved = {block: index for index, block in enumerate(kept)} | ({6: 4, 7: 5} if name == "further" else {})
     prefixes = {"seeing": "language_model.model.layers.", "part": "model.language_model.layers."}
     prefix = prefixes.get(name, "model.layers.")
-    source, found = tensors(written.sources[name]), tensors(written.folders[name])
+    source, result = tensors(written.sources[name]), tensors(written.folders[name])
     expected = {}
     for key, tensor in source.items():
         number, _, rest = key.removeprefix(prefix).partition(".")
@@ -151,15 +154,15 @@ def test_every_tensor_is_that_of_the_source_under_its_new_number(written: Simple
             expected[key] = tensor
         elif int(number) in moved:
             expected[f"{prefix}{moved[int(number)]}.{rest}"] = tensor
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     packed = 0
     for key, tensor in expected.items():
-        if tensor.shape != found[key].shape:  # a slice for each block
-            dim = next(at for at, size in enumerate(tensor.shape) if size != found[key].shape[at])
+        if tensor.shape != result[key].shape:  # a slice for each block
+            dim = next(at for at, size in enumerate(tensor.shape) if size != result[key].shape[at])
             slices = tensor.unflatten(dim, (6, -1)).index_select(dim, torch.tensor(KEPT))
             tensor, packed = slices.flatten(dim, dim + 1), packed + 1
-        assert tensor.dtype == found[key].dtype
-        assert torch.equal(tensor.view(torch.uint8), found[key].contiguous().view(torch.uint8))
+        assert tensor.dtype == result[key].dtype
+        assert torch.equal(tensor.view(torch.uint8), result[key].contiguous().view(torch.uint8))
     assert packed == (2 if name == "packed" else 0)
 
 
@@ -171,9 +174,9 @@ def test_further_blocks_are_carried_over_and_said(written: SimpleNamespace) -> N
     assert proof.dtype == "float16"
     assert [note.partition(",")[0] for note in proof.notes] == ["model.layers.6", "model.layers.7"]
     assert proof.notes[0].endswith("is carried over as model.layers.4.")
-    found = tensors(written.folders["further"])
-    assert found["model.layers.4.eh_proj.weight"].dtype == torch.float16
-    assert found["model.layers.4.input_layernorm.weight"].dtype == torch.float32
+    result = tensors(written.folders["further"])
+    assert result["model.layers.4.eh_proj.weight"].dtype == torch.float16
+    assert result["model.layers.4.input_layernorm.weight"].dtype == torch.float32
 
 
 def test_nested_lists_that_count_from_one_follow(written: SimpleNamespace) -> None:
@@ -219,16 +222,16 @@ def test_what_transformers_does_not_load_is_carried_over(written: SimpleNamespac
 
 
 def test_the_proof_says_what_was_compared(written: SimpleNamespace) -> None:
-    said = "; ".join(written.proofs["sharded"].checked)
+    checked = "; ".join(written.proofs["sharded"].checked)
     number = len(tensors(written.folders["sharded"]))
-    for what in (
+    for clause in (
         f"{number} tensors",
         "3 files",
         "defaults for generating",
         "counts and lists in config.json",
         "the tokenizer gives the same tokens",
     ):
-        assert what in said
+        assert clause in checked
     assert len(list(written.folders["sharded"].glob("model-*.safetensors"))) > 2
 
 
@@ -242,11 +245,11 @@ def test_the_proof_sees_what_no_logit_shows(written: SimpleNamespace, name: str)
 def test_a_quantised_checkpoint_that_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     source = source_folders.in_fp8(tmp_path / "model")
     loaded = load_model(str(source), dtype="checkpoint", device="cpu")
-    source_folders.rewrite(source, lambda found: {name.replace("layers", "x"): each for name, each in found.items()})
+    source_folders.rewrite(source, lambda result: {name.replace("layers", "x"): each for name, each in result.items()})
     removal = plan_removal(loaded.model, (1,))
     plan = plan_folder(loaded.model, removal, source_folder(str(source), None))
     assert plan.copy is not None  # whatever the stack is called
-    source_folders.rewrite(source, lambda found: {name.replace(".", "_"): each for name, each in found.items()})
+    source_folders.rewrite(source, lambda result: {name.replace(".", "_"): each for name, each in result.items()})
     plan = plan_folder(loaded.model, removal, source_folder(str(source), None))
     assert plan.copy is None
     with pytest.raises(ExportError, match="stored quantised, and which tensor is of which block cannot be told"):
@@ -263,13 +266,13 @@ def test_weights_that_are_others_leave_further_blocks_behind(tmp_path: Path) -> 
     plan = plan_folder(loaded.model, plan_removal(loaded.model, (1, 3)), source_folder(str(source), None))
     smaller = streamlined(loaded.model, (1, 3))
     out = tmp_path / "out"
-    found = write_saved(smaller, loaded.tokenizer, plan, out, with_code=False)
+    result = write_saved(smaller, loaded.tokenizer, plan, out, with_code=False)
     further = [name for name in tensors(source) if ".layers.6." in name or ".layers.7." in name]
-    assert [each.name for each in found.left_behind] == [
+    assert [each.name for each in result.left_behind] == [
         f"{len(further)} tensors, such as model.layers.6.eh_proj.weight",
         "own.py",
     ]
-    assert found.notes == ("num_nextn_predict_layers is set to 0 in the config: no further block was carried over.",)
+    assert result.notes == ("num_nextn_predict_layers is set to 0 in the config: no further block was carried over.",)
     config = json.loads((out / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
     assert "auto_map" not in config
@@ -290,7 +293,7 @@ def test_what_is_left_behind_is_said_in_the_log_and_the_card(tmp_path: Path, cap
     folder = source_folder(str(source), None)
     proof = export_checkpoint(loaded.model, loaded.tokenizer, (1, 3), tmp_path / "out", "# A card", source=folder)
     assert {each.name: each.why for each in proof.left_behind} == {
-        "pytorch_model.bin": "it holds weights of the whole model",
+        "pytorch_model.bin": "it holds weights of the baseline",
         "tensors that transformers does not load, if any": "only transformers reads a pickle",
         "run.sh": "it is a program",
     }
@@ -304,12 +307,12 @@ def test_what_is_left_behind_is_said_in_the_log_and_the_card(tmp_path: Path, cap
 
 def test_names_of_modules_follow_and_patterns_are_refused() -> None:
     removal: Any = SimpleNamespace(kept=KEPT)
-    found = renumbered_names(
+    result = renumbered_names(
         {"ignore": ["lm_head", "model.layers.3.mlp", r"re:.*layers\.4\..*", "visual.layers.3"], "model.layers.5": 1},
         "model.layers",
         removal,
         ((6, 4),),
     )
-    assert found == {"ignore": ["lm_head", r"re:.*layers\.2\..*", "visual.layers.3"], "model.layers.3": 1}
+    assert result == {"ignore": ["lm_head", r"re:.*layers\.2\..*", "visual.layers.3"], "model.layers.3": 1}
     with pytest.raises(ExportError, match="names blocks in its settings for quantisation by a pattern"):
         renumbered_names([r"re:model\.layers\.(0|1)\..*"], "model.layers", removal, ())

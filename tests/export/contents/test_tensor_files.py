@@ -18,12 +18,12 @@ BLOCKS = [{"up.weight": (3, 2), "norm.weight": (3,)}] * 3
 
 
 def stored(folder: Path, *prefixes: str, **others: torch.Tensor) -> Path:
-    found = dict(others)
+    result = dict(others)
     for prefix in prefixes:
         for number in range(3):
-            found[f"{prefix}.{number}.up.weight"] = torch.randn(3, 2)
-            found[f"{prefix}.{number}.norm.weight"] = torch.randn(3)
-    save_file(found, folder / "source.safetensors")
+            result[f"{prefix}.{number}.up.weight"] = torch.randn(3, 2)
+            result[f"{prefix}.{number}.norm.weight"] = torch.randn(3)
+    save_file(result, folder / "source.safetensors")
     return folder / "source.safetensors"
 
 
@@ -38,11 +38,11 @@ def stored(folder: Path, *prefixes: str, **others: torch.Tensor) -> Path:
     ],
 )
 def test_the_blocks_are_found_by_name_and_shape(
-    tmp_path: Path, prefixes: tuple[str, ...], path: str, found: str | None
+    tmp_path: Path, prefixes: tuple[str, ...], path: str, result: str | None
 ) -> None:
     headers = read_headers([stored(tmp_path, *prefixes)])
     copy = without_blocks(headers, path, BLOCKS, {}, (0, 2))
-    assert (copy.prefix if copy else None) == found
+    assert (copy.prefix if copy else None) == result
 
 
 def test_another_stack_of_as_many_blocks_is_left_alone(tmp_path: Path) -> None:
@@ -63,10 +63,10 @@ def test_slices_outside_the_stack_are_taken_along_any_dimension(tmp_path: Path) 
     copy = without_blocks(read_headers([source]), "model.layers", BLOCKS, {"table": ((2, 6, 2), 1)}, (0, 2))
     assert copy is not None
     tensor_files.write(copy, tmp_path)
-    found = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(found["table"], torch.arange(24.0).reshape(2, 6, 2)[:, [0, 1, 4, 5]])
-    assert torch.equal(found["a.b"], torch.ones(6))
-    assert copy.size == sum(each.numel() * 4 for each in found.values())
+    result = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(result["table"], torch.arange(24.0).reshape(2, 6, 2)[:, [0, 1, 4, 5]])
+    assert torch.equal(result["a.b"], torch.ones(6))
+    assert copy.size == sum(each.numel() * 4 for each in result.values())
     missing = without_blocks(read_headers([source]), "model.layers", BLOCKS, {"no.table": ((2, 6, 2), 1)}, (0, 2))
     assert missing is None
 
@@ -92,10 +92,10 @@ def test_files_are_as_large_as_they_may_be(tmp_path: Path, most: int | None, fil
     tensor_files.write(copy, tmp_path, most)
     written = sorted(tmp_path.glob("model*.safetensors"))
     assert len(written) == files
-    found = [load_file(path) for path in written]
+    result = [load_file(path) for path in written]
     for name, tensor in load_file(source).items():
-        assert [torch.equal(each[name], tensor) for each in found if name in each] == [True]
-    sizes = [sum(each.numel() * 4 for each in shard.values()) for shard in found]
+        assert [torch.equal(each[name], tensor) for each in result if name in each] == [True]
+    sizes = [sum(each.numel() * 4 for each in shard.values()) for shard in result]
     assert sum(sizes) == copy.size == 116
     assert most is None or max(sizes) <= max(most, 24)
     assert (tmp_path / "model.safetensors.index.json").exists() == (files > 1)

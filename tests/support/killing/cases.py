@@ -40,13 +40,13 @@ def base(folder: Path) -> None:
 
 def prove_here() -> None:
     """Have models proven in the process that wrote them: loading the libraries anew takes seconds each time."""
-    from sleb.export import gguf_file, proof_process, proven_folder
+    from sleb.export import proof_process, proven_folder
     from sleb.records import Proof
 
     def prove(folder: Path, device: str = "cpu", *_: Any) -> Proof:
         return Proof.model_validate(proof_process.prove(folder, device))
 
-    proven_folder.run_proof = gguf_file.run_proof = prove  # type: ignore[assignment]
+    proven_folder.run_proof = prove  # type: ignore[assignment]
 
 
 def preload(*, everything: bool = True) -> None:
