@@ -18,8 +18,8 @@ from sleb.model.block_stack import BlockStack, call_model
 from sleb.model.generation import require_positions
 from sleb.model.loading import load_model
 from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
-from sleb.scoring.sweep import Scorer
 
 SECONDS = 2.0
 """For so long blocks are timed, at least once."""

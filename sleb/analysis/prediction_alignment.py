@@ -101,7 +101,7 @@ def predictions_after_blocks(
     for block, output in enumerate(outputs[1:]):
         hidden = output[keep.to(output.device)].to(end)
         # max is several times faster than argmax on bfloat16, and finds the same index.
-        tops = [logits.max(dim=-1) for logits in stack.read_out_chunks(hidden, kept_ids)]
+        tops = [logits.max(dim=-1) for logits in stack.logit_chunks(hidden, kept_ids)]
         if not all(bool(top.values.isfinite().all()) for top in tops):
             raise NotNumbers(f"Block {block}", str(stack.model.dtype).removeprefix("torch."))
         found.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
@@ -117,7 +117,7 @@ def top_after_blocks(
     end = outputs[-1].device
     tops, probabilities = [], []
     for output in outputs[1:]:
-        for logits in stack.read_out_chunks(output[0].to(end), ids[0], _PROBABILITY_BYTES):
+        for logits in stack.logit_chunks(output[0].to(end), ids[0], _PROBABILITY_BYTES):
             first = logits.max(dim=-1, keepdim=True).indices
             logits = logits.float()
             # The first of equals comes first here too: the passage shows the prediction that was counted.

@@ -217,7 +217,7 @@ def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int
     nothing_undone = torch.zeros(len(stack), 1, dtype=torch.bool)
     with stack.skipping(removal_list):
         hidden = stack.last_output(ids, nothing_undone)
-    found = _read_out(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
+    found = _read_out(stack.logit_chunks(hidden[0], ids[0], _LOGIT_BYTES))
     if found is None:
         raise NotNumbers(model_without(removal_list), subject.loaded.dtype)
     return found

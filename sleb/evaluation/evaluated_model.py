@@ -37,7 +37,7 @@ from sleb.records import (
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
 from sleb.scoring.recorded_baseline import agrees, write_identity
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration, text_files
 from sleb.text.calibration import RESERVED
 

@@ -73,7 +73,7 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
         protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
     outside = [block for block in protected if not 0 <= block < num_blocks]
     if outside:
-        raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
+        raise OptionError(f"`protect` names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
     available = num_blocks - len(protected)
     removing = number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
     require_possible(spec.method, num_blocks, removing, protected)

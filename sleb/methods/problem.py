@@ -70,11 +70,11 @@ def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ra
     else:
         wanted = min(available, num_blocks - 1)
     if available == 0:
-        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten --protect.")
+        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten `protect`.")
     if not 1 <= wanted <= min(available, num_blocks - 1):
         raise OptionError(
             f"Asked to remove {wanted} of {num_blocks} blocks; {min(available, num_blocks - 1)} may be removed "
-            f"({num_blocks - available} protected, at least one must stay). Lower --remove or --ratio."
+            f"({num_blocks - available} protected, at least one must stay). Lower `remove` or `ratio`."
         )
     return wanted
 
@@ -87,11 +87,11 @@ def require_possible(method: Method, num_blocks: int, num_remove: int, protected
         if hit:
             raise OptionError(
                 f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Use --protect '' to free it, or --remove fewer."
+                "Free it with an empty `protect`, or lower `remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(
-            f"No {num_remove} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
+            f"No {num_remove} neighbouring blocks are all unprotected. Shorten `protect`, or lower `remove`."
         )
 
 

@@ -148,7 +148,7 @@ class BlockStack:
         output = self.blocks[block](*args, **kwargs)
         stream.hidden = _first(output)
 
-    def read_out(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states (batch, sequence, hidden) that come out of the last block.
 
         The model's own forward runs on `ids`, which only lend their shape (batch, sequence).
@@ -159,7 +159,7 @@ class BlockStack:
         with self._replacing(replaced):
             return self.forward(ids)
 
-    def read_out_chunks(
+    def logit_chunks(
         self, hidden: torch.Tensor, ids: torch.Tensor, chunk_bytes: int | None = None
     ) -> Iterator[torch.Tensor]:
         """Final norm and head on hidden states (tokens, H) from anywhere in the stack: logits (chunk, V) each.
@@ -170,7 +170,7 @@ class BlockStack:
         chunk = max(1, limit // (self.config.vocab_size * hidden.element_size()))
         for start in range(0, len(hidden), chunk):
             piece = ids[start : start + chunk, None]
-            yield self.read_out(hidden[start : start + chunk, None], piece)[:, 0]
+            yield self.logits(hidden[start : start + chunk, None], piece)[:, 0]
 
     def outputs(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """Embedding output and every block's output for a batch, N+1 tensors (batch, sequence, hidden), from hooks.

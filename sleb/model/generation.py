@@ -140,8 +140,8 @@ def require_resident(streamed: object, what: str) -> None:
     """Raises `OptionError` where the blocks stay on disk: every token would read the whole model."""
     if streamed is not None:
         raise OptionError(
-            f"The model is read from disk block by block (--memory-budget), and {what} would read all of it for every "
-            "token. Leave --memory-budget out."
+            f"The model is read from disk block by block (`memory_budget`), and {what} would read all of it for every "
+            "token. Leave `memory_budget` out."
         )
 
 
@@ -158,5 +158,5 @@ def require_positions(config: Any, length: int) -> None:
     if limit is not None and limit < length:
         raise CalibrationError(
             f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
-            f"Lower --sequence-length to {limit} or less."
+            f"Use `sequence_length={limit}` or less."
         )

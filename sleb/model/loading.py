@@ -110,7 +110,7 @@ def load_model(
     if memory_budget is None:
         model, report = _loading(name, load, checkpoint.scheme)
     elif gguf is not None:
-        raise OptionError(f"{name} is dequantised as a whole; --memory-budget needs a safetensors folder.")
+        raise OptionError(f"{name} is dequantised as a whole; `memory_budget` needs a safetensors folder.")
     else:
         scratch = run_folder.home() / "cache" / "offload"
         model, report = _loading(
@@ -240,7 +240,7 @@ def resolve_device(device: str) -> torch.device:
     """`auto` is the first GPU, or the CPU where there is none; `all` begins on the first GPU."""
     if device == "all":
         if not torch.cuda.is_available():
-            raise OptionError("--device all spreads a model over all GPUs; this machine has none. Use cpu or auto.")
+            raise OptionError("`device=all` spreads a model over all GPUs; this machine has none. Use cpu or auto.")
         return torch.device("cuda", 0)
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -251,12 +251,14 @@ def resolve_device(device: str) -> torch.device:
     index = int(device.partition(":")[2] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
-        raise OptionError(f"Asked for {device}; this machine has {count} CUDA devices. Use --device cpu or auto.")
+        raise OptionError(
+            f"Asked for {device}; this machine has {count} CUDA devices. Use `device=cpu` or `device=auto`."
+        )
     return torch.device("cuda", index)
 
 
 def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """What `--dtype auto` means: 16 bits where the device multiplies them faster, else float32.
+    """The type that `dtype="auto"` chooses: 16 bits where the device multiplies them faster, else float32.
 
     A GPU keeps a 16-bit checkpoint's own type. A CPU is asked: bfloat16 runs three times faster than float32 where
     it has instructions for it, and slower where it has not.
@@ -374,7 +376,7 @@ def _explain(name: str, error: BaseException, scheme: Scheme | None) -> str:
     text = str(error).strip()
     first = excerpt(text if text.split("\n")[0].endswith(":") else text.split("\n")[0]) or type(error).__name__
     if "trust_remote_code" in text:
-        return f"{name} needs code of its own to run; read it, and allow it with --trust-remote-code."
+        return f"{name} needs code of its own to run; read it, and allow it with `trust_remote_code=True`."
     if "gated" in text.lower() or "401" in text:
         return f"{name} is gated or private on the hub: accept its terms there and log in with: hf auth login."
     if "no file named model.safetensors" in text or "does not appear to have a file named" in text:
@@ -408,7 +410,7 @@ def _require_folder(folder: Path, allow_pickle: bool) -> None:
     if pickles and not allow_pickle:
         raise ModelError(
             f"{folder} has its weights only as a pickle ({pickles[0].name}), which can run any code when it is read. "
-            "Convert it to safetensors, or allow it with --allow-pickle."
+            "Convert it to safetensors, or allow it with `allow_pickle=True`."
         )
     if not pickles:
         raise ModelError(f"{folder} has a config.json but no weights (*.safetensors).")

@@ -27,7 +27,7 @@ def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
         changes += run.stack.identity.differences(identity_of(loaded), default_fields(loaded.model.config))
     if changes:
         more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
-        anew = "keep what is found now apart with --run-dir" if run.spec.kind == "evaluate" else "start a new run"
+        anew = "keep what is found now apart with `run_dir`" if run.spec.kind == "evaluate" else "start a new run"
         raise RunError(
             f"{run.spec.model}{_commits(run, loaded)} is not the model that run {run.run_id} began with: "
             f"{'; '.join(changes[:_NAMED])}{more}. Restore it, or {anew}."

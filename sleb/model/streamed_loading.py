@@ -54,7 +54,7 @@ def load_within(
         return load(device_map={"": device} if device.type == "cuda" else None)
     if any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config(decoder=True))):
         raise OptionError(
-            f"{source} is quantised, and --memory-budget needs plain weights where they do not fit into it."
+            f"{source} is quantised, and `memory_budget` needs plain weights where they do not fit into it."
         )
     path, _ = find_stack(model)
     places = _device_map(model, path, device)

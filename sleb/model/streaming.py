@@ -153,7 +153,7 @@ class StreamedBlocks:
             raise OptionError(
                 f"A memory budget of {size(self.budget)} is too small for this model in {dtype}: "
                 f"{size(self.resident_bytes)} stay in memory, and three blocks of {size(largest)} each. "
-                f"Use --memory-budget {size(least)} or more."
+                f"Use `memory_budget={size(least)}` or more."
             )
         return spare
 

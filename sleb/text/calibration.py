@@ -83,7 +83,7 @@ def build(
     """
     bos = bos_of(spec.bos, tokenizer, vocab_size)
     if spec.chat and spec.source in RESERVED:
-        raise CalibrationError(f"--chat needs a column of conversations, and {spec.source} is text. Leave --chat out.")
+        raise CalibrationError(f"`chat` needs a column of conversations, and {spec.source} is text. Leave `chat` out.")
     if spec.source == "wikitext2-rows":
         return _rows(spec, held_out, seed, tokenizer, vocab_size, bos, drawing)
     held = default_held_out(spec.sequences) if held_out is None else held_out
@@ -105,7 +105,7 @@ def build(
         more = ", or give more text" if some else ""
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
-            f"{found.origin} gives {len(windows)}{some}. Lower --sequences, --held-out or --sequence-length{more}."
+            f"{found.origin} gives {len(windows)}{some}. Lower `sequences`, `held_out` or `sequence_length`{more}."
         )
     ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
@@ -212,8 +212,8 @@ def _rows(
     calibration = windows_of(rows[: spec.sequences])
     if not len(calibration):
         raise CalibrationError(
-            f"{origin} give less than one window of {spec.sequence_length} tokens. Raise --sequences (rows) or lower "
-            "--sequence-length."
+            f"{origin} give less than one window of {spec.sequence_length} tokens. Raise `sequences` (rows) or lower "
+            "`sequence_length`."
         )
     held = default_held_out(len(calibration)) if held_out is None else held_out
     rest = windows_of(rows[spec.sequences :])
@@ -235,11 +235,11 @@ def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
     if token is not None and token >= vocab_size:
         raise CalibrationError(
             f"The tokenizer's BOS token is {token}, and the model knows {vocab_size} tokens. "
-            "Use --bos no, or its own tokenizer."
+            "Use `bos=no`, or its own tokenizer."
         )
     if choice == "yes":
         if token is None:
-            raise CalibrationError("--bos yes: this tokenizer has no BOS token. Use --bos auto or no.")
+            raise CalibrationError("`bos=yes`: this tokenizer has no BOS token. Use `bos=auto` or `bos=no`.")
         return int(token)
     habit = tokenizer("a").input_ids
     return int(token) if token is not None and len(habit) > 1 and habit[0] == token else None
@@ -330,7 +330,7 @@ def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, 
     if not spec.chat:
         return [each.content for each in documents], ""
     if not tokenizer.chat_template:
-        raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
+        raise CalibrationError("`chat`: this model's tokenizer has no chat template. Leave `chat` out.")
     conversations = []
     for each in documents:
         try:
@@ -340,14 +340,14 @@ def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, 
                 else chat_template.Conversation([_turn(turn) for turn in each.content])
             )
         except WorkEnded as error:
-            raise CalibrationError(f"--chat: {each.where} cannot be read as a conversation: {error}.") from error
+            raise CalibrationError(f"`chat`: {each.where} cannot be read as a conversation: {error}.") from error
     try:
         found = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
     except chat_template.RefusedConversation as error:
         where = documents[error.index].where
-        raise CalibrationError(f"--chat: the tokenizer's chat template refuses {where} ({error}).") from error
+        raise CalibrationError(f"`chat`: the tokenizer's chat template refuses {where} ({error}).") from error
     except WorkEnded as error:
-        raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
+        raise CalibrationError(f"`chat`: the tokenizer's chat template refuses a conversation ({error}).") from error
     if not found.without_tools:
         return found.texts, ""
     some = f"{found.without_tools:,} of {len(documents):,} conversations"

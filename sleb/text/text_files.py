@@ -118,8 +118,8 @@ def documents(path: Path, wanted: Wanted) -> list[Document]:
             raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(wanted.column)}.")
         if wanted.chat:
             raise CalibrationError(
-                f"--chat needs a column of conversations, and {path} is a plain text. Give a .jsonl or .parquet file, "
-                "or leave --chat out."
+                f"`chat` needs a column of conversations, and {path} is a plain text. Give a .jsonl or .parquet file, "
+                "or leave `chat` out."
             )
         return [Document(_plain_text(path, wanted), str(path), {})]
     except OSError as error:
@@ -179,12 +179,12 @@ def _document(
         )
     if wanted.chat and not is_conversation:
         raise CalibrationError(
-            "--chat needs a column of conversations (a list of messages with role and content); found text in column "
-            f"{named} in {where[0].lower()}{where[1:]}. Name that column after a colon, or leave --chat out."
+            "`chat` needs a column of conversations (a list of messages with role and content); found text in column "
+            f"{named} in {where[0].lower()}{where[1:]}. Name that column after a colon, or leave `chat` out."
         )
     if is_conversation and not wanted.chat:
         raise CalibrationError(
-            f"{where}: column {named} holds conversations, not text. Add --chat where the command has it, or name a "
+            f"{where}: column {named} holds conversations, not text. Use `chat` where the command has it, or name a "
             "text column after a colon."
         )
     if isinstance(value, str) and not wanted.keep_marks:

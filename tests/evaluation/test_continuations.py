@@ -255,7 +255,7 @@ def test_a_chat_is_a_users_turn_in_the_models_template(folder: Path) -> None:
 
 
 def test_a_template_that_refuses_a_user_is_said(folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"--chat: the tokenizer's chat template refuses a user's turn \(no users"):
+    with pytest.raises(OptionError, match=r"`chat`: the tokenizer's chat template refuses a user's turn \(no users"):
         ask(chatting(folder, "{{ raise_exception('no users here') }}"), (1, 3), prompt="hi", chat=True)
 
 

@@ -396,7 +396,7 @@ def test_a_folder_needs_a_gguf_file_of_the_same_model(source: Path, text_file: P
     proof = sleb.export_model(run, out, format="gguf", gguf=other)
     assert proof.passed
     assert raw(out)["token_embd.weight"] == raw(other)["token_embd.weight"]
-    with pytest.raises(OptionError, match="--memory-budget needs a safetensors folder"):
+    with pytest.raises(OptionError, match="`memory_budget` needs a safetensors folder"):
         sleb.export_model(run, tmp_path / "2.gguf", format="gguf", gguf=other, memory_budget=10**9)
 
 

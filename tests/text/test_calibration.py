@@ -104,9 +104,9 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     assert decoded(before.ids.reshape(-1)) == "\n\n".join(rendered)[: 7 * 16]
     with pytest.raises(CalibrationError, match="no chat template"):
         build(f"{path}:messages", chat=True)
-    with pytest.raises(CalibrationError, match="--chat needs"):
+    with pytest.raises(CalibrationError, match="`chat` needs"):
         build(f"{path}:text", chat=True, chat_template=True)
-    with pytest.raises(CalibrationError, match="Add --chat"):
+    with pytest.raises(CalibrationError, match="Use `chat` where"):
         build(f"{path}:messages")
 
 
@@ -414,7 +414,7 @@ def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
     image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
     path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, image)))
     with pytest.raises(
-        CalibrationError, match=r"^--chat: Line 2 of .* message 1 has a part of type 'image'; only text"
+        CalibrationError, match=r"^`chat`: Line 2 of .* message 1 has a part of type 'image'; only text"
     ):
         build(path, chat=True, chat_template=True)
     path.write_text("\n\n".join(json.dumps({"messages": each}) for each in (good, [{"role": "x", "content": ""}])))
@@ -422,5 +422,5 @@ def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ {'user': 1}[m.role] + 1 }}{% endfor %}"
     with pytest.raises(CalibrationError, match=r"chat template refuses Line 3 of .*chat\.jsonl \("):
         calibration.build(CalibrationSpec(source=str(path), chat=True), 1, 0, tokenizer, 128)
-    with pytest.raises(CalibrationError, match=r"--chat needs .* and demo is text"):
+    with pytest.raises(CalibrationError, match=r"`chat` needs .* and demo is text"):
         build("demo", chat=True, chat_template=True)

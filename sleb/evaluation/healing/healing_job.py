@@ -34,7 +34,7 @@ from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
 from sleb.runtime.files import inside, replace_file
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 
 log = logging.getLogger(__name__)

@@ -104,7 +104,7 @@ def require_own_kernels(name: str, settings: Mapping[str, Any]) -> None:
         if isinstance(value, str) and re.search("[/:]", value):
             raise ModelError(
                 f"{name} asks in its config for code from elsewhere to run ({excerpt(key, 60)} = {quoted(value)}); "
-                "read that, and allow it with --trust-remote-code."
+                "read that, and allow it with `trust_remote_code=True`."
             )
 
 

@@ -66,7 +66,7 @@ def not_there(name: str, why: str) -> ModelError:
     """What to say about a name that nobody knows."""
     return ModelError(
         f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
-        f"({why}). Check the name, --revision and the network."
+        f"({why}). Check the name, `revision` and the network."
     )
 
 

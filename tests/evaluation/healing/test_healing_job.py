@@ -21,7 +21,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.loading import weights_hash
 from sleb.records import Healing, HealSpec
 from sleb.runtime.findings_folder import of_kind
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 from tests.support import tiny
 from tests.support.families import build
