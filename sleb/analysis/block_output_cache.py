@@ -184,30 +184,30 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
     entry = _root(home) / key
     if not entry.is_dir():
         return None
-    found: BlockOutputs | None
+    outputs: BlockOutputs | None
     try:
-        found = _open(entry, verify=verify)
+        outputs = _open(entry, verify=verify)
     except (OSError, _Damaged):
         try:
             with _lock(home):  # once more, with no writer at work: it may have been replaced under our eyes
-                found = _open_or_remove(entry, verify=verify)
+                outputs = _open_or_remove(entry, verify=verify)
         except OSError as failure:
             log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
             return None
-    if found is not None:
+    if outputs is not None:
         with contextlib.suppress(OSError):  # a read-only cache is still a cache
             os.utime(entry / _META)
-    return found
+    return outputs
 
 
-def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) -> bool:
+def write(home: Path, key: str, outputs: BlockOutputs, depends: dict[str, str]) -> bool:
     """Keep an entry, evicting the least recently used ones to make room; whether it was kept.
 
     A full disk, a read-only folder or an entry too large is a warning in the log, never an error: what was
     computed is in the caller's hands.
     """
     limit = limit_bytes()
-    arrays = {name: np.ascontiguousarray(getattr(found, name)) for names in _FILES.values() for name in names}
+    arrays = {name: np.ascontiguousarray(getattr(outputs, name)) for names in _FILES.values() for name in names}
     size = sum(array.nbytes for array in arrays.values())
     if size > limit // LARGEST_SHARE:
         if limit:
@@ -229,14 +229,14 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
             meta = _Meta(
                 cache_version=CACHE_VERSION,
                 key=key,
-                model=found.model,
+                model=outputs.model,
                 depends=depends,
-                versions=found.versions,
+                versions=outputs.versions,
                 created=time.time(),
-                sequences=found.sequences,
-                sequence_length=found.sequence_length,
-                random_token_id=found.random_token_id,
-                generated_reason=found.generated_reason,
+                sequences=outputs.sequences,
+                sequence_length=outputs.sequence_length,
+                random_token_id=outputs.random_token_id,
+                generated_reason=outputs.generated_reason,
                 shapes={name: array.shape for name, array in arrays.items()},
                 files=checks,
             )
@@ -257,24 +257,24 @@ def usage(home: Path) -> list[CacheEntry]:
 
     And whatever killed processes left, there or where they were writing.
     """
-    found: list[CacheEntry] = []
+    listed: list[CacheEntry] = []
     cache = home / "cache"
     for child in sorted(cache.iterdir()) if cache.is_dir() else []:
         if child.name in (_FOLDER, _SCRATCH):
             entries = [entry for entry in sorted(child.iterdir()) if entry.is_dir()]
-            found += [_describe(entry, child.name) for entry in entries if not is_unfinished(entry.name)]
+            listed += [_describe(entry, child.name) for entry in entries if not is_unfinished(entry.name)]
         elif not is_unfinished(child.name):
-            found.append(_describe(child, child.name))
-    return found + [replace(_describe(path, PARTIAL), name=str(path)) for path in workspaces.abandoned(home)]
+            listed.append(_describe(child, child.name))
+    return listed + [replace(_describe(path, PARTIAL), name=str(path)) for path in workspaces.abandoned(home)]
 
 
-def clear(home: Path, what: str) -> list[CacheEntry]:
+def clear(home: Path, target: str) -> list[CacheEntry]:
     """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
     entries = usage(home)
-    chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
-    if not chosen and what not in ("all", _FOLDER, PARTIAL):
+    chosen = [entry for entry in entries if target in ("all", entry.name, entry.folder)]
+    if not chosen and target not in ("all", _FOLDER, PARTIAL):
         names = ", ".join([*sorted({"all", _FOLDER, PARTIAL} | {entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
+        raise OptionError(f"The cache has nothing called {quoted(target)}; it can clear {names}.")
     if not chosen:
         return []
     try:

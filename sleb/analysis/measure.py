@@ -105,55 +105,64 @@ def analyze(
         analysis_version=ANALYSIS_VERSION,
     )
     progress(0.0, "Looking for cached block outputs")
-    found = block_output_cache.read(home, key)
-    cached = found is not None
-    if found is None:
-        found = _compute(stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress)
+    outputs = block_output_cache.read(home, key)
+    cached = outputs is not None
+    if outputs is None:
+        outputs = _compute(
+            stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress
+        )
         progress(0.98, "Writing the block outputs to the cache")
         depends = {"model": model_key, "dtype": dtype, "analysis_version": str(ANALYSIS_VERSION)}
-        block_output_cache.write(home, key, found, depends)
-    analysis = analysis_of(found, tokenizer, key, cached=cached, since=started)
+        block_output_cache.write(home, key, outputs, depends)
+    analysis = analysis_of(outputs, tokenizer, key, cached=cached, since=started)
     progress(1.0, "Analyses read from the cache" if cached else "Analyses finished")
-    return analysis, token_sample.sample(token_sample.of(found))
+    return analysis, token_sample.sample(token_sample.of(outputs))
 
 
 def analysis_of(
-    found: block_output_cache.BlockOutputs, tokenizer: Any, key: str, *, cached: bool = True, since: float | None = None
+    outputs: block_output_cache.BlockOutputs,
+    tokenizer: Any,
+    key: str,
+    *,
+    cached: bool = True,
+    since: float | None = None,
 ) -> Analysis:
     """The record of a run from a cache entry; runs no model. `since`: `time.monotonic()` when work began."""
     since = time.monotonic() if since is None else since
-    of_text = f"{len(found.token_ids):,} tokens of the calibration text ({_count(found.sequences, 'sequence')})"
+    of_text = f"{len(outputs.token_ids):,} tokens of the calibration text ({_count(outputs.sequences, 'sequence')})"
     generated = None
-    if found.generated_ids.size:
-        prompts = len(np.unique(found.generated_sequence))
+    if outputs.generated_ids.size:
+        prompts = len(np.unique(outputs.generated_sequence))
         generated = prediction_alignment.exit_statistics(
-            found.generated_predictions,
-            f"{found.generated_ids.size:,} tokens that the model generated greedily, at most {NEW_TOKENS} "
+            outputs.generated_predictions,
+            f"{outputs.generated_ids.size:,} tokens that the model generated greedily, at most {NEW_TOKENS} "
             f"after each of {_count(prompts, 'prompt')} from the calibration text",
         )
-    shown = len(found.passage_top)
+    shown = len(outputs.passage_top)
     return Analysis(
-        similarity=similarity.similarity_from(found.cosine, found.position, found.random_cosine, found.random_token_id),
+        similarity=similarity.similarity_from(
+            outputs.cosine, outputs.position, outputs.random_cosine, outputs.random_token_id
+        ),
         alignment=Alignment(
-            calibration=prediction_alignment.exit_statistics(found.predictions, of_text),
+            calibration=prediction_alignment.exit_statistics(outputs.predictions, of_text),
             generated=generated,
-            generated_reason=found.generated_reason,
+            generated_reason=outputs.generated_reason,
         ),
         passage=prediction_alignment.passage_from(
             tokenizer,
-            found.token_ids[:shown],
-            found.predictions[:, :shown],
-            found.passage_top,
-            found.passage_probability,
+            outputs.token_ids[:shown],
+            outputs.predictions[:, :shown],
+            outputs.passage_top,
+            outputs.passage_probability,
         ),
         description=AnalysisDescription(  # last: it says how long the rest took
             cache_key=key,
-            sequences=found.sequences,
-            sequence_length=found.sequence_length,
-            token_count=len(found.token_ids),
+            sequences=outputs.sequences,
+            sequence_length=outputs.sequence_length,
+            token_count=len(outputs.token_ids),
             seconds=time.monotonic() - since,
             cached=cached,
-            versions=found.versions,
+            versions=outputs.versions,
         ),
     )
 
@@ -275,9 +284,9 @@ def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> lis
         before = generated[:, 1:]  # a generated token is predicted at the position before it
         seen = ids[:, :-1]
         outputs = stack.outputs(seen)
-        found = prediction_alignment.predictions_after_blocks(stack, outputs, seen, before)
+        predictions = prediction_alignment.predictions_after_blocks(stack, outputs, seen, before)
         rows = torch.arange(start, stop, device=ids.device)[:, None].expand_as(before)[before]
-        results.append(_Generated(found, _int32(ids[:, 1:][before]), _int32(rows)))
+        results.append(_Generated(predictions, _int32(ids[:, 1:][before]), _int32(rows)))
         progress(done + batch, "Read out the generated tokens")
 
     in_batches(len(prompts), len(prompts), proceed)
@@ -317,13 +326,13 @@ def _random_token(tokenizer: Any, vocab_size: int, seed: int) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("sleb", "torch", "transformers"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions
 
 
 def _count(number: int, word: str) -> str:

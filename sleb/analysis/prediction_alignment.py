@@ -97,15 +97,15 @@ def predictions_after_blocks(
     end = outputs[-1].device  # where the final norm is
     keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
     kept_ids = ids[keep]
-    found = []
+    predictions = []
     for block, output in enumerate(outputs[1:]):
         hidden = output[keep.to(output.device)].to(end)
         # max is several times faster than argmax on bfloat16, and finds the same index.
         tops = [logits.max(dim=-1) for logits in stack.logit_chunks(hidden, kept_ids)]
         if not all(bool(top.values.isfinite().all()) for top in tops):
             raise NotNumbers(f"Block {block}", str(stack.model.dtype).removeprefix("torch."))
-        found.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
-    return torch.stack([tops.cpu() for tops in found]).numpy()
+        predictions.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
+    return torch.stack([tops.cpu() for tops in predictions]).numpy()
 
 
 def top_after_blocks(
@@ -126,7 +126,7 @@ def top_after_blocks(
             log_probability = logits.gather(-1, top) - logits.logsumexp(dim=-1, keepdim=True)
             probabilities.append(log_probability.exp().cpu())
     shape = (len(outputs) - 1, ids.shape[1], -1)
-    by_token = [torch.cat(found).view(shape).transpose(0, 1).contiguous() for found in (tops, probabilities)]
+    by_token = [torch.cat(each).view(shape).transpose(0, 1).contiguous() for each in (tops, probabilities)]
     return by_token[0].numpy(), by_token[1].numpy()
 
 

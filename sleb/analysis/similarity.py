@@ -51,16 +51,16 @@ def recorded(analysis: Analysis, tokens: Literal["all", "without first", "random
     Angular distances were recorded over all tokens, and follow exactly from the random token's cosine. Without first
     tokens they are those of the mean cosine: an approximation, a little larger where cosines are positive.
     """
-    found = analysis.similarity
+    record = analysis.similarity
     if tokens == "all":
-        angular = np.zeros((len(found.mean), len(found.mean)))
-        for length, row in enumerate(found.chunk_angular_distance, start=1):
+        angular = np.zeros((len(record.mean), len(record.mean)))
+        for length, row in enumerate(record.chunk_angular_distance, start=1):
             distances = np.array(row[: len(row) + 1 - length], dtype=np.float64)
             starts = np.arange(len(distances))
             angular[starts, starts + length] = angular[starts + length, starts] = distances
-        return TokenSimilarity(found.token_count, np.array(found.mean), angular)
-    mean = np.array(found.random_token if tokens == "random" else found.mean_without_first)
-    count = 1 if tokens == "random" else max(1, found.token_count - analysis.description.sequences)
+        return TokenSimilarity(record.token_count, np.array(record.mean), angular)
+    mean = np.array(record.random_token if tokens == "random" else record.mean_without_first)
+    count = 1 if tokens == "random" else max(1, record.token_count - analysis.description.sequences)
     return TokenSimilarity(count, mean, np.arccos(np.clip(mean, -1.0, 1.0)) / np.pi)
 
 

@@ -36,9 +36,9 @@ class Tokens:
         return len(self.sequence)
 
 
-def of(found: block_output_cache.BlockOutputs) -> Tokens:
+def of(outputs: block_output_cache.BlockOutputs) -> Tokens:
     """All tokens of a cache entry; the arrays stay memory-mapped."""
-    return Tokens(found.cosine, found.predictions, found.sequence, found.position)
+    return Tokens(outputs.cosine, outputs.predictions, outputs.sequence, outputs.position)
 
 
 def sample(tokens: Tokens, size: int = SAMPLE_BYTES) -> Tokens:

@@ -35,8 +35,8 @@ def race(
     while done < count:
         stop = next((look for look in looks if look > done), count) if len(alive) > 1 else count
         chosen = order[done:stop]
-        found = score([skip_sets[int(index)] for index in alive], everything[chosen])
-        scores[np.ix_(alive, chosen)] = np.where(np.isfinite(found), found, np.inf)
+        new_scores = score([skip_sets[int(index)] for index in alive], everything[chosen])
+        scores[np.ix_(alive, chosen)] = np.where(np.isfinite(new_scores), new_scores, np.inf)
         done = stop
         if done < count and len(alive) > 1:
             so_far = scores[np.ix_(alive, order[:done])]
@@ -96,6 +96,6 @@ def _beaten(scores: np.ndarray, token_counts: np.ndarray, population: int, doubt
     squares = np.maximum(np.diag(products)[:, None] + np.diag(products) - 2.0 * products, 0.0)
     errors = np.sqrt(squares * seen / (seen - 1) * (1.0 - seen / population)) / tokens  # as in `mean_and_error`
     doubts, where = np.unique(doubt, return_inverse=True)
-    reach = stdtrit(seen - 1, 1.0 - doubts)[where].reshape(doubt.shape) * errors
-    beaten: np.ndarray = means[:, None] - means > reach
+    half_width = stdtrit(seen - 1, 1.0 - doubts)[where].reshape(doubt.shape) * errors
+    beaten: np.ndarray = means[:, None] - means > half_width
     return ~finite | (beaten & finite).any(axis=1)

@@ -20,7 +20,7 @@ class Comparison:
     tied: tuple[int, ...]
     differences: np.ndarray
     """Per candidate, mean difference to the winner per token; 0 for itself, infinite where not a number."""
-    reach: np.ndarray
+    half_width: np.ndarray
     """Half width of its interval at the confidence asked for; NaN where one sequence gives no spread."""
 
 
@@ -44,10 +44,10 @@ def compare(
     totals = np.where(numbers & seen.all(axis=1), scores.sum(axis=1), np.inf)
     winner = int(np.argmin(totals))  # the first of equals: the earliest block, like the reference (sleb.py, strict <)
     others = np.array([i for i in range(len(scores)) if i != winner and numbers[i]], dtype=int)
-    all_differences, all_reach = np.full(len(scores), np.inf), np.full(len(scores), np.nan)
-    all_differences[winner] = all_reach[winner] = 0.0
+    all_differences, all_half_widths = np.full(len(scores), np.inf), np.full(len(scores), np.nan)
+    all_differences[winner] = all_half_widths[winner] = 0.0
     if not len(others):
-        return Comparison(winner, None, None, (), all_differences, all_reach)
+        return Comparison(winner, None, None, (), all_differences, all_half_widths)
     differences = np.where(seen[others], scores[others] - scores[winner], 0.0)
     means, errors = mean_and_error(differences, token_counts * seen[others])
     all_differences[others] = means
@@ -55,11 +55,11 @@ def compare(
     from scipy.special import stdtrit  # a third of a second to import
 
     freedom = seen[others].sum(axis=1) - 1
-    reach = np.where(freedom > 0, stdtrit(np.maximum(freedom, 1), 0.5 + confidence / 2) * errors, np.nan)
-    all_reach[others] = reach
-    tied = tuple(others[~(means > reach)].tolist())
+    half_width = np.where(freedom > 0, stdtrit(np.maximum(freedom, 1), 0.5 + confidence / 2) * errors, np.nan)
+    all_half_widths[others] = half_width
+    tied = tuple(others[~(means > half_width)].tolist())
     error = float(errors[runner_up]) if np.isfinite(errors[runner_up]) else None
-    return Comparison(winner, float(means[runner_up]), error, tied, all_differences, all_reach)
+    return Comparison(winner, float(means[runner_up]), error, tied, all_differences, all_half_widths)
 
 
 def mean_and_error(differences: np.ndarray, token_counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -177,14 +177,14 @@ class BlockStack:
 
         `output_hidden_states=True` would give the last one after the final norm.
         """
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
 
         def embedding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_hidden_of(args, kwargs))
+            outputs.append(_hidden_of(args, kwargs))
 
         def output(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-            found.append(_first(result))
-            if len(found) == len(self) + 1:
+            outputs.append(_first(result))
+            if len(outputs) == len(self) + 1:
                 raise _Enough
 
         handles = [self.blocks[0].register_forward_pre_hook(embedding, with_kwargs=True)]
@@ -194,7 +194,7 @@ class BlockStack:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return outputs
 
     def last_output(self, ids: torch.Tensor, undone: torch.Tensor) -> torch.Tensor:
         """The last block's output, (batch, sequence, hidden), of a forward pass in which blocks are undone row by row.
@@ -274,23 +274,23 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         raise ModelError(f"{name} does not say how many blocks it has (num_hidden_layers); it cannot be searched.")
     if expected < 2:
         raise ModelError(f"{name} has {expected} block; at least two are needed to remove one.")
-    found = {
+    lists = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == expected
     }
-    found = {  # lists inside blocks are no stack of their own
-        path: module for path, module in found.items() if not any(path.startswith(f"{outer}.") for outer in found)
+    lists = {  # lists inside blocks are no stack of their own
+        path: module for path, module in lists.items() if not any(path.startswith(f"{outer}.") for outer in lists)
     }
-    if len(found) > 1:  # a vision tower can be as deep as the language model: keep what a text runs through
-        found = {path: module for path, module in found.items() if _calls_in_order(model, module)}
-    if len(found) != 1:
-        what = "no list" if not found else "several lists (" + ", ".join(found) + ")"
+    if len(lists) > 1:  # a vision tower can be as deep as the language model: keep what a text runs through
+        lists = {path: module for path, module in lists.items() if _calls_in_order(model, module)}
+    if len(lists) != 1:
+        actual = "no list" if not lists else "several lists (" + ", ".join(lists) + ")"
         raise ModelError(
-            f"{name} should have one list of {expected} blocks (config.num_hidden_layers), and has {what}; "
+            f"{name} should have one list of {expected} blocks (config.num_hidden_layers), and has {actual}; "
             "this architecture is not supported."
         )
-    return next(iter(found.items()))
+    return next(iter(lists.items()))
 
 
 def _probe(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[tuple[int, Any]], torch.Tensor]:

@@ -65,8 +65,8 @@ def continued(
         if is_out_of_memory(error):
             raise
         reason = (str(error).strip().splitlines() or [""])[0]
-        how = "with its cache" if cached else "without a cache"
-        raise ModelError(f"{name} cannot generate text {how} ({type(error).__name__}: {reason}).") from error
+        cache = "with its cache" if cached else "without a cache"
+        raise ModelError(f"{name} cannot generate text {cache} ({type(error).__name__}: {reason}).") from error
     return done.sequences, done.past_key_values
 
 
@@ -117,13 +117,13 @@ def cache_bytes(cache: Any) -> int:
     A slice counts as itself, not as the tensor it was cut from, a tensor that is held twice once, and a single number
     (a sliding window's length) not at all.
     """
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     seen: set[int] = set()
     ahead = [cache]
     while ahead:
         value = ahead.pop()
         if isinstance(value, torch.Tensor):
-            found[id(value)] = value.nbytes if value.ndim else 0
+            sizes[id(value)] = value.nbytes if value.ndim else 0
         elif isinstance(value, dict):
             ahead.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -133,14 +133,14 @@ def cache_bytes(cache: Any) -> int:
         elif hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, type | nn.Module):
             seen.add(id(value))
             ahead.extend(vars(value).values())
-    return sum(found.values())
+    return sum(sizes.values())
 
 
-def require_resident(streamed: object, what: str) -> None:
+def require_resident(streamed: object, work: str) -> None:
     """Raises `OptionError` where the blocks stay on disk: every token would read the whole model."""
     if streamed is not None:
         raise OptionError(
-            f"The model is read from disk block by block (`memory_budget`), and {what} would read all of it for every "
+            f"The model is read from disk block by block (`memory_budget`), and {work} would read all of it for every "
             "token. Leave `memory_budget` out."
         )
 

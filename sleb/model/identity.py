@@ -95,16 +95,16 @@ def _fields(config: Any) -> dict[str, Any]:
     from transformers import GenerationConfig, PreTrainedConfig
 
     generation = GenerationConfig().to_dict().keys() - set(_TOKENS)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         if name in _ASIDE or name.startswith(_STARTS_ASIDE) or name in generation:
             continue
         nested = vars(config).get(name)
-        found[name] = computing_fields(nested) if isinstance(nested, PreTrainedConfig) else _plain(value)
+        fields[name] = computing_fields(nested) if isinstance(nested, PreTrainedConfig) else _plain(value)
         if name.endswith("layer_types") and isinstance(value, list | tuple):
-            found[name] = [_KINDS.get(kind, kind) for kind in value]
-    rope = _rope({name: found.pop(name, None) for name in _ROPE})
-    return found | ({"rope": rope} if rope else {})
+            fields[name] = [_KINDS.get(kind, kind) for kind in value]
+    rope = _rope({name: fields.pop(name, None) for name in _ROPE})
+    return fields | ({"rope": rope} if rope else {})
 
 
 def _rope(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,11 +147,11 @@ def _number(value: Any) -> Any:
 
 def _remote_code(loaded: LoadedModel) -> str | None:
     """Hash of the Python files that came with a model, where they run."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for each in (loaded.model, loaded.model.config, loaded.tokenizer):
         for path in _own_files(type(each).__module__):
-            found[path.name] = _hash_file(path)
-    return _hash(found) if found else None
+            hashes[path.name] = _hash_file(path)
+    return _hash(hashes) if hashes else None
 
 
 def _own_files(module: str) -> Iterator[Path]:

@@ -59,14 +59,14 @@ def load_within(
     path, _ = find_stack(model)
     places = _device_map(model, path, device)
     scratch = _scratch(scratch_home)
-    found = files_by_key(source, options)
-    index = _index(model, path, dtype, found)
+    files = files_by_key(source, options)
+    index = _index(model, path, dtype, files)
     if index is None:
         with _quiet("accelerate.big_modeling"):
             model, report = load(device_map=places, offload_folder=scratch.name)
     else:
-        _require_ties(model, source, found)
-        report = _read_surroundings(model, found, index, device)
+        _require_ties(model, source, files)
+        report = _read_surroundings(model, files, index, device)
         model.tie_weights()
         _generation_config(model, source, options)
         skipped = getattr(model, "_skip_keys_device_placement", None)
@@ -79,14 +79,14 @@ def load_within(
 def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, Any]:
     """The stack on disk, everything around it on the device, name by name."""
     where: Any = "cpu" if device.type == "cpu" else device
-    found: dict[str, Any] = {path: "disk"}
+    places: dict[str, Any] = {path: "disk"}
     prefix, owner = "", model
     for part in path.split("."):
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_children() if name != part}
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_parameters(recurse=False)}
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_children() if name != part}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_parameters(recurse=False)}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
         prefix, owner = f"{prefix}{part}.", getattr(owner, part)
-    return found
+    return places
 
 
 def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
@@ -103,11 +103,11 @@ def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
         if listing is None:
             return {}
         files, _ = get_checkpoint_shard_files(source, listing, revision=revision)
-    found: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for name in files:
         with safe_open(name, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), str(name))
-    return found
+            file_of |= dict.fromkeys(file.keys(), str(name))
+    return file_of
 
 
 def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> dict[str, dict[str, str]] | None:
@@ -121,17 +121,17 @@ def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> 
     for name in dict.fromkeys(files.values()):
         with safe_open(name, framework="pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    found = {}
+    index = {}
     for name, parameter in model.named_parameters():
         if name.startswith(f"{path}."):
             if shapes.get(name) != tuple(parameter.shape):
                 return None
-            found[name] = {
+            index[name] = {
                 "safetensors_file": files[name],
                 "weight_name": name,
                 "dtype": str(parameter.dtype).removeprefix("torch."),
             }
-    return found
+    return index
 
 
 def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
@@ -146,8 +146,8 @@ def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
 
 def _stored(files: dict[str, str], name: str) -> torch.Tensor:
     with safe_open(files[name], framework="pt", backend="pread") as file:
-        found: torch.Tensor = file.get_tensor(name)
-    return found
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _read_surroundings(

@@ -160,17 +160,17 @@ class StreamedBlocks:
     def _widest(self) -> int:
         """Bytes of the largest weight as its file has it, where that is in a wider type than most."""
         places = {weight.place: weight.shape.numel() for weights in self._weights for weight in weights}
-        found = 0
+        widest = 0
         for name in {place.file for place in places}:
             with safe_open(name, framework="pt", backend="pread") as file:
                 for place, numbers in places.items():
                     if place.file == name:
-                        found = max(found, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
-        return found
+                        widest = max(widest, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
+        return widest
 
     def _take_over(self, prefix: str, block: nn.Module) -> list[_Weight]:
         """Where accelerate's hooks would find the weights. They stay for `save_pretrained`, which asks them."""
-        found = []
+        weights = []
         for path, module in block.named_modules():
             hook = vars(module).get("_hf_hook")
             if hook is None:
@@ -181,8 +181,8 @@ class StreamedBlocks:
                 entry = hook.weights_map.dataset.index[full]
                 place = Place(entry["safetensors_file"], entry["weight_name"], getattr(torch, entry["dtype"]))
                 self.places[full] = place
-                found.append(_Weight(module, name, place, parameter.shape))
-        return found
+                weights.append(_Weight(module, name, place, parameter.shape))
+        return weights
 
     def _streamed(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward pass outside the sweep loads its blocks as well, one after the other."""
@@ -272,8 +272,8 @@ class StreamedBlocks:
 
 def streamed_blocks(model: nn.Module) -> StreamedBlocks | None:
     """The streamed blocks of a model, if its weights do not stay in memory."""
-    found: StreamedBlocks | None = vars(model).get(_OWNER)
-    return found
+    streamed: StreamedBlocks | None = vars(model).get(_OWNER)
+    return streamed
 
 
 def fits(total_bytes: int, budget: int) -> bool:

@@ -31,7 +31,7 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 def with_bytes(raw: bytes) -> str:
     """Text, with the names of bytes where it is none."""
-    return _ESCAPED.sub(lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", raw.decode("utf-8", "surrogateescape"))
+    return _ESCAPED.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", raw.decode("utf-8", "surrogateescape"))
 
 
 def without_bytes(text: str) -> str:

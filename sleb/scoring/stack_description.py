@@ -56,5 +56,5 @@ def facts_of(stack: BlockStack, loaded: LoadedModel) -> dict[str, Any]:
 def _per_block_lists(stack: BlockStack) -> tuple[str, ...]:
     """Which settings have an entry for each block."""
     settings = stack.config.to_dict()
-    found = (key for key, value in settings.items() if isinstance(value, list | tuple) and len(value) == len(stack))
-    return tuple(sorted(key for key in found if re.fullmatch(r"\w{1,80}", key) and "token" not in key))
+    names = (key for key, value in settings.items() if isinstance(value, list | tuple) and len(value) == len(stack))
+    return tuple(sorted(key for key in names if re.fullmatch(r"\w{1,80}", key) and "token" not in key))

@@ -56,7 +56,7 @@ def itinerary(skip_sets: Iterable[SkipSet], num_blocks: int) -> list[Visit]:
                 if not members[prefix]:
                     ended.append(prefix)
                     del members[prefix]
-        skipping = {twin for _, twin in forks}
+        skipping = {fork for _, fork in forks}
         through = tuple(prefix for prefix in members if prefix not in skipping)
         visits.append(Visit(block, tuple(forks), tuple(ended), through))
     return visits

@@ -90,14 +90,14 @@ def build(
     wanted = spec.sequences + held
     needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
     while True:
-        found = _documents(spec, needed, seed, drawing)
-        texts, said = _rendered(found.documents, spec, tokenizer, drawing)
+        source = _documents(spec, needed, seed, drawing)
+        texts, remark = _rendered(source.documents, spec, tokenizer, drawing)
         parts = texts if spec.chat and drawing >= 2 else [SEPARATOR.join(texts)]
-        ids = token_ids(parts, tokenizer, vocab_size, found.origin)
+        ids = token_ids(parts, tokenizer, vocab_size, source.origin)
         windows = cut(ids, spec.sequence_length, bos, twice=drawing < 2)
         order = np.random.default_rng(seed).permutation(len(windows)) if spec.sampling == "random" else None
         chosen, distinct = _chosen(windows, order, all_of_them=drawing < 2)
-        if len(chosen) >= wanted or found.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
+        if len(chosen) >= wanted or source.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
             break
         needed *= 4  # what there is repeats itself; there is more
     some = f", {distinct:,} of them distinct" if distinct < len(windows) else ""
@@ -105,16 +105,16 @@ def build(
         more = ", or give more text" if some else ""
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
-            f"{found.origin} gives {len(windows)}{some}. Lower `sequences`, `held_out` or `sequence_length`{more}."
+            f"{source.origin} gives {len(windows)}{some}. Lower `sequences`, `held_out` or `sequence_length`{more}."
         )
     ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
-    doubts = [said] if said else []
+    doubts = [remark] if remark else []
     if drawing >= 2 and (shared := count_sharing(ids[spec.sequences :], ids[: spec.sequences])):
         doubts.append(f"{shared:,} of {held:,} held-out windows repeat half a window of those that choose")
-    counted = f"{found.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}"
+    counted = f"{source.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}"
     text = "; ".join([counted, *doubts])
-    warnings = tuple(f"{found.origin}: {each}." for each in doubts)
+    warnings = tuple(f"{source.origin}: {each}." for each in doubts)
     return CalibrationSet(ids, spec.sequences, bos is not None, text, warnings)
 
 
@@ -139,9 +139,9 @@ def count_distinct(windows: np.ndarray) -> int:
 def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
     """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
     size = max(1, min(_PASSAGE, ids.shape[1] // 2))
-    found = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
+    passages = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, passages=np.unique(found), size=np.int64(size), length=np.int64(ids.shape[1]))
+    np.savez_compressed(buffer, passages=np.unique(passages), size=np.int64(size), length=np.int64(ids.shape[1]))
     replace_file(inside(run_dir, _PASSAGES_FILE), buffer.getvalue())
 
 
@@ -184,9 +184,9 @@ def _passages(windows: np.ndarray, size: int) -> np.ndarray:
 
 
 def _powers(base: int, count: int) -> np.ndarray:
-    found = np.ones(count, dtype=np.uint64)
-    found[1:] = np.multiply.accumulate(np.full(count - 1, base, dtype=np.uint64))
-    return found
+    powers = np.ones(count, dtype=np.uint64)
+    powers[1:] = np.multiply.accumulate(np.full(count - 1, base, dtype=np.uint64))
+    return powers
 
 
 def _rows(
@@ -271,19 +271,19 @@ def cut(ids: np.ndarray, length: int, bos: int | None, *, twice: bool = False) -
         if bos is not None:
             windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
         return windows
-    found = []
+    windows_with_bos = []
     at = 0
     while at < len(ids):
         own = ids[at] == bos
         window = ids[at : at + length] if own else np.concatenate([[bos], ids[at : at + size]])
         at += length if own else size
         if len(window) == length:
-            found.append(window)
-    return np.stack(found) if found else np.empty((0, length), dtype=np.int64)
+            windows_with_bos.append(window)
+    return np.stack(windows_with_bos) if windows_with_bos else np.empty((0, length), dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Source:
     """Documents, and a name for where they came from."""
 
     documents: list[Document]
@@ -292,14 +292,14 @@ class _Found:
     """There is no more than that."""
 
 
-def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Found:
+def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Source:
     source = spec.source
     if source in ("demo", "wikitext2"):
         if source == "demo":
             texts, origin = demo.documents(), "the demo text (Wikipedia sample)"
         else:
             texts, origin = list(load_dataset(*WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
-        return _Found([Document(each, origin, {}) for each in texts], origin, is_whole=True)
+        return _Source([Document(each, origin, {}) for each in texts], origin, is_whole=True)
     order = seed if spec.sampling == "random" else None
     wanted = Wanted(None, spec.chat, needed, order, keep_marks=drawing < 2)
     if source == "c4":
@@ -311,14 +311,14 @@ def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _
         data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
         return _drawn(data, replace(wanted, column=column), source, source)
     path, column = local
-    found = text_files.documents(path, replace(wanted, column=column))
+    documents = text_files.documents(path, replace(wanted, column=column))
     is_table = path.suffix.lower() in text_files.TABLES
-    return _Found(found, path.name, is_whole=_is_whole(found, needed) or not is_table)
+    return _Source(documents, path.name, is_whole=_is_whole(documents, needed) or not is_table)
 
 
-def _drawn(data: Iterable[Any], wanted: Wanted, name: str, origin: str) -> _Found:
+def _drawn(data: Iterable[Any], wanted: Wanted, name: str, origin: str) -> _Source:
     rows = text_files.drawn(map(text_files.table_row, data), wanted, name, f"Row {{}} of {name}")
-    return _Found(rows, origin, is_whole=_is_whole(rows, wanted.characters))
+    return _Source(rows, origin, is_whole=_is_whole(rows, wanted.characters))
 
 
 def _is_whole(documents: list[Document], needed: int | None) -> bool:
@@ -342,16 +342,16 @@ def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, 
         except WorkEnded as error:
             raise CalibrationError(f"`chat`: {each.where} cannot be read as a conversation: {error}.") from error
     try:
-        found = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
+        rendering = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
     except chat_template.RefusedConversation as error:
         where = documents[error.index].where
         raise CalibrationError(f"`chat`: the tokenizer's chat template refuses {where} ({error}).") from error
     except WorkEnded as error:
         raise CalibrationError(f"`chat`: the tokenizer's chat template refuses a conversation ({error}).") from error
-    if not found.without_tools:
-        return found.texts, ""
-    some = f"{found.without_tools:,} of {len(documents):,} conversations"
-    return found.texts, f"the chat template leaves out the tools or calls of {some}"
+    if not rendering.without_tools:
+        return rendering.texts, ""
+    some = f"{rendering.without_tools:,} of {len(documents):,} conversations"
+    return rendering.texts, f"the chat template leaves out the tools or calls of {some}"
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:

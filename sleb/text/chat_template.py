@@ -107,17 +107,17 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
                 "role and content"
             )
         turn = {"role": role, "content": turn["value"]}
-    said = {name: value for name, value in turn.items() if value is not None}
-    has_content = "content" in turn or any(name in said for name in _INSTEAD_OF_CONTENT)
-    if not isinstance(said.get("role"), str) or not has_content:
+    fields = {name: value for name, value in turn.items() if value is not None}
+    has_content = "content" in turn or any(name in fields for name in _INSTEAD_OF_CONTENT)
+    if not isinstance(fields.get("role"), str) or not has_content:
         names = excerpt(", ".join(sorted(map(str, turn))[:8])) or "none"
         raise WorkEnded(f"message {number} has the keys {names}; role and content are needed")
-    content = said.get("content")
+    content = fields.get("content")
     if isinstance(content, list):
-        said["content"] = [_part(each, number) for each in content]
+        fields["content"] = [_part(each, number) for each in content]
     elif content is not None and not isinstance(content, str):
         raise WorkEnded(f"the content of message {number} is {quoted(content)}, not text")
-    return said
+    return fields
 
 
 def _part(part: Any, number: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def rendered(
     except RecursionError as error:
         raise WorkEnded("a conversation is nested too deeply") from error
     most = _GROWTH * size + count * _AROUND + _ONCE
-    found = bounded.call(
+    answer = bounded.call(
         _rendered,
         (template, with_tools),
         special,
@@ -168,9 +168,9 @@ def rendered(
         memory=bounded.MEMORY + 8 * most,
         answer=most,
     )
-    if "refused" in found:
-        raise RefusedConversation(found["refused"], excerpt(sentence(found["why"])))
-    return Rendering(found["texts"], found["without_tools"])
+    if "refused" in answer:
+        raise RefusedConversation(answer["refused"], excerpt(sentence(answer["why"])))
+    return Rendering(answer["texts"], answer["without_tools"])
 
 
 def _rendered(

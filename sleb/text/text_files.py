@@ -131,7 +131,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
 
     `where` is a pattern that takes the number of a row, from 1 on; a row may be empty, and counts.
     """
-    found: list[Document] = []
+    documents: list[Document] = []
     characters = 0
     numbered = ((number, row) for number, row in enumerate(rows, 1) if row)
     first = next(numbered, None)
@@ -145,7 +145,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
         document = _document(row, columns, wanted, where.format(number), origin)
         if document is None:
             continue
-        found.append(document)
+        documents.append(document)
         characters += document.size
         if wanted.characters is not None and characters >= wanted.characters:
             break
@@ -153,7 +153,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
             raise CalibrationError(
                 f"{origin} has more than {MOST_CHARACTERS / 1e9:.0f} GB of text, the most that is read whole. Cut it."
             )
-    return found
+    return documents
 
 
 def _document(
@@ -326,15 +326,15 @@ def _of_parquet(path: Path, wanted: Wanted) -> list[Document]:
     """Documents of a table, read where it can be ended: a few bytes of it can hold more than any memory."""
     most = MOST_CHARACTERS if wanted.characters is None else 8 * wanted.characters
     try:
-        found = bounded.call(
+        rows = bounded.call(
             _parquet_rows, path, wanted,
             seconds=_PARQUET_SECONDS, memory=_PARQUET_BYTES, answer=_BUFFER_BYTES + most,
         )  # fmt: skip
     except WorkEnded as error:
         raise CalibrationError(f"{path} cannot be read as parquet: {error}.") from error
-    if isinstance(found, str):
-        raise CalibrationError(found)
-    return [Document(*each) for each in found]
+    if isinstance(rows, str):
+        raise CalibrationError(rows)
+    return [Document(*each) for each in rows]
 
 
 def _parquet_rows(path: Path, wanted: Wanted) -> list[tuple[Any, str, dict[str, Any]]] | str:

@@ -42,10 +42,10 @@ def of_model(model: str, revision: str | None) -> dict[str, str]:
 
 def _of_card(text: str) -> dict[str, str]:
     """The fields of the front matter, those left out that no hub would take."""
-    found = re.match(r"---\n(.*?\n)---\s", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
-    if found is None:
+    front_matter = re.match(r"---\n(.*?\n)---\s", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
+    if front_matter is None:
         return {}
-    fields = {name: value.strip() for name, _, value in _FIELD.findall(found[1])}
+    fields = {name: value.strip() for name, _, value in _FIELD.findall(front_matter[1])}
     if not _ID.fullmatch(fields.get("license", "")):
         return {}
     return {name: value for name, value in fields.items() if name == "license_link" or _ID.fullmatch(value)}

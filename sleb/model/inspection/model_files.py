@@ -21,7 +21,7 @@ _TEXT_BYTES = 256 << 20
 """Of every other file that is read as a whole; the largest vocabularies take 40 MB."""
 _TEXTS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken")
 
-_TOLD = ("tokenizer_config.json", "special_tokens_map.json")
+_NAMES_PRINTED = ("tokenizer_config.json", "special_tokens_map.json")
 """Files whose names of settings the tokenizers library prints itself where it does not know them."""
 
 _BLOCKS, _EXPERTS = 1024, 4096
@@ -123,7 +123,7 @@ def require_plain_files(folder: Path) -> None:
             )
         if path.name.endswith(".index.json"):
             _require_own_shards(path)
-        if path.name in _TOLD:
+        if path.name in _NAMES_PRINTED:
             _require_printable_names(path)
 
 
@@ -158,7 +158,7 @@ def require_every_block(
     with a warning parts that the model does not have, such as a vision tower.
     """
     further = max((int(value) for key, value in _numbers(raw) if _FURTHER.fullmatch(key)), default=0)
-    blocks = {int(found[2]) for key in stored if (found := _BLOCK.match(key)) and _same_stack(found[1], path)}
+    blocks = {int(match[2]) for key in stored if (match := _BLOCK.match(key)) and _same_stack(match[1], path)}
     highest = max(blocks, default=-1)
     if highest >= num_blocks + further:
         raise ModelError(
@@ -169,7 +169,7 @@ def require_every_block(
     left = sorted(
         key
         for key in unused
-        if (found := _BLOCK.match(key)) and _same_stack(found[1], path) and int(found[2]) < num_blocks
+        if (match := _BLOCK.match(key)) and _same_stack(match[1], path) and int(match[2]) < num_blocks
         if not _NO_WEIGHT.search(key)
     )
     if left:

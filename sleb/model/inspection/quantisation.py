@@ -149,8 +149,8 @@ def _scheme(settings: Any) -> Scheme:
         for key in _DETAILS
         if isinstance(value := settings.get(key), str | int) and not isinstance(value, bool)
     ]
-    said = excerpt(method, 60) if isinstance(method, str) else "a scheme without a name (quant_method)"
-    return Scheme(said + (f" ({', '.join(details)})" if details else ""), method if isinstance(method, str) else None)
+    label = excerpt(method, 60) if isinstance(method, str) else "a scheme without a name (quant_method)"
+    return Scheme(label + (f" ({', '.join(details)})" if details else ""), method if isinstance(method, str) else None)
 
 
 def _known() -> frozenset[str]:

@@ -47,10 +47,10 @@ class StoredTensor:
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of these files by name. Raises `ModelError` for a file that does not hold what its header says."""
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
-        found |= _header(path)
-    return found
+        tensors |= _header(path)
+    return tensors
 
 
 def main_dtype(stored: Mapping[str, StoredTensor]) -> str | None:

@@ -48,7 +48,7 @@ def require_modest_files(name: str, source: str, revision: str | None) -> None:
 
     paths = [path for path in Path(source).glob("tokenizer*.json") if path.is_file()]
     if not Path(source).is_dir():
-        found = cached_file(
+        cached = cached_file(
             source,
             "tokenizer.json",
             revision=revision,
@@ -56,7 +56,7 @@ def require_modest_files(name: str, source: str, revision: str | None) -> None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        paths = [Path(found)] if found else []
+        paths = [Path(cached)] if cached else []
     for path in paths:
         settings = model_files.read_text_json(path)
         if isinstance(settings, dict):
@@ -136,8 +136,8 @@ def _longest(charsmap: str) -> int:
     return 1  # the library will not read it either
 
 
-def _too_long(name: str, found: int, most: int) -> ModelError:
-    times = f"{found:,}" if found < 10**6 else "millions of"
+def _too_long(name: str, growth: int, most: int) -> ModelError:
+    times = f"{growth:,}" if growth < 10**6 else "millions of"
     return ModelError(
         f"{name} has a tokenizer that can make a text {times} times as long, and at most {most:,} are allowed; take "
         "the tokenizer of its base model (tokenizer.json)."
