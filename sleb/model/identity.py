@@ -1,4 +1,4 @@
-"""What a loaded model is, besides its weights: config, tokenizer, chat template and code. Reads; changes nothing."""
+"""What a loaded model is: its weights, config, tokenizer, chat template and code. Reads; changes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 
 from sleb.model.generation import ends_of
 from sleb.model.loading import LoadedModel
+from sleb.model.streaming import streamed_blocks
 from sleb.records import ModelIdentity
 
 _ASIDE = frozenset(
@@ -46,6 +48,29 @@ def identity_of(loaded: LoadedModel) -> ModelIdentity:
         end_tokens=tuple(sorted(ends_of(loaded.model))),
         remote_code=_remote_code(loaded),
     )
+
+
+def weights_hash(model: nn.Module, dtype: str | None = None) -> str:
+    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights.
+
+    With `dtype`, of what they would be in that type.
+    """
+    cast = getattr(torch, dtype) if dtype else None
+    digest = xxhash.xxh3_128()
+    seen: set[int] = set()
+    streamed = streamed_blocks(model)
+    for name, tensor in sorted(model.state_dict().items()):
+        kind = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name}{tuple(tensor.shape)}{kind}".encode())
+        if streamed is not None and tensor.is_meta:
+            tensor = streamed.tensor(name)
+        elif tensor.data_ptr() in seen:  # tied
+            continue
+        else:
+            seen.add(tensor.data_ptr())
+        plain = (tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor).to(kind)
+        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def computing_fields(config: Any) -> dict[str, Any]:

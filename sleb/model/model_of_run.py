@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.errors import RunError
-from sleb.model.identity import default_fields, identity_of
-from sleb.model.loading import LoadedModel, load_model, weights_hash
+from sleb.model.identity import default_fields, identity_of, weights_hash
+from sleb.model.loading import LoadedModel, load_model
 from sleb.records import SCORING_VERSION, JobSpec, Run
 
 _NAMED = 3  # changes in one sentence

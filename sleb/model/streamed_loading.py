@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import nn
 
 from sleb.errors import ModelError, OptionError
-from sleb.model.block_stack import find_stack
+from sleb.model.inspection.checkpoint import files_by_key
+from sleb.model.stack_discovery import find_stack
 from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
 from sleb.runtime import run_folder
 from sleb.runtime.unfinished import names
@@ -87,27 +88,6 @@ def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, 
         places |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
         prefix, owner = f"{prefix}{part}.", getattr(owner, part)
     return places
-
-
-def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
-    """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    revision = options.get("revision")
-    quiet: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(source, "model.safetensors", **quiet)
-    if single is not None:
-        files = [single]
-    else:
-        listing = cached_file(source, "model.safetensors.index.json", **quiet)
-        if listing is None:
-            return {}
-        files, _ = get_checkpoint_shard_files(source, listing, revision=revision)
-    file_of: dict[str, str] = {}
-    for name in files:
-        with safe_open(name, framework="pt") as file:
-            file_of |= dict.fromkeys(file.keys(), str(name))
-    return file_of
 
 
 def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> dict[str, dict[str, str]] | None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sleb.model.block_stack import BlockStack
-from sleb.model.identity import identity_of
-from sleb.model.loading import LoadedModel, weights_hash
+from sleb.model.identity import identity_of, weights_hash
+from sleb.model.loading import LoadedModel
 from sleb.records import SCORING_VERSION, StackDescription
 from sleb.scoring.self_check import self_check
 

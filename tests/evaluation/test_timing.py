@@ -18,7 +18,7 @@ from sleb import api, execution
 from sleb.cli.main import app
 from sleb.errors import ModelError, OptionError, ScoringError, SlebError
 from sleb.evaluation import request
-from sleb.model.block_stack import find_stack
+from sleb.model.stack_discovery import find_stack
 from sleb.records import BenchmarkSpec, Progress, RemovalList, Timing
 from sleb.runtime import findings_folder
 from sleb.runtime.processes.progress import Watcher

@@ -25,7 +25,8 @@ from sleb.cli.main import app
 from sleb.errors import ModelError, OptionError, ScoringError
 from sleb.model import streaming
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import LoadedModel, load_model, weights_hash
+from sleb.model.identity import weights_hash
+from sleb.model.loading import LoadedModel, load_model
 from sleb.model.streaming import StreamedBlocks, streamed_blocks
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import job_processes
