@@ -40,7 +40,7 @@ from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of
 from sleb.scoring.sweep_plan import SkipSet
-from sleb.text import calibration
+from sleb.text import calibration, repetition
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Session:
             protected=protected,
             self_check=check,
         )
-        calibration.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
+        repetition.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
         origin.write_stack(self.run.run_dir, description)
         return description
 

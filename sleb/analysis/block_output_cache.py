@@ -15,21 +15,19 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sleb.errors import OptionError, StorageError, quoted
+from sleb.analysis.cache_folder import FOLDER, META, describe, lock_of, remove, root_of
+from sleb.errors import OptionError, quoted
 from sleb.records import Record
-from sleb.runtime.unfinished import workspaces
 from sleb.runtime.unfinished.names import is_unfinished, temporary
 
 log = logging.getLogger(__name__)
@@ -43,13 +41,7 @@ MOST_TOKENS = 4096
 FEWEST_TOKENS = 256
 LARGEST_SHARE = 4  # an entry takes at most one in so many parts of the limit
 
-_FOLDER = "block-outputs"
-_META = "meta.json"  # its modification time is the entry's last use
 _UNFINISHED = ".tmp-"  # as earlier versions named what they were writing
-_SCRATCH = "offload"  # weights that streaming had to convert: their process's own, as long as it lives
-PARTIAL = "partial"
-"""What `sleb cache` calls that which killed processes left, wherever it is."""
-_LOCK_SECONDS = 600.0
 _FILES: dict[str, tuple[str, ...]] = {
     "outputs.safetensors": ("outputs",),
     "cosine.safetensors": ("cosine",),
@@ -115,25 +107,6 @@ class _Meta(Record):
     files: dict[str, _FileCheck]
 
 
-@dataclass(frozen=True)
-class CacheEntry:
-    """One thing that `sleb cache` shows and clears."""
-
-    name: str
-    folder: str
-    """Under `<home>/cache/`."""
-    path: Path
-    bytes: int
-    last_used: float
-    """Seconds since the epoch."""
-    model: str | None = None
-
-    @property
-    def age(self) -> float:
-        """Seconds since the last use."""
-        return max(0.0, time.time() - self.last_used)
-
-
 class _Damaged(ValueError):
     """An entry that is not what was written."""
 
@@ -181,7 +154,7 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
     """
     if not re.fullmatch("[0-9a-f]{32}", key):
         return None
-    entry = _root(home) / key
+    entry = root_of(home) / key
     if not entry.is_dir():
         return None
     outputs: BlockOutputs | None
@@ -189,14 +162,14 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
         outputs = _open(entry, verify=verify)
     except (OSError, _Damaged):
         try:
-            with _lock(home):  # once more, with no writer at work: it may have been replaced under our eyes
+            with lock_of(home):  # once more, with no writer at work: it may have been replaced under our eyes
                 outputs = _open_or_remove(entry, verify=verify)
         except OSError as failure:
             log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
             return None
     if outputs is not None:
         with contextlib.suppress(OSError):  # a read-only cache is still a cache
-            os.utime(entry / _META)
+            os.utime(entry / META)
     return outputs
 
 
@@ -214,11 +187,11 @@ def write(home: Path, key: str, outputs: BlockOutputs, depends: dict[str, str]) 
             sizes = f"{size / 1e9:.2f} GB are more than a quarter of {LIMIT_VARIABLE}, {limit / 1e9:.2f} GB"
             log.warning("The block outputs are not cached: %s.", sizes)
         return False
-    root = _root(home)
+    root = root_of(home)
     partial = temporary(root / key)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(home):
+        with lock_of(home):
             _make_room(root, limit - size, spare=key)
             partial.mkdir()
             checks = {}
@@ -242,8 +215,8 @@ def write(home: Path, key: str, outputs: BlockOutputs, depends: dict[str, str]) 
             )
             content = meta.model_dump(mode="json")
             text = json.dumps({"content": content, "xxh3": _hash_json(content)}, indent=1)
-            (partial / _META).write_text(text, encoding="utf-8")
-            _remove(root / key)
+            (partial / META).write_text(text, encoding="utf-8")
+            remove(root / key)
             os.replace(partial, root / key)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -252,64 +225,15 @@ def write(home: Path, key: str, outputs: BlockOutputs, depends: dict[str, str]) 
     return True
 
 
-def usage(home: Path) -> list[CacheEntry]:
-    """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole.
-
-    And whatever killed processes left, there or where they were writing.
-    """
-    listed: list[CacheEntry] = []
-    cache = home / "cache"
-    for child in sorted(cache.iterdir()) if cache.is_dir() else []:
-        if child.name in (_FOLDER, _SCRATCH):
-            entries = [entry for entry in sorted(child.iterdir()) if entry.is_dir()]
-            listed += [_describe(entry, child.name) for entry in entries if not is_unfinished(entry.name)]
-        elif not is_unfinished(child.name):
-            listed.append(_describe(child, child.name))
-    return listed + [replace(_describe(path, PARTIAL), name=str(path)) for path in workspaces.abandoned(home)]
-
-
-def clear(home: Path, target: str) -> list[CacheEntry]:
-    """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
-    entries = usage(home)
-    chosen = [entry for entry in entries if target in ("all", entry.name, entry.folder)]
-    if not chosen and target not in ("all", _FOLDER, PARTIAL):
-        names = ", ".join([*sorted({"all", _FOLDER, PARTIAL} | {entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {quoted(target)}; it can clear {names}.")
-    if not chosen:
-        return []
-    try:
-        _root(home).mkdir(parents=True, exist_ok=True)
-        with _lock(home):
-            workspaces.sweep(home)  # partial ones, and what a killed clearing left
-            for entry in chosen:
-                if entry.folder == PARTIAL:
-                    continue
-                if entry.path.is_dir() and not entry.path.is_symlink():
-                    _remove(entry.path)
-                else:
-                    entry.path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"The cache in {home / 'cache'} cannot be cleared: {error}.") from error
-    return chosen
-
-
-def _root(home: Path) -> Path:
-    return home / "cache" / _FOLDER
-
-
-def _lock(home: Path) -> FileLock:
-    return FileLock(_root(home) / ".lock", timeout=_LOCK_SECONDS)
-
-
 def _open(entry: Path, *, verify: bool) -> BlockOutputs:
     try:
-        document = json.loads((entry / _META).read_text(encoding="utf-8"))
+        document = json.loads((entry / META).read_text(encoding="utf-8"))
         content, digest = document["content"], document["xxh3"]
         meta = _Meta.model_validate(content)
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise _Damaged(f"{_META} cannot be read") from error
+        raise _Damaged(f"{META} cannot be read") from error
     if _hash_json(content) != digest or meta.key != entry.name or meta.cache_version != CACHE_VERSION:
-        raise _Damaged(f"{_META} was changed")
+        raise _Damaged(f"{META} was changed")
     arrays: dict[str, np.ndarray] = {}
     for file, names in _FILES.items():
         check = meta.files.get(file)
@@ -341,7 +265,7 @@ def _open_or_remove(entry: Path, *, verify: bool) -> BlockOutputs | None:
         return _open(entry, verify=verify)
     except (OSError, _Damaged) as error:
         log.warning("Cached block outputs in %s are damaged (%s); they will be computed again.", entry, error)
-        _remove(entry)
+        remove(entry)
         return None
 
 
@@ -370,47 +294,14 @@ def _make_room(root: Path, room: int, *, spare: str) -> None:
         if is_unfinished(child.name) or child.name.startswith(_UNFINISHED):
             shutil.rmtree(child, ignore_errors=True)  # its writer died: the living one is us
         elif child.is_dir() and child.name != spare:
-            entries.append(_describe(child, _FOLDER))
+            entries.append(describe(child, FOLDER))
     total = sum(entry.bytes for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.last_used):
         if total <= room:
             return
         log.info("Evicting the block outputs of %s (%.2f GB) from the cache.", entry.model, entry.bytes / 1e9)
-        _remove(entry.path)
+        remove(entry.path)
         total -= entry.bytes
-
-
-def _remove(path: Path) -> None:
-    """Take a folder away in one move, so that nobody sees half of it, then delete it."""
-    if not path.is_dir():
-        return
-    trash = temporary(path)
-    os.replace(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def _describe(path: Path, folder: str) -> CacheEntry:
-    files = list(_files_under(path))
-    meta = path / _META
-    model = None
-    if folder == _FOLDER:
-        try:
-            model = str(json.loads(meta.read_text(encoding="utf-8"))["content"]["model"])
-        except (OSError, ValueError, KeyError, TypeError):
-            model = None  # unfinished or damaged; its size still counts
-    last_used = max((modified for _, modified in files), default=0.0)
-    return CacheEntry(path.name, folder, path, sum(size for size, _ in files), last_used, model)
-
-
-def _files_under(path: Path) -> Iterator[tuple[int, float]]:
-    """Bytes and modification time of every file that is still there."""
-    for file in [path] if path.is_file() else path.rglob("*"):
-        try:
-            status = file.stat()
-        except OSError:
-            continue
-        if file.is_file():
-            yield status.st_size, status.st_mtime
 
 
 def _hash_file(path: Path) -> str:

@@ -38,7 +38,7 @@ from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
 from sleb.scoring.recorded_baseline import agrees, write_identity
 from sleb.scoring.scorer import Scorer
-from sleb.text import calibration, text_files
+from sleb.text import repetition, text_files
 from sleb.text.calibration import RESERVED
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Subject:
             said = ""
             if _is_same_text(name, self.run.spec.calibration.source):
                 said = "; the blocks were chosen on a part of it"
-            elif repeating := calibration.count_repeating(found.ids, self.run.run_dir):
+            elif repeating := repetition.count_repeating(found.ids, self.run.run_dir):
                 said = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
             described = found.text.description + said
             found = replace(found, text=found.text.model_copy(update={"description": described}))

@@ -1,4 +1,4 @@
-"""Greedy text by a model's own `generate`, and what its cache holds. Knows one model and token ids; no run."""
+"""Greedy text by a model's own `generate`, and the size of its cache. Knows one model and token ids; no run."""
 
 from __future__ import annotations
 
@@ -29,37 +29,19 @@ def continued(
 
     With `stop` each ends with the model's own end-of-sequence token, and the last to end ends them all; else there are
     exactly `tokens` new ones. Nothing else of the model's generation settings is used: they may sample, or penalise
-    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate (so).
+    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate, or not so.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
-
     name = type(model).__name__
-    own: Any = getattr(model, "generation_config", None)
-    if own is None or not callable(getattr(model, "generate", None)):
+    if getattr(model, "generation_config", None) is None or not callable(getattr(model, "generate", None)):
         raise ModelError(f"{name} cannot generate text (it has no `generate`).")
-    ends = ends_of(model) if stop else []
-    greedy = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=cached,
-        return_dict_in_generate=True,
-        eos_token_id=ends or None,
-        pad_token_id=next((token for token in (own.pad_token_id, *ends) if token is not None), 0) if ends else None,
-    )
-
-    def stop_nothing(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        assert tick is not None
-        tick()
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    criteria: dict[str, Any] = {} if tick is None else {"stopping_criteria": StoppingCriteriaList([stop_nothing])}
+    settings = _greedy_settings(model, tokens, stop=stop, cached=cached)
+    kwargs = _after_each_token(tick) if tick is not None else {}
     if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
-        criteria["output_router_logits"] = False  # losses that nobody reads
+        kwargs["output_router_logits"] = False  # losses that nobody reads
     try:
         with _settings_aside(model), torch.inference_mode():
             done = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, **criteria
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, **kwargs
             )
     except _FAILURES as error:
         if is_out_of_memory(error):
@@ -70,9 +52,36 @@ def continued(
     return done.sequences, done.past_key_values
 
 
+def _greedy_settings(model: Any, tokens: int, *, stop: bool, cached: bool) -> Any:
+    from transformers import GenerationConfig
+
+    ends = ends_of(model) if stop else []
+    pad = next((token for token in (model.generation_config.pad_token_id, *ends) if token is not None), 0)
+    return GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=cached,
+        return_dict_in_generate=True,
+        eos_token_id=ends or None,
+        pad_token_id=pad if ends else None,
+    )
+
+
+def _after_each_token(tick: Callable[[], None]) -> dict[str, Any]:
+    """Arguments of `generate` by which it calls `tick` after each token."""
+    from transformers import StoppingCriteriaList
+
+    def stop_nothing(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
+        tick()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    return {"stopping_criteria": StoppingCriteriaList([stop_nothing])}
+
+
 @contextmanager
 def numbers_only(model: nn.Module, whose: str) -> Iterator[None]:
-    """Within it a forward pass raises `NotNumbers` where its next token cannot be told: greedy text would go on."""
+    """Within it a forward pass whose logits are not numbers raises `NotNumbers`: greedy text would go on."""
 
     def look(_model: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -100,7 +109,7 @@ def ends_of(model: nn.Module) -> list[int]:
 
 @contextmanager
 def _settings_aside(model: Any) -> Iterator[None]:
-    """`generate` fills what a config leaves open, the end-of-sequence token for one, from the model's own settings."""
+    """Within it the model has no generation settings, from which `generate` would fill in what is left open."""
     from transformers import GenerationConfig
 
     own = model.generation_config

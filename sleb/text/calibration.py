@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
+from sleb.errors import CalibrationError, WorkEnded
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
-from sleb.runtime.array_files import NO_ARRAYS, read_arrays
-from sleb.runtime.files import inside, replace_file
 from sleb.text import chat_template, text_files
+from sleb.text.hub_data import hub_parts, load_dataset
+from sleb.text.repetition import count_distinct, count_sharing, distinct_first
 from sleb.text.text_files import Document, Wanted
 
 RESERVED = ("demo", "wikitext2", "c4", "wikitext2-rows")
@@ -33,8 +30,6 @@ _STREAMED_CHARACTERS = 8_000_000
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 _DAY = datetime(2024, 7, 26)  # in templates that write the date; tomorrow a run must find the same text (Llama 3's own)
-_PASSAGE, _PASSAGES_FILE = 32, "calibration.npz"  # tokens
-_REMOTE, _ARCHIVES = {"hf", "https", "http"}, {"zip", "tar", "gzip", "bz2", "xz", "zstd"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ def build(
         ids = token_ids(parts, tokenizer, vocab_size, source.origin)
         windows = cut(ids, spec.sequence_length, bos, twice=drawing < 2)
         order = np.random.default_rng(seed).permutation(len(windows)) if spec.sampling == "random" else None
-        chosen, distinct = _chosen(windows, order, all_of_them=drawing < 2)
+        chosen, distinct = distinct_first(windows, order, all_of_them=drawing < 2)
         if len(chosen) >= wanted or source.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
             break
         needed *= 4  # what there is repeats itself; there is more
@@ -116,77 +111,6 @@ def build(
     text = "; ".join([counted, *doubts])
     warnings = tuple(f"{source.origin}: {each}." for each in doubts)
     return CalibrationSet(ids, spec.sequences, bos is not None, text, warnings)
-
-
-def _chosen(windows: np.ndarray, order: np.ndarray | None, *, all_of_them: bool) -> tuple[np.ndarray, int]:
-    """Indices of windows in the order in which they are taken, the first of equal ones; and how many are distinct."""
-    ordered = np.arange(len(windows)) if order is None else order
-    seen: set[bytes] = set()
-    first = []
-    for index in ordered.tolist():
-        digest = xxhash.xxh3_128_digest(windows[index].tobytes())
-        if digest not in seen:
-            seen.add(digest)
-            first.append(index)
-    return (ordered if all_of_them else np.asarray(first, dtype=np.int64)), len(seen)
-
-
-def count_distinct(windows: np.ndarray) -> int:
-    """How many of the windows (count, length) differ."""
-    return _chosen(windows, None, all_of_them=True)[1]
-
-
-def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
-    """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
-    size = max(1, min(_PASSAGE, ids.shape[1] // 2))
-    passages = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, passages=np.unique(passages), size=np.int64(size), length=np.int64(ids.shape[1]))
-    replace_file(inside(run_dir, _PASSAGES_FILE), buffer.getvalue())
-
-
-def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
-    """How many windows repeat about half a window or more of those that a run chose on; 0 where it kept no passages."""
-    try:
-        kept = read_arrays(run_dir, _PASSAGES_FILE)
-        passages, size, length = kept["passages"], int(kept["size"]), int(kept["length"])
-    except NO_ARRAYS:
-        return 0
-    if passages.dtype != np.uint64 or passages.ndim != 1 or not 0 < size <= windows.shape[1]:
-        return 0
-    needed = max(1, min(length, windows.shape[1]) // 2 // size - 1)
-    return int((np.isin(_passages(windows, size), passages).sum(axis=1) >= needed).sum())
-
-
-def count_sharing(windows: np.ndarray, others: np.ndarray) -> int:
-    """How many windows (count, length) have a passage in common with any of the others, wherever it stands in them.
-
-    A passage is half a window, of the shorter ones, and at least eight tokens.
-    """
-    if not len(windows) or not len(others):
-        return 0
-    size = max(8, min(windows.shape[1], others.shape[1]) // 2)
-    if size > min(windows.shape[1], others.shape[1]):
-        return 0
-    return int(np.isin(_passages(windows, size), _passages(others, size)).any(axis=1).sum())
-
-
-def _passages(windows: np.ndarray, size: int) -> np.ndarray:
-    """A rolling hash of every `size` tokens in a row, uint64 (count, length - size + 1)."""
-    base, inverse = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
-    length = windows.shape[1]
-    powers, back = (_powers(each, length) for each in (base, inverse))
-    mixed = windows.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(31)
-    sums = np.zeros((len(windows), length + 1), dtype=np.uint64)
-    np.cumsum(mixed * powers, axis=1, out=sums[:, 1:])
-    return (sums[:, size:] - sums[:, :-size]) * back[: length - size + 1]
-
-
-def _powers(base: int, count: int) -> np.ndarray:
-    powers = np.ones(count, dtype=np.uint64)
-    powers[1:] = np.multiply.accumulate(np.full(count - 1, base, dtype=np.uint64))
-    return powers
 
 
 def _rows(
@@ -219,7 +143,7 @@ def _rows(
     rest = windows_of(rows[spec.sequences :])
     if drawing >= 2:
         both = np.concatenate([calibration, rest])
-        first, _ = _chosen(both, None, all_of_them=False)
+        first, _ = distinct_first(both, None, all_of_them=False)
         rest = both[first[first >= len(calibration)]]
     distinct = count_distinct(calibration)
     some = f", {distinct:,} of them distinct" if distinct < len(calibration) else ""
@@ -307,7 +231,7 @@ def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _
         return _drawn(data, replace(wanted, column="text"), "C4, train", "C4, train (first shard)")
     local = text_files.local(source)
     if local is None:
-        name, config, split, column = _hub_parts(source)
+        name, config, split, column = hub_parts(source)
         data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
         return _drawn(data, replace(wanted, column=column), source, source)
     path, column = local
@@ -362,55 +286,3 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"])}
     raise WorkEnded("a message has no role and content")
-
-
-def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
-    parts = [part or None for part in source.split(":")]
-    if len(parts) > 4 or not parts[0]:
-        raise CalibrationError(f"{quoted(source)} is no data set; write name:config:split:column, or a local file.")
-    name, config, split, column = (*parts, None, None, None)[:4]
-    assert name is not None
-    return name, config, split, column
-
-
-def load_dataset(name: str, *args: Any, split: str, streaming: bool = False, **kwargs: Any) -> Any:
-    """The hub's, or the one in its cache; never files of this machine. Raises `CalibrationError`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        _require_not_here(name)
-        builder = datasets.load_dataset_builder(name, *args, **kwargs)
-        _require_remote(name, builder.config.data_files or {})
-        if streaming:
-            return builder.as_streaming_dataset(split=split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise CalibrationError(
-            f"The data set {quoted(name)} could not be loaded ({first}). Check its name and the network, or name a "
-            "local .txt or .jsonl file instead, or demo."
-        ) from error
-
-
-def _require_not_here(name: str) -> None:
-    """`datasets` prefers a folder of that name to the hub, and `text`, `csv` and others are readers of any files."""
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    if name in _PACKAGED_DATASETS_MODULES:
-        raise CalibrationError(f"{quoted(name)} is a reader of files, no data set; name the file itself.")
-    if os.path.lexists(name):
-        raise CalibrationError(
-            f"{quoted(name)} lies in the current folder and would be taken for the hub's data set; start elsewhere."
-        )
-
-
-def _require_remote(name: str, files: Mapping[str, Iterable[Any]]) -> None:
-    """A data set says itself which files it has, and could name some of this machine."""
-    for each in (str(each) for of_split in files.values() for each in of_split):
-        *archives, file = (hop.partition("://")[0] if "://" in hop else "" for hop in each.split("::"))
-        if file not in _REMOTE or not _ARCHIVES.issuperset(archives):
-            raise CalibrationError(
-                f"The data set {quoted(name)} has {quoted(each)} of this machine among its files; choose another one."
-            )

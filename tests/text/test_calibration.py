@@ -12,7 +12,7 @@ import pytest
 
 from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
-from sleb.text import calibration, text_files
+from sleb.text import calibration, hub_data, repetition, text_files
 from tests.support import tiny
 
 
@@ -314,7 +314,7 @@ def test_a_data_set_cannot_have_files_of_this_machine(data_sets: Path, monkeypat
 )  # fmt: skip
 def test_no_hop_leads_to_this_machine(file: str, remote: bool) -> None:
     with nullcontext() if remote else pytest.raises(CalibrationError, match="of this machine"):
-        calibration._require_remote("some/set", {"train": [file]})
+        hub_data._require_remote("some/set", {"train": [file]})
 
 
 def test_what_the_cache_has_needs_no_network(data_sets: Path) -> None:
@@ -385,8 +385,8 @@ def test_held_out_windows_that_repeat_at_another_place_are_counted(tmp_path: Pat
     assert "4 of 4 held-out windows repeat half a window of those that choose" in found.text
     assert "repeat" not in build(path, sequences=4, held_out=4, sequence_length=64, sampling="first").text
     ids = np.arange(40).reshape(2, 20)
-    assert calibration.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
-    assert calibration.count_sharing(ids, ids[:, ::-1]) == 0
+    assert repetition.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
+    assert repetition.count_sharing(ids, ids[:, ::-1]) == 0
 
 
 @pytest.mark.parametrize("bos", ["auto", "yes"])
