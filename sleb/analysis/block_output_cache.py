@@ -1,8 +1,8 @@
 """Block outputs on disk, keyed by what they depend on. Knows files and arrays; never sees a model or torch.
 
 An entry is a folder `<home>/cache/block-outputs/<key>/` that appears whole (written beside and renamed), is
-verified when read, and is never changed afterwards but for the time of its last use. Writers take turns (file
-lock), readers need no lock: what they have mapped stays readable after an eviction.
+verified when read, and is never changed afterwards but for the time of its last use. One writer works at a time
+(file lock), readers need no lock: what they have mapped stays readable after an eviction.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sleb.runtime.unfinished.names import is_unfinished, temporary
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
-"""Of an entry's layout; part of the key, so that entries of another version are never met."""
+"""Version of an entry's layout; part of the key, so that entries of another version are never met."""
 
 DEFAULT_LIMIT_GB = 20.0
 LIMIT_VARIABLE = "SLEB_CACHE_LIMIT"  # gigabytes; 0 turns the cache off
@@ -60,7 +60,7 @@ class BlockOutputs:
     """
 
     model: str
-    """The name it was loaded by; for the screen, no part of the key."""
+    """The name it was loaded by: for the screen, not part of the key."""
     sequences: int
     """Sampled sequences; the last one may be cut."""
     sequence_length: int
@@ -76,11 +76,11 @@ class BlockOutputs:
     generated_ids: np.ndarray  # int32 (G,)
     generated_sequence: np.ndarray  # int32 (G,): which prompt it continues
     generated_reason: str | None
-    """Why there are no generated tokens, if so: one sentence."""
+    """The sentence that says why there are not any generated tokens; None where there are."""
     passage_top: np.ndarray  # int32 (P, N, 5): the first P sampled tokens, most likely next tokens first
     passage_probability: np.ndarray  # float32 (P, N, 5)
     versions: dict[str, str]
-    """Of the libraries it was computed with: for the screen, no part of the key."""
+    """Versions of the libraries it was computed with: for the screen, not part of the key."""
 
 
 class _FileCheck(Record):
@@ -89,13 +89,13 @@ class _FileCheck(Record):
 
 
 class _Meta(Record):
-    """What no array says, and how to tell that the arrays are whole."""
+    """What no array says, and the checksums by which the arrays are known to be whole."""
 
     cache_version: int
     key: str
     model: str
     depends: dict[str, str]
-    """What the key was made of, in words."""
+    """The parts of the key, in words."""
     versions: dict[str, str] = Field(default={})
     created: float
     """Seconds since the epoch."""

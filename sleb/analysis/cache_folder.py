@@ -1,4 +1,4 @@
-"""What lies under `<home>/cache/`: shown, and cleared. Knows folders; knows of an entry only whose it is."""
+"""The contents of `<home>/cache/`, listed and cleared. Knows folders; of an entry only the model that it is of."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FOLDER = "block-outputs"
 META = "meta.json"
 """The file of an entry that says what it is; its modification time is the entry's last use."""
 SCRATCH = "offload"
-"""Weights that streaming had to convert: their process's own, as long as it lives."""
+"""The folder of weights that streaming had to convert: their process's own, as long as it lives."""
 PARTIAL = "partial"
-"""What `sleb cache` calls that which killed processes left, wherever it is."""
+"""The name by which `sleb cache` knows what killed processes left, wherever it is."""
 _LOCK_SECONDS = 600.0
 
 
@@ -32,7 +32,7 @@ class CacheEntry:
 
     name: str
     folder: str
-    """Under `<home>/cache/`."""
+    """The folder under `<home>/cache/` that it is in."""
     path: Path
     bytes: int
     last_used: float
@@ -48,7 +48,7 @@ class CacheEntry:
 def usage(home: Path) -> list[CacheEntry]:
     """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole.
 
-    And whatever killed processes left, there or where they were writing.
+    It includes what killed processes left, there or where they were writing.
     """
     listed: list[CacheEntry] = []
     cache = home / "cache"
@@ -95,7 +95,7 @@ def lock_of(home: Path) -> FileLock:
 
 
 def remove(path: Path) -> None:
-    """Take a folder away in one move, so that nobody sees half of it, then delete it."""
+    """Take a folder away in one move, so that no reader sees half of it, then delete it."""
     if not path.is_dir():
         return
     trash = temporary(path)

@@ -11,7 +11,7 @@ from sleb.runtime import trace_file
 
 
 def of(run: Run, step: Step) -> Comparison | None:
-    """How each candidate of a step compares with the chosen one, with intervals; None without sound scores."""
+    """Each candidate of a step compared with the chosen one, with intervals; None without sound scores."""
     try:
         arrays = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
         scores, counts = arrays["nats"], trace_file.read_scores(run.run_dir, "baseline")["token_counts"]

@@ -49,7 +49,7 @@ def search(
     `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only. `judge`
     is the likelihood, by which the model a step leaves is measured, where `score` is another objective. Where
     `problem.refine` asks for them, swaps follow the last removal. Raises `NotNumbers` where no candidate's predictions
-    are, or where it cannot be told for that how far the perplexity rose.
+    are, or where for that reason the rise of the perplexity is unknown.
     """
     rank = {
         Method.METRIC3: _greedy,
@@ -101,13 +101,13 @@ def _greedy(problem: Problem, score: Score, judge: Score, last: Step | None) -> 
 
 
 def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, number: int) -> Iterator[Decision]:
-    """Better than greedy: one block back and another out, as long as that lowers the score beyond its error.
+    """Swaps, which go beyond greedy: one block back and another out, as long as that lowers the score beyond its error.
 
     A round races every such swap against the list as it is. The best one is accepted if its paired difference to that
-    list, over the whole calibration set, is below zero beyond the interval by which candidates are called tied. A list
-    that left the race has lost it, but the race asks about this very set: its score is completed all the same, so that
-    the rule and the number on record are the same with a race and without. The first round whose best swap does not
-    pass ends it. Every swap lowers the score, so no list comes back and there is an end.
+    list, over the whole calibration set, is below zero beyond the interval by which candidates are statistically tied.
+    A list that left the race has lost it, but the race asks about this very set: its score is completed all the same,
+    so that the rule and the number on record are the same with a race and without. The first round whose best swap does
+    not pass ends it. Every swap lowers the score, so no list comes back and there is an end.
     """
     counts = problem.token_counts[problem.calibration]
     while True:

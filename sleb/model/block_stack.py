@@ -1,4 +1,4 @@
-"""The block stack of a model: the only file that knows how Hugging Face models are built."""
+"""The block stack of a model, run block by block. It and `stack_discovery` know how Hugging Face models are built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passed to one block: everything but the hidden state is replayed for every stream."""
+    """The arguments that the model passed to one block; all but the hidden state are replayed for every stream."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -56,7 +56,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What one batch brings to the stack: the embedding output and the arguments of every block."""
+    """The input of one batch to the stack: the embedding output and the arguments of every block."""
 
     embeddings: torch.Tensor  # (batch, sequence, hidden)
     calls: tuple[Call, ...]
@@ -72,7 +72,7 @@ class BlockInputs:
 
 
 class BlockStack:
-    """A causal language model seen as embedding, blocks, read-out. Leaves the model as it found it.
+    """A causal language model seen as embedding, blocks, LM head. Leaves the model as it found it.
 
     Raises `ModelError` where no single stack of blocks can be found, where a block is used more than once or out of
     order, or where the model is not causal (an encoder), each with its reason.
@@ -95,7 +95,7 @@ class BlockStack:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the embeddings, where token ids go in."""
         return device_of(self.model)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -114,12 +114,12 @@ class BlockStack:
 
     @contextmanager
     def skipping(self, skipped: set[int] | frozenset[int] | tuple[int, ...]) -> Iterator[None]:
-        """Within it the blocks of `skipped` return their input; the plain way, and the twin of the sweep."""
+        """Within it the blocks of `skipped` return their input; the reference implementation of the sweep."""
         with self._replacing({block: self._passing_through(block) for block in skipped}):
             yield
 
     def capture(self, ids: torch.Tensor) -> BlockInputs:
-        """What the model passes to each block for a batch of token ids (batch, sequence); runs no block."""
+        """The arguments of each block for a batch of token ids (batch, sequence); runs no block."""
         calls: dict[int, Call] = {}
         embeddings: list[torch.Tensor] = []
 
@@ -159,7 +159,7 @@ class BlockStack:
     def logit_chunks(
         self, hidden: torch.Tensor, ids: torch.Tensor, chunk_bytes: int | None = None
     ) -> Iterator[torch.Tensor]:
-        """Final norm and head on hidden states (tokens, H) from anywhere in the stack: logits (chunk, V) each.
+        """The final norm and LM head on hidden states (tokens, H) from anywhere in the stack: logits (chunk, V) each.
 
         Each token goes through as a sequence of its own, so that no chunk is longer than the model's positions.
         """
@@ -203,11 +203,11 @@ class BlockStack:
         def put_back(block: int) -> Callable[..., Any]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
                 rows = undone[block].to(first(output).device)[:, None, None]
-                mended = torch.where(rows, hidden_of(args, kwargs), first(output))
+                restored = torch.where(rows, hidden_of(args, kwargs), first(output))
                 if block == len(self) - 1:
-                    last.append(mended)
+                    last.append(restored)
                     raise _Enough
-                return mended if self._tuple_lengths[block] is None else type(output)((mended, *output[1:]))
+                return restored if self._tuple_lengths[block] is None else type(output)((restored, *output[1:]))
 
             return hook
 
@@ -222,7 +222,7 @@ class BlockStack:
         return last[0]
 
     def _run_to_the_last_block(self, ids: torch.Tensor) -> None:
-        """A forward pass that nobody reads out: the last block's replacement or hook ends it with `_Enough`.
+        """A forward pass without the LM head: the last block's replacement or hook ends it with `_Enough`.
 
         Asking for fewer logits (`logits_to_keep`) will not do: some models pass their blocks other arguments then.
         """

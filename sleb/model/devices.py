@@ -1,4 +1,4 @@
-"""Where a model is computed, and in which type. Knows this machine; knows no model's files."""
+"""The device on which a model is computed, and its type there. Knows this machine; knows no model's files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise OptionError(f"There is no device {device!r}; use auto, cpu, cuda:0 and so on, or all (GPUs).")
+        raise OptionError(f"The device {device!r} is unknown; use auto, cpu, cuda:0 and so on, or all (GPUs).")
     if device == "cpu":
         return torch.device("cpu")
     index = int(device.partition(":")[2] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         raise OptionError(
-            f"Asked for {device}; this machine has {count} CUDA devices. Use `device=cpu` or `device=auto`."
+            f"Device {device} was requested; this machine has {count} CUDA devices. Use `device=cpu` or `device=auto`."
         )
     return torch.device("cuda", index)
 

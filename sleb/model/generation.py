@@ -146,7 +146,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def require_resident(streamed: object, work: str) -> None:
-    """Raises `OptionError` where the blocks stay on disk: every token would read the whole model."""
+    """Raises `OptionError` where the blocks stay on disk: every token would read all of them."""
     if streamed is not None:
         raise OptionError(
             f"The model is read from disk block by block (`memory_budget`), and {work} would read all of it for every "
@@ -155,14 +155,14 @@ def require_resident(streamed: object, work: str) -> None:
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens the model has positions for; None where nothing limits them."""
+    """The number of tokens that the model has positions for; None where nothing limits them."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def require_positions(config: Any, length: int) -> None:
-    """Raises `CalibrationError` for sequences of text that are longer than the model: it would read on unprepared."""
+    """Raises `CalibrationError` for sequences of text that are longer than the positions of the model."""
     limit = positions_of(config)
     if limit is not None and limit < length:
         raise CalibrationError(

@@ -39,7 +39,7 @@ _DYNAMIC = "transformers_modules."  # where transformers imports a model's own c
 
 
 def identity_of(loaded: LoadedModel) -> ModelIdentity:
-    """What the numbers of this model depend on besides weights and type."""
+    """The parts of this model that its numbers depend on besides weights and type."""
     template = getattr(loaded.tokenizer, "chat_template", None)
     return ModelIdentity(
         config=computing_fields(loaded.model.config),
@@ -90,7 +90,7 @@ def computing_fields(config: Any) -> dict[str, Any]:
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """What `computing_fields` leaves out where the config says nothing else: the defaults of its class."""
+    """The defaults of a config's class, which `computing_fields` leaves out."""
     try:
         return _fields(type(config)())
     except Exception:  # a class from elsewhere may need arguments: then every field counts
@@ -154,7 +154,7 @@ def _one_rope(rules: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; numbers that are equal are written alike."""
+    """A value as JSON has it, where equal numbers are written alike."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple | set | frozenset):

@@ -21,7 +21,7 @@ def call_model(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> Any:
 
 
 def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks: the only `nn.ModuleList` as long as `num_hidden_layers` that is run."""
+    """The path and list of the model's blocks: the only `nn.ModuleList` as long as `num_hidden_layers` that is run."""
     name = type(model).__name__
     config = model.config.get_text_config()  # type: ignore[union-attr,operator]
     expected = getattr(config, "num_hidden_layers", None)
@@ -51,7 +51,7 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _run_blocks(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[tuple[int, Any]], torch.Tensor]:
     """Outputs of the blocks in the order they are run, and logits, of two rows that differ in their last token.
 
-    One pass for all questions: where weights are streamed, each pass reads the whole model.
+    One pass serves all questions: where weights are streamed, each pass reads all of them.
     """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", 64)  # type: ignore[union-attr,operator]
     ids = torch.arange(3, 9).remainder(max(vocabulary, 1)).repeat(2, 1)
@@ -80,7 +80,7 @@ def _calls_in_order(model: nn.Module, blocks: nn.ModuleList) -> bool:
 
 
 def tuple_lengths(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
-    """Per block, the length of the tuple it returns, or None for a bare tensor. Refuses what cannot be searched."""
+    """The length of the tuple that each block returns, None for a bare tensor. Raises `ModelError` for unfit models."""
     calls, logits = _run_blocks(model, blocks)
     order = [index for index, _ in calls]
     if order != list(range(len(blocks))):
@@ -102,7 +102,7 @@ def tuple_lengths(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
 
 
 def _require_causal(model: nn.Module, logits: torch.Tensor) -> None:
-    """An encoder loaded as a language model predicts a token it has already seen: ask whether the future leaks."""
+    """Raises `ModelError` for an encoder loaded as a language model, which predicts a token it has already seen."""
     # Equal to the last bit where every token takes the same way; mixtures of experts group tokens differently.
     tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
     before, after = logits[:, :-1].float()
@@ -114,7 +114,7 @@ def _require_causal(model: nn.Module, logits: torch.Tensor) -> None:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where token ids go in."""
+    """The device of the embeddings, where token ids go in."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return weight.device if weight is not None else next(model.parameters()).device
 

@@ -1,5 +1,4 @@
-"""A model whose blocks stay on disk: built without its weights, and told where they lie. Knows checkpoints; never
-computes.
+"""A model whose blocks stay on disk, built without its weights. Knows checkpoints; never computes.
 
 Where the checkpoint names its tensors as the model does, only what surrounds the blocks is read. Other checkpoints
 (renamed or merged while loading, as those of mixtures of experts) go through transformers once, which writes what it
@@ -91,7 +90,7 @@ def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, 
 
 
 def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> dict[str, dict[str, str]] | None:
-    """Where the weights of the blocks lie, as accelerate wants it; None where names, shapes or types must change."""
+    """The places of the blocks' weights, as accelerate wants them; None where names, shapes or types must change."""
     plan = getattr(model, "_get_dtype_plan", None)
     if plan is None or plan(dtype) or getattr(model.config, "quantization_config", None):
         return None
@@ -115,7 +114,7 @@ def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> 
 
 
 def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
-    """Weights that the config ties are equal where both are stored: transformers would keep them apart, and warn."""
+    """Raises `ModelError` where stored weights differ that the config ties: transformers would only warn."""
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
         if one in files and other in files and not torch.equal(_stored(files, one), _stored(files, other)):
             raise ModelError(
@@ -133,7 +132,7 @@ def _stored(files: dict[str, str], name: str) -> torch.Tensor:
 def _read_surroundings(
     model: Any, files: dict[str, str], index: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What is no parameter of a block: read now. Returns what `from_pretrained` would report."""
+    """Read what is not a parameter of a block. Returns what `from_pretrained` would report."""
     from accelerate.utils import set_module_tensor_to_device
 
     wanted = dict(model.state_dict())
@@ -160,7 +159,7 @@ def _generation_config(model: Any, source: str, options: dict[str, Any]) -> None
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """That parameters are on the meta device is the point, and no warning."""
+    """Within it a logger does not warn of parameters on the meta device, which are intended."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

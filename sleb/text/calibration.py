@@ -1,4 +1,4 @@
-"""Text -> windows of token ids. Knows data sets, files and tokenizers; knows no model."""
+"""Windows of token ids from a text. Knows data sets, files and tokenizers; knows no model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sleb.text.repetition import count_distinct, count_sharing, distinct_first
 from sleb.text.text_files import Document, Wanted
 
 RESERVED = ("demo", "wikitext2", "c4", "wikitext2-rows")
-"""Sources by name, whatever files of that name lie around."""
+"""Sources by name, even where a file has that name."""
 DRAWING = 2
-"""Version of how a text is drawn; raised by hand, and kept with a run so that it finds its text again. 1: equal windows
-could be drawn, messages had nothing but role and content, templates wrote
-today's date, and a byte-order mark was text."""
+"""Version of the way a text is drawn; raised by hand, and kept with a run so that it finds its text again. In version 1
+equal windows could be drawn, messages had nothing but role and content, templates wrote today's date, and a byte-order
+mark was text."""
 SEPARATOR = "\n\n"
 _STREAMED_CHARACTERS = 8_000_000
-"""At least so much text is drawn from a data set that is too large to be tokenised whole."""
+"""The least text that is drawn from a data set too large to be tokenised whole."""
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 _DAY = datetime(2024, 7, 26)  # in templates that write the date; tomorrow a run must find the same text (Llama 3's own)
@@ -40,9 +40,9 @@ class CalibrationSet:
     sequences: int
     bos: bool
     text: str
-    """Where the text came from and how much of it there was, in words."""
+    """The origin of the text and its amount, in words."""
     warnings: tuple[str, ...] = ()
-    """What makes it a worse judge than it seems, one sentence each."""
+    """Reasons why it is a worse judge than it seems, one sentence each."""
 
     @property
     def held_out(self) -> int:
@@ -51,12 +51,12 @@ class CalibrationSet:
 
     @property
     def tokens_hash(self) -> str:
-        """Equal means the same token ids in the same order."""
+        """Hash of the token ids in their order."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.ids).tobytes())
 
 
 def require_there(spec: CalibrationSpec) -> None:
-    """A local file that is missing is said before minutes of loading a model. Raises `CalibrationError`."""
+    """Raises `CalibrationError` for a local file that is missing, before minutes of loading a model."""
     if spec.source not in RESERVED:
         text_files.local(spec.source)
 
@@ -152,7 +152,7 @@ def _rows(
 
 
 def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
-    """The id that begins every window, or None."""
+    """The BOS id that begins every window, or None. Raises `CalibrationError`."""
     token = tokenizer.bos_token_id
     if choice == "no":
         return None
@@ -173,7 +173,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, vocab_size: int, origin: str
     """Each text tokenised whole, without special tokens of the tokenizer's own, one behind another; int64 (tokens,)."""
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
-    whole = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is no character
+    whole = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is not a character
     parts = tokenizer(whole, add_special_tokens=False, verbose=False).input_ids
     ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     if len(ids) and int(ids.max()) >= vocab_size:
@@ -213,7 +213,7 @@ class _Source:
     documents: list[Document]
     origin: str
     is_whole: bool
-    """There is no more than that."""
+    """Whether the documents are all that the source has."""
 
 
 def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Source:
@@ -250,7 +250,7 @@ def _is_whole(documents: list[Document], needed: int | None) -> bool:
 
 
 def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, drawing: int) -> tuple[list[str], str]:
-    """Documents as text, and what is to be said of it: conversations go through the tokenizer's chat template."""
+    """Documents as text, and a remark about it: conversations go through the tokenizer's chat template."""
     if not spec.chat:
         return [each.content for each in documents], ""
     if not tokenizer.chat_template:

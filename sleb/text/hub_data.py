@@ -43,7 +43,7 @@ def load_dataset(name: str, *args: Any, split: str, streaming: bool = False, **k
 
 
 def _require_not_here(name: str) -> None:
-    """`datasets` prefers a folder of that name to the hub, and `text`, `csv` and others are readers of any files."""
+    """Raises `CalibrationError` for a local folder, which `datasets` prefers to the hub, and for readers of files."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     if name in _PACKAGED_DATASETS_MODULES:
@@ -55,7 +55,7 @@ def _require_not_here(name: str) -> None:
 
 
 def _require_remote(name: str, files: Mapping[str, Iterable[Any]]) -> None:
-    """A data set says itself which files it has, and could name some of this machine."""
+    """Raises `CalibrationError` for a data set that names files of this machine as its own."""
     for each in (str(each) for of_split in files.values() for each in of_split):
         *archives, file = (hop.partition("://")[0] if "://" in hop else "" for hop in each.split("::"))
         if file not in _REMOTE or not _ARCHIVES.issuperset(archives):

@@ -28,12 +28,12 @@ def distinct_first(windows: np.ndarray, order: np.ndarray | None, *, all_of_them
 
 
 def count_distinct(windows: np.ndarray) -> int:
-    """How many of the windows (count, length) differ."""
+    """The number of different windows (count, length)."""
     return distinct_first(windows, None, all_of_them=True)[1]
 
 
 def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
-    """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
+    """Keep in a run folder the hashes by which another text is known to repeat these windows, and no text."""
     size = max(1, min(_PASSAGE, ids.shape[1] // 2))
     passages = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
     buffer = io.BytesIO()
@@ -42,7 +42,7 @@ def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
 
 
 def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
-    """How many windows repeat about half a window or more of those that a run chose on; 0 where it kept no passages."""
+    """The number of windows that repeat about half of one that a run chose on, or more; 0 where it kept no passages."""
     try:
         kept = read_arrays(run_dir, _PASSAGES_FILE)
         passages, size, length = kept["passages"], int(kept["size"]), int(kept["length"])
@@ -55,7 +55,7 @@ def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
 
 
 def count_sharing(windows: np.ndarray, others: np.ndarray) -> int:
-    """How many windows (count, length) have a passage in common with any of the others, wherever it stands in them.
+    """The number of windows (count, length) that have a passage in common with any of the others, at any place.
 
     A passage is half a window, of the shorter ones, and at least eight tokens.
     """

@@ -19,10 +19,10 @@ from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.runtime.files import expanded
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".ndjson", ".parquet")
-"""Of files that are asked for even where they are missing; an existing file of another name is a plain text."""
+"""Endings of names that mean a file even where it is missing; an existing file of another name is a plain text."""
 _LINES = (".jsonl", ".ndjson")
 TABLES = (*_LINES, ".parquet")
-"""Of files with a document in each row."""
+"""Endings of files with a document in each row."""
 _OTHER_FORMATS = {
     ".json": "one JSON value: write one object a line into a .jsonl file",
     ".csv": "a table: make it .jsonl or .parquet",
@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "compressed: unpack it first"),
 }
 MOST_CHARACTERS = 1 << 30
-"""Of text that is read whole."""
+"""The longest text that is read whole."""
 _LINE = 64 << 20  # characters
 _ROWS_AT_ONCE = 256
 _PARQUET_SECONDS, _PARQUET_BYTES = 300.0, 6 << 30
@@ -43,7 +43,7 @@ _TURN = ("prompt", "completion")
 BESIDE = ("tools", "system", "chat_template_kwargs")
 """Columns beside a conversation that belong to it."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-"""Columns beside a conversation without which its text is not what was said."""
+"""Columns beside a conversation without which its text is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,29 @@ class Document:
 
     content: Any
     where: str
-    """Its row, in words."""
+    """The place of its row, in words."""
     beside: dict[str, Any]
 
     @property
     def size(self) -> int:
-        """Characters, about."""
+        """The approximate number of characters."""
         return len(self.content) if isinstance(self.content, str) else sum(len(str(turn)) for turn in self.content)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which documents, and how many."""
+    """The documents that are wanted, and how many."""
 
     column: str | None
-    """None is the first that is known by its name, in the first row of the file."""
+    """The column; None is the first with a known name in the first row of the file."""
     chat: bool = False
-    """Conversations are wanted; else texts."""
+    """Whether conversations are wanted; else texts."""
     characters: int | None = None
-    """Enough of them; None is the whole file, which is refused where it has more than can be read whole."""
+    """The number of characters that is enough; None is the whole file, up to the largest that is read whole."""
     seed: int | None = None
-    """Of the order in which rows are drawn; None is the order of the file."""
+    """Seed of the order in which rows are drawn; None is the order of the file."""
     keep_marks: bool = False
-    """A byte-order mark stays in the text, as it did in runs of earlier versions."""
+    """Whether a byte-order mark stays in the text, as it did in runs of earlier versions."""
 
 
 def local(source: str) -> tuple[Path, str | None] | None:
@@ -159,7 +159,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
 def _document(
     row: dict[str, Any], columns: tuple[str, ...], wanted: Wanted, where: str, origin: str
 ) -> Document | None:
-    """What a row holds; None where that is nothing. Raises `CalibrationError`."""
+    """The document of a row; None where it is empty. Raises `CalibrationError`."""
     for column in columns:
         if column not in row:
             raise CalibrationError(
@@ -208,7 +208,7 @@ def _conversation_of(prompt: Any, completion: Any) -> Any:
 
 
 def _kind_of(value: Any) -> str:
-    """In words for a refusal."""
+    """The kind of a value in words, for an error."""
     if isinstance(value, dict):
         return "objects"
     if not isinstance(value, list):
@@ -357,7 +357,7 @@ def _parquet_rows(path: Path, wanted: Wanted) -> list[tuple[Any, str, dict[str, 
 
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row of a table says: a field that one message has is null in all others, and means nothing there."""
+    """A row of a table without nulls: a field that one message has is null in all others, and means nothing there."""
     return {column: _present(value) for column, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a model's files say about it without loading it: its number of blocks, if that. No torch, no network."""
+"""The number of blocks of a model, from its files alone, without loading it. No torch, no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sleb.runtime import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
 MOST_BLOCKS = 256
-"""What claims to have more is opened before it is believed: counting its work would take minutes."""
+"""The most blocks that are believed unseen: counting the work of more would take minutes."""
 _NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 

@@ -16,7 +16,7 @@ from sleb.model.stack_discovery import find_stack
 
 
 class Checkpoint:
-    """What is stored in a model's safetensors files, and whether all of it was used; empty without such files."""
+    """The tensors of a model's safetensors files, and whether all were used; empty without such files."""
 
     def __init__(self, name: str, source: str, config: Any, raw: dict[str, Any], options: dict[str, Any]) -> None:
         self.name, self.source, self.config, self.raw, self.options = name, source, config, raw, options
@@ -39,14 +39,14 @@ class Checkpoint:
         quantisation.require_consistent(self.name, self.scheme, self.stored)
 
     def applied(self, model: Any, report: dict[str, Any]) -> str | None:
-        """What the loaded model is quantised with. Raises `ModelError` where its scales were left out."""
+        """The quantisation of the loaded model. Raises `ModelError` where its scales were left out."""
         return quantisation.require_applied(self.name, self.scheme, model, self.stored, _unused(model, report))
 
     def require_every_block(self, model: Any, report: dict[str, Any]) -> None:
         """Raises `ModelError` where something that is stored for a block was left out of the model."""
         try:
             path, blocks = find_stack(model)
-        except ModelError:  # told where it is used as a stack of blocks
+        except ModelError:  # raised again where it is used as a stack of blocks
             return
         unused = _unused(model, report)
         modules = {part for part, _ in model.named_modules()}
@@ -58,16 +58,16 @@ class Checkpoint:
         quiet = dict.fromkeys(
             ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
         )
-        found = {}
+        settings = {}
         for file in quantisation.BESIDE if Path(self.source).is_dir() else quantisation.BESIDE[:1]:
             path = cached_file(self.source, file, revision=self.options["revision"], **quiet)
             if path is not None:
-                found[file] = model_files.read_text_json(Path(path))
-        return found
+                settings[file] = model_files.read_text_json(Path(path))
+        return settings
 
 
 def require_complete(name: str, report: dict[str, Any]) -> None:
-    """Weights that a checkpoint lacks are made up at random while loading; nobody should search among those."""
+    """Raises `ModelError` where a checkpoint lacks weights: while loading they are made up at random."""
     missing = sorted(report.get("missing_keys") or ())
     if missing:
         raise ModelError(
@@ -79,12 +79,12 @@ def require_complete(name: str, report: dict[str, Any]) -> None:
 def _unused(model: Any, report: dict[str, Any]) -> list[str]:
     """Stored tensors that the model did not take, those left out that its family always ignores."""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    found = report.get("unexpected_keys") or ()
-    return [key for key in found if not any(re.search(pattern, key) for pattern in ignored)]
+    unexpected = report.get("unexpected_keys") or ()
+    return [key for key in unexpected if not any(re.search(pattern, key) for pattern in ignored)]
 
 
 def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
-    """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
+    """The safetensors file of each tensor of a checkpoint, fetched from the hub if need be; empty without one."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     revision = options.get("revision")

@@ -29,7 +29,7 @@ _STRING, _ARRAY = 8, 9
 _MOST_SETTINGS = 1 << 16
 _MOST_TENSORS = 1 << 17
 _MOST_ENTRIES = 3_000_000
-"""Of all lists together; the largest vocabularies with their merges have a third. The library takes 1 kB for each."""
+"""The limit for all lists together, of 1 kB each in the library; vocabularies with their merges have up to a third."""
 _DEEPEST_LIST = 4
 _LONGEST_NAME = 1 << 16  # bytes, as the format has it
 _LONGEST_KEPT = 1 << 12  # bytes of a string setting that is handed on
@@ -44,7 +44,7 @@ _SIZES = (
     ("feed_forward_length", "expert_feed_forward_length", "ssm.inner_size"),
     ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
 )
-"""What llama.cpp needs from every file, too: one of each."""
+"""Names of sizes that llama.cpp needs from every file, too: one of each."""
 _FAILURES = (OSError, ValueError, struct.error, OverflowError, UnicodeDecodeError)
 
 
@@ -57,22 +57,22 @@ class TensorInfo:
     kind: int
     """`gguf.GGMLQuantizationType`."""
     offset: int
-    """In bytes, from where the tensors begin."""
+    """Offset in bytes from where the tensors begin."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself, found to fit into the file."""
+    """The header of a GGUF file, which fits into the file."""
 
     settings: dict[str, Any]
     """Numbers, and texts that are short; lists are left out."""
     tensors: tuple[TensorInfo, ...]
     keys: frozenset[str] = frozenset()
-    """Of all settings, lists included."""
+    """Names of all settings, lists included."""
 
     @property
     def architecture(self) -> str:
-        """Which family of models it is of; empty where it does not say."""
+        """The family of models that it is of; empty where it does not say."""
         name = self.settings.get("general.architecture")
         return name if isinstance(name, str) else ""
 
@@ -129,12 +129,12 @@ def require_single(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def require_model(path: Path, header: Header) -> None:
-    """The file is a whole model and says how large: what it leaves out would be guessed. Raises `ModelError`."""
+    """Raises `ModelError` for a file that is not a complete model, or leaves out sizes, which would be guessed."""
     require_single(path, header.settings)
     if not header.architecture:
         raise ModelError(f"{path} does not say of which architecture it is (general.architecture); fetch it again.")
     if header.settings.get("general.type", "model") != "model":
-        raise ModelError(f"{path} is no model but a file of type {quoted(header.settings['general.type'])}.")
+        raise ModelError(f"{path} is not a model but a file of type {quoted(header.settings['general.type'])}.")
     if not header.tensors:
         raise ModelError(f"{path} holds no tensors; fetch it again.")
     for names in _SIZES:
@@ -152,7 +152,7 @@ def require_model(path: Path, header: Header) -> None:
 
 
 def require_rope(path: Path, header: Header, config: Any) -> None:
-    """Rotary positions that the file scales are scaled in the config read from it. Raises `ModelError`.
+    """Raises `ModelError` where the file scales rotary positions, and the config read from it does not.
 
     transformers reads that for few architectures, and computes with plain positions for the others.
     """
@@ -183,7 +183,7 @@ def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Refused(Exception):
-    """What the header announces cannot be, in a clause; never leaves this file."""
+    """Raised, with a clause, for a header that cannot be true; never leaves this file."""
 
 
 @contextmanager
@@ -308,7 +308,7 @@ class _Cursor:
         return self.place - count * size
 
     def require(self, count: int, size: int, most: int, subject: str) -> None:
-        """So many things of at least `size` bytes can still come."""
+        """Raises `_Refused` where `count` things of at least `size` bytes cannot follow."""
         left = len(self.data) - self.place
         if count > min(most, left // size):
             raise _Refused(f"it announces {count:,} {subject}, and {left:,} bytes are left")

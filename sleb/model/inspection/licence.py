@@ -1,4 +1,4 @@
-"""Which licence a model comes with, for the card of what is made of it. Reads the head of a card or of a licence file.
+"""The licence of a model, for the card of what is made of it. Reads the head of a card or of a licence file.
 
 What is not named there is not guessed.
 """
@@ -24,7 +24,7 @@ _TITLES = (
     (re.compile(r"\bmit license\b"), "mit"),
     (re.compile(r"\bbsd 3-clause\b"), "bsd-3-clause"),
 )
-"""How the text of a licence begins -> its name on the hub."""
+"""Beginnings of the texts of licences, and their names on the hub."""
 
 
 def of_model(model: str, revision: str | None) -> dict[str, str]:

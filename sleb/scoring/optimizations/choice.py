@@ -87,7 +87,7 @@ def choose(
     what does not work is left out, with a line in the log.
     """
     chosen: list[Optimization] = []
-    if stack.streamed is not None:  # each walk would read the whole model
+    if stack.streamed is not None:  # each walk would read all weights
         return []
     with _surviving("Trying optimizations"), ExitStack() as switched:
         trial = _Trial(stack, ids, batch_size)

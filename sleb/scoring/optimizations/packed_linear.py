@@ -41,7 +41,7 @@ class _PackedLinear:
 
     def __init__(self) -> None:
         self.packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        """By the address of a weight: the weight, which keeps it alive, and its packed copy."""
+        """Weights, which keeps them alive, and their packed copies, by the address of the weight."""
         self._library = torch.library.Library("sleb", "FRAGMENT")  # registered as long as this lives
         self._library.define("packed_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
         self._library.impl("packed_linear", self._multiply, "CPU")
