@@ -44,7 +44,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.generation import continued
 from sleb.model.loading import LoadedModel, forget_quantisation, load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,7 +34,7 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.streamed_loading import load_within
 from sleb.model.streaming import streamed_blocks
 from sleb.records import Baseline, Measured, Method
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -151,7 +151,7 @@ def flops(stack: BlockStack, ids: torch.Tensor) -> tuple[float, float]:
         with stack.resident(0), FlopCounterMode(display=False) as block:
             stack.advance(0, inputs, stream)
         with FlopCounterMode(display=False) as head:
-            stack.read_out(stream.hidden, ids)
+            stack.logits(stream.hidden, ids)
     return float(block.get_total_flops()), float(head.get_total_flops())
 
 

@@ -30,7 +30,7 @@ from sleb.methods.statistics import mean_and_error, measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import RACE_SEQUENCES, Baseline, CalibrationSpec, Method, Step
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 
 WINDOW = 2048

@@ -1,4 +1,4 @@
-"""Keeps the ratio that a benchmark found in a file, and says what the file held before: `--record benchmarks/bench.json`."""
+"""Keeps the ratio that a benchmark found in a file, and says what the file held before (`--record FILE`)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
                                   [--candidates 28] [--rounds 3] [--compile]
 
 One greedy step's sweep on one batch, several times: blocks, head and cross-entropy, the rest (embeddings, masks,
-Python). Once as the model was loaded and once with the ways of `sleb.scoring.speedups` that gain here, in turn. A rate
+Python). Once as the model was loaded and once with the optimizations that gain here, in turn. A rate
 counts
 the multiplications and additions of matrix products that the mathematics asks for, as `FlopCounterMode` finds them in
 a real call; causal attention counts the half that is not masked. What is computed beside them (norms, activations,
@@ -34,9 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring.packed_linear import pack, product
-from sleb.scoring.speedups import Compile, choose
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.optimizations.choice import Compile, choose
+from sleb.scoring.optimizations.packed_linear import pack, product
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.sweep_plan import cost_of
 from sleb.text import calibration
 

@@ -27,7 +27,7 @@ from sleb import execution, specs
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.sweep_plan import cost_of
 from sleb.text import calibration
 

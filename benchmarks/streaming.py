@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sleb.model.block_stack import BlockStack
 from sleb.model.streamed_loading import load_within
 from sleb.model.streaming import streamed_blocks
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 
 CHUNK = 16 << 20
 

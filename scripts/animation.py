@@ -1,6 +1,6 @@
 """Draws the README's animation, `assets/removal-steps.gif`: the sample's steps, one after another, in a real browser.
 
-    make animation
+`make animation` calls it.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ from sleb.analysis.measure import NEW_TOKENS, PROMPTS
 from sleb.errors import NotNumbers, model_without
 from sleb.methods.cost_forecast import cost_of_spec
 from sleb.methods.race import looks_of
-from sleb.model.block_stack import BlockStack, call_model
+from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
 from sleb.model.loading import load_model
+from sleb.model.stack_discovery import call_model
 from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
-from sleb.scoring.sweep import Scorer
 
 SECONDS = 2.0
 """For so long blocks are timed, at least once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,13 @@ from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step,
 from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring import recorded_baseline, speedups
+from sleb.scoring import recorded_baseline
+from sleb.scoring.optimizations.choice import optimized
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
 from sleb.scoring.stack_description import facts_of
-from sleb.scoring.sweep import Scorer
 from sleb.scoring.sweep_plan import SkipSet
-from sleb.text import calibration
+from sleb.text import calibration, repetition
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ class Session:
             protected=protected,
             self_check=check,
         )
-        calibration.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
+        repetition.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
         origin.write_stack(self.run.run_dir, description)
         return description
 
@@ -216,16 +217,12 @@ class Session:
         if self.job.speedups == "off" or scorer.plain:
             yield
             return
-        self.meter.phase("Trying faster ways through the blocks")
-
-        def sped_up(known: tuple[str, ...] | None) -> AbstractContextManager[tuple[str, ...]]:
-            return speedups.sped_up(self.stack, self.text.ids, scorer.batch_size, ahead, known=known)
-
+        self.meter.phase("Trying optimizations")
         with ExitStack() as switched:
-            names = switched.enter_context(sped_up(known)) if self.group.first else ()
+            names = switched.enter_context(optimized(scorer, ahead, known=known)) if self.group.first else ()
             self.speedups = self.group.share(lambda: names)
             if not self.group.first:
-                switched.enter_context(sped_up(self.speedups))
+                switched.enter_context(optimized(scorer, ahead, known=self.speedups))
             yield
 
     def _baseline(self, problem: Problem, scorer: Scorer) -> Baseline:

@@ -26,7 +26,7 @@ from sleb.model.inspection import block_count
 from sleb.records import JobState, Method, RunSpec
 from sleb.runtime import run_folder, run_index, trace_file
 from sleb.runtime.listing import run_list
-from sleb.scoring.sweep import head_weight
+from sleb.scoring.scorer import head_weight
 from tests.support.runs.stores import write_run
 
 
@@ -226,7 +226,7 @@ def test_the_forecast_is_what_the_search_takes(
     """
     asked: dict[str, Any] = options(text_file, sequence_length=64, remove=2, analysis=False)
     now = 0.0
-    advance, read_out = BlockStack.advance, BlockStack.read_out
+    advance, logits = BlockStack.advance, BlockStack.logits
 
     def advanced(stack: BlockStack, block: int, inputs: BlockInputs, stream: Stream) -> None:
         nonlocal now
@@ -236,10 +236,10 @@ def test_the_forecast_is_what_the_search_takes(
     def read(stack: BlockStack, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         nonlocal now
         now += 0.04 * head_weight(stack) * ids.numel() / asked["sequence_length"]
-        return read_out(stack, hidden, ids)
+        return logits(stack, hidden, ids)
 
     monkeypatch.setattr(BlockStack, "advance", advanced)
-    monkeypatch.setattr(BlockStack, "read_out", read)
+    monkeypatch.setattr(BlockStack, "logits", read)
     for measuring in (forecast, search_job):
         monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
     promised = execution.forecast(specs.run_spec(str(tiny_model), **asked))

@@ -20,7 +20,7 @@ from sleb.records import JobSpec, JobState, Step
 from sleb.runtime import job_folder, origin, trace_file
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
-from sleb.scoring.sweep import plain_nll
+from sleb.scoring.plain_pass import plain_nll
 from sleb.text import calibration
 from tests.support import tiny
 from tests.support.families import build
@@ -368,7 +368,7 @@ def test_an_absurd_baseline_is_warned_of_with_its_likely_cause(
 
 def test_a_missing_bos_is_noticed_by_measuring(tmp_path: Path, text_file: Path) -> None:
     """A model that only predicts well behind BOS, as Gemma: the run says so, with both perplexities."""
-    from sleb.scoring.sweep import Scorer
+    from sleb.scoring.scorer import Scorer
 
     folder = tiny.save(tmp_path / "model")
     honest = Scorer.score

@@ -1,8 +1,8 @@
 """Block outputs on disk, keyed by what they depend on. Knows files and arrays; never sees a model or torch.
 
 An entry is a folder `<home>/cache/block-outputs/<key>/` that appears whole (written beside and renamed), is
-verified when read, and is never changed afterwards but for the time of its last use. Writers take turns (file
-lock), readers need no lock: what they have mapped stays readable after an eviction.
+verified when read, and is never changed afterwards but for the time of its last use. One writer works at a time
+(file lock), readers need no lock: what they have mapped stays readable after an eviction.
 """
 
 from __future__ import annotations
@@ -15,27 +15,25 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from filelock import FileLock
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from sleb.errors import OptionError, StorageError, quoted
+from sleb.analysis.cache_folder import FOLDER, META, describe, lock_of, remove, root_of
+from sleb.errors import OptionError, quoted
 from sleb.records import Record
-from sleb.runtime.unfinished import workspaces
 from sleb.runtime.unfinished.names import is_unfinished, temporary
 
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
-"""Of an entry's layout; part of the key, so that entries of another version are never met."""
+"""Version of an entry's layout; part of the key, so that entries of another version are never met."""
 
 DEFAULT_LIMIT_GB = 20.0
 LIMIT_VARIABLE = "SLEB_CACHE_LIMIT"  # gigabytes; 0 turns the cache off
@@ -43,13 +41,7 @@ MOST_TOKENS = 4096
 FEWEST_TOKENS = 256
 LARGEST_SHARE = 4  # an entry takes at most one in so many parts of the limit
 
-_FOLDER = "block-outputs"
-_META = "meta.json"  # its modification time is the entry's last use
 _UNFINISHED = ".tmp-"  # as earlier versions named what they were writing
-_SCRATCH = "offload"  # weights that streaming had to convert: their process's own, as long as it lives
-PARTIAL = "partial"
-"""What `sleb cache` calls that which killed processes left, wherever it is."""
-_LOCK_SECONDS = 600.0
 _FILES: dict[str, tuple[str, ...]] = {
     "outputs.safetensors": ("outputs",),
     "cosine.safetensors": ("cosine",),
@@ -68,7 +60,7 @@ class BlockOutputs:
     """
 
     model: str
-    """The name it was loaded by; for the screen, no part of the key."""
+    """The name it was loaded by: for the screen, not part of the key."""
     sequences: int
     """Sampled sequences; the last one may be cut."""
     sequence_length: int
@@ -84,11 +76,11 @@ class BlockOutputs:
     generated_ids: np.ndarray  # int32 (G,)
     generated_sequence: np.ndarray  # int32 (G,): which prompt it continues
     generated_reason: str | None
-    """Why there are no generated tokens, if so: one sentence."""
+    """The sentence that says why there are not any generated tokens; None where there are."""
     passage_top: np.ndarray  # int32 (P, N, 5): the first P sampled tokens, most likely next tokens first
     passage_probability: np.ndarray  # float32 (P, N, 5)
     versions: dict[str, str]
-    """Of the libraries it was computed with: for the screen, no part of the key."""
+    """Versions of the libraries it was computed with: for the screen, not part of the key."""
 
 
 class _FileCheck(Record):
@@ -97,13 +89,13 @@ class _FileCheck(Record):
 
 
 class _Meta(Record):
-    """What no array says, and how to tell that the arrays are whole."""
+    """What no array says, and the checksums by which the arrays are known to be whole."""
 
     cache_version: int
     key: str
     model: str
     depends: dict[str, str]
-    """What the key was made of, in words."""
+    """The parts of the key, in words."""
     versions: dict[str, str] = Field(default={})
     created: float
     """Seconds since the epoch."""
@@ -113,25 +105,6 @@ class _Meta(Record):
     generated_reason: str | None
     shapes: dict[str, tuple[int, ...]]
     files: dict[str, _FileCheck]
-
-
-@dataclass(frozen=True)
-class CacheEntry:
-    """One thing that `sleb cache` shows and clears."""
-
-    name: str
-    folder: str
-    """Under `<home>/cache/`."""
-    path: Path
-    bytes: int
-    last_used: float
-    """Seconds since the epoch."""
-    model: str | None = None
-
-    @property
-    def age(self) -> float:
-        """Seconds since the last use."""
-        return max(0.0, time.time() - self.last_used)
 
 
 class _Damaged(ValueError):
@@ -181,44 +154,44 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
     """
     if not re.fullmatch("[0-9a-f]{32}", key):
         return None
-    entry = _root(home) / key
+    entry = root_of(home) / key
     if not entry.is_dir():
         return None
-    found: BlockOutputs | None
+    outputs: BlockOutputs | None
     try:
-        found = _open(entry, verify=verify)
+        outputs = _open(entry, verify=verify)
     except (OSError, _Damaged):
         try:
-            with _lock(home):  # once more, with no writer at work: it may have been replaced under our eyes
-                found = _open_or_remove(entry, verify=verify)
+            with lock_of(home):  # once more, with no writer at work: it may have been replaced under our eyes
+                outputs = _open_or_remove(entry, verify=verify)
         except OSError as failure:
             log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
             return None
-    if found is not None:
+    if outputs is not None:
         with contextlib.suppress(OSError):  # a read-only cache is still a cache
-            os.utime(entry / _META)
-    return found
+            os.utime(entry / META)
+    return outputs
 
 
-def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) -> bool:
+def write(home: Path, key: str, outputs: BlockOutputs, depends: dict[str, str]) -> bool:
     """Keep an entry, evicting the least recently used ones to make room; whether it was kept.
 
     A full disk, a read-only folder or an entry too large is a warning in the log, never an error: what was
     computed is in the caller's hands.
     """
     limit = limit_bytes()
-    arrays = {name: np.ascontiguousarray(getattr(found, name)) for names in _FILES.values() for name in names}
+    arrays = {name: np.ascontiguousarray(getattr(outputs, name)) for names in _FILES.values() for name in names}
     size = sum(array.nbytes for array in arrays.values())
     if size > limit // LARGEST_SHARE:
         if limit:
             sizes = f"{size / 1e9:.2f} GB are more than a quarter of {LIMIT_VARIABLE}, {limit / 1e9:.2f} GB"
             log.warning("The block outputs are not cached: %s.", sizes)
         return False
-    root = _root(home)
+    root = root_of(home)
     partial = temporary(root / key)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(home):
+        with lock_of(home):
             _make_room(root, limit - size, spare=key)
             partial.mkdir()
             checks = {}
@@ -229,21 +202,21 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
             meta = _Meta(
                 cache_version=CACHE_VERSION,
                 key=key,
-                model=found.model,
+                model=outputs.model,
                 depends=depends,
-                versions=found.versions,
+                versions=outputs.versions,
                 created=time.time(),
-                sequences=found.sequences,
-                sequence_length=found.sequence_length,
-                random_token_id=found.random_token_id,
-                generated_reason=found.generated_reason,
+                sequences=outputs.sequences,
+                sequence_length=outputs.sequence_length,
+                random_token_id=outputs.random_token_id,
+                generated_reason=outputs.generated_reason,
                 shapes={name: array.shape for name, array in arrays.items()},
                 files=checks,
             )
             content = meta.model_dump(mode="json")
             text = json.dumps({"content": content, "xxh3": _hash_json(content)}, indent=1)
-            (partial / _META).write_text(text, encoding="utf-8")
-            _remove(root / key)
+            (partial / META).write_text(text, encoding="utf-8")
+            remove(root / key)
             os.replace(partial, root / key)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -252,64 +225,15 @@ def write(home: Path, key: str, found: BlockOutputs, depends: dict[str, str]) ->
     return True
 
 
-def usage(home: Path) -> list[CacheEntry]:
-    """Everything under `<home>/cache/`: each entry of block outputs, and every other folder as a whole.
-
-    And whatever killed processes left, there or where they were writing.
-    """
-    found: list[CacheEntry] = []
-    cache = home / "cache"
-    for child in sorted(cache.iterdir()) if cache.is_dir() else []:
-        if child.name in (_FOLDER, _SCRATCH):
-            entries = [entry for entry in sorted(child.iterdir()) if entry.is_dir()]
-            found += [_describe(entry, child.name) for entry in entries if not is_unfinished(entry.name)]
-        elif not is_unfinished(child.name):
-            found.append(_describe(child, child.name))
-    return found + [replace(_describe(path, PARTIAL), name=str(path)) for path in workspaces.abandoned(home)]
-
-
-def clear(home: Path, what: str) -> list[CacheEntry]:
-    """Remove an entry, a folder under `<home>/cache/` by its name, or `all`; returns what was removed."""
-    entries = usage(home)
-    chosen = [entry for entry in entries if what in ("all", entry.name, entry.folder)]
-    if not chosen and what not in ("all", _FOLDER, PARTIAL):
-        names = ", ".join([*sorted({"all", _FOLDER, PARTIAL} | {entry.folder for entry in entries}), "or a key"])
-        raise OptionError(f"The cache has nothing called {quoted(what)}; it can clear {names}.")
-    if not chosen:
-        return []
-    try:
-        _root(home).mkdir(parents=True, exist_ok=True)
-        with _lock(home):
-            workspaces.sweep(home)  # partial ones, and what a killed clearing left
-            for entry in chosen:
-                if entry.folder == PARTIAL:
-                    continue
-                if entry.path.is_dir() and not entry.path.is_symlink():
-                    _remove(entry.path)
-                else:
-                    entry.path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"The cache in {home / 'cache'} cannot be cleared: {error}.") from error
-    return chosen
-
-
-def _root(home: Path) -> Path:
-    return home / "cache" / _FOLDER
-
-
-def _lock(home: Path) -> FileLock:
-    return FileLock(_root(home) / ".lock", timeout=_LOCK_SECONDS)
-
-
 def _open(entry: Path, *, verify: bool) -> BlockOutputs:
     try:
-        document = json.loads((entry / _META).read_text(encoding="utf-8"))
+        document = json.loads((entry / META).read_text(encoding="utf-8"))
         content, digest = document["content"], document["xxh3"]
         meta = _Meta.model_validate(content)
     except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise _Damaged(f"{_META} cannot be read") from error
+        raise _Damaged(f"{META} cannot be read") from error
     if _hash_json(content) != digest or meta.key != entry.name or meta.cache_version != CACHE_VERSION:
-        raise _Damaged(f"{_META} was changed")
+        raise _Damaged(f"{META} was changed")
     arrays: dict[str, np.ndarray] = {}
     for file, names in _FILES.items():
         check = meta.files.get(file)
@@ -341,7 +265,7 @@ def _open_or_remove(entry: Path, *, verify: bool) -> BlockOutputs | None:
         return _open(entry, verify=verify)
     except (OSError, _Damaged) as error:
         log.warning("Cached block outputs in %s are damaged (%s); they will be computed again.", entry, error)
-        _remove(entry)
+        remove(entry)
         return None
 
 
@@ -370,47 +294,14 @@ def _make_room(root: Path, room: int, *, spare: str) -> None:
         if is_unfinished(child.name) or child.name.startswith(_UNFINISHED):
             shutil.rmtree(child, ignore_errors=True)  # its writer died: the living one is us
         elif child.is_dir() and child.name != spare:
-            entries.append(_describe(child, _FOLDER))
+            entries.append(describe(child, FOLDER))
     total = sum(entry.bytes for entry in entries)
     for entry in sorted(entries, key=lambda entry: entry.last_used):
         if total <= room:
             return
         log.info("Evicting the block outputs of %s (%.2f GB) from the cache.", entry.model, entry.bytes / 1e9)
-        _remove(entry.path)
+        remove(entry.path)
         total -= entry.bytes
-
-
-def _remove(path: Path) -> None:
-    """Take a folder away in one move, so that nobody sees half of it, then delete it."""
-    if not path.is_dir():
-        return
-    trash = temporary(path)
-    os.replace(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def _describe(path: Path, folder: str) -> CacheEntry:
-    files = list(_files_under(path))
-    meta = path / _META
-    model = None
-    if folder == _FOLDER:
-        try:
-            model = str(json.loads(meta.read_text(encoding="utf-8"))["content"]["model"])
-        except (OSError, ValueError, KeyError, TypeError):
-            model = None  # unfinished or damaged; its size still counts
-    last_used = max((modified for _, modified in files), default=0.0)
-    return CacheEntry(path.name, folder, path, sum(size for size, _ in files), last_used, model)
-
-
-def _files_under(path: Path) -> Iterator[tuple[int, float]]:
-    """Bytes and modification time of every file that is still there."""
-    for file in [path] if path.is_file() else path.rglob("*"):
-        try:
-            status = file.stat()
-        except OSError:
-            continue
-        if file.is_file():
-            yield status.st_size, status.st_mtime
 
 
 def _hash_file(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Both analyses and the passage from one forward pass, or from the cache without any.
+"""Both analyses and the passage from one forward pass, or from the cache without any pass.
 
 What a run shows is made from a `BlockOutputs` alone, whether it was computed a moment ago or read from disk,
 so that both ways give the same result.
@@ -85,9 +85,9 @@ def analyze(
 ) -> tuple[Analysis, token_sample.Tokens]:
     """Similarity, alignment and passage on at most 4,096 tokens of the calibration set `ids`, int64 (S, L).
 
-    `model_key` tells models apart (`StackDescription.model_key`). Beside the record, the tokens that a run folder takes
-    along. One forward pass over them (and a short one over
-    generated text); none at all where the cache holds its result.
+    `model_key` distinguishes models (`StackDescription.model_key`). Returns the record, and the tokens that a run
+    folder keeps. It takes one forward pass over them and a short one over generated text; none where the cache holds
+    its result.
     """
     started = time.monotonic()
     calibration = np.asarray(ids.cpu() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64)
@@ -105,55 +105,64 @@ def analyze(
         analysis_version=ANALYSIS_VERSION,
     )
     progress(0.0, "Looking for cached block outputs")
-    found = block_output_cache.read(home, key)
-    cached = found is not None
-    if found is None:
-        found = _compute(stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress)
+    outputs = block_output_cache.read(home, key)
+    cached = outputs is not None
+    if outputs is None:
+        outputs = _compute(
+            stack, sample, calibration.shape[1], random_token_id, model_name, dtype, batch_size, progress
+        )
         progress(0.98, "Writing the block outputs to the cache")
         depends = {"model": model_key, "dtype": dtype, "analysis_version": str(ANALYSIS_VERSION)}
-        block_output_cache.write(home, key, found, depends)
-    analysis = analysis_of(found, tokenizer, key, cached=cached, since=started)
+        block_output_cache.write(home, key, outputs, depends)
+    analysis = analysis_of(outputs, tokenizer, key, cached=cached, since=started)
     progress(1.0, "Analyses read from the cache" if cached else "Analyses finished")
-    return analysis, token_sample.sample(token_sample.of(found))
+    return analysis, token_sample.sample(token_sample.of(outputs))
 
 
 def analysis_of(
-    found: block_output_cache.BlockOutputs, tokenizer: Any, key: str, *, cached: bool = True, since: float | None = None
+    outputs: block_output_cache.BlockOutputs,
+    tokenizer: Any,
+    key: str,
+    *,
+    cached: bool = True,
+    since: float | None = None,
 ) -> Analysis:
     """The record of a run from a cache entry; runs no model. `since`: `time.monotonic()` when work began."""
     since = time.monotonic() if since is None else since
-    of_text = f"{len(found.token_ids):,} tokens of the calibration text ({_count(found.sequences, 'sequence')})"
+    of_text = f"{len(outputs.token_ids):,} tokens of the calibration text ({_count(outputs.sequences, 'sequence')})"
     generated = None
-    if found.generated_ids.size:
-        prompts = len(np.unique(found.generated_sequence))
+    if outputs.generated_ids.size:
+        prompts = len(np.unique(outputs.generated_sequence))
         generated = prediction_alignment.exit_statistics(
-            found.generated_predictions,
-            f"{found.generated_ids.size:,} tokens that the model generated greedily, at most {NEW_TOKENS} "
+            outputs.generated_predictions,
+            f"{outputs.generated_ids.size:,} tokens that the model generated greedily, at most {NEW_TOKENS} "
             f"after each of {_count(prompts, 'prompt')} from the calibration text",
         )
-    shown = len(found.passage_top)
+    shown = len(outputs.passage_top)
     return Analysis(
-        similarity=similarity.similarity_from(found.cosine, found.position, found.random_cosine, found.random_token_id),
+        similarity=similarity.similarity_from(
+            outputs.cosine, outputs.position, outputs.random_cosine, outputs.random_token_id
+        ),
         alignment=Alignment(
-            calibration=prediction_alignment.exit_statistics(found.predictions, of_text),
+            calibration=prediction_alignment.exit_statistics(outputs.predictions, of_text),
             generated=generated,
-            generated_reason=found.generated_reason,
+            generated_reason=outputs.generated_reason,
         ),
         passage=prediction_alignment.passage_from(
             tokenizer,
-            found.token_ids[:shown],
-            found.predictions[:, :shown],
-            found.passage_top,
-            found.passage_probability,
+            outputs.token_ids[:shown],
+            outputs.predictions[:, :shown],
+            outputs.passage_top,
+            outputs.passage_probability,
         ),
         description=AnalysisDescription(  # last: it says how long the rest took
             cache_key=key,
-            sequences=found.sequences,
-            sequence_length=found.sequence_length,
-            token_count=len(found.token_ids),
+            sequences=outputs.sequences,
+            sequence_length=outputs.sequence_length,
+            token_count=len(outputs.token_ids),
             seconds=time.monotonic() - since,
             cached=cached,
-            versions=found.versions,
+            versions=outputs.versions,
         ),
     )
 
@@ -169,17 +178,62 @@ def _compute(
     batch_size: int | None,
     progress: Progress,
 ) -> block_output_cache.BlockOutputs:
-    token_ids, points = sample.token_ids, len(stack) + 1
-    tokens = len(token_ids)
-    expected = sample.prompts.shape[0] * NEW_TOKENS
-    total = tokens + (1 + _GENERATION_COST) * expected
+    tokens = len(sample.token_ids)
+    total = tokens + (1 + _GENERATION_COST) * sample.prompts.shape[0] * NEW_TOKENS
     batch_size = batch_size or max(1, similarity.batch_tokens(stack) // sequence_length)
-
     alone = stack.outputs(torch.tensor([[random_token_id]], device=stack.device))
-    random_outputs = np.empty((points, 1, alone[0].shape[-1]), dtype=np.float32)
+    random_outputs = np.empty((len(stack) + 1, 1, alone[0].shape[-1]), dtype=np.float32)
     _to_host(stack, alone, random_outputs, dtype)
 
-    outputs = np.empty((points, tokens, alone[0].shape[-1]), dtype=np.float32)
+    def sampled(done: int) -> None:
+        progress(0.98 * done / total, f"Block outputs of {done:,} of {tokens:,} tokens")
+
+    def generating(share: float, message: str) -> None:
+        progress(0.98 * (tokens + share * (total - tokens)) / total, message)
+
+    outputs, cosine, predictions = _run_sample(stack, sample, alone[0].shape[-1], dtype, batch_size, sampled)
+    shown = min(PASSAGE_TOKENS, sample.pieces[0].shape[1])
+    # Float32 holds every value of the model's own dtype, so that the way back is exact.
+    restored = [torch.from_numpy(outputs[index, None, :shown]).to(like) for index, like in enumerate(alone)]
+    head = torch.as_tensor(sample.pieces[0][:1, :shown], device=stack.device)
+    passage_top, passage_probability = prediction_alignment.top_after_blocks(stack, restored, head)
+    generated, reason = _generated_or_reason(stack, sample.prompts, generating)
+    return block_output_cache.BlockOutputs(
+        model=model_name,
+        sequences=sample.sequences,
+        sequence_length=sequence_length,
+        outputs=outputs,
+        cosine=cosine,
+        predictions=predictions,
+        token_ids=sample.token_ids,
+        sequence=sample.sequence,
+        position=sample.position,
+        random_token_id=random_token_id,
+        random_cosine=similarity.cosine_matrices(random_outputs)[0],
+        generated_predictions=generated.predictions,
+        generated_ids=generated.ids,
+        generated_sequence=generated.sequence,
+        generated_reason=reason,
+        passage_top=passage_top,
+        passage_probability=passage_probability,
+        versions=_versions(),
+    )
+
+
+def _run_sample(
+    stack: BlockStack,
+    sample: Sample,
+    hidden_size: int,
+    dtype: str,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Block outputs, cosines and predictions of T sampled tokens: (N+1, T, H), (T, N+1, N+1) and (N, T).
+
+    `progress` is called with the number of tokens that are done.
+    """
+    tokens, points = len(sample.token_ids), len(stack) + 1
+    outputs = np.empty((points, tokens, hidden_size), dtype=np.float32)
     cosine = np.empty((tokens, points, points), dtype=np.float32)
     predictions = np.empty((len(stack), tokens), dtype=np.int32)
     offset = 0
@@ -188,60 +242,39 @@ def _compute(
         def look(start: int, stop: int, piece: np.ndarray = piece, offset: int = offset) -> None:
             ids = torch.as_tensor(piece[start:stop], device=stack.device)
             here = slice(offset + start * piece.shape[1], offset + stop * piece.shape[1])
-            found = stack.outputs(ids)
-            _to_host(stack, found, outputs[:, here], dtype)
+            own = stack.outputs(ids)
+            _to_host(stack, own, outputs[:, here], dtype)
             cosine[here] = similarity.cosine_matrices(outputs[:, here])
-            predictions[:, here] = prediction_alignment.predictions_after_blocks(stack, found, ids)
-            progress(0.98 * here.stop / total, f"Block outputs of {here.stop:,} of {tokens:,} tokens")
+            predictions[:, here] = prediction_alignment.predictions_after_blocks(stack, own, ids)
+            progress(here.stop)
 
         batch_size = in_batches(len(piece), batch_size, look)
         offset += piece.size
-    shown = min(PASSAGE_TOKENS, sample.pieces[0].shape[1])
-    # Float32 holds every value of the model's own dtype, so that the way back is exact.
-    restored = [torch.from_numpy(outputs[index, None, :shown]).to(like) for index, like in enumerate(alone)]
-    head = torch.as_tensor(sample.pieces[0][:1, :shown], device=stack.device)
-    passage_top, passage_probability = prediction_alignment.top_after_blocks(stack, restored, head)
-
-    def generating(share: float, message: str) -> None:
-        progress(0.98 * (tokens + share * (total - tokens)) / total, message)
-
-    try:
-        generated = _generate(stack, sample.prompts, generating)
-        reason = None
-    except prediction_alignment.GenerationUnavailable as error:
-        generated, reason = [], str(error)
-    empty = np.empty(0, dtype=np.int32)
-    return block_output_cache.BlockOutputs(
-        model=model_name,
-        sequences=sample.sequences,
-        sequence_length=sequence_length,
-        outputs=outputs,
-        cosine=cosine,
-        predictions=predictions,
-        token_ids=token_ids,
-        sequence=sample.sequence,
-        position=sample.position,
-        random_token_id=random_token_id,
-        random_cosine=similarity.cosine_matrices(random_outputs)[0],
-        generated_predictions=np.concatenate(
-            [np.empty((len(stack), 0), np.int32), *(each.predictions for each in generated)], axis=1
-        ),
-        generated_ids=np.concatenate([empty, *(each.ids for each in generated)]),
-        generated_sequence=np.concatenate([empty, *(each.sequence for each in generated)]),
-        generated_reason=reason,
-        passage_top=passage_top,
-        passage_probability=passage_probability,
-        versions=_versions(),
-    )
+    return outputs, cosine, predictions
 
 
 @dataclass(frozen=True, eq=False)
 class _Generated:
-    """One batch of prompts, continued; G generated tokens."""
+    """Continuations of prompts, G generated tokens in all."""
 
     predictions: np.ndarray  # int32 (N, G)
     ids: np.ndarray  # int32 (G,)
     sequence: np.ndarray  # int32 (G,)
+
+
+def _generated_or_reason(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> tuple[_Generated, str | None]:
+    """What the model generates after the prompts, or nothing and the sentence that says why."""
+    none = _Generated(np.empty((len(stack), 0), np.int32), np.empty(0, np.int32), np.empty(0, np.int32))
+    try:
+        batches = [none, *_generate(stack, prompts, progress)]
+    except prediction_alignment.GenerationUnavailable as error:
+        return none, str(error)
+    together = _Generated(
+        np.concatenate([each.predictions for each in batches], axis=1),
+        np.concatenate([each.ids for each in batches]),
+        np.concatenate([each.sequence for each in batches]),
+    )
+    return together, None
 
 
 def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> list[_Generated]:
@@ -275,10 +308,10 @@ def _generate(stack: BlockStack, prompts: np.ndarray, progress: Progress) -> lis
         before = generated[:, 1:]  # a generated token is predicted at the position before it
         seen = ids[:, :-1]
         outputs = stack.outputs(seen)
-        found = prediction_alignment.predictions_after_blocks(stack, outputs, seen, before)
+        predictions = prediction_alignment.predictions_after_blocks(stack, outputs, seen, before)
         rows = torch.arange(start, stop, device=ids.device)[:, None].expand_as(before)[before]
-        results.append(_Generated(found, _int32(ids[:, 1:][before]), _int32(rows)))
-        progress(done + batch, "Read out the generated tokens")
+        results.append(_Generated(predictions, _int32(ids[:, 1:][before]), _int32(rows)))
+        progress(done + batch, "Predicted the generated tokens")
 
     in_batches(len(prompts), len(prompts), proceed)
     same = np.concatenate([each.predictions[-1] == each.ids for each in results]).mean()
@@ -317,13 +350,13 @@ def _random_token(tokenizer: Any, vocab_size: int, seed: int) -> int:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("sleb", "torch", "transformers"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            versions[name] = "unknown"
+    return versions
 
 
 def _count(number: int, word: str) -> str:

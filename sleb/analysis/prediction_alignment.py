@@ -24,7 +24,7 @@ _PROBABILITY_BYTES = 16 << 20  # of one chunk of float32 logits
 
 
 class GenerationUnavailable(SlebError):
-    """This model cannot generate; the analysis goes on without, and says so."""
+    """Raised where a model cannot generate; the analysis goes on without, and says so."""
 
 
 def exit_blocks(predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -57,13 +57,13 @@ def exit_statistics(predictions: np.ndarray, source: str) -> ExitStatistics:
 
 
 def half_decided(exits: Sequence[int] | np.ndarray) -> int | None:
-    """First block by which at least half of the tokens have left; `exits` counts them per block. None without any."""
+    """The first block by which at least half of the tokens have left; None without any. `exits` counts by block."""
     by_block = np.cumsum(exits)
     return int(np.searchsorted(by_block, by_block[-1] / 2)) if len(by_block) and by_block[-1] else None
 
 
 def skipped_shares(exits: Sequence[int] | np.ndarray) -> dict[int, float]:
-    """Batch size -> expected share of blocks skipped, where the batch waits for its slowest token.
+    """The expected share of blocks skipped by batch size, where a batch waits for its slowest token.
 
     `exits` counts, per block, the tokens that leave after it. A batch is drawn at random *without*
     replacement from the measured tokens: averaged over all such batches the share is an unbiased estimate for
@@ -87,37 +87,37 @@ def skipped_shares(exits: Sequence[int] | np.ndarray) -> dict[int, float]:
 def predictions_after_blocks(
     stack: BlockStack, outputs: Sequence[torch.Tensor], ids: torch.Tensor, keep: torch.Tensor | None = None
 ) -> np.ndarray:
-    """Most likely next token after each block, int32 (N, tokens); the first of equals, as argmax takes it.
+    """The most likely next token after each block, int32 (N, tokens); the first of equals, as argmax takes it.
 
     `outputs` are the N+1 of `stack.outputs(ids)`; tokens go row by row, only those that are True in `keep` if
-    given. Raises `NotNumbers`.
+    given. Raises `NotNumbers` where logits are not numbers.
     """
     import torch
 
     end = outputs[-1].device  # where the final norm is
     keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
     kept_ids = ids[keep]
-    found = []
+    predictions = []
     for block, output in enumerate(outputs[1:]):
         hidden = output[keep.to(output.device)].to(end)
         # max is several times faster than argmax on bfloat16, and finds the same index.
-        tops = [logits.max(dim=-1) for logits in stack.read_out_chunks(hidden, kept_ids)]
+        tops = [logits.max(dim=-1) for logits in stack.logit_chunks(hidden, kept_ids)]
         if not all(bool(top.values.isfinite().all()) for top in tops):
             raise NotNumbers(f"Block {block}", str(stack.model.dtype).removeprefix("torch."))
-        found.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
-    return torch.stack([tops.cpu() for tops in found]).numpy()
+        predictions.append(torch.cat([top.indices for top in tops]).int() if tops else kept_ids.int())
+    return torch.stack([tops.cpu() for tops in predictions]).numpy()
 
 
 def top_after_blocks(
     stack: BlockStack, outputs: Sequence[torch.Tensor], ids: torch.Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Most likely next tokens and their probabilities, int32 and float32 (tokens, N, 5); ids (1, tokens)."""
+    """The most likely next tokens and their probabilities, int32 and float32 (tokens, N, 5), for ids (1, tokens)."""
     import torch
 
     end = outputs[-1].device
     tops, probabilities = [], []
     for output in outputs[1:]:
-        for logits in stack.read_out_chunks(output[0].to(end), ids[0], _PROBABILITY_BYTES):
+        for logits in stack.logit_chunks(output[0].to(end), ids[0], _PROBABILITY_BYTES):
             first = logits.max(dim=-1, keepdim=True).indices
             logits = logits.float()
             # The first of equals comes first here too: the passage shows the prediction that was counted.
@@ -126,7 +126,7 @@ def top_after_blocks(
             log_probability = logits.gather(-1, top) - logits.logsumexp(dim=-1, keepdim=True)
             probabilities.append(log_probability.exp().cpu())
     shape = (len(outputs) - 1, ids.shape[1], -1)
-    by_token = [torch.cat(found).view(shape).transpose(0, 1).contiguous() for found in (tops, probabilities)]
+    by_token = [torch.cat(each).view(shape).transpose(0, 1).contiguous() for each in (tops, probabilities)]
     return by_token[0].numpy(), by_token[1].numpy()
 
 

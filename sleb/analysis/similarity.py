@@ -24,7 +24,7 @@ _DIGITS = 6  # of the matrices in a record: finer than bfloat16 outputs can tell
 
 @dataclass(frozen=True, eq=False)
 class TokenSimilarity:
-    """Over one choice of tokens; float64, index 0 is the embedding output, index i + 1 is block i."""
+    """Similarity over one choice of tokens, float64; index 0 is the embedding output, index i + 1 is block i."""
 
     token_count: int
     mean: np.ndarray  # (N+1, N+1) mean cosine
@@ -32,12 +32,12 @@ class TokenSimilarity:
 
     @property
     def metric1(self) -> np.ndarray:
-        """Per block, 1 - mean cosine of its input and output (paper, equation 3)."""
+        """Metric1 of each block: 1 - mean cosine of its input and output (paper, equation 3)."""
         return 1.0 - np.diagonal(self.mean, offset=1)
 
     @property
     def chunk_angular_distance(self) -> np.ndarray:
-        """(N, N) [length - 1][start]: between a chunk's input and output; NaN where no chunk fits."""
+        """Angular distance between a chunk's input and output, (N, N) [length - 1][start]; NaN where no chunk fits."""
         num_blocks = len(self.mean) - 1
         chunks = np.full((num_blocks, num_blocks), np.nan)
         for length in range(1, num_blocks + 1):
@@ -46,26 +46,26 @@ class TokenSimilarity:
 
 
 def recorded(analysis: Analysis, tokens: Literal["all", "without first", "random"]) -> TokenSimilarity:
-    """What a run recorded, for the choices of tokens that it recorded; needs no token at hand.
+    """The similarity that a run recorded, for the choices of tokens that it recorded.
 
     Angular distances were recorded over all tokens, and follow exactly from the random token's cosine. Without first
     tokens they are those of the mean cosine: an approximation, a little larger where cosines are positive.
     """
-    found = analysis.similarity
+    record = analysis.similarity
     if tokens == "all":
-        angular = np.zeros((len(found.mean), len(found.mean)))
-        for length, row in enumerate(found.chunk_angular_distance, start=1):
+        angular = np.zeros((len(record.mean), len(record.mean)))
+        for length, row in enumerate(record.chunk_angular_distance, start=1):
             distances = np.array(row[: len(row) + 1 - length], dtype=np.float64)
             starts = np.arange(len(distances))
             angular[starts, starts + length] = angular[starts + length, starts] = distances
-        return TokenSimilarity(found.token_count, np.array(found.mean), angular)
-    mean = np.array(found.random_token if tokens == "random" else found.mean_without_first)
-    count = 1 if tokens == "random" else max(1, found.token_count - analysis.description.sequences)
+        return TokenSimilarity(record.token_count, np.array(record.mean), angular)
+    mean = np.array(record.random_token if tokens == "random" else record.mean_without_first)
+    count = 1 if tokens == "random" else max(1, record.token_count - analysis.description.sequences)
     return TokenSimilarity(count, mean, np.arccos(np.clip(mean, -1.0, 1.0)) / np.pi)
 
 
 def best_chunks(distances: np.ndarray) -> np.ndarray:
-    """Per length, the start of the chunk that turns least: (N, N) [length - 1][start] -> int64 (N,), earliest first."""
+    """The start of the chunk of each length that turns least, int64 (N,), from distances (N, N) [length - 1][start]."""
     return np.where(np.isnan(distances), np.inf, distances).argmin(axis=1)
 
 

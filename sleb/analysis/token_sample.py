@@ -36,13 +36,13 @@ class Tokens:
         return len(self.sequence)
 
 
-def of(found: block_output_cache.BlockOutputs) -> Tokens:
+def of(outputs: block_output_cache.BlockOutputs) -> Tokens:
     """All tokens of a cache entry; the arrays stay memory-mapped."""
-    return Tokens(found.cosine, found.predictions, found.sequence, found.position)
+    return Tokens(outputs.cosine, outputs.predictions, outputs.sequence, outputs.position)
 
 
 def sample(tokens: Tokens, size: int = SAMPLE_BYTES) -> Tokens:
-    """As many tokens as fit into `size` bytes, drawn blindly: any choice among them is a fair sample of that choice."""
+    """Tokens drawn at random, as many as fit into `size` bytes: a fair sample for any choice among them."""
     points = tokens.cosine.shape[1]
     fitting = max(64, size // (points * (points - 1) + 4 * points))
     if len(tokens) <= fitting:
@@ -73,7 +73,7 @@ def write(run_dir: Path, tokens: Tokens) -> None:
 
 
 def read(run_dir: Path, num_blocks: int) -> Tokens | None:
-    """What `write` kept, or None where there is nothing, or nothing that fits the run."""
+    """The tokens that `write` kept; None where there are none, or none that fit the run."""
     try:
         arrays = read_arrays(run_dir, "analysis", FILE, most=_MOST_BYTES)
         stored = {name: arrays[name] for name in ("cosine", "predictions", "sequence", "position")}

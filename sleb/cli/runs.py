@@ -98,17 +98,17 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Show what is cached, and what killed processes left (partial), or clear it. Runs are not touched."""
-    from sleb.analysis import block_output_cache as block_cache
+    from sleb.analysis import cache_folder
 
     if clear is not None:
-        gone = block_cache.clear(run_folder.home(), clear)
+        gone = cache_folder.clear(run_folder.home(), clear)
         freed = sum(entry.bytes for entry in gone)
         if as_json:
             put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
         entries = "1 entry" if len(gone) == 1 else f"{len(gone)} entries"
         say(f"Cleared {entries}, {freed / 1e6:,.0f} MB.")
         return
-    found = block_cache.usage(run_folder.home())
+    found = cache_folder.usage(run_folder.home())
     if as_json:
         rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
         put(json.dumps({"entries": rows}))

@@ -221,7 +221,7 @@ def _predictions(subject: Subject, removal_list: RemovalList, text: Sequence[int
     nothing_undone = torch.zeros(len(stack), 1, dtype=torch.bool)
     with stack.skipping(removal_list):
         hidden = stack.last_output(ids, nothing_undone)
-    predictions = _most_likely(stack.read_out_chunks(hidden[0], ids[0], _LOGIT_BYTES))
+    predictions = _most_likely(stack.logit_chunks(hidden[0], ids[0], _LOGIT_BYTES))
     if predictions is None:
         raise NotNumbers(model_without(removal_list), subject.loaded.dtype)
     return predictions

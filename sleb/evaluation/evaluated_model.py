@@ -37,8 +37,8 @@ from sleb.records import (
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
 from sleb.scoring.recorded_baseline import agrees, write_identity
-from sleb.scoring.sweep import Scorer
-from sleb.text import calibration, text_files
+from sleb.scoring.scorer import Scorer
+from sleb.text import repetition, text_files
 from sleb.text.calibration import RESERVED
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class Subject:
             remark = ""
             if _is_same_text(name, self.run.spec.calibration.source):
                 remark = "; the blocks were chosen on a part of it"
-            elif repeating := calibration.count_repeating(windows.ids, self.run.run_dir):
+            elif repeating := repetition.count_repeating(windows.ids, self.run.run_dir):
                 remark = f"; {repeating:,} of its windows repeat text that the blocks were chosen on"
             described = windows.text.description + remark
             windows = replace(windows, text=windows.text.model_copy(update={"description": described}))

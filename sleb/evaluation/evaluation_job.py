@@ -16,8 +16,8 @@ from sleb.records import EvaluateSpec, Job, JobSpec, Run
 from sleb.runtime import origin
 from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring import recorded_baseline
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.stack_description import describe
-from sleb.scoring.sweep import Scorer
 from sleb.text import calibration
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,11 @@ from sleb.errors import CalibrationError, quoted
 from sleb.methods.statistics import mean_and_error
 from sleb.model import demo
 from sleb.records import NAMED_TEXTS, EvaluatedText, RemovalList
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import text_files
-from sleb.text.calibration import SEPARATOR, WIKITEXT, bos_of, count_distinct, cut, load_dataset, token_ids
+from sleb.text.calibration import SEPARATOR, WIKITEXT, bos_of, cut, token_ids
+from sleb.text.hub_data import load_dataset
+from sleb.text.repetition import count_distinct
 from sleb.text.text_files import Wanted
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,9 @@ from sleb.evaluation.quantized_folder import Quantised
 from sleb.export.destination import Destination
 from sleb.export.removal import plan_removal
 from sleb.methods import statistics
-from sleb.model.block_stack import BlockStack, find_stack
-from sleb.model.loading import quieten_torchao
+from sleb.model.block_stack import BlockStack
+from sleb.model.inspection.library_errors import quieten_torchao
+from sleb.model.stack_discovery import find_stack
 from sleb.records import EvaluatedText, Quantization, QuantizeSpec, RemovalList
 
 SMALLEST_GROUP = 16  # weights that share a scale

@@ -20,7 +20,7 @@ from torch import nn
 
 from sleb.errors import ExportError
 from sleb.export.smaller_config import check_removal_list, readings, rebuilt, undecided
-from sleb.model.block_stack import find_stack
+from sleb.model.stack_discovery import find_stack
 
 _PASSING = frozenset({"training", "gradient_checkpointing"})  # how a module is used, not what it is
 _NAMING_WEIGHTS = frozenset({"_tied_weights_keys", "_keys_to_ignore_on_load_unexpected"})  # may name blocks

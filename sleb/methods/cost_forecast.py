@@ -1,4 +1,4 @@
-"""What a search takes, counted before it is run: the search itself, over a score that only counts."""
+"""The cost of a search, counted before it is run: the search itself, over a score that only counts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def cost_of_search(
     with_baseline: bool = True,
     plain: bool = False,
 ) -> Cost:
-    """Work ahead of a search that has finished `steps`, as if it removed evenly spread blocks, as a typical one does.
+    """The work ahead of a search that has finished `steps`, as if it removed evenly spread blocks.
 
-    A search that stops early, at a perplexity, takes less. Of swaps one round is counted, as if it found none: each one
-    that is found takes another round.
+    A typical search removes about such blocks. One that stops early, at a perplexity, takes less. One round of swaps is
+    counted, as if it found none: each swap takes another round.
     """
     total = Cost(0, 0)
     draw = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def cost_of_search(
     noise = draw.normal(size=(problem.num_blocks, everybody)) if problem.racing else np.zeros((problem.num_blocks, 1))
     ranks = (np.arange(problem.num_blocks) * 7919) % problem.num_blocks / problem.num_blocks  # evenly spread
     apart = np.interp(ranks, np.linspace(0.0, 1.0, len(SEPARATIONS)), SEPARATIONS)
-    apart[list(steps[-1].removal_list) if steps else []] = 0.0  # what is gone was the best: no swap beats it
+    apart[list(steps[-1].removal_list) if steps else []] = 0.0  # what was removed was the best: no swap beats it
 
     def count(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         nonlocal total
@@ -67,13 +67,13 @@ def cost_of_search(
 
 
 def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
-    """What was asked, for a model of so many blocks: work and number of blocks to remove. Raises `OptionError`."""
+    """The work of a run on a model of so many blocks, and how many of them it removes. Raises `OptionError`."""
     protected = spec.protected
     if protected is None:
         protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
     outside = [block for block in protected if not 0 <= block < num_blocks]
     if outside:
-        raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
+        raise OptionError(f"`protect` names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
     available = num_blocks - len(protected)
     removing = number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
     require_possible(spec.method, num_blocks, removing, protected)

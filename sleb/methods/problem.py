@@ -1,4 +1,4 @@
-"""What a search is given: the score function, the blocks it may remove, and when it has to stop."""
+"""The problem that a search solves: the score function, the blocks it may remove, and when it has to stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Score = Callable[[Sequence[SkipSet], np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Problem:
-    """What a search needs to know beside the scores."""
+    """Everything that a search needs to know beside the scores."""
 
     num_blocks: int
     num_remove: int
@@ -33,15 +33,15 @@ class Problem:
     confidence: float = 0.95
     until_perplexity: float | None = None
     objective: Literal["nll", "kl"] = "nll"
-    """What `score` measures."""
+    """The score: negative log-likelihood, or divergence from the baseline."""
     racing: bool = False
     """Whether candidates that cannot win are dropped before they have seen the whole calibration set."""
     seed: int = 0
-    """Of the order in which a race sees the sequences."""
+    """Seed of the order in which a race sees the sequences."""
     refine: Literal["none", "swap"] = "none"
-    """What follows once `num_remove` blocks are removed."""
+    """The refinement that follows once `num_remove` blocks are removed."""
     dtype: str = "its type"
-    """Of the model: what a message names where its predictions are not numbers."""
+    """Type of the model, which a message names where its predictions are not numbers."""
 
     @property
     def candidates(self) -> tuple[int, ...]:
@@ -56,13 +56,13 @@ class Decision:
     step: Step
     scores: np.ndarray
     held_out: np.ndarray
-    """Sums of the held-out sequences under the model this step leaves, nats."""
+    """Nats of the held-out sequences under the model this step leaves."""
     seen: np.ndarray | None = None
-    """Which of the scores were taken, where candidates left a race; None is all of them."""
+    """The scores that were taken, where candidates left a race; None is all of them."""
 
 
 def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ratio: float | None) -> int:
-    """How many blocks to remove. A ratio is rounded up, as in the paper (4.1). Raises `OptionError` out of range."""
+    """The number of blocks to remove; a ratio is rounded up (paper, 4.1). Raises `OptionError` out of range."""
     if num_remove is not None:
         wanted = num_remove
     elif ratio is not None:
@@ -70,28 +70,28 @@ def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ra
     else:
         wanted = min(available, num_blocks - 1)
     if available == 0:
-        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten --protect.")
+        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten `protect`.")
     if not 1 <= wanted <= min(available, num_blocks - 1):
         raise OptionError(
             f"Asked to remove {wanted} of {num_blocks} blocks; {min(available, num_blocks - 1)} may be removed "
-            f"({num_blocks - available} protected, at least one must stay). Lower --remove or --ratio."
+            f"({num_blocks - available} protected, at least one must stay). Lower `remove` or `ratio`."
         )
     return wanted
 
 
 def require_possible(method: Method, num_blocks: int, num_remove: int, protected: Sequence[int]) -> None:
-    """Whether the method can remove so many at all. Raises `OptionError` before anything is scored."""
+    """Raises `OptionError`, before anything is scored, where the method cannot remove so many blocks at all."""
     kept = set(protected)
     if method is Method.EARLY_EXIT:
         hit = [block for block in range(num_blocks - num_remove, num_blocks) if block in kept]
         if hit:
             raise OptionError(
                 f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Use --protect '' to free it, or --remove fewer."
+                "Free it with an empty `protect`, or lower `remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(
-            f"No {num_remove} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
+            f"No {num_remove} neighbouring blocks are all unprotected. Shorten `protect`, or lower `remove`."
         )
 
 

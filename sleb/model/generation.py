@@ -1,4 +1,4 @@
-"""Greedy text by a model's own `generate`, and what its cache holds. Knows one model and token ids; no run."""
+"""Greedy text by a model's own `generate`, and the size of its cache. Knows one model and token ids; no run."""
 
 from __future__ import annotations
 
@@ -29,50 +29,59 @@ def continued(
 
     With `stop` each ends with the model's own end-of-sequence token, and the last to end ends them all; else there are
     exactly `tokens` new ones. Nothing else of the model's generation settings is used: they may sample, or penalise
-    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate (so).
+    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate, or not so.
     """
-    from transformers import GenerationConfig, StoppingCriteriaList
-
     name = type(model).__name__
-    own: Any = getattr(model, "generation_config", None)
-    if own is None or not callable(getattr(model, "generate", None)):
+    if getattr(model, "generation_config", None) is None or not callable(getattr(model, "generate", None)):
         raise ModelError(f"{name} cannot generate text (it has no `generate`).")
+    settings = _greedy_settings(model, tokens, stop=stop, cached=cached)
+    kwargs = _after_each_token(tick) if tick is not None else {}
+    if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
+        kwargs["output_router_logits"] = False  # losses that nobody reads
+    try:
+        with _settings_aside(model), torch.inference_mode():
+            done = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), generation_config=settings, **kwargs
+            )
+    except _FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0]
+        cache = "with its cache" if cached else "without a cache"
+        raise ModelError(f"{name} cannot generate text {cache} ({type(error).__name__}: {reason}).") from error
+    return done.sequences, done.past_key_values
+
+
+def _greedy_settings(model: Any, tokens: int, *, stop: bool, cached: bool) -> Any:
+    from transformers import GenerationConfig
+
     ends = ends_of(model) if stop else []
-    greedy = GenerationConfig(
+    pad = next((token for token in (model.generation_config.pad_token_id, *ends) if token is not None), 0)
+    return GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
         num_beams=1,
         use_cache=cached,
         return_dict_in_generate=True,
         eos_token_id=ends or None,
-        pad_token_id=next((token for token in (own.pad_token_id, *ends) if token is not None), 0) if ends else None,
+        pad_token_id=pad if ends else None,
     )
 
+
+def _after_each_token(tick: Callable[[], None]) -> dict[str, Any]:
+    """Arguments of `generate` by which it calls `tick` after each token."""
+    from transformers import StoppingCriteriaList
+
     def stop_nothing(ids: torch.Tensor, _scores: Any, **_: Any) -> torch.Tensor:
-        assert tick is not None
         tick()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    criteria: dict[str, Any] = {} if tick is None else {"stopping_criteria": StoppingCriteriaList([stop_nothing])}
-    if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
-        criteria["output_router_logits"] = False  # losses that nobody reads
-    try:
-        with _settings_aside(model), torch.inference_mode():
-            done = model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, **criteria
-            )
-    except _FAILURES as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip().splitlines() or [""])[0]
-        how = "with its cache" if cached else "without a cache"
-        raise ModelError(f"{name} cannot generate text {how} ({type(error).__name__}: {reason}).") from error
-    return done.sequences, done.past_key_values
+    return {"stopping_criteria": StoppingCriteriaList([stop_nothing])}
 
 
 @contextmanager
 def numbers_only(model: nn.Module, whose: str) -> Iterator[None]:
-    """Within it a forward pass raises `NotNumbers` where its next token cannot be told: greedy text would go on."""
+    """Within it a forward pass whose logits are not numbers raises `NotNumbers`: greedy text would go on."""
 
     def look(_model: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -100,7 +109,7 @@ def ends_of(model: nn.Module) -> list[int]:
 
 @contextmanager
 def _settings_aside(model: Any) -> Iterator[None]:
-    """`generate` fills what a config leaves open, the end-of-sequence token for one, from the model's own settings."""
+    """Within it the model has no generation settings, from which `generate` would fill in what is left open."""
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -117,13 +126,13 @@ def cache_bytes(cache: Any) -> int:
     A slice counts as itself, not as the tensor it was cut from, a tensor that is held twice once, and a single number
     (a sliding window's length) not at all.
     """
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     seen: set[int] = set()
     ahead = [cache]
     while ahead:
         value = ahead.pop()
         if isinstance(value, torch.Tensor):
-            found[id(value)] = value.nbytes if value.ndim else 0
+            sizes[id(value)] = value.nbytes if value.ndim else 0
         elif isinstance(value, dict):
             ahead.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -133,30 +142,30 @@ def cache_bytes(cache: Any) -> int:
         elif hasattr(value, "__dict__") and id(value) not in seen and not isinstance(value, type | nn.Module):
             seen.add(id(value))
             ahead.extend(vars(value).values())
-    return sum(found.values())
+    return sum(sizes.values())
 
 
-def require_resident(streamed: object, what: str) -> None:
-    """Raises `OptionError` where the blocks stay on disk: every token would read the whole model."""
+def require_resident(streamed: object, work: str) -> None:
+    """Raises `OptionError` where the blocks stay on disk: every token would read all of them."""
     if streamed is not None:
         raise OptionError(
-            f"The model is read from disk block by block (--memory-budget), and {what} would read all of it for every "
-            "token. Leave --memory-budget out."
+            f"The model is read from disk block by block (`memory_budget`), and {work} would read all of it for every "
+            "token. Leave `memory_budget` out."
         )
 
 
 def positions_of(config: Any) -> int | None:
-    """How many tokens the model has positions for; None where nothing limits them."""
+    """The number of tokens that the model has positions for; None where nothing limits them."""
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def require_positions(config: Any, length: int) -> None:
-    """Raises `CalibrationError` for sequences of text that are longer than the model: it would read on unprepared."""
+    """Raises `CalibrationError` for sequences of text that are longer than the positions of the model."""
     limit = positions_of(config)
     if limit is not None and limit < length:
         raise CalibrationError(
             f"Sequences of {length} tokens are longer than the {limit} positions of the model. "
-            f"Lower --sequence-length to {limit} or less."
+            f"Use `sequence_length={limit}` or less."
         )

@@ -1,4 +1,4 @@
-"""What a loaded model is, besides its weights: config, tokenizer, chat template and code. Reads; changes nothing."""
+"""What a loaded model is: its weights, config, tokenizer, chat template and code. Reads; changes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import xxhash
+from torch import nn
 
 from sleb.model.generation import ends_of
 from sleb.model.loading import LoadedModel
+from sleb.model.streaming import streamed_blocks
 from sleb.records import ModelIdentity
 
 _ASIDE = frozenset(
@@ -37,7 +39,7 @@ _DYNAMIC = "transformers_modules."  # where transformers imports a model's own c
 
 
 def identity_of(loaded: LoadedModel) -> ModelIdentity:
-    """What the numbers of this model depend on besides weights and type."""
+    """The parts of this model that its numbers depend on besides weights and type."""
     template = getattr(loaded.tokenizer, "chat_template", None)
     return ModelIdentity(
         config=computing_fields(loaded.model.config),
@@ -46,6 +48,29 @@ def identity_of(loaded: LoadedModel) -> ModelIdentity:
         end_tokens=tuple(sorted(ends_of(loaded.model))),
         remote_code=_remote_code(loaded),
     )
+
+
+def weights_hash(model: nn.Module, dtype: str | None = None) -> str:
+    """xxh3-128 of every tensor's name, type, shape and bytes: equal means the same weights.
+
+    With `dtype`, of what they would be in that type.
+    """
+    cast = getattr(torch, dtype) if dtype else None
+    digest = xxhash.xxh3_128()
+    seen: set[int] = set()
+    streamed = streamed_blocks(model)
+    for name, tensor in sorted(model.state_dict().items()):
+        kind = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
+        digest.update(f"{name}{tuple(tensor.shape)}{kind}".encode())
+        if streamed is not None and tensor.is_meta:
+            tensor = streamed.tensor(name)
+        elif tensor.data_ptr() in seen:  # tied
+            continue
+        else:
+            seen.add(tensor.data_ptr())
+        plain = (tensor.dequantize() if hasattr(tensor, "tensor_impl") else tensor).to(kind)
+        digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def computing_fields(config: Any) -> dict[str, Any]:
@@ -65,7 +90,7 @@ def computing_fields(config: Any) -> dict[str, Any]:
 
 
 def default_fields(config: Any) -> dict[str, Any]:
-    """What `computing_fields` leaves out where the config says nothing else: the defaults of its class."""
+    """The defaults of a config's class, which `computing_fields` leaves out."""
     try:
         return _fields(type(config)())
     except Exception:  # a class from elsewhere may need arguments: then every field counts
@@ -95,16 +120,16 @@ def _fields(config: Any) -> dict[str, Any]:
     from transformers import GenerationConfig, PreTrainedConfig
 
     generation = GenerationConfig().to_dict().keys() - set(_TOKENS)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name, value in config.to_dict().items():
         if name in _ASIDE or name.startswith(_STARTS_ASIDE) or name in generation:
             continue
         nested = vars(config).get(name)
-        found[name] = computing_fields(nested) if isinstance(nested, PreTrainedConfig) else _plain(value)
+        fields[name] = computing_fields(nested) if isinstance(nested, PreTrainedConfig) else _plain(value)
         if name.endswith("layer_types") and isinstance(value, list | tuple):
-            found[name] = [_KINDS.get(kind, kind) for kind in value]
-    rope = _rope({name: found.pop(name, None) for name in _ROPE})
-    return found | ({"rope": rope} if rope else {})
+            fields[name] = [_KINDS.get(kind, kind) for kind in value]
+    rope = _rope({name: fields.pop(name, None) for name in _ROPE})
+    return fields | ({"rope": rope} if rope else {})
 
 
 def _rope(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,7 +154,7 @@ def _one_rope(rules: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; numbers that are equal are written alike."""
+    """A value as JSON has it, where equal numbers are written alike."""
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple | set | frozenset):
@@ -147,11 +172,11 @@ def _number(value: Any) -> Any:
 
 def _remote_code(loaded: LoadedModel) -> str | None:
     """Hash of the Python files that came with a model, where they run."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for each in (loaded.model, loaded.model.config, loaded.tokenizer):
         for path in _own_files(type(each).__module__):
-            found[path.name] = _hash_file(path)
-    return _hash(found) if found else None
+            hashes[path.name] = _hash_file(path)
+    return _hash(hashes) if hashes else None
 
 
 def _own_files(module: str) -> Iterator[Path]:

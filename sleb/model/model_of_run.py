@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from sleb.errors import RunError
-from sleb.model.identity import default_fields, identity_of
-from sleb.model.loading import LoadedModel, load_model, weights_hash
+from sleb.model.identity import default_fields, identity_of, weights_hash
+from sleb.model.loading import LoadedModel, load_model
 from sleb.records import SCORING_VERSION, JobSpec, Run
 
 _NAMED = 3  # changes in one sentence
@@ -15,7 +15,7 @@ _NAMED = 3  # changes in one sentence
 def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
     """A list found on another model proves nothing about this one.
 
-    Of a run by an earlier version, which recorded weights alone, the rest cannot be told here. Raises `RunError`,
+    A run by an earlier version recorded weights alone, and the rest is unknown here. Raises `RunError`,
     naming what has changed.
     """
     assert run.stack is not None
@@ -27,10 +27,10 @@ def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
         changes += run.stack.identity.differences(identity_of(loaded), default_fields(loaded.model.config))
     if changes:
         more = f" and {len(changes) - _NAMED} more" if len(changes) > _NAMED else ""
-        anew = "keep what is found now apart with --run-dir" if run.spec.kind == "evaluate" else "start a new run"
+        instead = "keep the new results apart with `run_dir`" if run.spec.kind == "evaluate" else "start a new run"
         raise RunError(
             f"{run.spec.model}{_commits(run, loaded)} is not the model that run {run.run_id} began with: "
-            f"{'; '.join(changes[:_NAMED])}{more}. Restore it, or {anew}."
+            f"{'; '.join(changes[:_NAMED])}{more}. Restore it, or {instead}."
         )
 
 

@@ -25,7 +25,7 @@ def in_batches(count: int, batch_size: int, work: Callable[[int, int], None]) ->
                 raise
             if stop - start == 1:
                 raise ScoringError(
-                    "Out of memory with one sequence; lower --sequence-length, or choose a smaller --dtype."
+                    "Out of memory with one sequence; lower `sequence_length`, or choose a smaller `dtype`."
                 ) from error
             batch_size = (stop - start) // 2
             log.warning("Out of memory: going on with batches of %d.", batch_size)

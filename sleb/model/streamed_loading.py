@@ -1,5 +1,4 @@
-"""A model whose blocks stay on disk: built without its weights, and told where they lie. Knows checkpoints; never
-computes.
+"""A model whose blocks stay on disk, built without its weights. Knows checkpoints; never computes.
 
 Where the checkpoint names its tensors as the model does, only what surrounds the blocks is read. Other checkpoints
 (renamed or merged while loading, as those of mixtures of experts) go through transformers once, which writes what it
@@ -20,7 +19,8 @@ from safetensors import safe_open
 from torch import nn
 
 from sleb.errors import ModelError, OptionError
-from sleb.model.block_stack import find_stack
+from sleb.model.inspection.checkpoint import files_by_key
+from sleb.model.stack_discovery import find_stack
 from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
 from sleb.runtime import run_folder
 from sleb.runtime.unfinished import names
@@ -54,19 +54,19 @@ def load_within(
         return load(device_map={"": device} if device.type == "cuda" else None)
     if any(getattr(each, "quantization_config", None) for each in (config, config.get_text_config(decoder=True))):
         raise OptionError(
-            f"{source} is quantised, and --memory-budget needs plain weights where they do not fit into it."
+            f"{source} is quantised, and `memory_budget` needs plain weights where they do not fit into it."
         )
     path, _ = find_stack(model)
     places = _device_map(model, path, device)
     scratch = _scratch(scratch_home)
-    found = files_by_key(source, options)
-    index = _index(model, path, dtype, found)
+    files = files_by_key(source, options)
+    index = _index(model, path, dtype, files)
     if index is None:
         with _quiet("accelerate.big_modeling"):
             model, report = load(device_map=places, offload_folder=scratch.name)
     else:
-        _require_ties(model, source, found)
-        report = _read_surroundings(model, found, index, device)
+        _require_ties(model, source, files)
+        report = _read_surroundings(model, files, index, device)
         model.tie_weights()
         _generation_config(model, source, options)
         skipped = getattr(model, "_skip_keys_device_placement", None)
@@ -79,39 +79,18 @@ def load_within(
 def _device_map(model: nn.Module, path: str, device: torch.device) -> dict[str, Any]:
     """The stack on disk, everything around it on the device, name by name."""
     where: Any = "cpu" if device.type == "cpu" else device
-    found: dict[str, Any] = {path: "disk"}
+    places: dict[str, Any] = {path: "disk"}
     prefix, owner = "", model
     for part in path.split("."):
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_children() if name != part}
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_parameters(recurse=False)}
-        found |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_children() if name != part}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_parameters(recurse=False)}
+        places |= {f"{prefix}{name}": where for name, _ in owner.named_buffers(recurse=False)}
         prefix, owner = f"{prefix}{part}.", getattr(owner, part)
-    return found
-
-
-def files_by_key(source: str, options: dict[str, Any]) -> dict[str, str]:
-    """Tensor name in the checkpoint -> its safetensors file, fetched from the hub if need be; empty without one."""
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    revision = options.get("revision")
-    quiet: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(source, "model.safetensors", **quiet)
-    if single is not None:
-        files = [single]
-    else:
-        listing = cached_file(source, "model.safetensors.index.json", **quiet)
-        if listing is None:
-            return {}
-        files, _ = get_checkpoint_shard_files(source, listing, revision=revision)
-    found: dict[str, str] = {}
-    for name in files:
-        with safe_open(name, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), str(name))
-    return found
+    return places
 
 
 def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> dict[str, dict[str, str]] | None:
-    """Where the weights of the blocks lie, as accelerate wants it; None where names, shapes or types must change."""
+    """The places of the blocks' weights, as accelerate wants them; None where names, shapes or types must change."""
     plan = getattr(model, "_get_dtype_plan", None)
     if plan is None or plan(dtype) or getattr(model.config, "quantization_config", None):
         return None
@@ -121,21 +100,21 @@ def _index(model: Any, path: str, dtype: torch.dtype, files: dict[str, str]) -> 
     for name in dict.fromkeys(files.values()):
         with safe_open(name, framework="pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    found = {}
+    index = {}
     for name, parameter in model.named_parameters():
         if name.startswith(f"{path}."):
             if shapes.get(name) != tuple(parameter.shape):
                 return None
-            found[name] = {
+            index[name] = {
                 "safetensors_file": files[name],
                 "weight_name": name,
                 "dtype": str(parameter.dtype).removeprefix("torch."),
             }
-    return found
+    return index
 
 
 def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
-    """Weights that the config ties are equal where both are stored: transformers would keep them apart, and warn."""
+    """Raises `ModelError` where stored weights differ that the config ties: transformers would only warn."""
     for one, other in getattr(model, "all_tied_weights_keys", {}).items():
         if one in files and other in files and not torch.equal(_stored(files, one), _stored(files, other)):
             raise ModelError(
@@ -146,14 +125,14 @@ def _require_ties(model: Any, source: str, files: dict[str, str]) -> None:
 
 def _stored(files: dict[str, str], name: str) -> torch.Tensor:
     with safe_open(files[name], framework="pt", backend="pread") as file:
-        found: torch.Tensor = file.get_tensor(name)
-    return found
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def _read_surroundings(
     model: Any, files: dict[str, str], index: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What is no parameter of a block: read now. Returns what `from_pretrained` would report."""
+    """Read what is not a parameter of a block. Returns what `from_pretrained` would report."""
     from accelerate.utils import set_module_tensor_to_device
 
     wanted = dict(model.state_dict())
@@ -180,7 +159,7 @@ def _generation_config(model: Any, source: str, options: dict[str, Any]) -> None
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """That parameters are on the meta device is the point, and no warning."""
+    """Within it a logger does not warn of parameters on the meta device, which are intended."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,6 @@
-"""Blocks whose weights stay on disk: loaded while they are computed with, the next one read ahead. Knows modules and
-files; knows no search.
+"""Blocks whose weights stay on disk, each loaded while it is used, the next one read ahead. Knows modules and files.
 
-accelerate dispatches the model and knows where each weight lies. Its own hooks would read every weight anew for every
+accelerate dispatches the model and knows where each weight lies. Its own hooks would read every weight again for every
 forward pass of every submodule, so they are set aside: a block is loaded whole, once, for as long as somebody computes
 with it, and meanwhile a thread reads the next one. That thread is only ever sent for a block when there is room for it:
 how many are in memory at once does not depend on who is faster.
@@ -31,12 +30,12 @@ _OWNER = "streamed_blocks"  # where a model keeps its `StreamedBlocks`
 _BLOCKS = 2  # in memory at once: in use, and read ahead
 _HELD = _BLOCKS + 1  # what the budget has room for: a weight that must change its type is there twice for a moment
 _WIDE = {"F64": 8, "F32": 4}  # bytes of a number in a file; all other floating types have two or less
-_WORKSPACE = 0.2  # share of the budget for what blocks and read-outs need while they are computed
+_WORKSPACE = 0.2  # share of the budget for what blocks and logits need while they are computed
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight lies, and what it becomes."""
+    """The place of a weight in a file, and the type it becomes."""
 
     file: str
     key: str
@@ -55,7 +54,7 @@ class _Weight:
 
 @dataclass
 class _Coming:
-    """A block on its way. The reader puts its tensors here, and whoever takes them leaves nothing behind."""
+    """A block on its way. The reader puts its tensors here; taking them leaves nothing behind."""
 
     block: int
     tensors: list[torch.Tensor] = field(default_factory=list)
@@ -76,7 +75,7 @@ class StreamedBlocks:
     ) -> None:
         self.device, self.budget = device, budget
         self.places: dict[str, Place] = {}
-        """By a weight's full name in the model."""
+        """Places of the weights by their full names in the model."""
         self.seconds_read = self.seconds_waited = 0.0
         self.bytes_read = 0
         self._scratch = scratch  # as long as this lives
@@ -91,14 +90,14 @@ class StreamedBlocks:
         resident = {id(each): each.nbytes for each in (*model.parameters(), *model.buffers()) if not each.is_meta}
         self.resident_bytes = sum(resident.values())
         self.spare_bytes = self._spare()
-        """Left for hidden states."""
+        """Bytes left for hidden states."""
         self._forwards = [self._streamed(index, block.forward) for index, block in enumerate(self._blocks)]
         for block, forward in zip(self._blocks, self._forwards, strict=True):
             block.forward = forward
         vars(model)[_OWNER] = self
 
     def block_bytes(self, block: int) -> int:
-        """What the weights of a block take in memory."""
+        """Bytes that the weights of a block take in memory."""
         return sum(weight.shape.numel() * weight.place.dtype.itemsize for weight in self._weights[block])
 
     @contextmanager
@@ -130,13 +129,13 @@ class StreamedBlocks:
             return _as(file.get_tensor(place.key), place.dtype)
 
     def forget(self) -> None:
-        """Let go of a block that was read ahead and that nobody came for."""
+        """Let go of a block that was read ahead and not used."""
         coming, self._coming = self._coming, None
         if coming is None:
             return
         wait([coming.done])
         coming.tensors.clear()
-        if coming.done.exception() is None:  # what nobody came for need not be there
+        if coming.done.exception() is None:  # what was not used need not exist
             self._count(coming)
 
     def budget_for(self, hidden_bytes: int) -> int:
@@ -153,24 +152,24 @@ class StreamedBlocks:
             raise OptionError(
                 f"A memory budget of {size(self.budget)} is too small for this model in {dtype}: "
                 f"{size(self.resident_bytes)} stay in memory, and three blocks of {size(largest)} each. "
-                f"Use --memory-budget {size(least)} or more."
+                f"Use `memory_budget={size(least)}` or more."
             )
         return spare
 
     def _widest(self) -> int:
-        """Bytes of the largest weight as its file has it, where that is in a wider type than most."""
+        """Bytes of the largest weight in its file, where that is in a wider type than most."""
         places = {weight.place: weight.shape.numel() for weights in self._weights for weight in weights}
-        found = 0
+        widest = 0
         for name in {place.file for place in places}:
             with safe_open(name, framework="pt", backend="pread") as file:
                 for place, numbers in places.items():
                     if place.file == name:
-                        found = max(found, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
-        return found
+                        widest = max(widest, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
+        return widest
 
     def _take_over(self, prefix: str, block: nn.Module) -> list[_Weight]:
         """Where accelerate's hooks would find the weights. They stay for `save_pretrained`, which asks them."""
-        found = []
+        weights = []
         for path, module in block.named_modules():
             hook = vars(module).get("_hf_hook")
             if hook is None:
@@ -181,8 +180,8 @@ class StreamedBlocks:
                 entry = hook.weights_map.dataset.index[full]
                 place = Place(entry["safetensors_file"], entry["weight_name"], getattr(torch, entry["dtype"]))
                 self.places[full] = place
-                found.append(_Weight(module, name, place, parameter.shape))
-        return found
+                weights.append(_Weight(module, name, place, parameter.shape))
+        return weights
 
     def _streamed(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward pass outside the sweep loads its blocks as well, one after the other."""
@@ -206,7 +205,7 @@ class StreamedBlocks:
         return sum(users > 0 for users in self._users)
 
     def _make_room(self, block: int) -> None:
-        """Before a block is sent for: what was read ahead instead of it goes, and no more are in use than may be."""
+        """Let go of another block that was read ahead. Raises `RuntimeError` where too many are in use."""
         if self._coming is not None and self._coming.block != block:
             self.forget()
         if self._in_use >= _BLOCKS:
@@ -272,8 +271,8 @@ class StreamedBlocks:
 
 def streamed_blocks(model: nn.Module) -> StreamedBlocks | None:
     """The streamed blocks of a model, if its weights do not stay in memory."""
-    found: StreamedBlocks | None = vars(model).get(_OWNER)
-    return found
+    streamed: StreamedBlocks | None = vars(model).get(_OWNER)
+    return streamed
 
 
 def fits(total_bytes: int, budget: int) -> bool:
@@ -282,7 +281,7 @@ def fits(total_bytes: int, budget: int) -> bool:
 
 
 def give_memory_back() -> None:
-    """From here on, have freed weights and hidden states go back to the system at once.
+    """Have freed weights and hidden states go back to the system at once, from now on.
 
     To be called before a model is built. glibc keeps memory of the sizes it has seen freed for later, in a heap that
     only shrinks from its end; what is put into its holes makes the process larger although little is in use. A model

@@ -1,4 +1,4 @@
-"""One token as text, or as the bytes that it stands for: a part of a character is no text. Knows a tokenizer only."""
+"""One token as text, or as the bytes that it stands for: a part of a character has no text. Knows a tokenizer only."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import re
 from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a part of a character decodes to."""
+"""The text to which a part of a character decodes."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # as SentencePiece names its byte tokens
-_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is no text
+_ESCAPED = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte outside of text
 
 
 def token_text(tokenizer: Any, token: int) -> str:
     """One token as text, its leading space kept (some tokenizers drop it when they decode a token alone).
 
-    Bytes that are no character of their own stand by their names, such as `<0xE2>`: tokens that are different parts of
+    Bytes without a character of their own stand by their names, such as `<0xE2>`: tokens that are different parts of
     characters would all decode to the same sign.
     """
     text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -30,17 +30,17 @@ def token_text(tokenizer: Any, token: int) -> str:
 
 
 def with_bytes(raw: bytes) -> str:
-    """Text, with the names of bytes where it is none."""
-    return _ESCAPED.sub(lambda found: f"<0x{ord(found[0]) - 0xDC00:02X}>", raw.decode("utf-8", "surrogateescape"))
+    """Text, with names in place of bytes that are not text."""
+    return _ESCAPED.sub(lambda match: f"<0x{ord(match[0]) - 0xDC00:02X}>", raw.decode("utf-8", "surrogateescape"))
 
 
 def without_bytes(text: str) -> str:
-    """What of a token's text is text."""
+    """A token's text without the names of bytes."""
     return _BYTE.sub("", text)
 
 
 def _bytes_of(piece: Any) -> bytes | None:
-    """Of a byte-level vocabulary, whose pieces have a printable character for each byte; None for any other."""
+    """The bytes of a byte-level piece, which has a printable character for each; None for any other piece."""
     if not isinstance(piece, str) or any(char not in _BYTES for char in piece):
         return None
     return bytes(_BYTES[char] for char in piece)

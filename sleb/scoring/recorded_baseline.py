@@ -9,7 +9,7 @@ from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
 from sleb.records import SCORING_VERSION, Measured, Run, StackDescription
 from sleb.runtime import origin, trace_file
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 
 
 def agrees(now: float, then: float, tokens: float, dtype: str) -> bool:
@@ -19,7 +19,7 @@ def agrees(now: float, then: float, tokens: float, dtype: str) -> bool:
 
 
 def recorded(run: Run) -> np.ndarray:
-    """Nats of the unmodified model on every sequence; one sum over the calibration's where the scores are gone."""
+    """Nats of the baseline on every sequence; one sum over the calibration text where the scores are missing."""
     assert run.trace is not None
     try:
         nats = np.asarray(trace_file.read_scores(run.run_dir, "baseline")["nats"], dtype=np.float64).ravel()
@@ -37,16 +37,15 @@ def require_same(run: Run, scorer: Scorer, then: np.ndarray, sequences: int) -> 
     """
     assert run.stack is not None
     again = np.arange(sequences if len(then) == 1 else 1)
-    counted = scorer.block_evaluations, scorer.head_evaluations
-    now = float(scorer.score([()], again).sum())
-    scorer.block_evaluations, scorer.head_evaluations = counted  # they are on record as taken
+    with scorer.uncounted():  # what it takes is on record already
+        now = float(scorer.score([()], again).sum())
     tokens = int(scorer.token_counts[again].sum())
     if not agrees(now, float(then[0]), tokens, run.stack.dtype):
         ours, theirs = (Measured(nll_sum=each, token_count=tokens).nats_per_token for each in (now, float(then[0])))
         raise RunError(
-            f"The unmodified model scores {ours:.6g} nats per token on the calibration text where run "
-            f"{run.run_id} has {theirs:.6g}: its config, tokenizer or code has changed since. Restore it, or "
-            "start a new run."
+            f"The baseline scores {ours:.6g} nats per token on the calibration text where run "
+            f"{run.run_id} has {theirs:.6g}: the model's config, tokenizer or code has changed. Restore "
+            "it, or start a new run."
         )
 
 

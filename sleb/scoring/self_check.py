@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from sleb.model.block_stack import BlockStack
 from sleb.records import SelfCheck
-from sleb.scoring.sweep import MODEL_FAILURES, Scorer, plain_nll
+from sleb.scoring.plain_pass import MODEL_FAILURES, plain_nll
+from sleb.scoring.readings import NegativeLogLikelihood
+from sleb.scoring.sweep import HiddenLogits, walk
 from sleb.scoring.sweep_plan import SkipSet
+
+_PIECE = 5  # positions, of those that are compared with all at once
+
+Nats = dict[SkipSet, torch.Tensor]
+"""The nats of each sequence, float64 (batch,), by skip set."""
 
 
 @torch.inference_mode()
@@ -22,26 +29,11 @@ def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) ->
     tokens are used.
     """
     tiny = torch.from_numpy(np.ascontiguousarray(ids[:2, :16])).to(stack.device)
-    twin = _plain_twin if stack.streamed is None else _streamed_twin
-    plain, protected = twin(stack, candidates, tiny)
-    tokens = tiny.shape[1] - 1
-    tolerance = 1e-5 if stack.model.dtype == torch.float32 else 0.02
+    reference = _plain_reference if stack.streamed is None else _streamed_reference
+    plain, protected = reference(stack, candidates, tiny)
     difference, reason = None, None
     try:
-        scorer, pieces = Scorer(stack, tiny.cpu().numpy(), batch_size=len(tiny)), _InPieces(stack, tiny.cpu().numpy())
-        streams = scorer._streams(list(plain), [tiny])[0]
-        swept = {skipped: scorer._nll(stream.hidden, tiny) for skipped, stream in streams.items()}
-        in_pieces = pieces._nll(streams[()].hidden, tiny)
-        if not torch.allclose(in_pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
-            reason = "hidden states cannot be read out in pieces"
-        ours, theirs = (torch.stack([found[skipped] for skipped in plain]) for found in (swept, plain))
-        numbers = theirs.isfinite()
-        apart = (ours - theirs)[numbers].abs()
-        difference = float(apart.max()) / tokens if len(apart) else None
-        if not torch.equal(numbers, ours.isfinite()):
-            reason = "the sweep and the plain forward pass do not give numbers for the same candidates"
-        elif difference is not None and difference > tolerance:
-            reason = f"the sweep differs from the plain forward pass by {difference:.3g} nats per token"
+        difference, reason = _compare_sweep(stack, plain, tiny)
     except MODEL_FAILURES as error:
         reason = f"blocks cannot be replayed ({type(error).__name__}: {error})"
     return SelfCheck(
@@ -54,11 +46,34 @@ def self_check(stack: BlockStack, candidates: Sequence[int], ids: np.ndarray) ->
     )
 
 
-def _plain_twin(
-    stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor
-) -> tuple[dict[SkipSet, torch.Tensor], dict[int, str]]:
-    """Nats (batch,) of each candidate by a forward pass of its own; and the blocks that the model needs, with why."""
-    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), ids)}
+def _compare_sweep(stack: BlockStack, plain: Nats, ids: torch.Tensor) -> tuple[float | None, str | None]:
+    """The largest difference in nats per token, None without numbers; and why the sweep cannot be used, if so."""
+    tokens = ids.shape[1] - 1
+    tolerance = 1e-5 if stack.model.dtype == torch.float32 else 0.02
+    (streams,) = walk(stack, list(plain), [ids], lambda units, where: None)
+    swept = _nats(((skipped, HiddenLogits(stack, stream.hidden, ids)) for skipped, stream in streams.items()), ids)
+    in_pieces = _nats([((), HiddenLogits(stack, streams[()].hidden, ids, _PIECE))], ids)[()]
+    reason = None
+    if not torch.allclose(in_pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
+        reason = "logits of some positions differ from those of a whole sequence"
+    ours, theirs = (torch.stack([nats[skipped] for skipped in plain]) for nats in (swept, plain))
+    numbers = theirs.isfinite()
+    distances = (ours - theirs)[numbers].abs()
+    difference = float(distances.max()) / tokens if len(distances) else None
+    if not torch.equal(numbers, ours.isfinite()):
+        reason = "the sweep and the plain forward pass do not give numbers for the same candidates"
+    elif difference is not None and difference > tolerance:
+        reason = f"the sweep differs from the plain forward pass by {difference:.3g} nats per token"
+    return difference, reason
+
+
+def _nats(logits: Iterable[tuple[SkipSet, HiddenLogits]], ids: torch.Tensor) -> Nats:
+    return NegativeLogLikelihood().sums(logits, ids, lambda read: None)
+
+
+def _plain_reference(stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor) -> tuple[Nats, dict[int, str]]:
+    """Nats of each candidate by a forward pass of its own; and the blocks that the model needs, with why."""
+    plain: Nats = {(): plain_nll(stack, (), ids)}
     protected: dict[int, str] = {}
     for block in candidates:
         try:
@@ -68,28 +83,17 @@ def _plain_twin(
     return plain, protected
 
 
-def _streamed_twin(
-    stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor
-) -> tuple[dict[SkipSet, torch.Tensor], dict[int, str]]:
+def _streamed_reference(stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor) -> tuple[Nats, dict[int, str]]:
     """The same in one forward pass for all candidates: each has rows of its own, in which its block is undone.
 
-    A pass of its own for each would read the whole model as often. A block that others need is not found out by its
+    A pass of its own for each would read all weights as often. A block that others need is not noticed by its
     failing here, but by the difference.
     """
-    plain: dict[SkipSet, torch.Tensor] = {(): plain_nll(stack, (), ids)}
     count, batch = len(candidates), len(ids)
     undone = torch.zeros(len(stack), count * batch, dtype=torch.bool, device=ids.device)
     for row, block in enumerate(candidates):
         undone[block, row * batch : (row + 1) * batch] = True
-    hidden = stack.last_output(ids.repeat(count, 1), undone)
-    reader = Scorer(stack, ids.cpu().numpy(), batch_size=batch)
-    for row, block in enumerate(candidates):
-        plain[(block,)] = reader._nll(hidden[row * batch : (row + 1) * batch], ids)
-    return plain, {}
-
-
-class _InPieces(Scorer):
-    """Reads out five tokens at a time."""
-
-    def _read_out_tokens(self, batch: int, hidden: torch.Tensor) -> int:
-        return 5
+    baseline: Nats = {(): plain_nll(stack, (), ids)}
+    hidden = stack.last_output(ids.repeat(count, 1), undone).unflatten(0, (count, batch))
+    logits = (((block,), HiddenLogits(stack, own, ids)) for block, own in zip(candidates, hidden, strict=True))
+    return baseline | _nats(logits, ids), {}

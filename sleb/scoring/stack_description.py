@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from sleb.model.block_stack import BlockStack
-from sleb.model.identity import identity_of
-from sleb.model.loading import LoadedModel, weights_hash
+from sleb.model.identity import identity_of, weights_hash
+from sleb.model.loading import LoadedModel
 from sleb.records import SCORING_VERSION, StackDescription
 from sleb.scoring.self_check import self_check
 
 
 def describe(stack: BlockStack, loaded: LoadedModel) -> StackDescription:
-    """A model that nothing is searched on: there is no calibration text, and every block may be asked for."""
+    """Describe a model for a run without a search: without calibration text, and with every block checked."""
     ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (2, 16))
     return StackDescription(
         **facts_of(stack, loaded),
@@ -54,7 +54,7 @@ def facts_of(stack: BlockStack, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def _per_block_lists(stack: BlockStack) -> tuple[str, ...]:
-    """Which settings have an entry for each block."""
+    """The settings that have an entry for each block."""
     settings = stack.config.to_dict()
-    found = (key for key, value in settings.items() if isinstance(value, list | tuple) and len(value) == len(stack))
-    return tuple(sorted(key for key in found if re.fullmatch(r"\w{1,80}", key) and "token" not in key))
+    names = (key for key, value in settings.items() if isinstance(value, list | tuple) and len(value) == len(stack))
+    return tuple(sorted(key for key in names if re.fullmatch(r"\w{1,80}", key) and "token" not in key))

@@ -10,13 +10,13 @@ SkipSet = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Cost:
-    """What scoring takes: blocks x sequences, and distinct skip sets x sequences."""
+    """The cost of scoring: blocks x sequences, and distinct skip sets x sequences."""
 
     block_evaluations: int
     head_evaluations: int
 
     def units(self, head_weight: float) -> float:
-        """Work in block evaluations, where one read-out costs `head_weight` of them."""
+        """Work in block evaluations, where the logits of one skip set cost `head_weight` of them."""
         return self.block_evaluations + head_weight * self.head_evaluations
 
     def __mul__(self, times: int) -> Cost:
@@ -31,13 +31,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Visit:
-    """What happens at one block: streams fork where a skip set leaves, and whoever is left goes through."""
+    """The events at one block: streams fork where a skip set leaves, and all others go through."""
 
     block: int
     forks: tuple[tuple[SkipSet, SkipSet], ...]
-    """(stream, its new twin that skips this block)."""
+    """Pairs of a stream and its fork that skips this block."""
     ended: tuple[SkipSet, ...]
-    """Streams that nobody follows any further."""
+    """Streams that no skip set follows any further."""
     through: tuple[SkipSet, ...]
 
 
@@ -56,7 +56,7 @@ def itinerary(skip_sets: Iterable[SkipSet], num_blocks: int) -> list[Visit]:
                 if not members[prefix]:
                     ended.append(prefix)
                     del members[prefix]
-        skipping = {twin for _, twin in forks}
+        skipping = {fork for _, fork in forks}
         through = tuple(prefix for prefix in members if prefix not in skipping)
         visits.append(Visit(block, tuple(forks), tuple(ended), through))
     return visits

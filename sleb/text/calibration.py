@@ -1,40 +1,35 @@
-"""Text -> windows of token ids. Knows data sets, files and tokenizers; knows no model."""
+"""Windows of token ids from a text. Knows data sets, files and tokenizers; knows no model."""
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
+from sleb.errors import CalibrationError, WorkEnded
 from sleb.model import demo
 from sleb.records import CalibrationSpec, default_held_out
-from sleb.runtime.array_files import NO_ARRAYS, read_arrays
-from sleb.runtime.files import inside, replace_file
 from sleb.text import chat_template, text_files
+from sleb.text.hub_data import hub_parts, load_dataset
+from sleb.text.repetition import count_distinct, count_sharing, distinct_first
 from sleb.text.text_files import Document, Wanted
 
 RESERVED = ("demo", "wikitext2", "c4", "wikitext2-rows")
-"""Sources by name, whatever files of that name lie around."""
+"""Sources by name, even where a file has that name."""
 DRAWING = 2
-"""Version of how a text is drawn; raised by hand, and kept with a run so that it finds its text again. 1: equal windows
-could be drawn, messages had nothing but role and content, templates wrote
-today's date, and a byte-order mark was text."""
+"""Version of the way a text is drawn; raised by hand, and kept with a run so that it finds its text again. In version 1
+equal windows could be drawn, messages had nothing but role and content, templates wrote today's date, and a byte-order
+mark was text."""
 SEPARATOR = "\n\n"
 _STREAMED_CHARACTERS = 8_000_000
-"""At least so much text is drawn from a data set that is too large to be tokenised whole."""
+"""The least text that is drawn from a data set too large to be tokenised whole."""
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 _C4 = ("allenai/c4", "en/c4-train.00000-of-01024.json.gz")
 _DAY = datetime(2024, 7, 26)  # in templates that write the date; tomorrow a run must find the same text (Llama 3's own)
-_PASSAGE, _PASSAGES_FILE = 32, "calibration.npz"  # tokens
-_REMOTE, _ARCHIVES = {"hf", "https", "http"}, {"zip", "tar", "gzip", "bz2", "xz", "zstd"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +40,9 @@ class CalibrationSet:
     sequences: int
     bos: bool
     text: str
-    """Where the text came from and how much of it there was, in words."""
+    """The origin of the text and its amount, in words."""
     warnings: tuple[str, ...] = ()
-    """What makes it a worse judge than it seems, one sentence each."""
+    """Reasons why it is a worse judge than it seems, one sentence each."""
 
     @property
     def held_out(self) -> int:
@@ -56,12 +51,12 @@ class CalibrationSet:
 
     @property
     def tokens_hash(self) -> str:
-        """Equal means the same token ids in the same order."""
+        """Hash of the token ids in their order."""
         return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(self.ids).tobytes())
 
 
 def require_there(spec: CalibrationSpec) -> None:
-    """A local file that is missing is said before minutes of loading a model. Raises `CalibrationError`."""
+    """Raises `CalibrationError` for a local file that is missing, before minutes of loading a model."""
     if spec.source not in RESERVED:
         text_files.local(spec.source)
 
@@ -83,21 +78,21 @@ def build(
     """
     bos = bos_of(spec.bos, tokenizer, vocab_size)
     if spec.chat and spec.source in RESERVED:
-        raise CalibrationError(f"--chat needs a column of conversations, and {spec.source} is text. Leave --chat out.")
+        raise CalibrationError(f"`chat` needs a column of conversations, and {spec.source} is text. Leave `chat` out.")
     if spec.source == "wikitext2-rows":
         return _rows(spec, held_out, seed, tokenizer, vocab_size, bos, drawing)
     held = default_held_out(spec.sequences) if held_out is None else held_out
     wanted = spec.sequences + held
     needed = max(_STREAMED_CHARACTERS, 8 * wanted * spec.sequence_length)
     while True:
-        found = _documents(spec, needed, seed, drawing)
-        texts, said = _rendered(found.documents, spec, tokenizer, drawing)
+        source = _documents(spec, needed, seed, drawing)
+        texts, remark = _rendered(source.documents, spec, tokenizer, drawing)
         parts = texts if spec.chat and drawing >= 2 else [SEPARATOR.join(texts)]
-        ids = token_ids(parts, tokenizer, vocab_size, found.origin)
+        ids = token_ids(parts, tokenizer, vocab_size, source.origin)
         windows = cut(ids, spec.sequence_length, bos, twice=drawing < 2)
         order = np.random.default_rng(seed).permutation(len(windows)) if spec.sampling == "random" else None
-        chosen, distinct = _chosen(windows, order, all_of_them=drawing < 2)
-        if len(chosen) >= wanted or found.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
+        chosen, distinct = distinct_first(windows, order, all_of_them=drawing < 2)
+        if len(chosen) >= wanted or source.is_whole or needed > text_files.MOST_CHARACTERS or drawing < 2:
             break
         needed *= 4  # what there is repeats itself; there is more
     some = f", {distinct:,} of them distinct" if distinct < len(windows) else ""
@@ -105,88 +100,17 @@ def build(
         more = ", or give more text" if some else ""
         raise CalibrationError(
             f"Calibration asks for {spec.sequences} sequences of {spec.sequence_length} tokens and {held} held out; "
-            f"{found.origin} gives {len(windows)}{some}. Lower --sequences, --held-out or --sequence-length{more}."
+            f"{source.origin} gives {len(windows)}{some}. Lower `sequences`, `held_out` or `sequence_length`{more}."
         )
     ids = windows[chosen[:wanted]]
     joined = "one document" if len(texts) == 1 else f"{len(texts):,} documents"
-    doubts = [said] if said else []
+    doubts = [remark] if remark else []
     if drawing >= 2 and (shared := count_sharing(ids[spec.sequences :], ids[: spec.sequences])):
         doubts.append(f"{shared:,} of {held:,} held-out windows repeat half a window of those that choose")
-    counted = f"{found.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}"
+    counted = f"{source.origin}: {joined}, {len(windows):,} windows of {spec.sequence_length} tokens{some}"
     text = "; ".join([counted, *doubts])
-    warnings = tuple(f"{found.origin}: {each}." for each in doubts)
+    warnings = tuple(f"{source.origin}: {each}." for each in doubts)
     return CalibrationSet(ids, spec.sequences, bos is not None, text, warnings)
-
-
-def _chosen(windows: np.ndarray, order: np.ndarray | None, *, all_of_them: bool) -> tuple[np.ndarray, int]:
-    """Indices of windows in the order in which they are taken, the first of equal ones; and how many are distinct."""
-    ordered = np.arange(len(windows)) if order is None else order
-    seen: set[bytes] = set()
-    first = []
-    for index in ordered.tolist():
-        digest = xxhash.xxh3_128_digest(windows[index].tobytes())
-        if digest not in seen:
-            seen.add(digest)
-            first.append(index)
-    return (ordered if all_of_them else np.asarray(first, dtype=np.int64)), len(seen)
-
-
-def count_distinct(windows: np.ndarray) -> int:
-    """How many of the windows (count, length) differ."""
-    return _chosen(windows, None, all_of_them=True)[1]
-
-
-def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
-    """Leave in a run folder what tells whether another text repeats these windows: hashes, and no text."""
-    size = max(1, min(_PASSAGE, ids.shape[1] // 2))
-    found = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, passages=np.unique(found), size=np.int64(size), length=np.int64(ids.shape[1]))
-    replace_file(inside(run_dir, _PASSAGES_FILE), buffer.getvalue())
-
-
-def count_repeating(windows: np.ndarray, run_dir: Path) -> int:
-    """How many windows repeat about half a window or more of those that a run chose on; 0 where it kept no passages."""
-    try:
-        kept = read_arrays(run_dir, _PASSAGES_FILE)
-        passages, size, length = kept["passages"], int(kept["size"]), int(kept["length"])
-    except NO_ARRAYS:
-        return 0
-    if passages.dtype != np.uint64 or passages.ndim != 1 or not 0 < size <= windows.shape[1]:
-        return 0
-    needed = max(1, min(length, windows.shape[1]) // 2 // size - 1)
-    return int((np.isin(_passages(windows, size), passages).sum(axis=1) >= needed).sum())
-
-
-def count_sharing(windows: np.ndarray, others: np.ndarray) -> int:
-    """How many windows (count, length) have a passage in common with any of the others, wherever it stands in them.
-
-    A passage is half a window, of the shorter ones, and at least eight tokens.
-    """
-    if not len(windows) or not len(others):
-        return 0
-    size = max(8, min(windows.shape[1], others.shape[1]) // 2)
-    if size > min(windows.shape[1], others.shape[1]):
-        return 0
-    return int(np.isin(_passages(windows, size), _passages(others, size)).any(axis=1).sum())
-
-
-def _passages(windows: np.ndarray, size: int) -> np.ndarray:
-    """A rolling hash of every `size` tokens in a row, uint64 (count, length - size + 1)."""
-    base, inverse = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
-    length = windows.shape[1]
-    powers, back = (_powers(each, length) for each in (base, inverse))
-    mixed = windows.astype(np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(31)
-    sums = np.zeros((len(windows), length + 1), dtype=np.uint64)
-    np.cumsum(mixed * powers, axis=1, out=sums[:, 1:])
-    return (sums[:, size:] - sums[:, :-size]) * back[: length - size + 1]
-
-
-def _powers(base: int, count: int) -> np.ndarray:
-    found = np.ones(count, dtype=np.uint64)
-    found[1:] = np.multiply.accumulate(np.full(count - 1, base, dtype=np.uint64))
-    return found
 
 
 def _rows(
@@ -212,14 +136,14 @@ def _rows(
     calibration = windows_of(rows[: spec.sequences])
     if not len(calibration):
         raise CalibrationError(
-            f"{origin} give less than one window of {spec.sequence_length} tokens. Raise --sequences (rows) or lower "
-            "--sequence-length."
+            f"{origin} give less than one window of {spec.sequence_length} tokens. Raise `sequences` (rows) or lower "
+            "`sequence_length`."
         )
     held = default_held_out(len(calibration)) if held_out is None else held_out
     rest = windows_of(rows[spec.sequences :])
     if drawing >= 2:
         both = np.concatenate([calibration, rest])
-        first, _ = _chosen(both, None, all_of_them=False)
+        first, _ = distinct_first(both, None, all_of_them=False)
         rest = both[first[first >= len(calibration)]]
     distinct = count_distinct(calibration)
     some = f", {distinct:,} of them distinct" if distinct < len(calibration) else ""
@@ -228,18 +152,18 @@ def _rows(
 
 
 def bos_of(choice: str, tokenizer: Any, vocab_size: int) -> int | None:
-    """The id that begins every window, or None."""
+    """The BOS id that begins every window, or None. Raises `CalibrationError`."""
     token = tokenizer.bos_token_id
     if choice == "no":
         return None
     if token is not None and token >= vocab_size:
         raise CalibrationError(
             f"The tokenizer's BOS token is {token}, and the model knows {vocab_size} tokens. "
-            "Use --bos no, or its own tokenizer."
+            "Use `bos=no`, or its own tokenizer."
         )
     if choice == "yes":
         if token is None:
-            raise CalibrationError("--bos yes: this tokenizer has no BOS token. Use --bos auto or no.")
+            raise CalibrationError("`bos=yes`: this tokenizer has no BOS token. Use `bos=auto` or `bos=no`.")
         return int(token)
     habit = tokenizer("a").input_ids
     return int(token) if token is not None and len(habit) > 1 and habit[0] == token else None
@@ -249,7 +173,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, vocab_size: int, origin: str
     """Each text tokenised whole, without special tokens of the tokenizer's own, one behind another; int64 (tokens,)."""
     if not any(text.strip() for text in texts):
         raise CalibrationError(f"{origin} is empty; give a text with some words in it.")
-    whole = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is no character
+    whole = [text.encode("utf-8", "replace").decode() for text in texts]  # a lone surrogate is not a character
     parts = tokenizer(whole, add_special_tokens=False, verbose=False).input_ids
     ids = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     if len(ids) and int(ids.max()) >= vocab_size:
@@ -271,35 +195,35 @@ def cut(ids: np.ndarray, length: int, bos: int | None, *, twice: bool = False) -
         if bos is not None:
             windows = np.concatenate([np.full((len(windows), 1), bos, dtype=np.int64), windows], axis=1)
         return windows
-    found = []
+    windows_with_bos = []
     at = 0
     while at < len(ids):
         own = ids[at] == bos
         window = ids[at : at + length] if own else np.concatenate([[bos], ids[at : at + size]])
         at += length if own else size
         if len(window) == length:
-            found.append(window)
-    return np.stack(found) if found else np.empty((0, length), dtype=np.int64)
+            windows_with_bos.append(window)
+    return np.stack(windows_with_bos) if windows_with_bos else np.empty((0, length), dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Source:
     """Documents, and a name for where they came from."""
 
     documents: list[Document]
     origin: str
     is_whole: bool
-    """There is no more than that."""
+    """Whether the documents are all that the source has."""
 
 
-def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Found:
+def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _Source:
     source = spec.source
     if source in ("demo", "wikitext2"):
         if source == "demo":
             texts, origin = demo.documents(), "the demo text (Wikipedia sample)"
         else:
             texts, origin = list(load_dataset(*WIKITEXT, split="train")[:]["text"]), "WikiText-2 raw, train"
-        return _Found([Document(each, origin, {}) for each in texts], origin, is_whole=True)
+        return _Source([Document(each, origin, {}) for each in texts], origin, is_whole=True)
     order = seed if spec.sampling == "random" else None
     wanted = Wanted(None, spec.chat, needed, order, keep_marks=drawing < 2)
     if source == "c4":
@@ -307,18 +231,18 @@ def _documents(spec: CalibrationSpec, needed: int, seed: int, drawing: int) -> _
         return _drawn(data, replace(wanted, column="text"), "C4, train", "C4, train (first shard)")
     local = text_files.local(source)
     if local is None:
-        name, config, split, column = _hub_parts(source)
+        name, config, split, column = hub_parts(source)
         data = load_dataset(name, *([config] if config else []), split=split or "train", streaming=True)
         return _drawn(data, replace(wanted, column=column), source, source)
     path, column = local
-    found = text_files.documents(path, replace(wanted, column=column))
+    documents = text_files.documents(path, replace(wanted, column=column))
     is_table = path.suffix.lower() in text_files.TABLES
-    return _Found(found, path.name, is_whole=_is_whole(found, needed) or not is_table)
+    return _Source(documents, path.name, is_whole=_is_whole(documents, needed) or not is_table)
 
 
-def _drawn(data: Iterable[Any], wanted: Wanted, name: str, origin: str) -> _Found:
+def _drawn(data: Iterable[Any], wanted: Wanted, name: str, origin: str) -> _Source:
     rows = text_files.drawn(map(text_files.table_row, data), wanted, name, f"Row {{}} of {name}")
-    return _Found(rows, origin, is_whole=_is_whole(rows, wanted.characters))
+    return _Source(rows, origin, is_whole=_is_whole(rows, wanted.characters))
 
 
 def _is_whole(documents: list[Document], needed: int | None) -> bool:
@@ -326,11 +250,11 @@ def _is_whole(documents: list[Document], needed: int | None) -> bool:
 
 
 def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, drawing: int) -> tuple[list[str], str]:
-    """Documents as text, and what is to be said of it: conversations go through the tokenizer's chat template."""
+    """Documents as text, and a remark about it: conversations go through the tokenizer's chat template."""
     if not spec.chat:
         return [each.content for each in documents], ""
     if not tokenizer.chat_template:
-        raise CalibrationError("--chat: this model's tokenizer has no chat template. Leave --chat out.")
+        raise CalibrationError("`chat`: this model's tokenizer has no chat template. Leave `chat` out.")
     conversations = []
     for each in documents:
         try:
@@ -340,18 +264,18 @@ def _rendered(documents: list[Document], spec: CalibrationSpec, tokenizer: Any, 
                 else chat_template.Conversation([_turn(turn) for turn in each.content])
             )
         except WorkEnded as error:
-            raise CalibrationError(f"--chat: {each.where} cannot be read as a conversation: {error}.") from error
+            raise CalibrationError(f"`chat`: {each.where} cannot be read as a conversation: {error}.") from error
     try:
-        found = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
+        rendering = chat_template.rendered(tokenizer, conversations, day=_DAY if drawing >= 2 else None)
     except chat_template.RefusedConversation as error:
         where = documents[error.index].where
-        raise CalibrationError(f"--chat: the tokenizer's chat template refuses {where} ({error}).") from error
+        raise CalibrationError(f"`chat`: the tokenizer's chat template refuses {where} ({error}).") from error
     except WorkEnded as error:
-        raise CalibrationError(f"--chat: the tokenizer's chat template refuses a conversation ({error}).") from error
-    if not found.without_tools:
-        return found.texts, ""
-    some = f"{found.without_tools:,} of {len(documents):,} conversations"
-    return found.texts, f"the chat template leaves out the tools or calls of {some}"
+        raise CalibrationError(f"`chat`: the tokenizer's chat template refuses a conversation ({error}).") from error
+    if not rendering.without_tools:
+        return rendering.texts, ""
+    some = f"{rendering.without_tools:,} of {len(documents):,} conversations"
+    return rendering.texts, f"the chat template leaves out the tools or calls of {some}"
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:
@@ -362,55 +286,3 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
         roles = {"human": "user", "gpt": "assistant"}
         return {"role": roles.get(str(turn["from"]), str(turn["from"])), "content": str(turn["value"])}
     raise WorkEnded("a message has no role and content")
-
-
-def _hub_parts(source: str) -> tuple[str, str | None, str | None, str | None]:
-    parts = [part or None for part in source.split(":")]
-    if len(parts) > 4 or not parts[0]:
-        raise CalibrationError(f"{quoted(source)} is no data set; write name:config:split:column, or a local file.")
-    name, config, split, column = (*parts, None, None, None)[:4]
-    assert name is not None
-    return name, config, split, column
-
-
-def load_dataset(name: str, *args: Any, split: str, streaming: bool = False, **kwargs: Any) -> Any:
-    """The hub's, or the one in its cache; never files of this machine. Raises `CalibrationError`."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        _require_not_here(name)
-        builder = datasets.load_dataset_builder(name, *args, **kwargs)
-        _require_remote(name, builder.config.data_files or {})
-        if streaming:
-            return builder.as_streaming_dataset(split=split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = excerpt((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise CalibrationError(
-            f"The data set {quoted(name)} could not be loaded ({first}). Check its name and the network, or name a "
-            "local .txt or .jsonl file instead, or demo."
-        ) from error
-
-
-def _require_not_here(name: str) -> None:
-    """`datasets` prefers a folder of that name to the hub, and `text`, `csv` and others are readers of any files."""
-    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-
-    if name in _PACKAGED_DATASETS_MODULES:
-        raise CalibrationError(f"{quoted(name)} is a reader of files, no data set; name the file itself.")
-    if os.path.lexists(name):
-        raise CalibrationError(
-            f"{quoted(name)} lies in the current folder and would be taken for the hub's data set; start elsewhere."
-        )
-
-
-def _require_remote(name: str, files: Mapping[str, Iterable[Any]]) -> None:
-    """A data set says itself which files it has, and could name some of this machine."""
-    for each in (str(each) for of_split in files.values() for each in of_split):
-        *archives, file = (hop.partition("://")[0] if "://" in hop else "" for hop in each.split("::"))
-        if file not in _REMOTE or not _ARCHIVES.issuperset(archives):
-            raise CalibrationError(
-                f"The data set {quoted(name)} has {quoted(each)} of this machine among its files; choose another one."
-            )

@@ -19,7 +19,7 @@ from sleb.errors import WorkEnded, excerpt, quoted, sentence
 
 _SECONDS_PER_CONVERSATION = 0.01
 _GROWTH = 4
-"""Text may become so many times as long, beside what a template writes around it."""
+"""The largest growth of a text, beside what a template writes around it."""
 _AROUND, _ONCE = 4_000, 1_000_000  # bytes, of each conversation and of all
 _FAILURES = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError)
 _ARGUMENTS = frozenset(
@@ -29,7 +29,7 @@ _ARGUMENTS = frozenset(
         *("return_assistant_tokens_mask", "tokenizer_kwargs"),
     }
 )
-"""Of `apply_chat_template` itself: a row that sets one changes more than its own text."""
+"""Arguments of `apply_chat_template` itself: a row that sets one changes more than its own text."""
 _SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 _SHAREGPT |= {"tool": "tool", "observation": "tool"}
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -47,7 +47,7 @@ class RefusedConversation(WorkEnded):
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template is given."""
+    """The input of a template."""
 
     messages: Sequence[dict[str, Any]]
     tools: Sequence[dict[str, Any]] = ()
@@ -81,7 +81,7 @@ def conversation(messages: Sequence[dict[str, Any]], beside: dict[str, Any]) -> 
     if not isinstance(options, dict):
         raise WorkEnded("its chat_template_kwargs are not an object")
     if own := sorted(name for name in options if name in _ARGUMENTS or name.endswith("_token")):
-        raise WorkEnded(f"its chat_template_kwargs set {quoted(own[0])}, which is no variable of a template")
+        raise WorkEnded(f"its chat_template_kwargs set {quoted(own[0])}, which is not a variable of a template")
     tools = _parsed(beside.get("tools") or [], "tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise WorkEnded("its tools are not a list of objects (JSON schemas)")
@@ -89,7 +89,7 @@ def conversation(messages: Sequence[dict[str, Any]], beside: dict[str, Any]) -> 
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """A table without types of its own has tools as a text of JSON."""
+    """A value, or what its JSON says: a table without types of its own has tools as such a text."""
     if not isinstance(value, str):
         return value
     try:
@@ -107,17 +107,17 @@ def _message(turn: dict[str, Any], number: int) -> dict[str, Any]:
                 "role and content"
             )
         turn = {"role": role, "content": turn["value"]}
-    said = {name: value for name, value in turn.items() if value is not None}
-    has_content = "content" in turn or any(name in said for name in _INSTEAD_OF_CONTENT)
-    if not isinstance(said.get("role"), str) or not has_content:
+    fields = {name: value for name, value in turn.items() if value is not None}
+    has_content = "content" in turn or any(name in fields for name in _INSTEAD_OF_CONTENT)
+    if not isinstance(fields.get("role"), str) or not has_content:
         names = excerpt(", ".join(sorted(map(str, turn))[:8])) or "none"
         raise WorkEnded(f"message {number} has the keys {names}; role and content are needed")
-    content = said.get("content")
+    content = fields.get("content")
     if isinstance(content, list):
-        said["content"] = [_part(each, number) for each in content]
+        fields["content"] = [_part(each, number) for each in content]
     elif content is not None and not isinstance(content, str):
         raise WorkEnded(f"the content of message {number} is {quoted(content)}, not text")
-    return said
+    return fields
 
 
 def _part(part: Any, number: int) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def rendered(
     except RecursionError as error:
         raise WorkEnded("a conversation is nested too deeply") from error
     most = _GROWTH * size + count * _AROUND + _ONCE
-    found = bounded.call(
+    answer = bounded.call(
         _rendered,
         (template, with_tools),
         special,
@@ -168,9 +168,9 @@ def rendered(
         memory=bounded.MEMORY + 8 * most,
         answer=most,
     )
-    if "refused" in found:
-        raise RefusedConversation(found["refused"], excerpt(sentence(found["why"])))
-    return Rendering(found["texts"], found["without_tools"])
+    if "refused" in answer:
+        raise RefusedConversation(answer["refused"], excerpt(sentence(answer["why"])))
+    return Rendering(answer["texts"], answer["without_tools"])
 
 
 def _rendered(
@@ -227,7 +227,7 @@ def _tried(render: Callable[[], str]) -> str | None:
 
 
 class _Contents:
-    """How a template reads the content of each role: as text, as parts, or as either. Found by giving it both."""
+    """The form in which a template reads the content of each role, found by trying both: text, parts, or either."""
 
     def __init__(self, render: Callable[[list[dict[str, Any]]], str]) -> None:
         self._render = render
@@ -260,7 +260,7 @@ class _Contents:
 
 
 def _quoted_keys(text: str) -> int:
-    """How often a part's key stands in a text as Python and JSON write it."""
+    """The number of times that a part's key stands in a text as Python and JSON write it."""
     return text.count("'type'") + text.count('"type"')
 
 

@@ -19,10 +19,10 @@ from sleb.errors import CalibrationError, WorkEnded, excerpt, quoted
 from sleb.runtime.files import expanded
 
 SUFFIXES = (".txt", ".raw", ".md", ".jsonl", ".ndjson", ".parquet")
-"""Of files that are asked for even where they are missing; an existing file of another name is a plain text."""
+"""Endings of names that mean a file even where it is missing; an existing file of another name is a plain text."""
 _LINES = (".jsonl", ".ndjson")
 TABLES = (*_LINES, ".parquet")
-"""Of files with a document in each row."""
+"""Endings of files with a document in each row."""
 _OTHER_FORMATS = {
     ".json": "one JSON value: write one object a line into a .jsonl file",
     ".csv": "a table: make it .jsonl or .parquet",
@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip", ".tar"), "compressed: unpack it first"),
 }
 MOST_CHARACTERS = 1 << 30
-"""Of text that is read whole."""
+"""The longest text that is read whole."""
 _LINE = 64 << 20  # characters
 _ROWS_AT_ONCE = 256
 _PARQUET_SECONDS, _PARQUET_BYTES = 300.0, 6 << 30
@@ -43,7 +43,7 @@ _TURN = ("prompt", "completion")
 BESIDE = ("tools", "system", "chat_template_kwargs")
 """Columns beside a conversation that belong to it."""
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-"""Columns beside a conversation without which its text is not what was said."""
+"""Columns beside a conversation without which its text is incomplete."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +52,29 @@ class Document:
 
     content: Any
     where: str
-    """Its row, in words."""
+    """The place of its row, in words."""
     beside: dict[str, Any]
 
     @property
     def size(self) -> int:
-        """Characters, about."""
+        """The approximate number of characters."""
         return len(self.content) if isinstance(self.content, str) else sum(len(str(turn)) for turn in self.content)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which documents, and how many."""
+    """The documents that are wanted, and how many."""
 
     column: str | None
-    """None is the first that is known by its name, in the first row of the file."""
+    """The column; None is the first with a known name in the first row of the file."""
     chat: bool = False
-    """Conversations are wanted; else texts."""
+    """Whether conversations are wanted; else texts."""
     characters: int | None = None
-    """Enough of them; None is the whole file, which is refused where it has more than can be read whole."""
+    """The number of characters that is enough; None is the whole file, up to the largest that is read whole."""
     seed: int | None = None
-    """Of the order in which rows are drawn; None is the order of the file."""
+    """Seed of the order in which rows are drawn; None is the order of the file."""
     keep_marks: bool = False
-    """A byte-order mark stays in the text, as it did in runs of earlier versions."""
+    """Whether a byte-order mark stays in the text, as it did in runs of earlier versions."""
 
 
 def local(source: str) -> tuple[Path, str | None] | None:
@@ -118,8 +118,8 @@ def documents(path: Path, wanted: Wanted) -> list[Document]:
             raise CalibrationError(f"{path} is a text and has no columns; leave out {quoted(wanted.column)}.")
         if wanted.chat:
             raise CalibrationError(
-                f"--chat needs a column of conversations, and {path} is a plain text. Give a .jsonl or .parquet file, "
-                "or leave --chat out."
+                f"`chat` needs a column of conversations, and {path} is a plain text. Give a .jsonl or .parquet file, "
+                "or leave `chat` out."
             )
         return [Document(_plain_text(path, wanted), str(path), {})]
     except OSError as error:
@@ -131,7 +131,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
 
     `where` is a pattern that takes the number of a row, from 1 on; a row may be empty, and counts.
     """
-    found: list[Document] = []
+    documents: list[Document] = []
     characters = 0
     numbered = ((number, row) for number, row in enumerate(rows, 1) if row)
     first = next(numbered, None)
@@ -145,7 +145,7 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
         document = _document(row, columns, wanted, where.format(number), origin)
         if document is None:
             continue
-        found.append(document)
+        documents.append(document)
         characters += document.size
         if wanted.characters is not None and characters >= wanted.characters:
             break
@@ -153,13 +153,13 @@ def drawn(rows: Iterable[dict[str, Any]], wanted: Wanted, origin: str, where: st
             raise CalibrationError(
                 f"{origin} has more than {MOST_CHARACTERS / 1e9:.0f} GB of text, the most that is read whole. Cut it."
             )
-    return found
+    return documents
 
 
 def _document(
     row: dict[str, Any], columns: tuple[str, ...], wanted: Wanted, where: str, origin: str
 ) -> Document | None:
-    """What a row holds; None where that is nothing. Raises `CalibrationError`."""
+    """The document of a row; None where it is empty. Raises `CalibrationError`."""
     for column in columns:
         if column not in row:
             raise CalibrationError(
@@ -179,12 +179,12 @@ def _document(
         )
     if wanted.chat and not is_conversation:
         raise CalibrationError(
-            "--chat needs a column of conversations (a list of messages with role and content); found text in column "
-            f"{named} in {where[0].lower()}{where[1:]}. Name that column after a colon, or leave --chat out."
+            "`chat` needs a column of conversations (a list of messages with role and content); found text in column "
+            f"{named} in {where[0].lower()}{where[1:]}. Name that column after a colon, or leave `chat` out."
         )
     if is_conversation and not wanted.chat:
         raise CalibrationError(
-            f"{where}: column {named} holds conversations, not text. Add --chat where the command has it, or name a "
+            f"{where}: column {named} holds conversations, not text. Use `chat` where the command has it, or name a "
             "text column after a colon."
         )
     if isinstance(value, str) and not wanted.keep_marks:
@@ -208,7 +208,7 @@ def _conversation_of(prompt: Any, completion: Any) -> Any:
 
 
 def _kind_of(value: Any) -> str:
-    """In words for a refusal."""
+    """The kind of a value in words, for an error."""
     if isinstance(value, dict):
         return "objects"
     if not isinstance(value, list):
@@ -326,15 +326,15 @@ def _of_parquet(path: Path, wanted: Wanted) -> list[Document]:
     """Documents of a table, read where it can be ended: a few bytes of it can hold more than any memory."""
     most = MOST_CHARACTERS if wanted.characters is None else 8 * wanted.characters
     try:
-        found = bounded.call(
+        rows = bounded.call(
             _parquet_rows, path, wanted,
             seconds=_PARQUET_SECONDS, memory=_PARQUET_BYTES, answer=_BUFFER_BYTES + most,
         )  # fmt: skip
     except WorkEnded as error:
         raise CalibrationError(f"{path} cannot be read as parquet: {error}.") from error
-    if isinstance(found, str):
-        raise CalibrationError(found)
-    return [Document(*each) for each in found]
+    if isinstance(rows, str):
+        raise CalibrationError(rows)
+    return [Document(*each) for each in rows]
 
 
 def _parquet_rows(path: Path, wanted: Wanted) -> list[tuple[Any, str, dict[str, Any]]] | str:
@@ -357,7 +357,7 @@ def _parquet_rows(path: Path, wanted: Wanted) -> list[tuple[Any, str, dict[str, 
 
 
 def table_row(row: dict[str, Any]) -> dict[str, Any]:
-    """What a row of a table says: a field that one message has is null in all others, and means nothing there."""
+    """A row of a table without nulls: a field that one message has is null in all others, and means nothing there."""
     return {column: _present(value) for column, value in row.items()}
 
 

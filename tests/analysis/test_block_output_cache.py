@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sleb.analysis import block_output_cache
+from sleb.analysis import block_output_cache, cache_folder
 from sleb.analysis.block_output_cache import BlockOutputs
 from sleb.errors import OptionError, StorageError
 from tests.support.paths import ROOT
@@ -147,7 +147,7 @@ def test_an_entry_under_another_key_is_not_believed(tmp_path: Path) -> None:
 
 def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     block_output_cache.write(tmp_path, key(0), make(), {})
-    size = block_output_cache.usage(tmp_path)[0].bytes
+    size = cache_folder.usage(tmp_path)[0].bytes
     monkeypatch.setenv(block_output_cache.LIMIT_VARIABLE, str(4.5 * size / 1e9))
     for number in (1, 2, 3):
         block_output_cache.write(tmp_path, key(number), make(number), {})
@@ -162,13 +162,13 @@ def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.Mo
     block_output_cache.write(tmp_path, key(4), make(5), {})  # the same key again replaces, and evicts nobody
     assert entries(tmp_path) == {key(0), key(2), key(3), key(4)}
     assert_same(block_output_cache.read(tmp_path, key(4)), make(5))
-    assert sum(entry.bytes for entry in block_output_cache.usage(tmp_path)) <= 4.5 * size
+    assert sum(entry.bytes for entry in cache_folder.usage(tmp_path)) <= 4.5 * size
 
 
 def test_what_is_mapped_survives_its_eviction(tmp_path: Path) -> None:
     block_output_cache.write(tmp_path, key(1), make(), {})
     found = block_output_cache.read(tmp_path, key(1))
-    block_output_cache.clear(tmp_path, key(1))
+    cache_folder.clear(tmp_path, key(1))
     assert_same(found, make())
 
 
@@ -282,13 +282,13 @@ assert 'torch' not in sys.modules
 
 
 def test_usage_and_clear(tmp_path: Path) -> None:
-    assert block_output_cache.usage(tmp_path) == []
-    assert block_output_cache.clear(tmp_path, "all") == []
+    assert cache_folder.usage(tmp_path) == []
+    assert cache_folder.clear(tmp_path, "all") == []
     for number in (1, 2):
         block_output_cache.write(tmp_path, key(number), make(model=f"model {number}"), {})
     (tmp_path / "cache" / "demo" / "inner").mkdir(parents=True)
     (tmp_path / "cache" / "demo" / "inner" / "text.txt").write_text("12345")
-    found = {entry.name: entry for entry in block_output_cache.usage(tmp_path)}
+    found = {entry.name: entry for entry in cache_folder.usage(tmp_path)}
     assert set(found) == {key(1), key(2), "demo"}
     assert found[key(1)].model == "model 1"
     assert found[key(1)].folder == "block-outputs"
@@ -296,13 +296,13 @@ def test_usage_and_clear(tmp_path: Path) -> None:
     assert found[key(1)].age < 60
     assert (found["demo"].bytes, found["demo"].model) == (5, None)
     with pytest.raises(OptionError, match=r"nothing called '\.\./runs'.*block-outputs, demo"):
-        block_output_cache.clear(tmp_path, "../runs")
-    assert [entry.name for entry in block_output_cache.clear(tmp_path, key(1))] == [key(1)]
-    assert {entry.name for entry in block_output_cache.usage(tmp_path)} == {key(2), "demo"}
-    block_output_cache.clear(tmp_path, "demo")
-    assert {entry.name for entry in block_output_cache.usage(tmp_path)} == {key(2)}
-    block_output_cache.clear(tmp_path, "all")
-    assert block_output_cache.usage(tmp_path) == []
+        cache_folder.clear(tmp_path, "../runs")
+    assert [entry.name for entry in cache_folder.clear(tmp_path, key(1))] == [key(1)]
+    assert {entry.name for entry in cache_folder.usage(tmp_path)} == {key(2), "demo"}
+    cache_folder.clear(tmp_path, "demo")
+    assert {entry.name for entry in cache_folder.usage(tmp_path)} == {key(2)}
+    cache_folder.clear(tmp_path, "all")
+    assert cache_folder.usage(tmp_path) == []
 
 
 def test_clearing_does_not_follow_links(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_clearing_does_not_follow_links(tmp_path: Path) -> None:
     (tmp_path / "precious" / "file").write_text("kept")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "demo").symlink_to(tmp_path / "precious")
-    block_output_cache.clear(tmp_path, "all")
+    cache_folder.clear(tmp_path, "all")
     assert (tmp_path / "precious" / "file").read_text() == "kept"
     assert not (tmp_path / "cache" / "demo").exists()
 
@@ -323,7 +323,7 @@ def test_a_cache_that_cannot_be_cleared(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageError, match=r"cannot be cleared: .*Permission denied"):
-        block_output_cache.clear(tmp_path, "all")
+        cache_folder.clear(tmp_path, "all")
 
 
 def test_a_damaged_entry_that_cannot_be_removed_is_still_not_believed(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from sleb.analysis import block_output_cache, measure, prediction_alignment
+from sleb.analysis import block_output_cache, cache_folder, measure, prediction_alignment
 from sleb.analysis.measure import Sample, analysis_of, analyze
 from sleb.errors import ModelError, ScoringError, Stopped
 from sleb.model.block_stack import BlockStack
@@ -304,7 +304,7 @@ def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
         stack.blocks[3].mlp.down_proj.weight.fill_(torch.nan)  # type: ignore[union-attr,operator]
     with pytest.raises(ScoringError, match=r"^Block 3 .*not numbers in float16\. Use --dtype bfloat16 or"):
         run(stack, token_ids(model, batch=2, length=8), tmp_path, dtype="float16")
-    assert block_output_cache.usage(tmp_path) == []
+    assert cache_folder.usage(tmp_path) == []
 
 
 def test_blocks_that_put_out_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,4 +329,4 @@ def test_progress_rises_to_one_and_a_stop_is_heard(tmp_path: Path) -> None:
 
     with pytest.raises(Stopped):
         run(stack, ids, tmp_path, seed=1, progress=stop)
-    assert len(block_output_cache.usage(tmp_path)) == 1
+    assert len(cache_folder.usage(tmp_path)) == 1

@@ -78,7 +78,7 @@ def test_predictions_equal_the_models_own(family: str, monkeypatch: pytest.Monke
     model = build(family)
     stack = BlockStack(model)
     ids = token_ids(model, batch=3, length=11)
-    monkeypatch.setitem(block_stack._READ_OUT_BYTES, "cpu", 7 * 4 * model.config.get_text_config().vocab_size)
+    monkeypatch.setitem(block_stack._LOGIT_BYTES, "cpu", 7 * 4 * model.config.get_text_config().vocab_size)
     with torch.inference_mode():
         found = predictions_after_blocks(stack, stack.outputs(ids), ids)
         assert found.dtype == np.int32

@@ -141,7 +141,7 @@ def test_one_sequence_that_does_not_fit_is_an_error_and_a_bug_stays_a_bug() -> N
     def broken(start: int, stop: int) -> None:
         raise RuntimeError("shapes do not match")
 
-    with pytest.raises(ScoringError, match="--sequence-length"):
+    with pytest.raises(ScoringError, match="`sequence_length`"):
         in_batches(4, 4, full)
     with pytest.raises(RuntimeError, match="shapes"):
         in_batches(4, 4, broken)

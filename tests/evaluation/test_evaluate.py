@@ -24,7 +24,7 @@ from sleb.records import EvaluateSpec, JobState, TextPerplexity
 from sleb.report.summaries import list_curves
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes import job_processes
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 from tests.support import tiny
 from tests.support.runs import judged

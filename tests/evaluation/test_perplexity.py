@@ -15,7 +15,7 @@ from sleb.evaluation import perplexity
 from sleb.methods.statistics import measured
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from tests.support import tiny
 from tests.support.paths import SHARED
 

@@ -21,10 +21,11 @@ from sleb.errors import ExportError, OptionError
 from sleb.evaluation import quantization
 from sleb.evaluation.perplexity import windows as cut
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import load_model, weights_hash
+from sleb.model.identity import weights_hash
+from sleb.model.loading import load_model
 from sleb.records import Quantization, TextPerplexity
 from sleb.runtime import findings_folder, run_folder
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from tests.support import tiny
 from tests.support.families import build, token_ids
 

@@ -26,7 +26,8 @@ from sleb.errors import OptionError, SlebError, Stopped
 from sleb.evaluation import lm_eval_tasks, task_accuracy
 from sleb.formats.findings_tables import tables_of
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import load_model, weights_hash
+from sleb.model.identity import weights_hash
+from sleb.model.loading import load_model
 from sleb.records import EvaluateSpec, TaskAccuracy
 from sleb.runtime.findings_folder import of_kind
 from tests.support import tiny

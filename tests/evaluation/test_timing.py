@@ -18,7 +18,7 @@ from sleb import api, execution
 from sleb.cli.main import app
 from sleb.errors import ModelError, OptionError, ScoringError, SlebError
 from sleb.evaluation import request
-from sleb.model.block_stack import find_stack
+from sleb.model.stack_discovery import find_stack
 from sleb.records import BenchmarkSpec, Progress, RemovalList, Timing
 from sleb.runtime import findings_folder
 from sleb.runtime.processes.progress import Watcher
@@ -266,7 +266,7 @@ def test_a_model_that_stays_on_disk_is_not_timed(tmp_path: Path) -> None:
 
     model = saved(tmp_path / "model", "llama")
     budget = tight(load_model(str(model), dtype="float32", device="cpu"))
-    with pytest.raises(OptionError, match=r"read from disk block by block .*Leave --memory-budget out"):
+    with pytest.raises(OptionError, match=r"read from disk block by block .*Leave `memory_budget` out"):
         api.benchmark(str(model), removal_list=[1], dtype="float32", device="cpu", memory_budget=budget)
 
 

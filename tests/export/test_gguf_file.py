@@ -229,7 +229,7 @@ def test_what_is_no_whole_model_is_refused(source: Path, tmp_path: Path) -> None
     refused(cut_off, "cannot be read as GGUF|is damaged or truncated")
     (tmp_path / "text.gguf").write_text("Once upon a time")
     refused(tmp_path / "text.gguf", "is not a GGUF file")
-    refused(gguf_files.write(tmp_path / "adapter.gguf", type="adapter"), "no model but a file of type 'adapter'")
+    refused(gguf_files.write(tmp_path / "adapter.gguf", type="adapter"), "not a model but a file of type 'adapter'")
     refused(gguf_files.write(tmp_path / "7.gguf", settings={"block_count": 7}), "lacks tensors of block 6")
     refused(gguf_files.write(tmp_path / "5.gguf", settings={"block_count": 5}), "has tensors of block 5")
     refused(gguf_files.write(tmp_path / "0.gguf", settings={"block_count": None}), "how many blocks")
@@ -396,7 +396,7 @@ def test_a_folder_needs_a_gguf_file_of_the_same_model(source: Path, text_file: P
     proof = sleb.export_model(run, out, format="gguf", gguf=other)
     assert proof.passed
     assert raw(out)["token_embd.weight"] == raw(other)["token_embd.weight"]
-    with pytest.raises(OptionError, match="--memory-budget needs a safetensors folder"):
+    with pytest.raises(OptionError, match="`memory_budget` needs a safetensors folder"):
         sleb.export_model(run, tmp_path / "2.gguf", format="gguf", gguf=other, memory_budget=10**9)
 
 

@@ -250,7 +250,7 @@ def test_an_evaluation_of_a_model_that_has_changed_is_not_the_one_before(model: 
     settings: dict[str, Any] = dict(removal_list=[3], perplexity=[str(tmp_path / "text.txt")], window=32, device="cpu")
     before = sleb.evaluate(str(model), **settings)
     rewrite(model, **CHANGED)
-    with pytest.raises(RunError, match=f"{SAID}.*--run-dir"):
+    with pytest.raises(RunError, match=f"{SAID}.*`run_dir`"):
         sleb.evaluate(str(model), **settings)
     after = sleb.evaluate(str(model), run_dir=tmp_path / "apart", **settings)
     assert [each.measured for each in after] != [each.measured for each in before]  # type: ignore[attr-defined]

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sleb.errors import ModelError, OptionError
-from sleb.model.loading import fast_dtype, load_model, resolve_device, weights_hash
+from sleb.model.devices import fast_dtype, resolve_device
+from sleb.model.identity import weights_hash
+from sleb.model.loading import load_model
 from tests.support import gguf_files
 
 

@@ -25,12 +25,13 @@ from sleb.cli.main import app
 from sleb.errors import ModelError, OptionError, ScoringError
 from sleb.model import streaming
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import LoadedModel, load_model, weights_hash
+from sleb.model.identity import weights_hash
+from sleb.model.loading import LoadedModel, load_model
 from sleb.model.streaming import StreamedBlocks, streamed_blocks
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import job_processes
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
-from sleb.scoring.sweep import Scorer
 from tests.support import tiny
 from tests.support.families import build, token_ids
 from tests.support.paths import ROOT
@@ -279,19 +280,19 @@ def test_rounds_are_as_long_as_the_budget_allows(tmp_path: Path) -> None:
     expected = Scorer(BlockStack(resident.model), ids, batch_size=1).score([(1,), (2,), (3,)], np.arange(7))
     np.testing.assert_array_equal(scorer.score([(1,), (2,), (3,)], np.arange(7)), expected)
     blocks.spare_bytes = one
-    with pytest.raises(ScoringError, match="--memory-budget leaves"):
+    with pytest.raises(ScoringError, match="`memory_budget` leaves"):
         scorer.score([(1,), (2,)], np.arange(7))
 
 
 def test_the_twin_for_all_candidates_at_once_is_the_plain_forward_pass() -> None:
     """The self-check of streamed models compares with it; here it is compared itself."""
-    from sleb.scoring.self_check import _plain_twin, _streamed_twin
+    from sleb.scoring.self_check import _plain_reference, _streamed_reference
 
     for family in ("llama", "gemma3", "gpt2", "mixtral", "bloom"):
         model = build(family)
         stack, ids = BlockStack(model), token_ids(model, batch=2, length=12)
         with torch.inference_mode():
-            (plain, _), (together, _) = (twin(stack, range(6), ids) for twin in (_plain_twin, _streamed_twin))
+            (plain, _), (together, _) = (twin(stack, range(6), ids) for twin in (_plain_reference, _streamed_reference))
         assert plain.keys() == together.keys()
         for skipped in plain:
             torch.testing.assert_close(plain[skipped], together[skipped], rtol=1e-5, atol=1e-4)
@@ -314,7 +315,7 @@ def test_a_model_whose_blocks_share_state_is_refused(tmp_path: Path, text_file: 
 
 def test_what_does_not_fit_or_cannot_be_streamed_is_said(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", "llama")
-    with pytest.raises(OptionError, match=r"too small .* in float32: .* --memory-budget [\d.]+kB or more") as refusal:
+    with pytest.raises(OptionError, match=r"too small .* in float32: .* `memory_budget=[\d.]+kB` or more") as refusal:
         load_model(str(folder), dtype="float32", device="cpu", memory_budget=20_000)
     enough = float(str(refusal.value).rpartition("kB or more")[0].rpartition(" ")[2]) * 1e3
     assert streamed_blocks(load_model(str(folder), dtype="float32", memory_budget=int(enough)).model) is not None

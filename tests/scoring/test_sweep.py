@@ -1,4 +1,4 @@
-"""The sweep and its twin, the plain forward pass: equal for every candidate, in every family."""
+"""The sweep and its reference implementation, the plain forward pass: equal for every candidate, in every family."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 
 from sleb.model.block_stack import BlockStack
 from sleb.records import Method
+from sleb.scoring.plain_pass import plain_nll
+from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
-from sleb.scoring.sweep import Scorer, plain_nll
 from sleb.scoring.sweep_plan import cost_of
 from sleb.scoring.token_loss import UPCAST_BYTES
 from tests.support.families import FAMILIES, build, token_ids
@@ -156,14 +157,12 @@ def test_a_greedy_step_costs_at_most_half_the_square(alive: int) -> None:
     assert cost_of(skip_sets, alive, plain=True).block_evaluations == alive * (alive - 1)
 
 
-def test_logits_are_read_out_in_pieces_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_come_in_pieces_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     stack = BlockStack(model)
     ids = token_ids(model, batch=2, length=32).numpy()
     whole = Scorer(stack, ids).score([(), (2,)], np.arange(2))
-    monkeypatch.setattr(
-        "sleb.scoring.sweep._READ_OUT_BYTES", {"cpu": 5 * 2 * 128 * 4}
-    )  # five positions of both sequences
+    monkeypatch.setattr("sleb.scoring.sweep._LOGIT_BYTES", {"cpu": 5 * 2 * 128 * 4})  # five positions of both sequences
     monkeypatch.setattr("sleb.scoring.token_loss.UPCAST_BYTES", {"cpu": 3 * 4 * 128})  # three rows
     pieces = Scorer(stack, ids).score([(), (2,)], np.arange(2))
     np.testing.assert_allclose(pieces, whole, rtol=1e-6)
@@ -210,7 +209,7 @@ def test_one_sequence_that_does_not_fit_is_a_sentence() -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
 
     stack.blocks[0].register_forward_pre_hook(no_memory)
-    with pytest.raises(ScoringError, match="--sequence-length"):
+    with pytest.raises(ScoringError, match="`sequence_length`"):
         Scorer(stack, token_ids(model).numpy(), batch_size=2).score([()], np.arange(2))
 
 
@@ -228,8 +227,8 @@ def test_the_divergence_equals_that_of_plain_forward_passes(family: str, plain: 
         for skipped, row in zip(skip_sets, found, strict=True):
             with stack.skipping(skipped):
                 own = stack.forward(ids)[:, :-1].double().log_softmax(-1)
-            twin = torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(dim=(1, 2))
-            np.testing.assert_allclose(row, twin.numpy(), rtol=1e-4, atol=1e-5)
+            reference = torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(dim=(1, 2))
+            np.testing.assert_allclose(row, reference.numpy(), rtol=1e-4, atol=1e-5)
     assert (found[0] == 0).all()
     assert (found[1:] > 0).all()
     expected = cost_of([*skip_sets, ()], len(stack), len(ids), plain=plain)
@@ -245,8 +244,8 @@ def test_the_divergence_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) 
     ids = token_ids(model)
     whole = Scorer(stack, ids.numpy()).diverge([(2,)], np.arange(len(ids)))
     shapes = []
-    read_out = stack.read_out
-    monkeypatch.setattr(stack, "read_out", lambda hidden, part: shapes.append(part.shape[1]) or read_out(hidden, part))
+    logits = stack.logits
+    monkeypatch.setattr(stack, "logits", lambda hidden, part: shapes.append(part.shape[1]) or logits(hidden, part))
     monkeypatch.setitem(UPCAST_BYTES, "cpu", 4 * len(ids) * model.config.vocab_size * 2)
     np.testing.assert_allclose(Scorer(stack, ids.numpy()).diverge([(2,)], np.arange(len(ids))), whole, rtol=1e-6)
     assert max(shapes) == 2

@@ -38,39 +38,65 @@ class Family:
     notes: str = ""
 
 
-def _cycle(pattern: Sequence[Any], num_blocks: int) -> list[Any]:
-    return [pattern[i % len(pattern)] for i in range(num_blocks)]
+def _cycle(pattern: Sequence[Any]) -> Callable[[int], list[Any]]:
+    """A setting with an entry for each block, in a pattern that repeats."""
+    return lambda num_blocks: [pattern[i % len(pattern)] for i in range(num_blocks)]
 
 
-def _config(class_name: str, **settings: Any) -> PreTrainedConfig:
-    import transformers
-
-    own = deepcopy(settings)  # configs keep and change the lists they are given
-    return getattr(transformers, class_name)(pad_token_id=0, bos_token_id=1, eos_token_id=2, **own)
+def _below(*indices: int) -> Callable[[int], list[int]]:
+    """A setting that lists those of some blocks that there are."""
+    return lambda num_blocks: [index for index in indices if index < num_blocks]
 
 
-def _llama_like(class_name: str, num_blocks: int, **settings: Any) -> PreTrainedConfig:
-    """A config whose settings have the names that Llama gave them."""
+def _family(class_name: str, notes: str, blocks: str | None, settings: dict[str, Any]) -> Family:
+    """A family by its settings; those that are functions depend on the number of blocks, whose setting is `blocks`."""
+
+    def config(num_blocks: int) -> PreTrainedConfig:
+        import transformers
+
+        own = {name: value(num_blocks) if callable(value) else deepcopy(value) for name, value in settings.items()}
+        own |= {blocks: num_blocks} if blocks else {}
+        return getattr(transformers, class_name)(pad_token_id=0, bos_token_id=1, eos_token_id=2, **own)
+
+    return Family(config, notes)
+
+
+def _plain(class_name: str, notes: str = "", **settings: Any) -> Family:
+    """A family whose settings have the names that Llama gave them."""
     defaults = dict(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=num_blocks,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=POSITIONS,
     )
-    return _config(class_name, **(defaults | settings))
-
-
-def _plain(class_name: str, notes: str = "", **settings: Any) -> Family:
-    """A family whose blocks are all of one kind."""
-    return Family(lambda n: _llama_like(class_name, n, **settings), notes)
+    return _family(class_name, notes, "num_hidden_layers", defaults | settings)
 
 
 def _typed(class_name: str, pattern: Sequence[str], notes: str = "", **settings: Any) -> Family:
     """A family whose blocks are of the kinds in `layer_types`."""
-    return Family(lambda n: _llama_like(class_name, n, layer_types=_cycle(pattern, n), **settings), notes)
+    return _plain(class_name, notes, layer_types=_cycle(pattern), **settings)
+
+
+def _own(
+    class_name: str,
+    notes: str = "",
+    *,
+    blocks: str | None = "num_hidden_layers",
+    hidden: str = "hidden_size",
+    heads: str | None = "num_attention_heads",
+    positions: str | None = "max_position_embeddings",
+    **settings: Any,
+) -> Family:
+    """A family that names its sizes in its own way, or (None) has no setting for one."""
+    sizes = {hidden: HIDDEN, heads: HEADS, positions: POSITIONS}
+    return _family(
+        class_name,
+        notes,
+        blocks,
+        {"vocab_size": VOCAB} | {name: size for name, size in sizes.items() if name} | settings,
+    )
 
 
 SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
@@ -99,76 +125,18 @@ FAMILIES: dict[str, Family] = {
     "mistral": _plain("MistralConfig", "every block slides", sliding_window=WINDOW),
     "mixtral": _plain("MixtralConfig", "every block is a mixture", num_local_experts=EXPERTS, num_experts_per_tok=2),
     "gemma": _plain("GemmaConfig", head_dim=8),
-    "opt": Family(
-        lambda n: _config(
-            "OPTConfig",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            ffn_dim=2 * HIDDEN,
-            num_hidden_layers=n,
-            num_attention_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-            word_embed_proj_dim=HIDDEN,
-        )
-    ),
-    "gpt2": Family(
-        lambda n: _config(
-            "GPT2Config",
-            vocab_size=VOCAB,
-            n_embd=HIDDEN,
-            n_layer=n,
-            n_head=HEADS,
-            n_positions=POSITIONS,
-        )
-    ),
-    "gptj": Family(
-        lambda n: _config(
-            "GPTJConfig",
-            vocab_size=VOCAB,
-            n_embd=HIDDEN,
-            n_layer=n,
-            n_head=HEADS,
-            n_positions=POSITIONS,
-            rotary_dim=4,
-        )
+    "opt": _own("OPTConfig", ffn_dim=2 * HIDDEN, word_embed_proj_dim=HIDDEN),
+    "gpt2": _own("GPT2Config", blocks="n_layer", hidden="n_embd", heads="n_head", positions="n_positions"),
+    "gptj": _own(
+        "GPTJConfig", blocks="n_layer", hidden="n_embd", heads="n_head", positions="n_positions", rotary_dim=4
     ),
     "gpt-neox": _plain("GPTNeoXConfig", num_key_value_heads=HEADS),
     "phi": _plain("PhiConfig"),
     "phi3": _plain("Phi3Config", sliding_window=WINDOW),
-    "bloom": Family(
-        lambda n: _config("BloomConfig", vocab_size=VOCAB, hidden_size=HIDDEN, n_layer=n, n_head=HEADS),
-        "alibi",
-    ),
-    "falcon": Family(
-        lambda n: _config(
-            "FalconConfig",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            num_hidden_layers=n,
-            num_attention_heads=HEADS,
-            num_kv_heads=KV_HEADS,
-            new_decoder_architecture=True,
-            max_position_embeddings=POSITIONS,
-        )
-    ),
-    "falcon-alibi": Family(
-        lambda n: _config(
-            "FalconConfig",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            num_hidden_layers=n,
-            num_attention_heads=HEADS,
-            multi_query=True,
-            alibi=True,
-            max_position_embeddings=POSITIONS,
-        )
-    ),
-    "mpt": Family(
-        lambda n: _config(
-            "MptConfig", vocab_size=VOCAB, d_model=HIDDEN, n_layers=n, n_heads=HEADS, max_seq_len=POSITIONS
-        ),
-        "alibi",
-    ),
+    "bloom": _own("BloomConfig", "alibi", blocks="n_layer", heads="n_head", positions=None),
+    "falcon": _own("FalconConfig", num_kv_heads=KV_HEADS, new_decoder_architecture=True),
+    "falcon-alibi": _own("FalconConfig", multi_query=True, alibi=True),
+    "mpt": _own("MptConfig", "alibi", blocks="n_layers", hidden="d_model", heads="n_heads", positions="max_seq_len"),
     "stablelm": _plain("StableLmConfig"),
     "olmo2": _plain("Olmo2Config"),
     "granite": _plain(
@@ -178,23 +146,17 @@ FAMILIES: dict[str, Family] = {
         residual_multiplier=0.7,
         attention_multiplier=0.4,
     ),
-    "mamba": Family(
-        lambda n: _config("MambaConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, state_size=8),
+    "mamba": _own("MambaConfig", "recurrent, no attention", heads=None, positions=None, state_size=8),
+    "mamba2": _own(
+        "Mamba2Config",
         "recurrent, no attention",
-    ),
-    "mamba2": Family(
-        lambda n: _config(
-            "Mamba2Config",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            num_hidden_layers=n,
-            num_heads=8,
-            head_dim=8,
-            state_size=8,
-            n_groups=1,
-            chunk_size=8,
-        ),
-        "recurrent, no attention",
+        heads=None,
+        positions=None,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=1,
+        chunk_size=8,
     ),
     "falcon-h1": _plain(
         "FalconH1Config",
@@ -214,15 +176,12 @@ FAMILIES: dict[str, Family] = {
         "per-layer inputs from one packed table; larger heads in full attention; the last block must be full",
         **_GEMMA4,
     ),
-    "gemma4-shared-kv": Family(
-        lambda n: _llama_like(
-            "Gemma4TextConfig",
-            n,
-            layer_types=_cycle((SLIDING, FULL), n),
-            num_kv_shared_layers=n // 3,
-            **_GEMMA4,
-        ),
+    "gemma4-shared-kv": _typed(
+        "Gemma4TextConfig",
+        (SLIDING, FULL),
         "the last third reuses keys and values of earlier blocks: blocks are not independent of each other",
+        num_kv_shared_layers=lambda n: n // 3,
+        **_GEMMA4,
     ),
     "gemma4-moe": _typed(
         "Gemma4TextConfig",
@@ -250,60 +209,46 @@ FAMILIES: dict[str, Family] = {
         num_experts_per_tok=2,
         rope_parameters=dict(rope_type="default", rope_theta=10_000.0),
     ),
-    "laguna": Family(
-        lambda n: _llama_like(
-            "LagunaConfig",
-            n,
-            layer_types=_cycle(MIXED, n),
-            mlp_layer_types=_cycle(("dense", "sparse", "sparse"), n),
-            num_attention_heads_per_layer=_cycle((4, 4, 2, 4, 2, 2), n),
-            head_dim=8,
-            sliding_window=WINDOW,
-            num_experts=EXPERTS,
-            num_experts_per_tok=2,
-            moe_intermediate_size=HIDDEN,
-            shared_expert_intermediate_size=HIDDEN,
-        ),
+    "laguna": _typed(
+        "LagunaConfig",
+        MIXED,
         "three lists: attention, mixture and heads per block",
+        mlp_layer_types=_cycle(("dense", "sparse", "sparse")),
+        num_attention_heads_per_layer=_cycle((4, 4, 2, 4, 2, 2)),
+        head_dim=8,
+        sliding_window=WINDOW,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=HIDDEN,
+        shared_expert_intermediate_size=HIDDEN,
     ),
-    "gpt-neo": Family(
-        lambda n: _config(
-            "GPTNeoConfig",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=2 * HIDDEN,
-            num_layers=n,
-            num_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-            window_size=WINDOW,
-            attention_types=[[_cycle(("global", "local", "local"), n), 1]],
-        ),
+    "gpt-neo": _own(
+        "GPTNeoConfig",
         "kinds written twice: attention_types and attention_layers",
+        blocks="num_layers",
+        heads="num_heads",
+        intermediate_size=2 * HIDDEN,
+        window_size=WINDOW,
+        attention_types=lambda n: [[_cycle(("global", "local", "local"))(n), 1]],
     ),
-    "smollm3": Family(
-        lambda n: _llama_like(
-            "SmolLM3Config",
-            n,
-            no_rope_layers=_cycle((1, 0, 1, 1, 1, 0), n),
-            use_sliding_window=True,
-            sliding_window=WINDOW,
-        ),
+    "smollm3": _plain(
+        "SmolLM3Config",
         "blocks without rotary positions slide",
+        no_rope_layers=_cycle((1, 0, 1, 1, 1, 0)),
+        use_sliding_window=True,
+        sliding_window=WINDOW,
     ),
-    "llama4": Family(
-        lambda n: _llama_like(
-            "Llama4TextConfig",
-            n,
-            head_dim=8,
-            intermediate_size_mlp=2 * HIDDEN,
-            num_local_experts=EXPERTS,
-            num_experts_per_tok=1,
-            moe_layers=[i for i in (1, 2, 4) if i < n],
-            no_rope_layers=_cycle((1, 0, 1, 1, 0, 1), n),
-            attention_chunk_size=WINDOW,
-            floor_scale=4,
-        ),
+    "llama4": _plain(
+        "Llama4TextConfig",
         "text model; mixture blocks by index list; chunked attention where there are rotary positions",
+        head_dim=8,
+        intermediate_size_mlp=2 * HIDDEN,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=1,
+        moe_layers=_below(1, 2, 4),
+        no_rope_layers=_cycle((1, 0, 1, 1, 0, 1)),
+        attention_chunk_size=WINDOW,
+        floor_scale=4,
     ),
     # mixture and dense blocks mixed
     "qwen3-moe": _plain(
@@ -371,10 +316,7 @@ FAMILIES: dict[str, Family] = {
         mamba_d_state=8,
         use_mamba_kernels=False,
     ),
-    "bamba": Family(
-        lambda n: _llama_like("BambaConfig", n, attn_layer_indices=[i for i in (1, 2, 5) if i < n], **_MAMBA2),
-        "attention blocks by index list",
-    ),
+    "bamba": _plain("BambaConfig", "attention blocks by index list", attn_layer_indices=_below(1, 2, 5), **_MAMBA2),
     "granite-moe-hybrid": _typed(
         "GraniteMoeHybridConfig",
         (LINEAR, FULL, FULL, LINEAR, LINEAR, FULL),
@@ -407,103 +349,91 @@ FAMILIES: dict[str, Family] = {
         attention_window_size=WINDOW,
         block_types=["recurrent", "attention"],
     ),
-    "nemotron-h": Family(
-        lambda n: _config(
-            "NemotronHConfig",
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=2 * HIDDEN,
-            layers_block_type=_cycle((LINEAR, "moe", FULL, "mlp"), n),
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            head_dim=8,
-            ssm_state_size=8,
-            mamba_num_heads=8,
-            mamba_head_dim=8,
-            n_groups=1,
-            chunk_size=8,
-            n_routed_experts=EXPERTS,
-            num_experts_per_tok=2,
-            moe_intermediate_size=HIDDEN,
-            moe_shared_expert_intermediate_size=HIDDEN,
-            use_mamba_kernels=False,
-        ),
+    "nemotron-h": _own(
+        "NemotronHConfig",
         "every block is one of Mamba, attention, mixture, MLP; num_hidden_layers follows layers_block_type",
+        blocks=None,
+        positions=None,
+        intermediate_size=2 * HIDDEN,
+        layers_block_type=_cycle((LINEAR, "moe", FULL, "mlp")),
+        num_key_value_heads=KV_HEADS,
+        head_dim=8,
+        ssm_state_size=8,
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=1,
+        chunk_size=8,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=2,
+        moe_intermediate_size=HIDDEN,
+        moe_shared_expert_intermediate_size=HIDDEN,
+        use_mamba_kernels=False,
     ),
-    "zamba2": Family(
-        lambda n: _llama_like(
-            "Zamba2Config",
-            n,
-            layers_block_type=_cycle((LINEAR, "hybrid", LINEAR), n),
-            num_key_value_heads=HEADS,
-            attention_head_dim=16,
-            mamba_d_state=8,
-            n_mamba_heads=8,
-            mamba_headdim=8,
-            mamba_ngroups=1,
-            chunk_size=8,
-            num_mem_blocks=1,
-            adapter_rank=4,
-        ),
+    "zamba2": _plain(
+        "Zamba2Config",
         "hybrid blocks share one transformer and also read the embeddings; needs two blocks or more",
+        layers_block_type=_cycle((LINEAR, "hybrid", LINEAR)),
+        num_key_value_heads=HEADS,
+        attention_head_dim=16,
+        mamba_d_state=8,
+        n_mamba_heads=8,
+        mamba_headdim=8,
+        mamba_ngroups=1,
+        chunk_size=8,
+        num_mem_blocks=1,
+        adapter_rank=4,
     ),
     # blocks that are not just hidden state in, hidden state out
-    "gemma3n": Family(
-        lambda n: _llama_like(
-            "Gemma3nTextConfig",
-            n,
-            layer_types=_cycle(MIXED, n),
-            activation_sparsity_pattern=_cycle((0.5, 0.5, 0.0), n),
-            intermediate_size=_cycle((64, 64, 32), n),
-            num_kv_shared_layers=0,
-            head_dim=8,
-            vocab_size_per_layer_input=VOCAB,
-            hidden_size_per_layer_input=8,
-            laurel_rank=8,
-            sliding_window=WINDOW,
-        ),
+    "gemma3n": _typed(
+        "Gemma3nTextConfig",
+        MIXED,
         "hidden state is (4, batch, sequence, hidden); with three blocks other lists are as long",
+        activation_sparsity_pattern=_cycle((0.5, 0.5, 0.0)),
+        intermediate_size=_cycle((64, 64, 32)),
+        num_kv_shared_layers=0,
+        head_dim=8,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=8,
+        sliding_window=WINDOW,
     ),
-    "glm-moe-dsa": Family(
-        lambda n: _llama_like(
-            "GlmMoeDsaConfig",
-            n,
-            mlp_layer_types=_cycle(("dense", "sparse", "sparse"), n),
-            indexer_types=_cycle(("full", "shared", "full"), n),
-            num_key_value_heads=HEADS,
-            moe_intermediate_size=HIDDEN,
-            n_routed_experts=EXPERTS,
-            n_shared_experts=1,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-            kv_lora_rank=16,
-            q_lora_rank=16,
-            qk_rope_head_dim=8,
-            qk_nope_head_dim=8,
-            v_head_dim=8,
-            index_head_dim=16,
-            index_n_heads=2,
-            index_topk=WINDOW,
-        ),
+    "glm-moe-dsa": _plain(
+        "GlmMoeDsaConfig",
         "a block hands its sparse attention indices to the next, as the second element of its output",
+        mlp_layer_types=_cycle(("dense", "sparse", "sparse")),
+        indexer_types=_cycle(("full", "shared", "full")),
+        num_key_value_heads=HEADS,
+        moe_intermediate_size=HIDDEN,
+        n_routed_experts=EXPERTS,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_head_dim=16,
+        index_n_heads=2,
+        index_topk=WINDOW,
     ),
-    "rwkv": Family(
-        lambda n: _config("RwkvConfig", vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=n, rescale_every=2),
+    "rwkv": _own(
+        "RwkvConfig",
         "the model halves the hidden state between blocks; needs two blocks or more",
+        heads=None,
+        positions=None,
+        rescale_every=2,
     ),
     # the index is mathematics
-    "gpt2-inverse-index": Family(
-        lambda n: _config(
-            "GPT2Config",
-            vocab_size=VOCAB,
-            n_embd=HIDDEN,
-            n_layer=n,
-            n_head=HEADS,
-            n_positions=POSITIONS,
-            scale_attn_by_inverse_layer_idx=True,
-        ),
+    "gpt2-inverse-index": _own(
+        "GPT2Config",
         "attention divided by layer_idx + 1: the index is mathematics",
+        blocks="n_layer",
+        hidden="n_embd",
+        heads="n_head",
+        positions="n_positions",
+        scale_attn_by_inverse_layer_idx=True,
     ),
     "diffllama": _plain("DiffLlamaConfig", "lambda_init is computed from layer_idx"),
     "minimax": _typed(

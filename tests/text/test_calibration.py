@@ -12,7 +12,7 @@ import pytest
 
 from sleb.errors import CalibrationError
 from sleb.records import CalibrationSpec
-from sleb.text import calibration, text_files
+from sleb.text import calibration, hub_data, repetition, text_files
 from tests.support import tiny
 
 
@@ -104,9 +104,9 @@ def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     assert decoded(before.ids.reshape(-1)) == "\n\n".join(rendered)[: 7 * 16]
     with pytest.raises(CalibrationError, match="no chat template"):
         build(f"{path}:messages", chat=True)
-    with pytest.raises(CalibrationError, match="--chat needs"):
+    with pytest.raises(CalibrationError, match="`chat` needs"):
         build(f"{path}:text", chat=True, chat_template=True)
-    with pytest.raises(CalibrationError, match="Add --chat"):
+    with pytest.raises(CalibrationError, match="Use `chat` where"):
         build(f"{path}:messages")
 
 
@@ -314,7 +314,7 @@ def test_a_data_set_cannot_have_files_of_this_machine(data_sets: Path, monkeypat
 )  # fmt: skip
 def test_no_hop_leads_to_this_machine(file: str, remote: bool) -> None:
     with nullcontext() if remote else pytest.raises(CalibrationError, match="of this machine"):
-        calibration._require_remote("some/set", {"train": [file]})
+        hub_data._require_remote("some/set", {"train": [file]})
 
 
 def test_what_the_cache_has_needs_no_network(data_sets: Path) -> None:
@@ -385,8 +385,8 @@ def test_held_out_windows_that_repeat_at_another_place_are_counted(tmp_path: Pat
     assert "4 of 4 held-out windows repeat half a window of those that choose" in found.text
     assert "repeat" not in build(path, sequences=4, held_out=4, sequence_length=64, sampling="first").text
     ids = np.arange(40).reshape(2, 20)
-    assert calibration.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
-    assert calibration.count_sharing(ids, ids[:, ::-1]) == 0
+    assert repetition.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
+    assert repetition.count_sharing(ids, ids[:, ::-1]) == 0
 
 
 @pytest.mark.parametrize("bos", ["auto", "yes"])
@@ -414,7 +414,7 @@ def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
     image = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
     path.write_text("\n".join(json.dumps({"messages": each}) for each in (good, image)))
     with pytest.raises(
-        CalibrationError, match=r"^--chat: Line 2 of .* message 1 has a part of type 'image'; only text"
+        CalibrationError, match=r"^`chat`: Line 2 of .* message 1 has a part of type 'image'; only text"
     ):
         build(path, chat=True, chat_template=True)
     path.write_text("\n\n".join(json.dumps({"messages": each}) for each in (good, [{"role": "x", "content": ""}])))
@@ -422,5 +422,5 @@ def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ {'user': 1}[m.role] + 1 }}{% endfor %}"
     with pytest.raises(CalibrationError, match=r"chat template refuses Line 3 of .*chat\.jsonl \("):
         calibration.build(CalibrationSpec(source=str(path), chat=True), 1, 0, tokenizer, 128)
-    with pytest.raises(CalibrationError, match=r"--chat needs .* and demo is text"):
+    with pytest.raises(CalibrationError, match=r"`chat` needs .* and demo is text"):
         build("demo", chat=True, chat_template=True)

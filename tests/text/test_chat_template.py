@@ -178,7 +178,7 @@ def test_the_conversation_that_a_template_refuses_is_named() -> None:
         (
             [{"role": "user", "content": "a"}],
             {"chat_template_kwargs": {"continue_final_message": True}},
-            "chat_template_kwargs set 'continue_final_message', which is no variable",
+            "chat_template_kwargs set 'continue_final_message', which is not a variable",
         ),
         ([{"role": "user", "content": "a"}], {"chat_template_kwargs": {"bos_token": "Z"}}, "set 'bos_token'"),
     ],

@@ -152,7 +152,7 @@ def test_layouts_of_conversations(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "write other layouts as messages"),
         ({"prompt": "a", "completion": turns}, "holds objects, not text"),
         ({"conversations": turns, "image": "a.png"}, "^Line 1 of .* has image beside its conversation; only text"),
-        ({"text": "a"}, r"--chat needs .*; found text in column 'text' in line 1 of"),
+        ({"text": "a"}, r"`chat` needs .*; found text in column 'text' in line 1 of"),
     ):
         path.write_bytes(lines(row))
         with pytest.raises(CalibrationError, match=words):

@@ -34,8 +34,8 @@ from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
 from sleb.runtime.files import inside, replace_file
-from sleb.scoring.sweep import Scorer
-from sleb.text import calibration
+from sleb.scoring.scorer import Scorer
+from sleb.text import calibration, repetition
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class _Healing:
         if known is not None:
             self.subject.answer(known)
             return
-        shared = calibration.count_sharing(windows.ids, self.text.ids[: self.text.sequences])
+        shared = repetition.count_sharing(windows.ids, self.text.ids[: self.text.sequences])
         if shared:
             log.warning(
                 "%d of %d windows of %s repeat text that is healed on: they do not test the healing.",

@@ -21,7 +21,7 @@ from torch import nn
 from sleb.errors import NotNumbers, OptionError, model_without
 from sleb.evaluation.healing.lora import is_linear
 from sleb.model.block_stack import BlockInputs, BlockStack, Stream
-from sleb.scoring.sweep import default_batch_size
+from sleb.scoring.scorer import default_batch_size
 
 log = logging.getLogger(__name__)
 

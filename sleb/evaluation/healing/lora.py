@@ -28,7 +28,7 @@ from sleb.errors import NotNumbers, OptionError, ScoringError
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.runtime.files import replace_file
-from sleb.scoring.sweep import default_batch_size
+from sleb.scoring.scorer import default_batch_size
 from sleb.scoring.token_loss import cross_entropy
 
 log = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ def _backward(stack: BlockStack, ids: torch.Tensor, in_pieces: bool) -> torch.Te
     for start in range(0, length, size):
         part = slice(start, start + size)
         leaf = hidden[:, part].detach().requires_grad_()
-        logits = stack.read_out(leaf, ids[:, part])
+        logits = stack.logits(leaf, ids[:, part])
         loss = cross_entropy(logits.flatten(0, 1), targets[:, part].flatten().to(logits.device)).sum()
         gradients += torch.autograd.grad(loss, leaf)
         total += loss.detach().double().to(total.device)

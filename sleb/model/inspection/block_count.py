@@ -1,4 +1,4 @@
-"""What a model's files say about it without loading it: its number of blocks, if that. No torch, no network."""
+"""The number of blocks of a model, from its files alone, without loading it. No torch, no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sleb.runtime import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
 MOST_BLOCKS = 256
-"""What claims to have more is opened before it is believed: counting its work would take minutes."""
+"""The most blocks that are believed unseen: counting the work of more would take minutes."""
 _NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
@@ -20,26 +20,26 @@ def num_blocks(model: str) -> int | None:
     """Blocks of a model given as for a search; None where its files are not here, or do not say."""
     if model == "demo":
         return DEMO_BLOCKS
-    found = None
+    count = None
     with suppress(OSError, ValueError, RuntimeError, ModelError):
         path = files.expanded(Path(model))
         if path.is_dir():
-            found = _of_config(model_files.read_config(path))
+            count = _of_config(model_files.read_config(path))
         elif path.suffix == ".gguf" and path.is_file():
-            found = _of_gguf(path)
-    return found if found is not None and 0 < found <= MOST_BLOCKS else None
+            count = _of_gguf(path)
+    return count if count is not None and 0 < count <= MOST_BLOCKS else None
 
 
 def _of_config(config: Any) -> int | None:
     """The text part of a model that sees images too keeps its own."""
     for part in (config.get("text_config"), config):
         for name in _NAMES:
-            found = part.get(name) if isinstance(part, dict) else None
-            if isinstance(found, int) and not isinstance(found, bool) and found > 0:
-                return found
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, int) and not isinstance(count, bool) and count > 0:
+                return count
     return None
 
 
 def _of_gguf(path: Path) -> int | None:
-    found = [value for key, value in gguf_header.settings(path).items() if key.endswith(".block_count")]
-    return found[0] if found and type(found[0]) is int else None
+    counts = [value for key, value in gguf_header.settings(path).items() if key.endswith(".block_count")]
+    return counts[0] if counts and type(counts[0]) is int else None

@@ -29,7 +29,7 @@ _STRING, _ARRAY = 8, 9
 _MOST_SETTINGS = 1 << 16
 _MOST_TENSORS = 1 << 17
 _MOST_ENTRIES = 3_000_000
-"""Of all lists together; the largest vocabularies with their merges have a third. The library takes 1 kB for each."""
+"""The limit for all lists together, of 1 kB each in the library; vocabularies with their merges have up to a third."""
 _DEEPEST_LIST = 4
 _LONGEST_NAME = 1 << 16  # bytes, as the format has it
 _LONGEST_KEPT = 1 << 12  # bytes of a string setting that is handed on
@@ -44,7 +44,7 @@ _SIZES = (
     ("feed_forward_length", "expert_feed_forward_length", "ssm.inner_size"),
     ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
 )
-"""What llama.cpp needs from every file, too: one of each."""
+"""Names of sizes that llama.cpp needs from every file, too: one of each."""
 _FAILURES = (OSError, ValueError, struct.error, OverflowError, UnicodeDecodeError)
 
 
@@ -57,24 +57,24 @@ class TensorInfo:
     kind: int
     """`gguf.GGMLQuantizationType`."""
     offset: int
-    """In bytes, from where the tensors begin."""
+    """Offset in bytes from where the tensors begin."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself, found to fit into the file."""
+    """The header of a GGUF file, which fits into the file."""
 
     settings: dict[str, Any]
     """Numbers, and texts that are short; lists are left out."""
     tensors: tuple[TensorInfo, ...]
     keys: frozenset[str] = frozenset()
-    """Of all settings, lists included."""
+    """Names of all settings, lists included."""
 
     @property
     def architecture(self) -> str:
-        """Which family of models it is of; empty where it does not say."""
-        found = self.settings.get("general.architecture")
-        return found if isinstance(found, str) else ""
+        """The family of models that it is of; empty where it does not say."""
+        name = self.settings.get("general.architecture")
+        return name if isinstance(name, str) else ""
 
     @property
     def elements(self) -> int:
@@ -96,14 +96,14 @@ def check(path: Path) -> Header:
     """The header of a file that the gguf library may open. Raises `ModelError` for every other file."""
     try:
         with _opened(path) as cursor:
-            found, tensors = cursor.settings(cursor.counts()), cursor.tensors()
-            settings = _kept(found)
+            stored, tensors = cursor.settings(cursor.counts()), cursor.tensors()
+            settings = _kept(stored)
             cursor.require_inside(settings.get("general.alignment", 32), tensors)
     except _Refused as error:
         raise ModelError(f"{path} cannot be read as GGUF: {error}; fetch it again.") from error
     except _FAILURES as error:
         raise ModelError(f"{path} is damaged or truncated; fetch it again ({type(error).__name__}).") from error
-    header = Header(settings, tensors, frozenset(found))
+    header = Header(settings, tensors, frozenset(stored))
     own = ((key, value) for key, value in settings.items() if key.startswith(header.architecture))
     model_files.require_modest(str(path), {key.rpartition(".")[2]: value for key, value in own})
     return header
@@ -129,12 +129,12 @@ def require_single(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def require_model(path: Path, header: Header) -> None:
-    """The file is a whole model and says how large: what it leaves out would be guessed. Raises `ModelError`."""
+    """Raises `ModelError` for a file that is not a complete model, or leaves out sizes, which would be guessed."""
     require_single(path, header.settings)
     if not header.architecture:
         raise ModelError(f"{path} does not say of which architecture it is (general.architecture); fetch it again.")
     if header.settings.get("general.type", "model") != "model":
-        raise ModelError(f"{path} is no model but a file of type {quoted(header.settings['general.type'])}.")
+        raise ModelError(f"{path} is not a model but a file of type {quoted(header.settings['general.type'])}.")
     if not header.tensors:
         raise ModelError(f"{path} holds no tensors; fetch it again.")
     for names in _SIZES:
@@ -144,44 +144,46 @@ def require_model(path: Path, header: Header) -> None:
                 "model's; fetch it again."
             )
     count = header.settings.get(f"{header.architecture}.block_count")
-    found = {int(block[1]) for each in header.tensors if (block := _BLOCK.match(each.name))}
-    if found != set(range(count if isinstance(count, int) else 0)):
+    blocks = {int(block[1]) for each in header.tensors if (block := _BLOCK.match(each.name))}
+    if blocks != set(range(count if isinstance(count, int) else 0)):
         raise ModelError(
-            f"{path} says it has {excerpt(count, 30)} blocks and holds tensors of {len(found)}; fetch it again."
+            f"{path} says it has {excerpt(count, 30)} blocks and holds tensors of {len(blocks)}; fetch it again."
         )
 
 
 def require_rope(path: Path, header: Header, config: Any) -> None:
-    """Rotary positions that the file scales are scaled in the config read from it. Raises `ModelError`.
+    """Raises `ModelError` where the file scales rotary positions, and the config read from it does not.
 
     transformers reads that for few architectures, and computes with plain positions for the others.
     """
     named = header.settings.get(f"{header.architecture}.rope.scaling.type", "none")
-    said = named not in ("none", "")
-    scaled = said or any(each.name.startswith("rope_f") for each in header.tensors)
+    is_named = named not in ("none", "")
+    scaled = is_named or any(each.name.startswith("rope_f") for each in header.tensors)
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [each.get("rope_type", "default") for each in (rope, *rope.values()) if isinstance(each, Mapping)]
     base = header.settings.get(f"{header.architecture}.rope.freq_base", 10_000.0)
     theta = rope.get("rope_theta", base)  # some families have several
     if scaled and set(kinds) <= {"default"}:
-        what = f"{excerpt(named, 30)} scaling" if said else "factors of their own (rope_freqs.weight, for one)"
+        difference = (
+            f"{excerpt(named, 30)} scaling" if is_named else "factors of their own (rope_freqs.weight, for one)"
+        )
     elif not math.isclose(theta, base, rel_tol=1e-6):
-        what = f"a base of {base:,.0f}"
+        difference = f"a base of {base:,.0f}"
     else:
         return
     raise ModelError(
-        f"{path} has rotary positions with {what}, which transformers does not read from a GGUF file of the "
+        f"{path} has rotary positions with {difference}, which transformers does not read from a GGUF file of the "
         f"architecture {excerpt(header.architecture, 40)}: its numbers would be another model's. Use the model's "
         "safetensors."
     )
 
 
-def _kept(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in found.items() if value is not None}
+def _kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 class _Refused(Exception):
-    """What the header announces cannot be, in a clause; never leaves this file."""
+    """Raised, with a clause, for a header that cannot be true; never leaves this file."""
 
 
 @contextmanager
@@ -220,13 +222,13 @@ class _Cursor:
 
     def settings(self, count: int) -> dict[str, Any]:
         """All settings; of lists only that they end inside the file, and None."""
-        found: dict[str, Any] = {}
+        settings: dict[str, Any] = {}
         for _ in range(count):
             key = self.text(_LONGEST_NAME, "a setting's name")
-            if key in found:
+            if key in settings:
                 raise _Refused(f"it says {excerpt(key)!r} twice")
-            found[key] = self.value(self.number("I"))
-        return found
+            settings[key] = self.value(self.number("I"))
+        return settings
 
     def value(self, kind: int, depth: int = 0) -> Any:
         """A setting's value; None for a list, and for a text that is long."""
@@ -257,17 +259,17 @@ class _Cursor:
 
     def tensors(self) -> tuple[TensorInfo, ...]:
         """What the header says of each tensor."""
-        found: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         for _ in range(self.tensor_count):
             name = self.text(_LONGEST_NAME, "a tensor's name")
             dimensions = self.number("I")
             if dimensions > _MOST_DIMENSIONS:
                 raise _Refused(f"a tensor has {dimensions} dimensions")
             shape = tuple(self.number("Q") for _ in range(dimensions))
-            if name in found or 0 in shape:
+            if name in tensors or 0 in shape:
                 raise _Refused(f"the tensor {excerpt(name)!r} is there twice, or empty")
-            found[name] = TensorInfo(name, shape, self.number("I"), self.number("Q"))
-        return tuple(found.values())
+            tensors[name] = TensorInfo(name, shape, self.number("I"), self.number("Q"))
+        return tuple(tensors.values())
 
     def require_inside(self, alignment: Any, tensors: tuple[TensorInfo, ...]) -> None:
         """Every tensor lies in the file. Raises `_Refused`, or `ValueError` for a type that is not known."""
@@ -285,28 +287,28 @@ class _Cursor:
     def number(self, letter: str) -> Any:
         """One scalar."""
         form = self.order + letter
-        (found,) = struct.unpack_from(form, self.data, self.place)
+        (number,) = struct.unpack_from(form, self.data, self.place)
         self.place += struct.calcsize(form)
-        return found
+        return number
 
-    def text(self, most: int, what: str) -> str:
+    def text(self, most: int, subject: str) -> str:
         """A short text."""
         size = self.number("Q")
         if size > most:
-            raise _Refused(f"{what} has {size:,} bytes")
-        start = self.skip(size, 1, what)
+            raise _Refused(f"{subject} has {size:,} bytes")
+        start = self.skip(size, 1, subject)
         return self.data[start : self.place].decode()
 
-    def skip(self, count: int, size: int, what: str) -> int:
+    def skip(self, count: int, size: int, subject: str) -> int:
         """Move over `count` things of `size` bytes; where they begin."""
         left = len(self.data) - self.place
         if count > left // size:
-            raise _Refused(f"{what} announces {count:,} entries of {size} bytes, and {left:,} bytes are left")
+            raise _Refused(f"{subject} announces {count:,} entries of {size} bytes, and {left:,} bytes are left")
         self.place += count * size
         return self.place - count * size
 
-    def require(self, count: int, size: int, most: int, what: str) -> None:
-        """So many things of at least `size` bytes can still come."""
+    def require(self, count: int, size: int, most: int, subject: str) -> None:
+        """Raises `_Refused` where `count` things of at least `size` bytes cannot follow."""
         left = len(self.data) - self.place
         if count > min(most, left // size):
-            raise _Refused(f"it announces {count:,} {what}, and {left:,} bytes are left")
+            raise _Refused(f"it announces {count:,} {subject}, and {left:,} bytes are left")

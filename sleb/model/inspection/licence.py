@@ -1,4 +1,4 @@
-"""Which licence a model comes with, for the card of what is made of it. Reads the head of a card or of a licence file.
+"""The licence of a model, for the card of what is made of it. Reads the head of a card or of a licence file.
 
 What is not named there is not guessed.
 """
@@ -24,7 +24,7 @@ _TITLES = (
     (re.compile(r"\bmit license\b"), "mit"),
     (re.compile(r"\bbsd 3-clause\b"), "bsd-3-clause"),
 )
-"""How the text of a licence begins -> its name on the hub."""
+"""Beginnings of the texts of licences, and their names on the hub."""
 
 
 def of_model(model: str, revision: str | None) -> dict[str, str]:
@@ -42,10 +42,10 @@ def of_model(model: str, revision: str | None) -> dict[str, str]:
 
 def _of_card(text: str) -> dict[str, str]:
     """The fields of the front matter, those left out that no hub would take."""
-    found = re.match(r"---\n(.*?\n)---\s", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
-    if found is None:
+    front_matter = re.match(r"---\n(.*?\n)---\s", text.removeprefix("\ufeff").replace("\r\n", "\n"), re.DOTALL)
+    if front_matter is None:
         return {}
-    fields = {name: value.strip() for name, _, value in _FIELD.findall(found[1])}
+    fields = {name: value.strip() for name, _, value in _FIELD.findall(front_matter[1])}
     if not _ID.fullmatch(fields.get("license", "")):
         return {}
     return {name: value for name, value in fields.items() if name == "license_link" or _ID.fullmatch(value)}

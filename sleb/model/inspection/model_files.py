@@ -1,4 +1,4 @@
-"""What a model's files say, checked before a library believes it. Reads JSON, names and sizes; loads no weight."""
+"""A model's files, checked before a library believes them. Reads JSON, names and sizes; loads no weight."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sleb.model.inspection.stored_tensors import StoredTensor
 log = logging.getLogger(__name__)
 
 CONFIG_BYTES = 8 << 20
-"""A config.json with the settings of thousands of quantised matrices has a hundredth."""
+"""The largest config.json; one with the settings of thousands of quantised matrices has a hundredth."""
 _TEXT_BYTES = 256 << 20
-"""Of every other file that is read as a whole; the largest vocabularies take 40 MB."""
+"""The largest other file that is read whole; vocabularies take up to 40 MB."""
 _TEXTS = (".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken")
 
-_TOLD = ("tokenizer_config.json", "special_tokens_map.json")
-"""Files whose names of settings the tokenizers library prints itself where it does not know them."""
+_NAMES_PRINTED = ("tokenizer_config.json", "special_tokens_map.json")
+"""Files of which the tokenizers library prints the names of settings that it does not know."""
 
 _BLOCKS, _EXPERTS = 1024, 4096
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
@@ -35,11 +35,11 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
         (r"(num|n)_(\w+_)?(heads?|groups|codebooks|quantizers|stages|levels|streams|modules|channels)", 1 << 17),
     )
 )
-"""The name of a setting -> the most it can be; the first that fits. Libraries build so many modules, or list so many
-kinds of blocks, before anything tells them that there are no weights for them. The deepest models have 130 blocks,
+"""The largest value of a setting, by its name; the first that matches. Libraries build so many modules, or list so many
+kinds of blocks, before they notice that their weights are missing. The deepest models have 130 blocks,
 the widest mixtures 512 experts."""
 _MOST_MODULES = 1 << 17
-"""Blocks times experts; the largest models have a quarter."""
+"""The limit for blocks times experts; the largest models have a quarter."""
 
 _TIMES, _SPARE = 2, 1 << 24
 """A config may ask for so many times the weights that are stored, and for some more: those that are tied, or made."""
@@ -55,25 +55,25 @@ _NO_WEIGHT = re.compile(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model's folder. Raises `ModelError` for what is none, or asks for too much."""
+    """The config.json of a model's folder. Raises `ModelError` where it is not one, or asks for too much."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"{folder} has no config.json, so it is no model folder in the Hugging Face layout.")
+        raise ModelError(f"{folder} has no config.json, so it is not a model folder in the Hugging Face layout.")
     config = _json(path, CONFIG_BYTES)
     if not isinstance(config, dict):
-        raise ModelError(f"{path} is no JSON object with settings; the folder is damaged.")
+        raise ModelError(f"{path} is not a JSON object with settings; the folder is damaged.")
     require_modest(str(folder), config)
     return config
 
 
 def require_modest(name: str, settings: Mapping[str, Any]) -> None:
-    """Numbers by which a library would build for hours are refused. Raises `ModelError`."""
+    """Raises `ModelError` for numbers by which a library would build for hours."""
     blocks = experts = 1
     for key, value in _numbers(settings):
         limit = next((most for pattern, most in _LIMITS if pattern.fullmatch(key)), None)
         if limit is None:
             continue
-        if not abs(value) <= limit:  # nor is it no number
+        if not abs(value) <= limit:  # NaN is refused as well
             raise ModelError(
                 f"{name} says {excerpt(key, 60)} = {excerpt(value, 30)} in its config, and at most {limit:,} can be "
                 "true; the config is damaged."
@@ -88,7 +88,7 @@ def require_modest(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def require_no_adapter(name: str, source: str, revision: str | None) -> None:
-    """Libraries obey an adapter's settings, whatever those ask for, wherever its file lies. Raises `ModelError`."""
+    """Raises `ModelError` for an adapter: libraries obey its settings, wherever its file lies."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
     if find_adapter_config_file(source, revision=revision) is not None:
@@ -99,23 +99,23 @@ def require_no_adapter(name: str, source: str, revision: str | None) -> None:
 
 
 def require_own_kernels(name: str, settings: Mapping[str, Any]) -> None:
-    """A config may name a repository whose code computes attention in place of torch. Raises `ModelError`."""
+    """Raises `ModelError` for a config that names a repository whose code computes attention in place of torch."""
     for key, value in _leaves(settings, "implementation"):
         if isinstance(value, str) and re.search("[/:]", value):
             raise ModelError(
                 f"{name} asks in its config for code from elsewhere to run ({excerpt(key, 60)} = {quoted(value)}); "
-                "read that, and allow it with --trust-remote-code."
+                "read that, and allow it with `trust_remote_code=True`."
             )
 
 
 def require_plain_files(folder: Path) -> None:
-    """What libraries read as a whole is of bearable size, and shards lie in the folder. Raises `ModelError`."""
+    """Raises `ModelError` for files that are too large to be read whole, and for shards outside the folder."""
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in _TEXTS or path.is_dir():
             continue
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"{path} is no regular file; the folder is damaged.")
+            raise ModelError(f"{path} is not a regular file; the folder is damaged.")
         if status.st_size > _TEXT_BYTES:
             raise ModelError(
                 f"{path} has {status.st_size / 1e6:,.0f} MB, and at most {_TEXT_BYTES / 1e6:.0f} MB are read of such a "
@@ -123,16 +123,16 @@ def require_plain_files(folder: Path) -> None:
             )
         if path.name.endswith(".index.json"):
             _require_own_shards(path)
-        if path.name in _TOLD:
+        if path.name in _NAMES_PRINTED:
             _require_printable_names(path)
 
 
 def require_stored(
     name: str, config: Any, options: dict[str, Any], stored: Mapping[str, StoredTensor], size: int
 ) -> None:
-    """The safetensors files, of so many bytes, hold the weights that the config asks for, as far as their number tells.
+    """Raises `ModelError` where the config asks for more than twice the weights that the safetensors files hold.
 
-    Raises `ModelError` where it asks for more than twice as many; a few that are missing are told after loading.
+    `size` is that of the files in bytes. A few missing weights are reported after loading.
     """
     if not stored:
         return
@@ -151,14 +151,14 @@ def require_every_block(
     unused: Iterable[str],
     modules: Set[str] = frozenset(),
 ) -> None:
-    """No weight of a block is left out, nor of what is around them. Raises `ModelError`.
+    """Raises `ModelError` where a weight of a block was left out, or of what is around the blocks.
 
     `path` is that of the model's blocks, `unused` are stored tensors that the model did not take, `modules` the paths
     of its parts. Blocks behind the stack that predict further tokens (MTP) stay out, as many as the config says, and
     with a warning parts that the model does not have, such as a vision tower.
     """
     further = max((int(value) for key, value in _numbers(raw) if _FURTHER.fullmatch(key)), default=0)
-    blocks = {int(found[2]) for key in stored if (found := _BLOCK.match(key)) and _same_stack(found[1], path)}
+    blocks = {int(match[2]) for key in stored if (match := _BLOCK.match(key)) and _same_stack(match[1], path)}
     highest = max(blocks, default=-1)
     if highest >= num_blocks + further:
         raise ModelError(
@@ -169,7 +169,7 @@ def require_every_block(
     left = sorted(
         key
         for key in unused
-        if (found := _BLOCK.match(key)) and _same_stack(found[1], path) and int(found[2]) < num_blocks
+        if (match := _BLOCK.match(key)) and _same_stack(match[1], path) and int(match[2]) < num_blocks
         if not _NO_WEIGHT.search(key)
     )
     if left:
@@ -194,7 +194,7 @@ def _same_stack(prefix: str, path: str) -> bool:
 
 
 def require_enough(name: str, config: Any, options: dict[str, Any], stored: int) -> None:
-    """So many stored weights are about those of the model that the config describes. Raises `ModelError`."""
+    """Raises `ModelError` where the config describes a model of far more weights than are stored."""
     skeleton = _skeleton(config, bool(options.get("trust_remote_code")))
     if skeleton is None:
         return
@@ -287,7 +287,7 @@ def _leaves(settings: Any, below: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _skeleton(config: Any, trust_remote_code: bool) -> Any:
-    """The model without memory; None where it cannot be built so, which loading it will tell, too."""
+    """The model without memory for its weights; None where it cannot be built so, and loading it will fail as well."""
     import torch
     from transformers import AutoModelForCausalLM
 

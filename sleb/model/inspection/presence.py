@@ -1,6 +1,6 @@
-"""Whether a model is there at all, said before a job waits for its device. Knows names and files; loads nothing.
+"""Whether a model exists at all, checked before a job waits for its device. Knows names and files; loads nothing.
 
-Whether it can be used is for `loading` to say. No torch.
+Whether it can be used is checked by `loading`. No torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
 def require_there(run: Run, job: JobSpec) -> None:
-    """The model that a job will load. Raises `ModelError` where it is neither here nor on the hub."""
+    """Raises `ModelError` where the model that a job will load is neither here nor on the hub."""
     name = job.gguf or run.spec.model
     if name == "demo":
         return
@@ -29,13 +29,13 @@ def require_there(run: Run, job: JobSpec) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Raises `ModelError` where there is no such file."""
+    """Raises `ModelError` where the file does not exist."""
     if not path.is_file():
         raise ModelError(f"There is no file {path}.")
 
 
 def is_path(name: str) -> bool:
-    """A folder, or what can only be meant as one; `a/b` that is not there is a hub name. Raises `ModelError`.
+    """Whether a name is a folder, or can only be meant as one; a missing `a/b` is a hub name. Raises `ModelError`.
 
     Folders that were asked for are absolute by now (`specs.absolute`). So `a/b` is of the hub, and libraries would take
     a folder of that name in the current one for it, and run its code.
@@ -54,7 +54,7 @@ def is_path(name: str) -> bool:
 
 
 def require_code_elsewhere(settings: Mapping[str, Any]) -> None:
-    """Code of its own that a model has in another repository (`owner/name--file.Class`). Raises `ModelError`."""
+    """Check the other repositories that a model's own code is in (`owner/name--file.Class`). Raises `ModelError`."""
     mapped = settings.get("auto_map")
     for value in mapped.values() if isinstance(mapped, Mapping) else [mapped]:
         for each in value if isinstance(value, list | tuple) else [value]:
@@ -63,15 +63,15 @@ def require_code_elsewhere(settings: Mapping[str, Any]) -> None:
 
 
 def not_there(name: str, why: str) -> ModelError:
-    """What to say about a name that nobody knows."""
+    """The error for the name of a model that exists neither here nor on the hub."""
     return ModelError(
         f"There is no model {name[:200]!r}: neither a folder nor a .gguf file here, and the hub did not give it "
-        f"({why}). Check the name, --revision and the network."
+        f"({why}). Check the name, `revision` and the network."
     )
 
 
 def _require_on_hub(name: str, revision: str | None) -> None:
-    """Its config, from the cache or the hub: a few kilobytes, which loading asks for first as well."""
+    """Fetch the config, from the cache or the hub: a few kilobytes, which loading asks for first as well."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -83,7 +83,7 @@ def _require_on_hub(name: str, revision: str | None) -> None:
 
     try:
         hf_hub_download(name, "config.json", revision=revision)
-    except GatedRepoError:  # it is there; what to do about it is for `loading` to say
+    except GatedRepoError:  # it exists; `loading` says what to do about it
         return
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HFValidationError) as error:
         text = str(error).strip()

@@ -26,7 +26,7 @@ _OF_A_WEIGHT = re.compile(
     r"(^|[._])(weight_\w*scale\w*|input_scale|weight_zero_point|weight_packed|qzeros|qweight|g_idx|absmax|SCB|"
     r"(gate_up_proj|down_proj|up_proj|gate_proj)_(blocks|scales?|scale_inv))$"
 )
-"""Last part of a tensor's name: what a quantised weight is stored with, or as."""
+"""The last part of the names of tensors that a quantised weight is stored with, or as."""
 _OF_THE_CACHE = re.compile(r"(^|[._])([kvq]|kv|prob|attn)_scale$|\.[kv]_proj\.output_scale$")
 """Scales of keys and values, which no search keeps: weights are right without them."""
 
@@ -38,12 +38,12 @@ class Scheme:
     """A quantisation that a checkpoint names."""
 
     label: str
-    """For the screen: the method, and what is known of it."""
+    """The method with its details, for the screen."""
     method: str | None
 
 
 def scheme_of(name: str, raw: Mapping[str, Any], config: Any, beside: Mapping[str, Any]) -> Scheme | None:
-    """What the checkpoint says it is quantised with; `beside` are settings in files of their own.
+    """The quantisation that the checkpoint names; `beside` are settings in files of their own.
 
     Raises `ModelError` for a scheme that transformers would skip, or does not look for where it is.
     """
@@ -71,7 +71,7 @@ def is_named(raw: Mapping[str, Any]) -> bool:
 
 
 def require_consistent(name: str, scheme: Scheme | None, stored: Mapping[str, StoredTensor]) -> None:
-    """The stored tensors are those of the scheme, or of none. Raises `ModelError`, before any of them is loaded."""
+    """Raises `ModelError`, before any tensor is loaded, where the stored ones are not those of the scheme."""
     small = sorted(key for key, each in stored.items() if each.dtype.startswith("F") and each.dtype not in FLOATS)
     if scheme is None and small:
         raise ModelError(
@@ -83,7 +83,7 @@ def require_consistent(name: str, scheme: Scheme | None, stored: Mapping[str, St
 def require_applied(
     name: str, scheme: Scheme | None, model: Any, stored: Mapping[str, StoredTensor], unused: Iterable[str]
 ) -> str | None:
-    """How the loaded model is quantised, for the screen; None if it is not.
+    """The quantisation of the loaded model, for the screen; None if there is none.
 
     Raises `ModelError` where the loader left scales out, or weights packed.
     """
@@ -149,8 +149,8 @@ def _scheme(settings: Any) -> Scheme:
         for key in _DETAILS
         if isinstance(value := settings.get(key), str | int) and not isinstance(value, bool)
     ]
-    said = excerpt(method, 60) if isinstance(method, str) else "a scheme without a name (quant_method)"
-    return Scheme(said + (f" ({', '.join(details)})" if details else ""), method if isinstance(method, str) else None)
+    label = excerpt(method, 60) if isinstance(method, str) else "a scheme without a name (quant_method)"
+    return Scheme(label + (f" ({', '.join(details)})" if details else ""), method if isinstance(method, str) else None)
 
 
 def _known() -> frozenset[str]:
@@ -160,7 +160,7 @@ def _known() -> frozenset[str]:
 
 
 def _text_part(config: Any) -> Any:
-    """Where transformers looks, too."""
+    """The part of a config in which transformers looks, too."""
     return config.get_text_config(decoder=True)
 
 

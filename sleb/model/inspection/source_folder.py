@@ -65,10 +65,10 @@ def _of_hub(name: str, revision: str | None) -> SourceFolder | None:
     """The snapshot in the cache. Where the hub answers, it tells of further files, and those are fetched."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    if not isinstance(found, str):
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(cached, str):
         return None
-    folder = Path(found).parent
+    folder = Path(cached).parent
     elsewhere, complete = [], True
     try:
         siblings = HfApi().model_info(name, revision=folder.name, files_metadata=True).siblings or ()

@@ -1,4 +1,4 @@
-"""What safetensors files hold: names, types, shapes, where the bytes lie. Reads headers, no weights. No torch."""
+"""The contents of safetensors files: names, types, shapes, where the bytes lie. Reads headers, no weights. No torch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class StoredTensor:
 
     file: Path
     dtype: str
-    """As the format calls it: BF16, F32, U8 and so on."""
+    """The type by the format's name: BF16, F32, U8 and so on."""
     shape: tuple[int, ...]
     begin: int
-    """Of its bytes in the file."""
+    """Offset of its bytes in the file."""
     size: int
-    """In bytes."""
+    """Size in bytes."""
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of its entries."""
         return math.prod(self.shape)
 
     @property
@@ -47,10 +47,10 @@ class StoredTensor:
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of these files by name. Raises `ModelError` for a file that does not hold what its header says."""
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in files:
-        found |= _header(path)
-    return found
+        tensors |= _header(path)
+    return tensors
 
 
 def main_dtype(stored: Mapping[str, StoredTensor]) -> str | None:
@@ -80,7 +80,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
 def _entry(path: Path, name: str, entry: dict[str, object], data: int, size: int) -> StoredTensor:
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or not isinstance(shape, list) or not isinstance(offsets, list):
-        raise ValueError(f"{name} is described as no tensor is")
+        raise ValueError(f"{name} is not described as a tensor is")
     begin, end = offsets
     numbers = (*shape, begin, end)
     sound = all(type(each) is int and each >= 0 for each in numbers) and begin <= end <= size - data

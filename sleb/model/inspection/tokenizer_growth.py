@@ -1,4 +1,4 @@
-"""How long a tokenizer makes a text, which a few lines of its file can double again and again. No torch."""
+"""The growth of a text in a tokenizer, which a few lines of its file can double again and again. No torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sleb.model.inspection import model_files
 
 _MOST_PARTS = 256
 _MOST_EVER = 1 << 13
-"""Times as many characters, whatever the text; those of ALBERT can be 1,300, of most tokenizers 4."""
+"""The largest growth of any text, in characters; that of ALBERT can be 1,300-fold, of most tokenizers 4-fold."""
 _MOST_USUAL = 16
-"""Times as many characters of a usual text; three where each byte of other scripts becomes one."""
+"""The largest growth of a usual text; three-fold where each byte of other scripts becomes a character."""
 _TEXT = (
     string.printable
     + "It was a bright cold day, and the clocks were striking 13. Übergröße, naïve; 中文字符, العربية. "
 )
 _MOST_ADDED = 1 << 23
-"""Characters of all added tokens; the library changes them as a text when it reads them, and takes a hundred bytes for
-each character."""
+"""The limit for the characters of all added tokens; the library changes them as a text when it reads them, and takes a
+hundred bytes for each character."""
 
 _LISTS = ("normalizers", "pretokenizers", "decoders")
 _GROWTH = {
@@ -43,12 +43,12 @@ _GROWTH = {
 
 
 def require_modest_files(name: str, source: str, revision: str | None) -> None:
-    """The files that a tokenizer is made of, before a library reads them. Raises `ModelError`."""
+    """Raises `ModelError` for files of a tokenizer, before a library reads them, that make texts far longer."""
     from transformers.utils.hub import cached_file
 
     paths = [path for path in Path(source).glob("tokenizer*.json") if path.is_file()]
     if not Path(source).is_dir():
-        found = cached_file(
+        cached = cached_file(
             source,
             "tokenizer.json",
             revision=revision,
@@ -56,7 +56,7 @@ def require_modest_files(name: str, source: str, revision: str | None) -> None:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        paths = [Path(found)] if found else []
+        paths = [Path(cached)] if cached else []
     for path in paths:
         settings = model_files.read_text_json(path)
         if isinstance(settings, dict):
@@ -69,7 +69,7 @@ def require_modest_files(name: str, source: str, revision: str | None) -> None:
 
 
 def require_modest(name: str, tokenizer: Any) -> None:
-    """A loaded tokenizer: what its parts can do, and what they do to a usual text. Raises `ModelError`."""
+    """Raises `ModelError` for a loaded tokenizer whose parts can make texts far longer, or do so with a usual one."""
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         return
@@ -88,7 +88,7 @@ def require_modest(name: str, tokenizer: Any) -> None:
 
 
 def _require_bounded(name: str, settings: Mapping[str, Any]) -> int:
-    """How many characters the parts of a tokenizer.json make of one, at most. Raises `ModelError`."""
+    """The most characters that the parts of a tokenizer.json make of one. Raises `ModelError`."""
     most = 1
     for kinds in (("normalizer", "pre_tokenizer"), ("decoder",)):
         parts = [part for kind in kinds for part in _parts(settings.get(kind))]
@@ -100,7 +100,7 @@ def _require_bounded(name: str, settings: Mapping[str, Any]) -> int:
 
 
 def _parts(part: Any) -> Iterator[Mapping[str, Any]]:
-    """A part, or what it is made of, however deep; kinds are told by their settings, as the library does."""
+    """A part, or what it is made of, however deep; kinds are known by their settings, as the library does."""
     left = [part]
     while left:
         part = left.pop()
@@ -136,8 +136,8 @@ def _longest(charsmap: str) -> int:
     return 1  # the library will not read it either
 
 
-def _too_long(name: str, found: int, most: int) -> ModelError:
-    times = f"{found:,}" if found < 10**6 else "millions of"
+def _too_long(name: str, growth: int, most: int) -> ModelError:
+    times = f"{growth:,}" if growth < 10**6 else "millions of"
     return ModelError(
         f"{name} has a tokenizer that can make a text {times} times as long, and at most {most:,} are allowed; take "
         "the tokenizer of its base model (tokenizer.json)."

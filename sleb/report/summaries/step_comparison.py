@@ -132,7 +132,7 @@ def bars(run: Run, number: int, evidence: Comparison | None) -> Bars:
         half_widths[chosen] = 0.0
     else:
         differences = np.where(np.isfinite(evidence.differences), evidence.differences, math.nan)
-        half_widths = evidence.reach
+        half_widths = evidence.half_width
         # What left a race was scored on fewer sequences, easy or hard ones: only the difference on them compares.
         scores = np.where(left_race(step), scores[chosen] + differences, scores)
     base, base_name = _base(run.trace.baseline, before, step)

@@ -18,10 +18,10 @@ from sleb.evaluation import perplexity
 from sleb.evaluation.healing import healed_folder, healing_job, least_squares, lora
 from sleb.export.removal import streamlined
 from sleb.model.block_stack import BlockStack
-from sleb.model.loading import weights_hash
+from sleb.model.identity import weights_hash
 from sleb.records import Healing, HealSpec
 from sleb.runtime.findings_folder import of_kind
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 from tests.support import tiny
 from tests.support.families import build

@@ -60,9 +60,9 @@ def change(path: Path, **settings: Any) -> None:
         ({"num_key_value_heads": 0}, "cannot be loaded"),
         ({"head_dim": 0}, "cannot be loaded"),
         ({"hidden_act": "no\x1b[31m" * 2000}, "cannot be loaded"),
-        ({"attn_implementation": "owner/kernel"}, "attn_implementation = 'owner/kernel'.*--trust-remote-code"),
-        ({"_attn_implementation": "paged|a/b@main:run"}, "_attn_implementation = .*--trust-remote-code"),
-        ({"text_config": {"attn_implementation": {"": "kernels-community/x"}}}, "kernels-community.*--trust-remote"),
+        ({"attn_implementation": "owner/kernel"}, "attn_implementation = 'owner/kernel'.*`trust_remote_code=True`"),
+        ({"_attn_implementation": "paged|a/b@main:run"}, "_attn_implementation = .*`trust_remote_code=True`"),
+        ({"text_config": {"attn_implementation": {"": "kernels-community/x"}}}, "kernels-community.*`trust_remote"),
         ({"num_hidden_layers": "9"}, "cannot be loaded .*num_hidden_layers.*expected int"),
     ],
 )

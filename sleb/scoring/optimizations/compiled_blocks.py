@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sleb.model.block_stack import BlockStack
-from sleb.scoring.token_loss import cross_entropy, losses_by
+from sleb.scoring.scorer import Scorer
+from sleb.scoring.token_loss import Loss, cross_entropy
 
 
 class CompiledBlocks:
@@ -30,12 +31,12 @@ class CompiledBlocks:
         self.loss = _compiled_loss()
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """The blocks' `forward` and the loss are others within it."""
+    def on(self, scorer: Scorer) -> Iterator[None]:
+        """Within it the blocks have another `forward`, and the scorer another loss."""
         import torch._inductor.config as inductor
 
         # Without processes of its own: a worker that is stopped must not leave any behind.
-        with inductor.patch(compile_threads=1), losses_by(self.loss), ExitStack() as restored:
+        with inductor.patch(compile_threads=1), scorer.losses_by(self.loss), ExitStack() as restored:
             for block, forward in self.forwards:
                 block.forward = forward
                 restored.callback(vars(block).pop, "forward", None)
@@ -55,7 +56,7 @@ def _at_length(length: int, block: nn.Module, compiled: Callable[..., Any]) -> C
     return forward
 
 
-def _compiled_loss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _compiled_loss() -> Loss:
     compiled = torch.compile(cross_entropy)
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Optimizations of the blocks on this machine: which are worth trying, which gain, which are used. Knows the scorer.
+"""Which optimizations of the blocks are tried on this machine, which gain, which are used. Knows the scorer.
 
 What is faster depends on the machine, so each optimization is tried on one batch first, against the model as it
 stands. Those that gain and give the same nats stay until the end of the `with` block; then the model is as it was.
@@ -19,18 +19,17 @@ import torch
 from sleb.model.block_stack import BlockStack
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.runtime.processes.progress import duration
-from sleb.scoring.causal_attention import PiecewiseAttention
-from sleb.scoring.compiled_blocks import CompiledBlocks
-from sleb.scoring.packed_linear import PackedWeights
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.optimizations.causal_attention import PiecewiseAttention
+from sleb.scoring.optimizations.compiled_blocks import CompiledBlocks
+from sleb.scoring.optimizations.packed_linear import PackedWeights
+from sleb.scoring.scorer import Scorer
 
 log = logging.getLogger(__name__)
 
-
 Compile = Literal["auto", "yes", "no"]
 
-WORTH_TRYING = 150.0  # walks up the stack that must lie ahead: trying takes six for each way
-LEAST_GAIN = 1.03  # what a way must gain to be used
+LEAST_WALKS = 150.0  # up the stack that must lie ahead: a trial takes six for each optimization
+LEAST_GAIN = 1.03  # what an optimization must gain to be used
 COMPILE_SECONDS = 30.0  # on two cores, with nothing in the compiler's cache: 13 to 32 measured
 COMPILE_GAIN = 1.1  # assumed before it is known
 _ROUNDS = 2  # of timing, all blocks in each
@@ -49,82 +48,77 @@ _FAILURES = (
 )
 
 
-class Way(Protocol):
-    """Something that can be switched on and off again."""
+class Optimization(Protocol):
+    """A faster way through the blocks that can be switched on, and off again."""
 
     name: str
 
-    def on(self) -> AbstractContextManager[None]:
-        """The blocks run this way within it."""
+    def on(self, scorer: Scorer) -> AbstractContextManager[None]:
+        """Within it the blocks of the scorer's stack run this way, and the scorer takes its losses so."""
 
 
 @contextmanager
-def sped_up(
-    stack: BlockStack,
-    ids: np.ndarray,
-    batch_size: int,
-    ahead: float,
-    *,
-    compile: Compile = "auto",
-    known: Collection[str] | None = None,
+def optimized(
+    scorer: Scorer, ahead: float, *, compile: Compile = "auto", known: Collection[str] | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Within it the blocks run in the ways that `choose` found; yields their names. Arguments as there.
+    """Within it the scorer uses the optimizations that `choose` gives for its batches; yields their names.
 
-    With `known` names nothing is tried: a run that is resumed, and every rank, computes as the first one did.
+    `ahead` and `compile` are as there. With `known` names nothing is timed: a run that is resumed, and every rank,
+    computes as the first one did.
     """
     with ExitStack() as switched:
         if known is None:
-            ways = choose(stack, ids, batch_size, ahead, compile=compile)
+            chosen = choose(scorer.stack, scorer.ids.numpy(), scorer.batch_size, ahead, compile=compile)
         else:
-            ways = _named(stack, ids, batch_size, known)
-        for way in ways:
-            switched.enter_context(way.on())
-        yield tuple(way.name for way in ways)
+            chosen = _named(scorer, known)
+        for each in chosen:
+            switched.enter_context(each.on(scorer))
+        yield tuple(each.name for each in chosen)
 
 
 def choose(
     stack: BlockStack, ids: np.ndarray, batch_size: int, ahead: float, *, compile: Compile = "auto"
-) -> list[Way]:
-    """The ways that are faster on this machine for batches like these, to be switched on in this order.
+) -> list[Optimization]:
+    """The optimizations that gain on this machine for batches like these, to be switched on in this order.
 
     `ids` is (sequences, length): the first batch is what they are tried on. `ahead` is the work to come in block
     evaluations (`Cost.units`); where it is little, nothing is tried. `compile` "auto" compiles where that is forecast
     to pay for itself; what the compiler needs, some seconds, is spent here. Nothing that fails here stops the caller:
     what does not work is left out, with a line in the log.
     """
-    chosen: list[Way] = []
-    if stack.streamed is not None:  # each walk would read the whole model
+    chosen: list[Optimization] = []
+    if stack.streamed is not None:  # each walk would read all weights
         return []
-    with _surviving("Trying faster ways"), ExitStack() as switched:
+    with _surviving("Trying optimizations"), ExitStack() as switched:
         trial = _Trial(stack, ids, batch_size)
-        if ahead / trial.units < WORTH_TRYING and compile != "yes":
+        if ahead / trial.units < LEAST_WALKS and compile != "yes":
             return []
-        for way in _ways(stack, trial, ahead, compile):
-            if trial.gains(way):
-                switched.enter_context(way.on())
-                chosen.append(way)
+        for each in _candidates(stack, trial, ahead, compile):
+            if trial.gains(each):
+                switched.enter_context(each.on(trial.scorer))
+                chosen.append(each)
     return chosen
 
 
-def _named(stack: BlockStack, ids: np.ndarray, batch_size: int, names: Collection[str]) -> list[Way]:
-    found: list[Way] = []
+def _named(scorer: Scorer, names: Collection[str]) -> list[Optimization]:
+    available: list[Optimization] = []
     if names:
-        with _surviving("Going on with faster ways"):
-            trial = _Trial(stack, ids, batch_size)
+        with _surviving("Going on with optimizations"):
+            trial = _Trial(scorer.stack, scorer.ids.numpy(), scorer.batch_size)
             compile: Compile = "yes" if CompiledBlocks.name in names else "no"
             with ExitStack() as switched:
-                for way in _ways(stack, trial, 0.0, compile):
-                    if way.name in names and trial.runs(way):
-                        switched.enter_context(way.on())
-                        found.append(way)
-    missing = sorted({*names} - {way.name for way in found})
+                for each in _candidates(scorer.stack, trial, 0.0, compile):
+                    if each.name in names and trial.runs(each):
+                        switched.enter_context(each.on(trial.scorer))
+                        available.append(each)
+    missing = sorted({*names} - {each.name for each in available})
     if missing:
         log.warning("Not available here: %s. Scores round a little differently from here on.", ", ".join(missing))
-    return found
+    return available
 
 
-def _ways(stack: BlockStack, trial: _Trial, ahead: float, compile: Compile) -> Iterator[Way]:
-    """In this order: what is compiled is the blocks with the ways that were chosen before."""
+def _candidates(stack: BlockStack, trial: _Trial, ahead: float, compile: Compile) -> Iterator[Optimization]:
+    """The optimizations to try, in order: what is compiled is the blocks with those that were chosen before."""
     cpu, dtype = stack.device.type == "cpu", stack.model.dtype
     if cpu and dtype in (torch.bfloat16, torch.float16):  # in float32 torch's kernel is as fast
         yield PiecewiseAttention()
@@ -147,7 +141,7 @@ def compiling_pays(seconds: float) -> bool:
 
 
 class _Trial:
-    """One batch up the stack and read out, again and again: how long, and which nats."""
+    """One batch scored again and again: how long it takes, and which nats it gives."""
 
     def __init__(self, stack: BlockStack, ids: np.ndarray, batch_size: int) -> None:
         self.stack = stack
@@ -163,49 +157,51 @@ class _Trial:
 
     @property
     def units(self) -> float:
-        """What one walk takes, in block evaluations."""
+        """The work of one walk, in block evaluations."""
         return self.scorer.cost([()], len(self.sequences)).units(self.scorer.head_weight)
 
     def nats(self) -> np.ndarray:
-        """Of each sequence, under the unmodified model."""
+        """Nats of each sequence under the baseline, float64 (sequences,)."""
         return self.scorer.score([()], self.sequences)[0]
 
     def seconds(self) -> float:
-        """What one walk takes."""
+        """Seconds that one walk takes."""
         start = time.perf_counter()
         self.nats()
         return time.perf_counter() - start
 
-    def runs(self, way: Way) -> bool:
-        """Whether it works here: a compiler can be missing that was there when the run began."""
+    def runs(self, optimization: Optimization) -> bool:
+        """Whether an optimization works here: the compiler of the run's beginning can be missing."""
         done = False
-        with _surviving(f"Going on with {way.name}"), way.on():
+        with _surviving(f"Going on with {optimization.name}"), optimization.on(self.scorer):
             self.nats()
             done = True
         return done
 
-    def gains(self, way: Way) -> bool:
-        """Whether it is faster than the model as it stands, with the same nats; says so in the log."""
+    def gains(self, optimization: Optimization) -> bool:
+        """Whether an optimization is faster than the model as it stands, with the same nats; says so in the log."""
         gain = 0.0
-        with _surviving(f"Trying {way.name}"):
+        with _surviving(f"Trying {optimization.name}"):
             before, start = self.nats(), time.perf_counter()
-            with way.on():
+            with optimization.on(self.scorer):
                 difference = float(np.abs(self.nats() - before).mean()) / max(self.scorer.ids.shape[1] - 1, 1)
             first = time.perf_counter() - start
             if difference <= self.tolerance:  # NaN is not
-                gain = self._gain(way)
+                gain = self._gain(optimization)
                 used = "Using" if gain >= LEAST_GAIN else "Not using"
-                log.info("%s %s: blocks %.2f times as fast, ready in %s.", used, way.name, gain, duration(first))
+                log.info(
+                    "%s %s: blocks %.2f times as fast, ready in %s.", used, optimization.name, gain, duration(first)
+                )
             else:
-                log.warning("Not using %s: it changes a token's nats by %.3g.", way.name, difference)
+                log.warning("Not using %s: it changes a token's nats by %.3g.", optimization.name, difference)
         return gain >= LEAST_GAIN
 
     @torch.inference_mode()
-    def _gain(self, way: Way) -> float:
-        """How many times as fast a block is: the middle of many, each timed both ways in turn.
+    def _gain(self, optimization: Optimization) -> float:
+        """How many times as fast a block is: the median of many, each timed with and without in succession.
 
-        Neighbours in time, because others use the machine as well; whichever comes second finds its weights in the
-        cache, so they take turns in that, too.
+        In succession, because others use the machine as well; the second finds its weights in the cache, so the order
+        alternates.
         """
         inputs = self.stack.capture(self.ids)
         ratios = []
@@ -213,11 +209,11 @@ class _Trial:
             stream = inputs.start()
             for block in range(len(self.stack)):
                 with self.stack.resident(block):
-                    twin, seconds = stream.fork(), [0.0, 0.0]
+                    fork, seconds = stream.fork(), [0.0, 0.0]
                     for switched in (False, True) if (block + number) % 2 else (True, False):
-                        with way.on() if switched else nullcontext():
+                        with optimization.on(self.scorer) if switched else nullcontext():
                             start = self._now()
-                            self.stack.advance(block, inputs, twin if switched else stream)
+                            self.stack.advance(block, inputs, fork if switched else stream)
                             seconds[switched] = self._now() - start
                 ratios.append(seconds[False] / seconds[True])
         return statistics.median(ratios)
@@ -229,14 +225,14 @@ class _Trial:
 
 
 @contextmanager
-def _surviving(what: str) -> Iterator[None]:
+def _surviving(attempt: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
         if is_out_of_memory(error):
-            log.warning("%s: not enough memory for it.", what)
+            log.warning("%s: not enough memory for it.", attempt)
         else:
-            log.warning("%s failed (%s: %s).", what, type(error).__name__, _first_line(error))
+            log.warning("%s failed (%s: %s).", attempt, type(error).__name__, _first_line(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import MethodType
 
 import psutil
@@ -11,15 +12,9 @@ import torch
 from torch import nn
 
 from sleb.model.block_stack import BlockStack
+from sleb.scoring.scorer import Scorer
 
 _PACKED_SHARE = 0.25  # of the free memory, for packed copies of weights
-
-# oneDNN arranges a weight anew for each product. Packed once, it need not: what torch's compiler does with frozen
-# weights. The operator looks the packed copy up by where the weight lies, so that compiled code can serve all blocks.
-_PACKED: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # address of a weight -> weight (kept alive), packed
-
-_library = torch.library.Library("sleb", "FRAGMENT")
-_library.define("packed_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 
 
 def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -33,29 +28,46 @@ def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 def product(input: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`nn.functional.linear` with a packed weight."""
-    found: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, packed, bias, "none", [], "")
-    return found
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(input, packed, bias, "none", [], "")
+    return output
 
 
-def _packed_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product(input, _PACKED[weight.data_ptr()][1], bias)
+class _PackedLinear:
+    """A linear layer as an operator of torch that looks the packed copy up by where the weight lies.
+
+    oneDNN arranges a weight again for each product. Packed once, it need not: what torch's compiler does with frozen
+    weights. An operator, because compiled code calls it without looking inside, and so can serve all blocks.
+    """
+
+    def __init__(self) -> None:
+        self.packed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Weights, which keeps them alive, and their packed copies, by the address of the weight."""
+        self._library = torch.library.Library("sleb", "FRAGMENT")  # registered as long as this lives
+        self._library.define("packed_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+        self._library.impl("packed_linear", self._multiply, "CPU")
+        torch.library.register_fake("sleb::packed_linear", _shape_of_product, lib=self._library)
+
+    def _multiply(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(input, self.packed[weight.data_ptr()][1], bias)
 
 
-_library.impl("packed_linear", _packed_linear, "CPU")
+@cache
+def _operator() -> _PackedLinear:
+    """The one operator of this process: torch knows an operator by its name."""
+    return _PackedLinear()
 
 
-@torch.library.register_fake("sleb::packed_linear")
-def _(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _shape_of_product(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 def _linear_forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = torch.ops.sleb.packed_linear(input, self.weight, self.bias)
-    return found
+    output: torch.Tensor = torch.ops.sleb.packed_linear(input, self.weight, self.bias)
+    return output
 
 
 class PackedWeights:
-    """Linear layers of the blocks and of the read-out with their weights arranged once for oneDNN: bfloat16 on a CPU.
+    """Linear layers of the blocks and the LM head with their weights arranged once for oneDNN: bfloat16 on a CPU.
 
     The copies take as much memory as the weights; as many are made as fit into a quarter of what is free. Raises
     `RuntimeError` or `AttributeError` where this torch cannot.
@@ -80,9 +92,10 @@ class PackedWeights:
             self.layers.append((module, MethodType(_linear_forward, module)))
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """The layers' `forward` is another within it."""
-        _PACKED.update(self.packed)
+    def on(self, scorer: Scorer) -> Iterator[None]:
+        """Within it the layers have another `forward`."""
+        packed = _operator().packed
+        packed.update(self.packed)
         try:
             for layer, forward in self.layers:
                 layer.forward = forward  # type: ignore[method-assign]
@@ -91,7 +104,7 @@ class PackedWeights:
             for layer, _ in self.layers:
                 vars(layer).pop("forward", None)
             for address in self.packed:
-                _PACKED.pop(address, None)
+                packed.pop(address, None)
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Faster ways through the blocks: the same nats as without them, the model as it was, and nothing that fails hurts."""
+"""Optimizations: the same nats as without them, the model as it was, and nothing that fails hurts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sleb.model.block_stack import BlockStack
-from sleb.scoring.causal_attention import PiecewiseAttention, causal_attention
-from sleb.scoring.compiled_blocks import CompiledBlocks
-from sleb.scoring.packed_linear import PackedWeights
-from sleb.scoring.speedups import WORTH_TRYING, Way, _Trial, choose, compiling_pays, sped_up
-from sleb.scoring.sweep import Scorer, plain_nll
+from sleb.scoring.optimizations.causal_attention import PiecewiseAttention, causal_attention
+from sleb.scoring.optimizations.choice import LEAST_WALKS, Optimization, _Trial, choose, compiling_pays, optimized
+from sleb.scoring.optimizations.compiled_blocks import CompiledBlocks
+from sleb.scoring.optimizations.packed_linear import PackedWeights
+from sleb.scoring.plain_pass import plain_nll
+from sleb.scoring.scorer import Scorer
 from tests.support.families import build, token_ids
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -52,9 +53,9 @@ def test_families_give_the_same_nats_with_attention_in_pieces(family: str) -> No
     scorer = Scorer(stack, ids.numpy(), batch_size=2)
     before = scorer.score(skip_sets, np.arange(2))
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    way = PiecewiseAttention()
-    with way.on():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is way.attend
+    pieces = PiecewiseAttention()
+    with pieces.on(scorer):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is pieces.attend
         np.testing.assert_allclose(scorer.score(skip_sets, np.arange(2)), before, rtol=1e-5)
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa
     np.testing.assert_array_equal(scorer.score(skip_sets, np.arange(2)), before)
@@ -64,11 +65,11 @@ def test_the_attention_of_a_llama_is_replaced() -> None:
     """Else the test above would compare it with itself."""
     stack = a_stack()
     ids = token_ids(stack.model, batch=2, length=70)
-    way = PiecewiseAttention()
+    pieces = PiecewiseAttention()
     called: list[bool] = []
-    attend = way.attend
-    way.attend = lambda *args, **kwargs: called.append(True) or attend(*args, **kwargs)
-    with way.on(), torch.inference_mode():
+    attend = pieces.attend
+    pieces.attend = lambda *args, **kwargs: called.append(True) or attend(*args, **kwargs)
+    with pieces.on(Scorer(stack, ids.numpy())), torch.inference_mode():
         stack.forward(ids)
     assert len(called) == len(stack)
 
@@ -83,13 +84,13 @@ def packed() -> tuple[BlockStack, PackedWeights]:
 
 
 def test_packed_weights_give_the_same_nats_and_are_put_away(packed: tuple[BlockStack, PackedWeights]) -> None:
-    stack, way = packed
+    stack, weights = packed
     linears = [module for module in stack.model.modules() if isinstance(module, torch.nn.Linear)]
-    assert len(way.layers) == len(linears) == 4 * 7 + 1
+    assert len(weights.layers) == len(linears) == 4 * 7 + 1
     ids = token_ids(stack.model, batch=2, length=12)
     scorer = Scorer(stack, ids.numpy(), batch_size=2)
     before = scorer.score([(), (1,)], np.arange(2))
-    with way.on():
+    with weights.on(scorer):
         assert all("forward" in vars(layer) for layer in linears)
         found = scorer.score([(), (1,)], np.arange(2))
     np.testing.assert_allclose(found, before, atol=11 * 0.02)
@@ -102,19 +103,20 @@ def test_packed_weights_have_a_limit(packed: tuple[BlockStack, PackedWeights], m
     total = sum(parameter.nbytes for block in stack.blocks for parameter in block.parameters())
     free = type("Memory", (), {"available": 2 * total})  # a quarter of it is half of the blocks
     monkeypatch.setattr(
-        "sleb.scoring.packed_linear.psutil.virtual_memory", lambda: free
+        "sleb.scoring.optimizations.packed_linear.psutil.virtual_memory", lambda: free
     )  # a quarter: half of the blocks
-    way = PackedWeights(stack, 24)
-    assert 0 < sum(weight.nbytes for weight, _ in way.packed.values()) <= total / 2
-    assert 0 < len(way.layers) < 4 * 7
+    weights = PackedWeights(stack, 24)
+    assert 0 < sum(weight.nbytes for weight, _ in weights.packed.values()) <= total / 2
+    assert 0 < len(weights.layers) < 4 * 7
 
 
 def test_the_sweep_still_equals_the_plain_pass_to_the_last_bit(packed: tuple[BlockStack, PackedWeights]) -> None:
-    stack, way = packed
+    stack, weights = packed
     ids = token_ids(stack.model, batch=2, length=70)
     skip_sets = [(), (1,), (2,), (0, 3)]
-    with PiecewiseAttention().on(), way.on(), torch.inference_mode():
-        swept = Scorer(stack, ids.numpy(), batch_size=2).score(skip_sets, np.arange(2))
+    scorer = Scorer(stack, ids.numpy(), batch_size=2)
+    with PiecewiseAttention().on(scorer), weights.on(scorer), torch.inference_mode():
+        swept = scorer.score(skip_sets, np.arange(2))
         for row, skipped in zip(swept, skip_sets, strict=True):
             np.testing.assert_array_equal(row, plain_nll(stack, skipped, ids).numpy())
 
@@ -127,9 +129,9 @@ def test_compiled_blocks_give_the_same_nats() -> None:
     ids = token_ids(stack.model, batch=5, length=8)
     scorer = Scorer(stack, ids.numpy(), batch_size=3)  # and then 2
     before = scorer.score([(), (1,)], np.arange(5))
-    way = CompiledBlocks(stack, 8)
+    compiled = CompiledBlocks(stack, 8)
     counters.clear()
-    with way.on():
+    with compiled.on(scorer):
         assert all("forward" in vars(block) for block in stack.blocks)
         found = scorer.score([(), (1,)], np.arange(5))
         assert counters["stats"]["unique_graphs"] == 2, "one piece of code for all blocks and batches, one for the loss"
@@ -153,7 +155,7 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(
     before = scorer.score([(1,)], np.arange(2))
     with (
         inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
-        sped_up(stack, ids.numpy(), 2, 1e9, compile="yes") as names,
+        optimized(scorer, 1e9, compile="yes") as names,
     ):
         np.testing.assert_array_equal(scorer.score([(1,)], np.arange(2)), before)
     assert names == ()
@@ -161,23 +163,23 @@ def test_without_a_compiler_the_blocks_stay_as_they_are(
     assert not any("forward" in vars(block) for block in stack.blocks)
     with (
         inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
-        sped_up(stack, ids.numpy(), 2, 1e9, known=["compiled blocks"]) as names,
+        optimized(scorer, 1e9, known=["compiled blocks"]) as names,
     ):
         np.testing.assert_array_equal(scorer.score([(1,)], np.arange(2)), before)
     assert names == ()
     assert "Not available here: compiled blocks" in caplog.text
 
 
-def test_known_ways_are_used_again_without_being_timed() -> None:
+def test_known_optimizations_are_used_again_without_being_timed() -> None:
     stack = a_stack(dtype=torch.bfloat16)
     ids = token_ids(stack.model, batch=2, length=70).numpy()
     scorer = Scorer(stack, ids, batch_size=2)
-    with PiecewiseAttention().on():
+    with PiecewiseAttention().on(scorer):
         expected = scorer.score([(), (1,)], np.arange(2))
-    with sped_up(stack, ids, 2, 0.0, known=["attention in pieces"]) as names:
+    with optimized(scorer, 0.0, known=["attention in pieces"]) as names:
         assert names == ("attention in pieces",)
         np.testing.assert_array_equal(scorer.score([(), (1,)], np.arange(2)), expected)
-    with sped_up(stack, ids, 2, 1e9, known=()) as names:
+    with optimized(scorer, 1e9, known=()) as names:
         assert names == ()
 
 
@@ -192,14 +194,14 @@ def test_blocks_with_hooks_in_their_place_are_not_compiled(caplog: pytest.LogCap
     assert stack.blocks[1].forward is hook
 
 
-def test_little_work_is_not_worth_trying_anything(caplog: pytest.LogCaptureFixture) -> None:
+def test_with_little_work_ahead_nothing_is_tried(caplog: pytest.LogCaptureFixture) -> None:
     stack = a_stack(dtype=torch.bfloat16)
     ids = token_ids(stack.model).numpy()
     walk = 2 * (len(stack) + Scorer(stack, ids).head_weight)
     with caplog.at_level("INFO"):
-        assert choose(stack, ids, 2, 0.9 * WORTH_TRYING * walk) == []
+        assert choose(stack, ids, 2, 0.9 * LEAST_WALKS * walk) == []
         assert not caplog.text
-        choose(stack, ids, 2, 1.1 * WORTH_TRYING * walk)
+        choose(stack, ids, 2, 1.1 * LEAST_WALKS * walk)
     assert "attention in pieces" in caplog.text  # used or not
 
 
@@ -217,7 +219,7 @@ class Wrong:
         self.stack = stack
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self, scorer: Scorer) -> Iterator[None]:
         handle = self.stack.blocks[1].register_forward_hook(lambda _module, _args, output: output * 1.5)
         yield
         handle.remove()
@@ -227,7 +229,7 @@ class Failing(Wrong):
     """Blocks that cannot be run."""
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self, scorer: Scorer) -> Iterator[None]:
         def fail(*_: object) -> None:
             raise RuntimeError("on purpose")
 
@@ -238,13 +240,15 @@ class Failing(Wrong):
             handle.remove()
 
 
-@pytest.mark.parametrize(("way", "said"), [(Wrong, "changes a token's nats"), (Failing, "RuntimeError: on purpose")])
-def test_what_is_wrong_or_fails_is_left_out(way: type[Wrong], said: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Wrong, "changes a token's nats"), (Failing, "RuntimeError: on purpose")]
+)
+def test_what_is_wrong_or_fails_is_left_out(kind: type[Wrong], message: str, caplog: pytest.LogCaptureFixture) -> None:
     stack = a_stack()
     ids = token_ids(stack.model)
     trial = _Trial(stack, ids.numpy(), 2)
     before = trial.nats()
-    tried: Way = way(stack)
+    tried: Optimization = kind(stack)
     assert not trial.gains(tried)
-    assert said in caplog.text
+    assert message in caplog.text
     np.testing.assert_array_equal(trial.nats(), before)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from sleb.scoring.scorer import Scorer
+
 
 class PiecewiseAttention:
     """Causal attention over whole sequences by matrix products, some rows at a time, in place of torch's CPU kernel.
 
-    For models whose attention is transformers' `sdpa`. Masked attention and whatever else it does stays as it was.
+    For models whose attention is transformers' `sdpa`, whose masked attention and everything else stays as it was.
     """
 
     name = "attention in pieces"
@@ -25,11 +27,11 @@ class PiecewiseAttention:
 
         self.functions = ALL_ATTENTION_FUNCTIONS
         self.before = self.functions["sdpa"]
-        self.attend = _piecewise(self.before)  # one object: compiled code is made anew for another
+        self.attend = _piecewise(self.before)  # one object: code is compiled again for another
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Transformers looks its attention up in one table, at each call."""
+    def on(self, scorer: Scorer) -> Iterator[None]:
+        """Within it transformers, which looks its attention up in one table at each call, has another entry there."""
         self.functions["sdpa"] = self.attend
         try:
             yield
@@ -60,7 +62,7 @@ def _piecewise(sdpa: Callable[..., Any]) -> Callable[..., Any]:
         known = query.device.type == "cpu" and all(kwargs.get(name) is None for name in special)
         if plain and same and known:
             return causal_attention(query, key, value, scaling), None
-        found: tuple[torch.Tensor, Any] = sdpa(
+        result: tuple[torch.Tensor, Any] = sdpa(
             module,
             query,
             key,
@@ -71,7 +73,7 @@ def _piecewise(sdpa: Callable[..., Any]) -> Callable[..., Any]:
             is_causal=is_causal,
             **kwargs,
         )
-        return found
+        return result
 
     return attend
 
@@ -97,6 +99,6 @@ def causal_attention(
         some = query[:, :, :, start:stop].reshape(batch * shared, -1, size)
         scores = torch.bmm(some, key[:, :stop].transpose(1, 2))  # (batch x shared, group x rows, stop)
         scores.view(batch * shared, group, stop - start, stop)[..., start:] += future[: stop - start, : stop - start]
-        found = torch.bmm(scores.softmax(dim=-1), value[:, :stop])
-        pieces.append(found.view(batch, shared, group, stop - start, -1))
+        output = torch.bmm(scores.softmax(dim=-1), value[:, :stop])
+        pieces.append(output.view(batch, shared, group, stop - start, -1))
     return torch.cat(pieces, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
