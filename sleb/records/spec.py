@@ -108,8 +108,8 @@ class RunSpec(Record):
             "Method",
             "metric3 is SLEB; the others are what the paper compares it with.",
             BLOCKS,
-            details="Metric3 scores all blocks again after each removal (paper, Algorithm 1). The others take less time "
-            "and choose worse (Figures 4 and 7).",
+            details="Metric3 scores all blocks again after each removal (paper, Algorithm 1). The others take less "
+            "time and choose worse (Figures 4 and 7).",
             search_only=True,
         ),
     ] = Method.METRIC3
@@ -142,7 +142,7 @@ class RunSpec(Record):
         tuple[int, ...] | None,
         Option(
             "Protected blocks",
-            "Blocks never removed; '' for none.",
+            "Blocks never removed, or none.",
             BLOCKS,
             name="protect",
             details="Early exit and best chunk protect none by themselves.",
