@@ -265,8 +265,7 @@ def heal(
 
     `settings` are those of `HealSpec` (source, rank, epochs, ...), and device, dtype and the like as for `evaluate`.
     With how="linear" the cuts are repaired by a least-squares refit without training, with "both" before it.
-    `out` is a folder for the healed model, or for its adapter
-    with `adapter=True`.
+    `out` is a folder for the healed model, or for its adapter with `adapter=True`.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:

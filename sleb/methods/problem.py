@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from sleb.errors import OptionError
-from sleb.records import Method, Step
+from sleb.records import Method, RunSpec, Step
 from sleb.scoring.sweep_plan import SkipSet
 
 Score = Callable[[Sequence[SkipSet], np.ndarray], np.ndarray]
@@ -61,6 +61,21 @@ class Decision:
     """Which of the scores were taken, where candidates left a race; None is all of them."""
 
 
+def protected_blocks(spec: RunSpec, num_blocks: int) -> tuple[int, ...]:
+    """Blocks that are never candidates, ascending. Raises `OptionError` for one that the model does not have."""
+    protected = spec.protected
+    if protected is None:
+        protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
+    _require_within("protect", protected, num_blocks)
+    return tuple(sorted(set(protected)))
+
+
+def _require_within(option: str, blocks: Sequence[int], num_blocks: int) -> None:
+    outside = next((block for block in blocks if not 0 <= block < num_blocks), None)
+    if outside is not None:
+        raise OptionError(f"`{option}` names block {outside}; the model has blocks 0 to {num_blocks - 1}.")
+
+
 def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ratio: float | None) -> int:
     """How many blocks to remove. A ratio is rounded up, as in the paper (4.1). Raises `OptionError` out of range."""
     if num_remove is not None:
@@ -70,11 +85,11 @@ def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ra
     else:
         wanted = min(available, num_blocks - 1)
     if available == 0:
-        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten --protect.")
+        raise OptionError(f"All {num_blocks} blocks are protected: nothing can be removed. Shorten `protect`.")
     if not 1 <= wanted <= min(available, num_blocks - 1):
         raise OptionError(
             f"Asked to remove {wanted} of {num_blocks} blocks; {min(available, num_blocks - 1)} may be removed "
-            f"({num_blocks - available} protected, at least one must stay). Lower --remove or --ratio."
+            f"({num_blocks - available} protected, at least one must stay). Lower `remove` or `ratio`."
         )
     return wanted
 
@@ -87,11 +102,11 @@ def require_possible(method: Method, num_blocks: int, num_remove: int, protected
         if hit:
             raise OptionError(
                 f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Use --protect '' to free it, or --remove fewer."
+                "Use `protect=none` to free it, or a lower `remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(
-            f"No {num_remove} neighbouring blocks are all unprotected. Shorten --protect, or --remove fewer."
+            f"No {num_remove} neighbouring blocks are all unprotected. Shorten `protect`, or lower `remove`."
         )
 
 
