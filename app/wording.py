@@ -10,7 +10,8 @@ from app import data
 from sleb.errors import respelled
 from sleb.formats.findings_tables import NO_NUMBER
 from sleb.formats.list_formats import display_name
-from sleb.records import Baseline, JobState, Measured, Run, RunSpec, Step
+from sleb.records import Baseline, JobSpec, JobState, Measured, Run, RunSpec, Step
+from sleb.records.options import settings_of
 from sleb.report.figures import style
 from sleb.runtime.processes import progress
 from sleb.runtime.run_index import Outline, Standing
@@ -49,23 +50,24 @@ def _escaped(text: str) -> str:
 
 
 def in_fields(error: object) -> str:
-    """A sentence for a page, where settings are fields; those of the server are its options."""
+    """A sentence for a page, which calls settings as the form does; those of the server are its options."""
     return respelled(str(error), _field)
 
 
 def _field(name: str, value: str | None) -> str:
     if name in _SERVER_OPTIONS:
         return f"--{name.replace('_', '-')}"
-    words = name.replace("_", " ")
-    return words if value is None else f"{words} {value}"
+    settings = (*settings_of(RunSpec), *settings_of(JobSpec))
+    label = next((f"“{each.option.label}”" for each in settings if each.name == name), name.replace("_", " "))
+    return label if value is None else f"{label} {value}"
 
 
 def run_label(run: Outline) -> str:
-    """One line that tells runs apart."""
-    name, what = model_name(run.spec).rpartition("/")[2], method_name(run.spec)
+    """One line that names a run and no other."""
+    name, method = model_name(run.spec).rpartition("/")[2], method_name(run.spec)
     if data.is_sample(run):
-        return f"Sample: {name}, {what}"
-    return f"{name}, {what}, {len(run.removal_list)} removed ({run.run_id})"
+        return f"Sample: {name}, {method}"
+    return f"{name}, {method}, {len(run.removal_list)} removed ({run.run_id})"
 
 
 def model_name(spec: RunSpec) -> str:
@@ -103,7 +105,7 @@ def perplexity(measured: Measured) -> str:
 
 
 def share_of_parameters(run: Run) -> float:
-    """The removed blocks' share of the parameters of the whole model."""
+    """The removed blocks' share of the baseline's parameters."""
     if run.stack is None:
         return 0.0
     return 1 - run.stack.parameters_without(run.removal_list) / run.stack.total_parameters

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from sleb import specs
 from sleb.errors import OptionError
 from sleb.evaluation.request import RunOrModel, answers, ask_of, job_of, lists_of, subject_run, text_name
-from sleb.execution import as_before, execute, is_finished, start
+from sleb.execution import execute, is_finished, resuming_job, start
 from sleb.export import finished_exports
 from sleb.records import (
     BenchmarkSpec,
@@ -19,7 +19,6 @@ from sleb.records import (
     GenerateSpec,
     HealSpec,
     JobSpec,
-    Method,
     Permissions,
     Proof,
     QuantizeSpec,
@@ -28,125 +27,56 @@ from sleb.records import (
 from sleb.runtime import files, findings_folder, run_folder
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Watcher
-from sleb.specs import job_spec, run_spec, validated
+from sleb.specs import JobOptions, RunOptions, SearchOptions, job_spec, validated, with_options
 
 
+@with_options(RunOptions, JobOptions)
 def search(
-    model: str,
+    model: str | PathLike[str],
     *,
-    remove: int | None = None,
-    ratio: float | None = None,
-    method: str | Method = Method.METRIC3,
-    calibration: str | None = None,
-    sequences: int | None = None,
-    sequence_length: int | None = None,
-    held_out: int | None = None,
-    sampling: Literal["random", "first"] = "random",
-    seed: int = 0,
-    protect: Sequence[int] | None = None,
-    until_perplexity: float | None = None,
-    confidence: float = 0.95,
-    objective: Literal["nll", "kl"] = "nll",
-    search: Literal["auto", "full", "race"] = "auto",
-    refine: Literal["none", "swap"] = "none",
-    bos: Literal["auto", "yes", "no"] = "auto",
-    chat: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    batch_size: int | None = None,
-    processes: int = 1,
-    memory_budget: int | None = None,
-    speedups: Literal["auto", "off"] = "auto",
-    revision: str | None = None,
-    analysis: bool = True,
     run_dir: str | PathLike[str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
+    **options: Unpack[SearchOptions],
 ) -> Run:
     """Search for the blocks a model can lose, in this process, and return the finished run.
 
     Args:
         model: a Hugging Face name, a local folder, a `.gguf` file, or `"demo"`.
-        remove: how many blocks; or `ratio`, a share rounded up. Default: the paper's 0.2 (demo: 0.1).
-        method: `metric3` (SLEB), `metric2`, `metric1`, `early-exit` or `best-chunk`.
-        calibration: `wikitext2`, `c4`, `wikitext2-rows`, `demo`, a local `.txt`, `.jsonl` or `.parquet` file
-            (`file.jsonl:column`), or a hub data set `name:config:split:column`.
-        sequences, sequence_length: windows of so many tokens. Default: 128 of 2048 (demo: 16 of 256).
-        held_out: sequences that take no part in any choice. Default: a quarter of `sequences`.
-        protect: blocks that are never removed. Default: the first and the last one (none for early exit and
-            best chunk).
-        until_perplexity: stop before the held-out perplexity rises by more than this share (0.1 is 10 %).
-        confidence: of the interval by which candidates are told apart or called tied, and of a race in each step.
-        objective: `nll`, of the text (the paper), or `kl`, the divergence from the unmodified model's predictions.
-        search: `race` drops candidates once they cannot win, `full` scores all on everything; `auto` races from 32
-            sequences on.
-        refine: `swap` goes on after the last removal of `metric3`: one block back and another out, as long as that
-            lowers the score beyond its error.
-        device, batch_size: how, not what: they do not belong to the run.
-        processes: on this machine, each with a share of the sequences, one GPU each where there are any.
-        memory_budget: bytes for weights and hidden states; blocks that do not fit are read from disk as needed.
-        speedups: in long searches, whether faster ways through the blocks are tried (they round differently).
         run_dir: a new folder for the run. Default: one under `SLEB_HOME`.
+        options: those of the run, and of the job that executes it, which does not belong to the run. Blocks are lists
+            of indices, shares are numbers (0.1 is 10 %), and sizes are bytes.
 
     Raises:
         SlebError: with one sentence that says what was found, what was needed and what to do. The run folder keeps
             what was finished; `resume` goes on from there.
     """
-    spec = run_spec(
-        model,
-        remove=remove,
-        ratio=ratio,
-        method=method,
-        calibration=calibration,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        held_out=held_out,
-        sampling=sampling,
-        seed=seed,
-        protect=protect,
-        until_perplexity=until_perplexity,
-        confidence=confidence,
-        objective=objective,
-        search=search,
-        refine=refine,
-        bos=bos,
-        chat=chat,
-        dtype=dtype,
-        revision=revision,
-        analysis=analysis,
-    )
-    job = job_spec("search", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups)
-    return start(spec, job, run_dir, watcher)
+    spec = specs.run_spec(model, **specs.run_options(options))
+    permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    return start(spec, job_spec("search", **specs.job_options(options), **permitted), run_dir, watcher)
 
 
+@with_options(RunOptions, JobOptions, search=False)
 def analyze(
-    model: str,
+    model: str | PathLike[str],
     *,
-    device: str = "auto",
-    batch_size: int | None = None,
-    processes: int = 1,
-    memory_budget: int | None = None,
     run_dir: str | PathLike[str] | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     watcher: Watcher | None = None,
-    **options: Any,
+    **options: Unpack[SearchOptions],
 ) -> Run:
-    """The two analyses alone: block output similarity and prediction alignment. Options as for `search`."""
-    spec = run_spec(model, kind="analyze", **options)
-    job = job_spec("analyze", device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget)
-    return start(spec, job, run_dir, watcher)
+    """Analyse a model without a search: block output similarity and prediction alignment."""
+    spec = specs.run_spec(model, kind="analyze", **specs.run_options(options))
+    permitted = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    return start(spec, job_spec("analyze", **specs.job_options(options), **permitted), run_dir, watcher)
 
 
+@with_options(JobOptions)
 def resume(
     run: str | PathLike[str] | Run,
     *,
-    device: str = "auto",
-    batch_size: int | None = None,
-    processes: int | None = None,
-    memory_budget: int | None = None,
-    speedups: Literal["auto", "off"] = "auto",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     trust_paths: bool = False,
@@ -154,6 +84,7 @@ def resume(
     replace: bool = False,
     task_folder: str | PathLike[str] | None = None,
     watcher: Watcher | None = None,
+    **options: Unpack[JobOptions],
 ) -> Run:
     """Go on after the last finished step, or with a stopped evaluation; a finished run is returned as it is.
 
@@ -161,28 +92,18 @@ def resume(
     asked to be allowed is given again (`out`, `replace`, `task_folder`, code and pickles), and `trust_paths` confirms
     the model and texts that a run folder from elsewhere names. Raises `NotPermitted` or `UnconfirmedNames` without.
     """
-    found = _found(run)
-    run_folder.refuse_sample(found.run_dir)
-    allowed = Permissions(
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        trust_paths=trust_paths,
-        out=specs.path_name(out),
-        replace=replace,
-        task_folder=specs.path_name(task_folder),
-    )
-    run_folder.tidy(found.run_dir)
-    if is_finished(found):
-        unanswered = job_processes.unanswered(found)
+    resumed = _loaded(run)
+    run_folder.refuse_sample(resumed.run_dir)
+    allowed = specs.permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
+    run_folder.tidy(resumed.run_dir)
+    if is_finished(resumed):
+        unanswered = job_processes.unanswered(resumed)
         if unanswered is None:
-            return found
+            return resumed
         job_processes.require_allowed(unanswered, allowed)
-        return execute(found, unanswered.spec, watcher, allowed)
-    processes, memory_budget = as_before(found, processes, memory_budget)
-    job = job_spec(
-        found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
-    )
-    return execute(found, job, watcher, allowed)
+        return execute(resumed, unanswered.spec, watcher, allowed)
+    job = resuming_job(resumed, options, allow_pickle, trust_remote_code)
+    return execute(resumed, job, watcher, allowed)
 
 
 def export_model(
@@ -208,15 +129,15 @@ def export_model(
     `trust_paths` confirms the model that a run folder from elsewhere names. Raises `ExportError` where the architecture
     cannot express the removal, or the proof fails.
     """
-    found = _found(run)
+    exported = _loaded(run)
     job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
     folder = str(files.expanded(Path(out)).absolute())
     if gguf is not None and format != "gguf":
-        raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
+        raise OptionError("`gguf` names the file that `format=gguf` cuts; add that, or leave it out.")
     source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
-    what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
-    job = validated(JobSpec, job.model_dump() | what)
-    done = execute(found, job, watcher, Permissions.of(job, trust_paths=trust_paths))
+    settings = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
+    job = validated(JobSpec, job.model_dump() | settings)
+    done = execute(exported, job, watcher, Permissions.of(job, trust_paths=trust_paths))
     return finished_exports.read_proof(done)
 
 
@@ -230,7 +151,7 @@ def runs() -> list[Run]:
     return [job_processes.watched(run) for run in run_folder.list_runs() if isinstance(run, Run)]
 
 
-def _found(run: str | PathLike[str] | Run) -> Run:
+def _loaded(run: str | PathLike[str] | Run) -> Run:
     return run_folder.load(run.run_dir if isinstance(run, Run) else run)
 
 
@@ -248,7 +169,7 @@ def evaluate(
     window: int = 2048,
     bos: str = "no",
     watcher: Watcher | None = None,
-    **how: Any,
+    **options: Any,
 ) -> list[Finding]:
     """Perplexity by the published protocols, and accuracy by lm-eval, of the baseline and of removal lists.
 
@@ -259,15 +180,15 @@ def evaluate(
         perplexity: `wikitext2`, `c4`, or files (`.raw` as WikiText rows, `.jsonl` as documents, others as one text).
         tasks: of lm-eval, by name; `task_folder` adds some in lm-eval's own YAML. `shots` in the prompt.
         limit: at most so many windows of each text and examples of each task: an estimate.
-        how: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
+        options: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
             `revision`, `run_dir`; `trust_paths` for a run folder from elsewhere, whose model is not read without.
 
-    Returns what answers the question, whether it was known already or found now. Raises `SlebError`.
+    Returns what answers the question, whether it was known before or is measured now. Raises `SlebError`.
     """
     folder = specs.path_name(task_folder)
     settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
     ask = dict(settings, texts=tuple(text_name(name) for name in perplexity))
-    return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
+    return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, options)
 
 
 def benchmark(
@@ -282,7 +203,7 @@ def benchmark(
     generation_prompt: int = 64,
     prompt_repetitions: int = 50,
     generation_repetitions: int = 10,
-    **how: Any,
+    **options: Any,
 ) -> list[Finding]:
     """Seconds of prompt processing and token generation, baseline and lists in turn (paper, Appendix B.5).
 
@@ -296,7 +217,7 @@ def benchmark(
         prompt_repetitions=prompt_repetitions,
         generation_repetitions=generation_repetitions,
     )
-    return _judged(BenchmarkSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
+    return _judged(BenchmarkSpec, ask, subject, removal_list, steps, all_steps, watcher, options)
 
 
 def quantize(
@@ -312,7 +233,7 @@ def quantize(
     out: str | PathLike[str] | None = None,
     replace: bool = False,
     watcher: Watcher | None = None,
-    **how: Any,
+    **options: Any,
 ) -> list[Finding]:
     """Perplexity before and after weight-only quantisation, of the baseline and of a list (paper, Figures 10 to 12).
 
@@ -327,7 +248,7 @@ def quantize(
         out=specs.path_name(out),
         replace=replace,
     )
-    return _judged(QuantizeSpec, ask, subject, removal_list, steps, False, watcher, how)
+    return _judged(QuantizeSpec, ask, subject, removal_list, steps, False, watcher, options)
 
 
 def heal(
@@ -342,9 +263,9 @@ def heal(
 ) -> list[Finding]:
     """Perplexity before and after low-rank adapters were trained on the streamlined model (paper, Table 13).
 
-    `settings` are those of `HealSpec` (source, rank, epochs, ...; how="linear" mends without training, "both" before
-    it), and device, dtype and the like as for `evaluate`. `out` is a folder for the healed model, or for its adapter
-    with `adapter=True`.
+    `settings` are those of `HealSpec` (source, rank, epochs, ...), and device, dtype and the like as for `evaluate`.
+    With how="linear" the cuts are repaired by a least-squares refit without training, with "both" before it.
+    `out` is a folder for the healed model, or for its adapter with `adapter=True`.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
     if "source" in own:
@@ -363,16 +284,16 @@ def generate(
     tokens: int = 64,
     chat: bool = False,
     watcher: Watcher | None = None,
-    **how: Any,
+    **options: Any,
 ) -> list[Finding]:
-    """What the baseline and the lists say to a prompt, greedily, and where their predictions part."""
+    """Continue a prompt greedily with the baseline and with the lists, and compare their predictions."""
     ask = dict(prompt=prompt, tokens=tokens, chat=chat)
-    return _judged(GenerateSpec, ask, subject, removal_list, steps, all_steps, watcher, how)
+    return _judged(GenerateSpec, ask, subject, removal_list, steps, all_steps, watcher, options)
 
 
 def findings_of(run: str | PathLike[str] | Run) -> list[Finding]:
-    """Everything that was ever found about a run's lists, oldest first."""
-    return findings_folder.findings(run_folder.load(run.run_dir if isinstance(run, Run) else run).run_dir)
+    """All findings about a run's lists, oldest first."""
+    return findings_folder.findings(_loaded(run).run_dir)
 
 
 def _judged(
@@ -383,12 +304,12 @@ def _judged(
     steps: int | None,
     all_steps: bool,
     watcher: Watcher | None,
-    how: dict[str, Any],
+    options: dict[str, Any],
 ) -> list[Finding]:
     ask_of(record, **settings)  # refused before a run is made
-    trust_paths = how.pop("trust_paths", False)
-    own = {name: how.pop(name) for name in ("dtype", "revision", "run_dir") if name in how}
+    trust_paths = options.pop("trust_paths", False)
+    own = {name: options.pop(name) for name in ("dtype", "revision", "run_dir") if name in options}
     run = subject_run(subject, removal_list, **own)
     lists = lists_of(run, removal_list, steps, all_steps)
-    job = job_of(ask_of(record, lists=lists, **settings), **how)
+    job = job_of(ask_of(record, lists=lists, **settings), **options)
     return answers(execute(run, job, watcher, Permissions.of(job, trust_paths=trust_paths)))

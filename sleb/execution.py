@@ -14,7 +14,7 @@ from sleb.records import Forecast, JobSpec, JobState, Permissions, Run, RunSpec
 from sleb.runtime import job_folder, origin, run_folder
 from sleb.runtime.processes import distributed, job_processes
 from sleb.runtime.processes.progress import WaitingWatcher, Watcher
-from sleb.specs import job_spec
+from sleb.specs import JobOptions, job_spec
 
 
 def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
@@ -24,6 +24,13 @@ def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tup
     if last is None:
         return processes or 1, memory_budget
     return processes or last.processes, last.memory_budget if memory_budget is None else memory_budget
+
+
+def resuming_job(run: Run, options: JobOptions, allow_pickle: bool, trust_remote_code: bool) -> JobSpec:
+    """A job that goes on with a run: as its last try here, but for the options that are given."""
+    processes, memory_budget = as_before(run, options.get("processes"), options.get("memory_budget"))
+    given = options | {"processes": processes, "memory_budget": memory_budget}
+    return job_spec(run.spec.kind, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, **given)
 
 
 def start(
@@ -99,7 +106,7 @@ def _require_model(job_dir: Path) -> None:
 
 
 def _assist(job_dir: Path, permissions: Permissions) -> None:
-    """One of several processes, but not the first: it begins when that one has its turn."""
+    """Work as one of several processes, but not the first: begin when that one has the device."""
     distributed.die_with_the_first()
     while (job := job_folder.load_job(job_dir)).status.state is JobState.QUEUED:
         time.sleep(0.2)

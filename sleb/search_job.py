@@ -22,7 +22,7 @@ from sleb.errors import (
     model_without,
 )
 from sleb.methods.cost_forecast import cost_of_search
-from sleb.methods.problem import Decision, Problem, Score, number_to_remove, require_possible
+from sleb.methods.problem import Decision, Problem, Score, number_to_remove, protected_blocks, require_possible
 from sleb.methods.statistics import mean_and_error
 from sleb.methods.strategies import baseline, search
 from sleb.model.block_stack import BlockStack
@@ -109,13 +109,8 @@ class Session:
             require_same_scoring(self.run)
             return self.run.stack
         count = len(self.stack)
-        asked = self.spec.protected
-        if asked is None:
-            asked = (0, count - 1) if self.spec.method.protects_ends else ()
-        outside = [block for block in asked if not 0 <= block < count]
-        if outside:
-            raise OptionError(f"--protect names block {outside[0]}; the model has blocks 0 to {count - 1}.")
-        candidates = [block for block in range(count) if block not in asked]
+        kept = protected_blocks(self.spec, count)
+        candidates = [block for block in range(count) if block not in kept]
         removing = self.spec.kind == "search"
         if removing:
             number_to_remove(count, len(candidates), self.spec.num_remove, self.spec.ratio)
@@ -128,7 +123,7 @@ class Session:
             )
         if check.reason:
             log.warning("Scoring the plain way: %s.", check.reason)
-        protected = tuple(sorted({*asked, *check.protected}))
+        protected = tuple(sorted({*kept, *check.protected}))
         for block, reason in check.protected.items():
             log.warning("Block %d is protected: %s.", block, reason)
         available = count - len(protected)

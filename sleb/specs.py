@@ -1,105 +1,164 @@
-"""Arguments -> specs: what is asked and how, with the defaults of the paper or of the demo. Imports no torch."""
+"""Arguments -> specs: what is asked and how, with the defaults of the paper or of the demo. Imports no torch.
+
+The options are those that the fields of the records describe (`records/options.py`). `RunOptions` and `JobOptions`
+list their names and types once more, because type checkers and editors read no other; a test compares them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, get_type_hints
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from sleb.errors import OptionError, quoted
-from sleb.records import CalibrationSpec, JobKind, JobSpec, Method, Record, RunSpec
+from sleb.records import JobKind, JobSpec, Method, Permissions, Record, RunSpec
+from sleb.records.options import Setting, settings_of
 from sleb.runtime import files
 
 R = TypeVar("R", bound=Record)
-
-PAPER_SEQUENCES = 128
-PAPER_SEQUENCE_LENGTH = 2048
-PAPER_RATIO = 0.2
-DEMO_SEQUENCES = 16
-DEMO_SEQUENCE_LENGTH = 256
-DEMO_RATIO = 0.1
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+class RunOptions(TypedDict, total=False):
+    """Options of a run; what each is, its fields say (`RunSpec`, `CalibrationSpec`)."""
+
+    calibration: str | PathLike[str] | None
+    sequences: int | None
+    sequence_length: int | None
+    held_out: int | None
+    sampling: Literal["random", "first"]
+    bos: Literal["auto", "yes", "no"]
+    chat: bool
+    seed: int
+    remove: int | None
+    ratio: float | None
+    method: str | Method
+    until_perplexity: float | None
+    protect: Sequence[int] | None
+    objective: Literal["nll", "kl"]
+    search: Literal["auto", "full", "race"]
+    refine: Literal["none", "swap"]
+    confidence: float
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    revision: str | None
+    analysis: bool
+
+
+class JobOptions(TypedDict, total=False):
+    """Options of the job that executes a run; what each is, its fields say (`JobSpec`)."""
+
+    device: str
+    batch_size: int | None
+    processes: int | None
+    memory_budget: int | None
+    speedups: Literal["auto", "off"]
+
+
+class SearchOptions(RunOptions, JobOptions, total=False):
+    """All options of a search: of the run and of its job."""
+
+
+def with_options(*kinds: type[RunOptions | JobOptions], search: bool = True) -> Callable[[F], F]:
+    """Give a function that takes `**options` a signature and a docstring that name each, for tooltips and `help`."""
+    records: dict[type, type[Record]] = {RunOptions: RunSpec, JobOptions: JobSpec}
+
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        given, lines = [], []
+        for kind in kinds:
+            hints = get_type_hints(kind)
+            for setting in settings_of(records[kind], search=search):
+                default = None if setting.depends else setting.default
+                given.append(
+                    inspect.Parameter(
+                        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[setting.name]
+                    )
+                )
+                lines.append(_described(setting))
+        positional = [each for each in own if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+        rest = [each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY]
+        function.__signature__ = signature.replace(parameters=[*positional, *given, *rest])  # type: ignore[attr-defined]
+        function.__doc__ = inspect.cleandoc(function.__doc__ or "") + "\n\nOptions:\n" + "\n".join(lines)
+        return function
+
+    return decorate
+
+
+def _described(setting: Setting) -> str:
+    """A setting in the docstring of a function."""
+    default = f" Default: {setting.default_in_words}." if setting.depends and setting.default_in_words else ""
+    sentence = f"{setting.name}: {setting.option.help}{default}"
+    return textwrap.fill(sentence, 110, initial_indent="    ", subsequent_indent="        ")
+
+
+def run_options(options: SearchOptions) -> RunOptions:
+    """Those options of a search that are the run's, and names that no option has: the run refuses them."""
+    own = {name: value for name, value in options.items() if name not in JobOptions.__annotations__}
+    return cast("RunOptions", own)
+
+
+def job_options(options: SearchOptions) -> JobOptions:
+    """Those options of a search that are the job's."""
+    return cast("JobOptions", {name: value for name, value in options.items() if name in JobOptions.__annotations__})
+
+
+@with_options(RunOptions)
 def run_spec(
-    model: str,
+    model: str | PathLike[str],
     *,
     kind: Literal["search", "analyze", "evaluate"] = "search",
-    remove: int | None = None,
-    ratio: float | None = None,
-    method: str | Method = Method.METRIC3,
-    calibration: str | None = None,
-    sequences: int | None = None,
-    sequence_length: int | None = None,
-    held_out: int | None = None,
-    sampling: Literal["random", "first"] = "random",
-    seed: int = 0,
-    protect: Sequence[int] | None = None,
-    until_perplexity: float | None = None,
-    confidence: float = 0.95,
-    objective: Literal["nll", "kl"] = "nll",
-    search: Literal["auto", "full", "race"] = "auto",
-    refine: Literal["none", "swap"] = "none",
-    bos: Literal["auto", "yes", "no"] = "auto",
-    chat: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    revision: str | None = None,
-    analysis: bool = True,
+    **options: Unpack[RunOptions],
 ) -> RunSpec:
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
         raise OptionError(f"There is no run of kind {quoted(kind)}; search and analyze are the two.")
-    model, calibration = text("model", model), None if calibration is None else text("calibration", calibration)
-    is_demo = model == "demo"
-    if remove is None and ratio is None and until_perplexity is None:
-        ratio = DEMO_RATIO if is_demo else PAPER_RATIO
+    model = text("model", model)
     if not model.strip():
         raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
-    given: object = protect
-    if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
-        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
-    protect = None if protect is None else tuple(protect)
-    if protect is not None and not all(isinstance(block, int) for block in protect):
-        raise OptionError(f"protect takes a list of block indices such as [0, 29]; found {quoted(given)}.")
-    if protect is not None and len(set(protect)) != len(protect):
-        raise OptionError(f"--protect names a block twice: {', '.join(map(str, protect))}.")
-    names = [each.value for each in Method]
-    if str(method) not in names:
-        raise OptionError(f"There is no method {quoted(str(method))}; use one of {', '.join(names)}.")
-    try:
-        made = RunSpec(
-            kind=kind,
-            model=absolute(model),
-            revision=revision,
-            dtype=dtype,
-            calibration=CalibrationSpec(
-                source=absolute(calibration or ("demo" if is_demo else "wikitext2")),
-                sequences=_default(sequences, DEMO_SEQUENCES if is_demo else PAPER_SEQUENCES),
-                sequence_length=_default(sequence_length, DEMO_SEQUENCE_LENGTH if is_demo else PAPER_SEQUENCE_LENGTH),
-                sampling=sampling,
-                bos=bos,
-                chat=chat,
-            ),
-            held_out=held_out,
-            method=Method(method),
-            num_remove=remove,
-            ratio=ratio,
-            protected=protect,
-            until_perplexity=until_perplexity,
-            confidence=confidence,
-            objective=objective,
-            search=search,
-            refine=refine,
-            seed=seed,
-            analysis=analysis,
-        )
-    except ValidationError as error:
-        raise OptionError(sentence(error)) from error
-    return writable(made)
+    given: dict[str, Any] = dict(options)
+    settings = {each.name: each for each in settings_of(RunSpec)}
+    if unknown := sorted(set(given) - set(settings)):
+        raise TypeError(f"run_spec() got an unexpected keyword argument {unknown[0]!r}")
+    fields: dict[str, Any] = {"kind": kind, "model": absolute(model)}
+    is_limited = any(given.get(name) is not None for name in ("remove", "ratio", "until_perplexity"))
+    for name, setting in settings.items():
+        value = given.get(name)
+        if name not in given or (value is None and setting.depends):
+            value = setting.usual(demo=model == "demo")
+        if name == "ratio" and is_limited:
+            value = given.get(name)
+        _put(fields, setting.path, _plain(setting, value))
+    return validated(RunSpec, fields)
+
+
+def _plain(setting: Setting, value: Any) -> Any:
+    """A value as its field takes it. Raises `OptionError` for what cannot be one."""
+    if value is None:
+        return None
+    if setting.name == "calibration":
+        return absolute(text(setting.name, value))
+    if setting.kind != "blocks":
+        return value
+    if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(each, int) for each in value):
+        raise OptionError(f"`{setting.name}` takes a list of block indices such as [0, 29]; found {quoted(value)}.")
+    blocks = tuple(value)
+    if len(set(blocks)) != len(blocks):
+        raise OptionError(f"`{setting.name}` names a block twice: {', '.join(map(str, blocks))}.")
+    return blocks
+
+
+def _put(fields: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for name in path[:-1]:
+        fields = fields.setdefault(name, {})
+    fields[path[-1]] = value
 
 
 def job_spec(
@@ -108,15 +167,34 @@ def job_spec(
     batch_size: int | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    processes: int = 1,
+    processes: int | None = 1,
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
     """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
     settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
-    scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
+    scale = {"processes": 1 if processes is None else processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return validated(JobSpec, settings | scale | permissions)
+
+
+def permissions(
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    trust_paths: bool = False,
+    out: str | PathLike[str] | None = None,
+    replace: bool = False,
+    task_folder: str | PathLike[str] | None = None,
+) -> Permissions:
+    """What a command or a notebook allows a job; its paths made absolute."""
+    return Permissions(
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        trust_paths=trust_paths,
+        out=path_name(out),
+        replace=replace,
+        task_folder=path_name(task_folder),
+    )
 
 
 def validated(record: type[R], settings: dict[str, Any]) -> R:
@@ -128,17 +206,22 @@ def validated(record: type[R], settings: dict[str, Any]) -> R:
 
 
 def writable(record: R) -> R:
-    """The record, which a file will hold. Raises `OptionError` for bytes of a command line that are no UTF-8 text."""
+    """The record, which a file will hold. Raises `OptionError` for bytes of a command line that are not UTF-8 text."""
     try:
         record.model_dump_json()
     except PydanticSerializationError as error:
-        parts = {name: value if isinstance(value, tuple) else (value,) for name, value in record}
+        parts = {name: value if isinstance(value, tuple) else (value,) for name, value in _leaves(record).items()}
         names = [
             name for name, own in parts.items() if not all(_is_text(each) for each in own if isinstance(each, str))
         ]
-        named = ", ".join("--" + name.replace("_", "-") for name in names)
-        raise OptionError(f"{named or 'An option'} is no UTF-8 text; rename the file, or spell it anew.") from error
+        named = ", ".join(f"`{name}`" for name in names) or "An option"
+        raise OptionError(f"{named} is not UTF-8 text; rename the file, or spell it in another way.") from error
     return record
+
+
+def _leaves(record: Record) -> dict[str, object]:
+    """Values by the names of their options, or else of their fields."""
+    return dict(record) | {each.name: each.value_in(record) for each in settings_of(type(record))}
 
 
 def _is_text(value: str) -> bool:
@@ -152,17 +235,13 @@ def text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise OptionError(f"{name} takes a name or a path; found {quoted(value)}.")
     if not _is_text(value):
-        raise OptionError(f"{name} {quoted(value)} is no UTF-8 text; rename the file.")
+        raise OptionError(f"{name} {quoted(value)} is not UTF-8 text; rename the file.")
     return value
 
 
 def path_name(path: str | PathLike[str] | None) -> str | None:
     """A folder or file to write or to read from, absolute."""
     return None if path is None else str(files.expanded(Path(text("A path", path))).absolute())
-
-
-def _default(value: int | None, otherwise: int) -> int:
-    return otherwise if value is None else value
 
 
 def absolute(name: str) -> str:
@@ -181,11 +260,10 @@ def absolute(name: str) -> str:
 
 def sentence(error: ValidationError) -> str:
     """What pydantic refused, as one sentence about an option."""
-    """What pydantic refused, as one sentence about an option."""
     first = error.errors()[0]
-    named = [part for part in first["loc"] if isinstance(part, str)]
-    where = "--" + named[-1].replace("_", "-") if named else "The options"
-    option = {"--num-remove": "--remove", "--protected": "--protect"}.get(where, where)
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
+    fields = [part for part in first["loc"] if isinstance(part, str)]
+    names = {each.path[-1]: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
+    option = f"`{names.get(fields[-1], fields[-1])}`" if fields else "The options"
     return f"{option}: found {quoted(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from app import access, data
-from app.panels import forecast_process
+from app.panels import forecast_process, option_controls
 from app.wording import duration, in_fields, plain
 from sleb import specs
-from sleb.errors import CalibrationError, SlebError, quoted
+from sleb.errors import CalibrationError, SlebError
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
-from sleb.records import Forecast, JobSpec, Method, RunSpec
+from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.records.options import Setting, settings_of
 from sleb.report.figures import style
 from sleb.runtime import files, run_folder
 from sleb.runtime.processes import device_queue
@@ -32,131 +34,112 @@ _SOURCES = {
     "other": "A file on the server, or a data set of the hub",
     "upload": "Upload a text",
 }
-_AMOUNTS = {"ratio": "A share of the blocks", "remove": "A number of blocks", "until": "Until it costs too much"}
-_FIELDS: dict[str, Any] = dict(
-    model="demo",
-    method=Method.METRIC3.value,
-    amount="ratio",
-    ratio=10,
-    remove=3,
-    until=10,
-    source="default",
-    other="",
-    sequences=None,
-    sequence_length=None,
-    held_out=None,
-    sampling="random",
-    seed=0,
-    protect="",
-    confidence=95,
-    objective="nll",
-    search="auto",
-    refine=False,
-    bos="auto",
-    chat=False,
-    dtype="auto",
-    revision="",
-    device="auto",
-    batch_size=None,
-    analysis=True,
-)
+_AMOUNTS = {
+    "ratio": "A share of the blocks",
+    "remove": "A number of blocks",
+    "until_perplexity": "Until it costs too much",
+}
+_FIRST = {"ratio": 10, "remove": 3, "until_perplexity": 10}
+"""What the controls of an amount begin with."""
+_OWN = {"model": "demo", "amount": "ratio", "source": "default", "other": "", **_FIRST}
+"""The form's own controls, and what they begin with; all others are made from the fields of the records."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the form asks for."""
+class RunRequest:
+    """What the form asks for: a run, and the job that executes it."""
 
     spec: RunSpec
     job: JobSpec
 
 
+def _settings() -> tuple[Setting, ...]:
+    """The options that have a control each."""
+    offered = (*settings_of(RunSpec), *settings_of(JobSpec))
+    return tuple(each for each in offered if each.option.in_form and each.name not in (*_AMOUNTS, "calibration"))
+
+
+def _beginnings() -> dict[str, Any]:
+    """What all controls begin with where no earlier run is put into the form."""
+    return _OWN | {
+        each.name: option_controls.shown(each, None if each.depends else each.default) for each in _settings()
+    }
+
+
 def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
-    """Put an earlier run into the form, to be changed and started anew."""
-    amount = "until" if spec.until_perplexity is not None else "remove" if spec.num_remove is not None else "ratio"
-    values = dict(
-        model=spec.model,
-        method=spec.method.value,
-        amount=amount,
-        ratio=max(1, round(100 * (spec.ratio or 0.2))),
-        remove=spec.num_remove or 3,
-        until=max(1, round(100 * (spec.until_perplexity or 0.1))),
-        source=spec.calibration.source if spec.calibration.source in _SOURCES else "other",
-        other="" if spec.calibration.source in _SOURCES else spec.calibration.source,
-        sequences=spec.calibration.sequences,
-        sequence_length=spec.calibration.sequence_length,
-        held_out=spec.held_out,
-        sampling=spec.calibration.sampling,
-        seed=spec.seed,
-        protect="" if spec.protected is None else ", ".join(map(str, spec.protected)) or "none",
-        confidence=round(100 * spec.confidence),
-        objective=spec.objective,
-        search=spec.search,
-        refine=spec.refine == "swap",
-        bos=spec.calibration.bos,
-        chat=spec.calibration.chat,
-        dtype=spec.dtype,
-        revision=spec.revision or "",
-        device=job.device if job else "auto",
-        batch_size=job.batch_size if job else None,
-        analysis=spec.analysis,
+    """Put an earlier run into the form, to be changed and started again."""
+    values = _beginnings()
+    for record in (spec,) if job is None else (spec, job):
+        for setting in settings_of(type(record)):
+            if (value := setting.value_in(record)) is not None:
+                values[setting.name] = option_controls.shown(setting, value)
+    is_named = values["calibration"] in _SOURCES
+    amount = "until_perplexity" if spec.until_perplexity is not None else "remove" if spec.num_remove else "ratio"
+    _begin_with(
+        {name: values[name] for name in _beginnings()}
+        | {
+            "model": spec.model,
+            "amount": amount,
+            "source": values["calibration"] if is_named else "other",
+            "other": "" if is_named else values["calibration"],
+        }
     )
-    _begin_with(values)
 
 
-def draw() -> Asked | None:
+def draw() -> RunRequest | None:
     """The controls; None where they do not make a run, with the sentence that says why."""
     last = st.session_state.get("form-last")
     if last is not None and _key("model") not in st.session_state:  # they were hidden, and forgot
         _begin_with(last)
     try:
-        asked = _controls()
-        access.require_start(asked.spec, asked.job)
-        return asked
+        request = _controls()
+        access.require_start(request.spec, request.job)
+        return request
     except SlebError as error:
         st.error(plain(in_fields(error)), icon=":material/error:")
         return None
     finally:
-        st.session_state["form-last"] = {name: st.session_state.get(_key(name), _first(name)) for name in _FIELDS}
+        st.session_state["form-last"] = {name: st.session_state.get(_key(name), _first(name)) for name in _beginnings()}
 
 
-def forecast(asked: Asked) -> None:
+def forecast(request: RunRequest) -> None:
     """What it would take: counted at once, and in minutes once a few blocks have been timed."""
-    num_blocks = data.num_blocks_of(asked.spec.model)
+    num_blocks = data.num_blocks_of(request.spec.model)
     rates: dict[str, Forecast] = st.session_state.setdefault("forecasts", {})
-    timed = rates.get(forecast_process.key_of(asked.spec, asked.job))
+    timed = rates.get(forecast_process.key_of(request.spec, request.job))
     if timed is not None:
         num_blocks = timed.num_blocks
     if num_blocks is None:
         st.markdown(":material/help: The number of blocks is known once the model has been opened.")
     else:
         try:
-            cost, removing = cost_of_spec(asked.spec, num_blocks)
+            cost, removing = cost_of_spec(request.spec, num_blocks)
         except SlebError as error:
             st.error(plain(in_fields(error)), icon=":material/error:")
             return
-        calibration = asked.spec.calibration
+        calibration = request.spec.calibration
         tokens = calibration.sequences * calibration.sequence_length
         st.markdown(
             f"**{removing} of {num_blocks}** blocks, chosen on **{tokens:,}** tokens "
             f"({calibration.sequences} × {calibration.sequence_length})  \n"
-            f"{cost.block_evaluations:,} block evaluations and {cost.head_evaluations:,} read-outs"
-            + ("; one round of swaps is counted, each swap found takes another" if asked.spec.refine == "swap" else "")
+            f"{cost.block_evaluations:,} block evaluations and {cost.head_evaluations:,} of the LM head"
+            + ("; one round of swaps is counted, each swap takes another" if request.spec.refine == "swap" else "")
         )
         if timed is not None:
             searching = cost.units(timed.head_weight) * timed.seconds_per_unit
-            total = searching + timed.loading_seconds + (timed.analysis_seconds if asked.spec.analysis else 0)
+            total = searching + timed.loading_seconds + (timed.analysis_seconds if request.spec.analysis else 0)
             st.markdown(
                 f":material/timer: About **{duration(total)}** on {plain(timed.device)} in "
                 f"{timed.dtype}, {duration(searching)} of it the search; "
                 f"about {timed.peak_memory / 1e9:.1f} GB of memory"
             )
-    _probe(asked, timed)
+    _timing(request, timed)
 
 
-def _probe(asked: Asked, timed: Forecast | None) -> None:
-    if device_queue.queue(run_folder.home(), asked.job.device):
+def _timing(request: RunRequest, timed: Forecast | None) -> None:
+    if device_queue.queue(run_folder.home(), request.job.device):
         st.caption("Another run is using the device: it comes first, and an estimate now would be too long.")
-    running: forecast_process.TimingProbe | None = st.session_state.get("probe")
+    running = st.session_state.get("timing")
     if running is not None:
         _watch()
         return
@@ -165,40 +148,41 @@ def _probe(asked: Asked, timed: Forecast | None) -> None:
         icon=":material/timer:",
         help="Loads the model and times a few blocks, in a process of its own: some seconds for a small model.",
     ):
-        st.session_state["probe"] = forecast_process.begin(asked.spec, asked.job)
+        st.session_state["timing"] = forecast_process.begin(request.spec, request.job)
         st.rerun()
-    failed = st.session_state.get("probe_failed")
-    if failed and failed[0] == forecast_process.key_of(asked.spec, asked.job):
+    failed = st.session_state.get("timing_failed")
+    if failed and failed[0] == forecast_process.key_of(request.spec, request.job):
         st.error(plain(failed[1]), icon=":material/error:")
 
 
 @st.fragment(run_every=1.0)
 def _watch() -> None:
-    running: forecast_process.TimingProbe | None = st.session_state.get("probe")
+    running = st.session_state.get("timing")
     if running is None:
         return
-    found = running.poll()
-    if found is None:
+    result = running.poll()
+    if result is None:
         left, right = st.columns([3, 1], vertical_alignment="center")
         left.markdown(":material/progress_activity: Timing a few blocks …")
         if not right.button("Cancel", type="tertiary"):
             return
         running.cancel()
-    elif isinstance(found, Forecast):
-        st.session_state["forecasts"][running.key] = found
+    elif isinstance(result, Forecast):
+        st.session_state["forecasts"][running.key] = result
     else:
-        st.session_state["probe_failed"] = (running.key, found)
-    del st.session_state["probe"]
+        st.session_state["timing_failed"] = (running.key, result)
+    del st.session_state["timing"]
     st.rerun()
 
 
-def equivalent(asked: Asked) -> None:
+def equivalent(request: RunRequest) -> None:
     """The same run from the command line."""
     with st.expander("The same from the command line", icon=":material/terminal:"):
-        st.code(command_line.command_line(asked.spec, asked.job), language="shell", wrap_lines=True)
+        st.code(command_line.command_line(request.spec, request.job), language="shell", wrap_lines=True)
 
 
-def _controls() -> Asked:
+def _controls() -> RunRequest:
+    settings = {each.name: each for each in _settings()}
     model_column, method_column = st.columns([3, 2])
     model = model_column.text_input(
         "Model",
@@ -206,55 +190,10 @@ def _controls() -> Asked:
         key=_key("model"),
         help="A Hugging Face name such as meta-llama/Llama-2-7b-hf, a folder or a .gguf file on the server, or demo: "
         "a real model of 135 million parameters that comes with the installation." + plain(access.explained()),
-    )
-    method = method_column.selectbox(
-        "Method",
-        [method.value for method in Method],
-        format_func=lambda name: style.METHOD_NAMES[name],
-        index=[method.value for method in Method].index(_first("method")),
-        key=_key("method"),
-        help="Metric3 is SLEB: after each removal all blocks are scored anew (paper, Algorithm 1). The others are what "
-        "the paper compares it with (Figures 4 and 7): they take less time and choose worse.",
-    )
+    ).strip()
+    method = _control(settings.pop("method"), method_column, names=style.METHOD_NAMES)
     left, middle, right = st.columns([2, 1, 2], vertical_alignment="bottom")
-    amount = left.selectbox(
-        "Remove",
-        list(_AMOUNTS),
-        format_func=lambda name: _AMOUNTS[name],
-        index=list(_AMOUNTS).index(_first("amount")),
-        key=_key("amount"),
-        help="Every step is kept, so a longer list contains all shorter ones (but for best chunk).",
-    )
-    limit: dict[str, Any] = {}
-    if amount == "ratio":
-        share = middle.number_input(
-            "Per cent",
-            1,
-            99,
-            value=_first("ratio"),
-            key=_key("ratio"),
-            help="Rounded up to whole blocks (paper, 4.1).",
-        )
-        limit["ratio"] = share / 100
-    elif amount == "remove":
-        limit["remove"] = middle.number_input(
-            "Blocks",
-            1,
-            1000,
-            value=_first("remove"),
-            key=_key("remove"),
-            help="How many steps to take.",
-        )
-    else:
-        rise = middle.number_input(
-            "Per cent",
-            1,
-            1000,
-            value=_first("until"),
-            key=_key("until"),
-            help="Stops before the held-out perplexity rises by more.",
-        )
-        limit["until_perplexity"] = rise / 100
+    limit = _limit(left, middle)
     source = right.selectbox(
         "Calibration text",
         list(_SOURCES),
@@ -266,12 +205,47 @@ def _controls() -> Asked:
     )
     text = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):
-        more = _more(demo=model.strip() == "demo", refinable=method == Method.METRIC3.value)
+        typed = _more(tuple(settings.values()), demo=model == "demo", method=method)
     # All controls are drawn by now: what is skipped in one run of the page forgets its value.
-    calibration, more["protect"] = text(), _blocks(more["protect"])
-    device, batch_size = more.pop("device"), more.pop("batch_size")
-    spec = specs.run_spec(model.strip(), method=method, calibration=calibration, **limit, **more)
-    return Asked(spec, data.job_spec("search", device.strip() or "auto", batch_size))
+    given = {name: option_controls.value(settings[name], each) for name, each in typed.items()}
+    job = {name: given.pop(name) for name in specs.JobOptions.__annotations__ if name in given}
+    spec = specs.run_spec(model, method=method, calibration=text(), **limit, **given)
+    return RunRequest(spec, data.job_spec("search", **job))
+
+
+def _limit(left: DeltaGenerator, right: DeltaGenerator) -> dict[str, Any]:
+    """How much is removed: one of three options, and its amount."""
+    amount = left.selectbox(
+        "Remove",
+        list(_AMOUNTS),
+        format_func=lambda name: _AMOUNTS[name],
+        index=list(_AMOUNTS).index(_first("amount")),
+        key=_key("amount"),
+        help="Every step is kept, so a longer list contains all shorter ones (but for best chunk).",
+    )
+    setting = next(each for each in settings_of(RunSpec) if each.name == amount)
+    label = setting.option.label if setting.option.percent is None else "Per cent"
+    return {amount: option_controls.value(setting, _control(setting, right, label=label))}
+
+
+def _more(settings: tuple[Setting, ...], *, demo: bool, method: str) -> dict[str, Any]:
+    """A control for each option, four in a row, checks last; what they hold."""
+    typed: dict[str, Any] = {}
+    checks = [each for each in settings if each.on_off is not None]
+    for group in ([each for each in settings if each.on_off is None], checks):
+        for number, setting in enumerate(group):
+            if number % 4 == 0:
+                columns = st.columns(4, vertical_alignment="bottom")
+            is_taken = not setting.option.methods or method in setting.option.methods
+            held = _control(setting, columns[number % 4], demo=demo, disabled=not is_taken)
+            if is_taken:
+                typed[setting.name] = held
+    return typed
+
+
+def _control(setting: Setting, column: DeltaGenerator, **how_shown: Any) -> Any:
+    """A control of this form; what it holds."""
+    return option_controls.draw(setting, column, first=_first(setting.name), key=_key(setting.name), **how_shown)
 
 
 def _calibration(source: str) -> Callable[[], str | None]:
@@ -316,7 +290,7 @@ def keep_upload(name: str, content: bytes) -> Any:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"The upload is no UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        raise CalibrationError(f"The upload is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     if "\0" in text or not text.strip():
         raise CalibrationError("The upload has no text in it.")
     lines = name.lower().endswith(".jsonl")
@@ -326,166 +300,12 @@ def keep_upload(name: str, content: bytes) -> Any:
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"Line {number} of the upload is not JSON.") from error
         if not isinstance(row, dict):
-            raise CalibrationError(f"Line {number} of the upload is no JSON object with a text in it.")
+            raise CalibrationError(f"Line {number} of the upload is not a JSON object with a text in it.")
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = run_folder.home() / "uploads" / f"{digest}{'.jsonl' if lines else '.txt'}"
     if not path.exists():
         files.replace_file(path, text)
     return path
-
-
-def _more(*, demo: bool, refinable: bool) -> dict[str, Any]:
-    first, second, third, fourth = st.columns(4)
-    found: dict[str, Any] = dict(
-        sequences=first.number_input(
-            "Sequences",
-            1,
-            100_000,
-            value=_first("sequences"),
-            key=_key("sequences"),
-            placeholder=str(specs.DEMO_SEQUENCES if demo else specs.PAPER_SEQUENCES),
-            help="Pieces of text that decide. More of them tell more blocks apart, and take longer.",
-        ),
-        sequence_length=second.number_input(
-            "Tokens each",
-            2,
-            1_000_000,
-            value=_first("sequence_length"),
-            key=_key("sequence_length"),
-            placeholder=str(specs.DEMO_SEQUENCE_LENGTH if demo else specs.PAPER_SEQUENCE_LENGTH),
-            help="Their length.",
-        ),
-        held_out=third.number_input(
-            "Held-out sequences",
-            0,
-            100_000,
-            value=_first("held_out"),
-            key=_key("held_out"),
-            placeholder="a quarter",
-            help="Text that takes no part in any choice, and so tells what a removal really costs.",
-        ),
-        seed=fourth.number_input(
-            "Seed",
-            0,
-            value=_first("seed"),
-            key=_key("seed"),
-            help="Of everything that is drawn.",
-        ),
-    )
-    first, second, third, fourth = st.columns(4)
-    found["sampling"] = first.selectbox(
-        "Windows",
-        ["random", "first"],
-        index=["random", "first"].index(_first("sampling")),
-        key=_key("sampling"),
-        help="Drawn without overlap, or the first ones.",
-    )
-    found["bos"] = second.selectbox(
-        "BOS token",
-        ["auto", "yes", "no"],
-        index=["auto", "yes", "no"].index(_first("bos")),
-        key=_key("bos"),
-        help="Heads every window; auto asks the tokenizer.",
-    )
-    protect = third.text_input(
-        "Protected blocks",
-        value=_first("protect"),
-        key=_key("protect"),
-        placeholder="first and last",
-        help="Never removed: indices such as 0, 29, or none. Empty: the first and the last one.",
-    )
-    found["protect"] = protect
-    confidence = fourth.number_input(
-        "Confidence, per cent",
-        50,
-        99,
-        value=_first("confidence"),
-        key=_key("confidence"),
-        help="Of the interval that calls two blocks tied.",
-    )
-    found["confidence"] = confidence / 100
-    first, second, third, fourth = st.columns(4)
-    found["dtype"] = first.selectbox(
-        "Computed in",
-        ["auto", "float32", "bfloat16", "float16"],
-        index=["auto", "float32", "bfloat16", "float16"].index(_first("dtype")),
-        key=_key("dtype"),
-        help="auto is what is fast there.",
-    )
-    found["device"] = second.text_input(
-        "Device", value=_first("device"), key=_key("device"), help="auto, cpu, cuda:0 …"
-    )
-    found["batch_size"] = third.number_input(
-        "Batch",
-        1,
-        100_000,
-        value=_first("batch_size"),
-        key=_key("batch_size"),
-        placeholder="chosen",
-        help="Sequences at once.",
-    )
-    found["revision"] = (
-        fourth.text_input(
-            "Revision",
-            value=_first("revision"),
-            key=_key("revision"),
-            help="Of a model on the hub.",
-        )
-        or None
-    )
-    first, second, third, fourth = st.columns(4, vertical_alignment="bottom")
-    found["objective"] = third.segmented_control(
-        "Objective",
-        ["nll", "kl"],
-        required=True,
-        default=_first("objective"),
-        key=_key("objective"),
-        help="What is lowest without the removed block: nll, the negative log-likelihood of the text (the paper), or "
-        "kl, the divergence from the unmodified model's own predictions (as in EvoPress).",
-    )
-    found["search"] = fourth.segmented_control(
-        "Candidates",
-        ["auto", "race", "full"],
-        required=True,
-        default=_first("search"),
-        key=_key("search"),
-        help="In a race a candidate leaves once it cannot win: several times less work for the same list, but for bad "
-        "luck in at most 5 % of the steps. full scores all on all the text; auto races from 32 sequences on.",
-    )
-    found["chat"] = first.checkbox(
-        "Conversations",
-        value=_first("chat"),
-        key=_key("chat"),
-        help="The column holds chats: use the template.",
-    )
-    refine = second.checkbox(
-        "Refine by swaps",
-        value=_first("refine"),
-        key=_key("refine"),
-        disabled=not refinable,
-        help="After Metric3's last removal: one block back and another out, as long as that lowers the score beyond "
-        "its error. A round takes about as long as one step for every removed block.",
-    )
-    found["refine"] = "swap" if refine and refinable else "none"
-    found["analysis"] = second.checkbox(
-        "Analyses too",
-        value=_first("analysis"),
-        key=_key("analysis"),
-        help="Similarity and prediction alignment after the search.",
-    )
-    return found
-
-
-def _blocks(text: str) -> tuple[int, ...] | None:
-    text = text.strip()
-    if not text:
-        return None
-    if text.lower() == "none":
-        return ()
-    parts = text.replace(",", " ").split()
-    if not all(part.isdecimal() and part.isascii() for part in parts):
-        raise CalibrationError(f"Protected blocks are indices such as 0, 29, or none; found {quoted(text)}.")
-    return tuple(int(part) for part in parts)
 
 
 def _key(name: str) -> str:
@@ -494,13 +314,15 @@ def _key(name: str) -> str:
 
 
 def _first(name: str) -> Any:
-    """What a control begins with: a default of its own. Set through the session state, a quick second run of the page
-    could lose it on the way to the browser.
+    """What a control begins with.
+
+    It is the control's own default: set through the session state, a quick second run of the page could lose it on the
+    way to the browser.
     """
-    return st.session_state.get("form-fields", _FIELDS)[name]
+    return st.session_state.get("form-fields", _beginnings())[name]
 
 
 def _begin_with(values: dict[str, Any]) -> None:
-    """New keys, so that the controls are new ones, which begin with these values."""
+    """Give the controls new keys, so that they are new ones, which begin with these values."""
     st.session_state["form-fields"] = st.session_state["form-last"] = values
     st.session_state["form-generation"] = st.session_state.get("form-generation", 0) + 1

@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from sleb import specs
 from sleb.cli.foreground import confirm_names, execute_evaluation
+from sleb.cli.groups import grouped
 from sleb.cli.options import (
-    INDEX,
-    AllowPickle,
+    Allowed,
     BatchSize,
     Chat,
     Device,
     Dtype,
-    DtypeOption,
     Json,
     MemoryBudget,
     Revision,
     RunDir,
     Seed,
-    TrustPaths,
-    TrustRemoteCode,
     as_bytes,
 )
 from sleb.errors import BadInput, OptionError, RunBusy, RunError, quoted
 from sleb.evaluation import request
-from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, JobSpec, Permissions, QuantizeSpec
+from sleb.formats import spelling
+from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, Permissions, QuantizeSpec
 from sleb.runtime import files, findings_folder, run_folder
 from sleb.runtime.processes import job_processes
 
-WHICH, WHAT = "Which list", "What is measured"
+LIST, MEASURED = "Which list", "What is measured"
 
 
 class Scheme(StrEnum):
-    """How weights are stored."""
+    """How weights are stored. An enumeration, because typer takes no list of literals."""
 
     INT8 = "int8"
     INT4 = "int4"
-
-
-class How(StrEnum):
-    """How a model is healed."""
-
-    LORA = "lora"
-    LINEAR = "linear"
-    BOTH = "both"
 
 
 Subject = Annotated[
@@ -60,20 +50,20 @@ Subject = Annotated[
 ]
 RemovalListOption = Annotated[
     str | None,
-    typer.Option(metavar="'[14, 23]'", rich_help_panel=WHICH, help="These blocks; '[]' for the unmodified model only."),
+    typer.Option(metavar="'[14, 23]'", rich_help_panel=LIST, help="These blocks; '[]' for the baseline only."),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=0, rich_help_panel=WHICH, help="The run's list after so many steps. [default: the last]"),
+    typer.Option(min=0, rich_help_panel=LIST, help="The run's list after so many steps. [default: the last]"),
 ]
 AllSteps = Annotated[
-    bool, typer.Option("--all-steps", rich_help_panel=WHICH, help="The run's list after each number of removals.")
+    bool, typer.Option("--all-steps", rich_help_panel=LIST, help="The run's list after each number of removals.")
 ]
 Perplexity = Annotated[
     str | None,
     typer.Option(
         metavar="TEXTS",
-        rich_help_panel=WHAT,
+        rich_help_panel=MEASURED,
         help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl and "
         ".parquet (FILE:COLUMN) as documents, any other as one text; demo, the text that is there; none for none. "
         "[default: wikitext2; demo for the demo model]",
@@ -82,308 +72,293 @@ Perplexity = Annotated[
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, rich_help_panel=WHAT, help="At most so many windows of a text and examples of a task: an estimate."
+        min=1, rich_help_panel=MEASURED, help="At most so many windows of a text and examples of a task: an estimate."
     ),
 ]
-Window = Annotated[int, typer.Option(min=2, rich_help_panel=WHAT, help="Tokens; published numbers have 2048.")]
+Window = Annotated[int, typer.Option(min=2, rich_help_panel=MEASURED, help="Tokens; published numbers have 2048.")]
 
 
+@dataclass(frozen=True)
+class OneList:
+    """A removal list: of a run, or given with a model."""
+
+    subject: Subject
+    removal_list: RemovalListOption = None
+    steps: Steps = None
+
+
+@dataclass(frozen=True)
+class Lists(OneList):
+    """One removal list, or all those of a run."""
+
+    all_steps: AllSteps = False
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts whose perplexity is measured."""
+
+    perplexity: Perplexity = None
+    limit: Limit = None
+    window: Window = 2048
+
+    def settings(self) -> dict[str, Any]:
+        """The same as fields of a request."""
+        return dict(texts=_texts(self.perplexity), limit=self.limit, window=self.window)
+
+
+@dataclass(frozen=True)
+class Executed(Allowed):
+    """How the model is opened, and what the job is allowed."""
+
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    revision: Revision = None
+    run_dir: RunDir = None
+
+    def job_options(self) -> dict[str, Any]:
+        """Those that the job has."""
+        permitted = {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
+        return {"device": self.device, **permitted}
+
+
+@dataclass(frozen=True)
+class ExecutedInBatches(Executed):
+    """The same, for a job that computes several sequences at once."""
+
+    batch_size: BatchSize = None
+
+    def job_options(self) -> dict[str, Any]:
+        """Those that the job has."""
+        return super().job_options() | {"batch_size": self.batch_size}
+
+
+@dataclass(frozen=True)
+class ExecutedWithinMemory(ExecutedInBatches):
+    """The same, for a job that can read blocks from disk."""
+
+    memory_budget: MemoryBudget = None
+
+    def job_options(self) -> dict[str, Any]:
+        """Those that the job has."""
+        return super().job_options() | {"memory_budget": as_bytes(self.memory_budget)}
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where a model is written."""
+
+    out: Annotated[Path | None, typer.Option(help="A folder for the model that comes out; proven.")] = None
+    replace: Annotated[
+        bool, typer.Option("--replace", help="What an earlier command left at --out can be replaced.")
+    ] = False
+
+    def settings(self) -> dict[str, Any]:
+        """The same as fields of a request."""
+        return dict(out=specs.path_name(self.out), replace=self.replace)
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How a model is healed."""
+
+    how: Annotated[
+        Literal["lora", "linear", "both"],
+        typer.Option(
+            rich_help_panel=MEASURED, help="lora trains; linear refits a layer before each cut by least squares; both."
+        ),
+    ] = "lora"
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            rich_help_panel=MEASURED,
+            help="Text to heal on, as --calibration of search. [default: wikitext2; demo for the demo model]",
+        ),
+    ] = None
+    chat: Chat = False
+    sequences: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences of that text. [default: 1024; linear 128]"),
+    ] = None
+    sequence_length: Annotated[int, typer.Option(min=8, rich_help_panel=MEASURED, help="Tokens of each sequence.")] = (
+        512
+    )
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Epochs of lora.")] = 1
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Rank of lora's adapters.")] = 8
+    learning_rate: Annotated[
+        float, typer.Option(rich_help_panel=MEASURED, help="Learning rate of lora, at its highest.")
+    ] = 1e-4
+    batch_sequences: Annotated[
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences of lora, per update.")
+    ] = 8
+    seed: Seed = 0
+
+    def settings(self) -> dict[str, Any]:
+        """The same as fields of a request."""
+        return vars(self) | {"source": None if self.source is None else specs.absolute(self.source)}
+
+
+@grouped
 def evaluate(
-    subject: Subject,
-    removal_list: RemovalListOption = None,
-    steps: Steps = None,
-    all_steps: AllSteps = False,
-    perplexity: Perplexity = None,
+    lists: Lists,
+    texts: Texts,
+    executed: ExecutedWithinMemory,
     tasks: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            rich_help_panel=WHAT,
-            help="Of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge … All of them: lm-eval ls tasks",
+            rich_help_panel=MEASURED,
+            help="Tasks of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge … All of them: lm-eval ls tasks",
         ),
     ] = None,
     task_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", rich_help_panel=WHAT, help="More tasks, in lm-eval's own YAML.")
+        Path | None, typer.Option(metavar="DIR", rich_help_panel=MEASURED, help="More tasks, in lm-eval's own YAML.")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, rich_help_panel=WHAT, help="Examples in the prompt. [default: the task's own]")
+        int | None,
+        typer.Option(min=0, rich_help_panel=MEASURED, help="Examples in the prompt. [default: the task's own]"),
     ] = None,
-    limit: Limit = None,
-    window: Window = 2048,
     bos: Annotated[
-        str, typer.Option(rich_help_panel=WHAT, help="BOS at the head of each window: no (published), yes, or auto.")
+        str,
+        typer.Option(rich_help_panel=MEASURED, help="BOS at the head of each window: no (published), yes, or auto."),
     ] = "no",
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    memory_budget: MemoryBudget = None,
-    revision: Revision = None,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """What a removal list costs: perplexity by the published protocols, accuracy by lm-eval.
+    """Measure what a removal list costs: perplexity by the published protocols, accuracy by lm-eval.
 
-    The unmodified model is measured beside it. What is known already is not computed again, so that a stopped
-    evaluation goes on where it was.
+    The baseline is measured beside it. What is known already is not computed again, so that a stopped evaluation goes
+    on where it was.
     """
-    ask = dict(
-        texts=_texts(perplexity),
-        tasks=_names(tasks),
-        task_folder=specs.path_name(task_folder),
-        shots=shots,
-        limit=limit,
-        window=window,
-        bos=bos,
-    )
-    if ask["texts"] == () and not ask["tasks"]:
+    own = dict(tasks=_names(tasks), task_folder=specs.path_name(task_folder), shots=shots, bos=bos)
+    settings = texts.settings() | own
+    if settings["texts"] == () and not settings["tasks"]:
         raise OptionError("Nothing to evaluate: name a text with --perplexity, or tasks with --tasks.")
-    job = _job(device, batch_size, memory_budget, allow_pickle, trust_remote_code)
-    _go(
-        EvaluateSpec,
-        ask,
-        subject,
-        removal_list,
-        steps,
-        all_steps,
-        (dtype, revision, run_dir),
-        job,
-        trust_paths,
-        as_json,
-    )
+    _execute(EvaluateSpec, settings, lists, executed, as_json)
 
 
+@grouped
 def benchmark(
-    subject: Subject,
-    removal_list: RemovalListOption = None,
-    steps: Steps = None,
-    all_steps: AllSteps = False,
+    lists: Lists,
+    executed: Executed,
     prompt: Annotated[
-        str, typer.Option(metavar="1x2048", rich_help_panel=WHAT, help="Sequences x tokens of a prompt; none for none.")
+        str,
+        typer.Option(metavar="1x2048", rich_help_panel=MEASURED, help="Sequences x tokens of a prompt; none for none."),
     ] = "1x2048",
     generation: Annotated[
-        str, typer.Option(metavar="64x128", rich_help_panel=WHAT, help="Sequences x tokens generated; none for none.")
+        str,
+        typer.Option(metavar="64x128", rich_help_panel=MEASURED, help="Sequences x tokens generated; none for none."),
     ] = "64x128",
     generation_prompt: Annotated[
-        int, typer.Option(min=1, rich_help_panel=WHAT, help="Tokens that generation begins from, each.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Tokens that generation begins from, each.")
     ] = 64,
-    prompt_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 50,
-    generation_repetitions: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="After one warm-up.")] = 10,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    revision: Revision = None,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
+    prompt_repetitions: Annotated[
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Repetitions of the prompt, after one warm-up.")
+    ] = 50,
+    generation_repetitions: Annotated[
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Repetitions of the generation, after one warm-up.")
+    ] = 10,
     as_json: Json = False,
 ) -> None:
-    """What a removal list buys: seconds of prompt processing and of generation, memory, parameters.
+    """Measure what a removal list buys: seconds of prompt processing and of generation, memory, parameters.
 
-    The baseline and the list take turns on the same input, with the blocks really gone.
+    The baseline and the list alternate on the same input, with the blocks really removed.
     """
-    ask = dict(
+    settings = dict(
         prompt=_shape("prompt", prompt),
         generation=_shape("generation", generation),
         generation_prompt=generation_prompt,
         prompt_repetitions=prompt_repetitions,
         generation_repetitions=generation_repetitions,
     )
-    if ask["prompt"] is None and ask["generation"] is None:
+    if settings["prompt"] is None and settings["generation"] is None:
         raise OptionError("Nothing to measure: give --prompt or --generation a shape such as 1x2048.")
-    job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(
-        BenchmarkSpec,
-        ask,
-        subject,
-        removal_list,
-        steps,
-        all_steps,
-        (dtype, revision, run_dir),
-        job,
-        trust_paths,
-        as_json,
-    )
+    _execute(BenchmarkSpec, settings, lists, executed, as_json)
 
 
+@grouped
 def quantize(
-    subject: Subject,
-    removal_list: RemovalListOption = None,
-    steps: Steps = None,
+    lists: OneList,
+    texts: Texts,
+    executed: ExecutedInBatches,
+    written: Written,
     scheme: Annotated[
-        list[Scheme], typer.Option(rich_help_panel=WHAT, help="Weight-only, by torchao; may be given twice.")
+        list[Scheme],
+        typer.Option(rich_help_panel=MEASURED, help="Weight-only, by torchao; may be given twice."),
     ] = [Scheme.INT8],  # noqa: B006
     group_size: Annotated[
         int,
         typer.Option(
-            min=16, rich_help_panel=WHAT, help="Weights that share an int4 scale; halved until it divides a row."
+            min=16, rich_help_panel=MEASURED, help="Weights that share an int4 scale; halved until it divides a row."
         ),
     ] = 128,
-    perplexity: Perplexity = None,
-    limit: Limit = None,
-    window: Window = 2048,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for the model without the blocks, in the last scheme; proven.")
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    batch_size: BatchSize = None,
-    revision: Revision = None,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """Quantise weights to int8 or int4: perplexity before and after, unmodified and without the list."""
-    ask = dict(
-        schemes=tuple(each.value for each in dict.fromkeys(scheme)),
-        group_size=group_size,
-        texts=_texts(perplexity),
-        limit=limit,
-        window=window,
-        out=specs.path_name(out),
-        replace=replace,
+    """Quantise weights to int8 or int4: perplexity before and after, of the baseline and without the list.
+
+    The model that is written has the blocks removed, and is in the last scheme.
+    """
+    settings = (
+        texts.settings()
+        | written.settings()
+        | dict(schemes=tuple(each.value for each in dict.fromkeys(scheme)), group_size=group_size)
     )
-    job = _job(device, batch_size, None, allow_pickle, trust_remote_code)
-    _go(QuantizeSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, trust_paths, as_json)
+    _execute(QuantizeSpec, settings, lists, executed, as_json)
 
 
+@grouped
 def heal(
-    subject: Subject,
-    removal_list: RemovalListOption = None,
-    steps: Steps = None,
-    how: Annotated[
-        How, typer.Option(rich_help_panel=WHAT, help="lora trains; linear fits a layer before each cut anew; both.")
-    ] = How.LORA,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            rich_help_panel=WHAT,
-            help="Text to heal on, as --calibration of search. [default: wikitext2; demo for the demo model]",
-        ),
-    ] = None,
-    chat: Chat = False,
-    sequences: Annotated[
-        int | None, typer.Option(min=1, rich_help_panel=WHAT, help="Of that text. [default: 1024; linear 128]")
-    ] = None,
-    sequence_length: Annotated[int, typer.Option(min=8, rich_help_panel=WHAT, help="Tokens each.")] = 512,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora.")] = 1,
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora's adapters.")] = 8,
-    learning_rate: Annotated[float, typer.Option(rich_help_panel=WHAT, help="Of lora, at its highest.")] = 1e-4,
-    batch_sequences: Annotated[int, typer.Option(min=1, rich_help_panel=WHAT, help="Of lora, per update.")] = 8,
-    seed: Seed = 0,
-    perplexity: Perplexity = None,
-    limit: Limit = None,
-    window: Window = 2048,
-    out: Annotated[Path | None, typer.Option(help="A folder for the healed model, or its adapter.")] = None,
+    lists: OneList,
+    healing: Healing,
+    texts: Texts,
+    executed: Executed,
+    written: Written,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write the adapter alone, and the streamlined folder it needs.")
     ] = False,
-    replace: Annotated[bool, typer.Option("--replace", help="What an earlier one left at --out may go.")] = False,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    revision: Revision = None,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune the smaller model a little (LoRA), or mend its cuts without training: perplexity before and after.
+    """Fine-tune the smaller model a little (LoRA), or repair its cuts without training: perplexity before and after.
 
     A stopped training goes on from its last checkpoint when the same command is given again.
     """
-    ask = dict(
-        how=how.value,
-        source=None if source is None else specs.absolute(source),
-        chat=chat,
-        sequences=sequences,
-        sequence_length=sequence_length,
-        epochs=epochs,
-        rank=rank,
-        learning_rate=learning_rate,
-        batch_sequences=batch_sequences,
-        seed=seed,
-        texts=_texts(perplexity),
-        limit=limit,
-        window=window,
-        out=specs.path_name(out),
-        adapter=adapter,
-        replace=replace,
-    )
-    job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(HealSpec, ask, subject, removal_list, steps, False, (dtype, revision, run_dir), job, trust_paths, as_json)
+    settings = healing.settings() | texts.settings() | written.settings() | dict(adapter=adapter)
+    _execute(HealSpec, settings, lists, executed, as_json)
 
 
+@grouped
 def generate(
-    subject: Subject,
-    prompt: Annotated[str, typer.Option(help="What both models go on from.")],
-    removal_list: RemovalListOption = None,
-    steps: Steps = None,
-    all_steps: AllSteps = False,
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="How many.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="As a user's turn in the model's chat template.")] = False,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: Device = "auto",
-    revision: Revision = None,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
+    lists: Lists,
+    executed: Executed,
+    prompt: Annotated[str, typer.Option(help="Text that both models continue.")],
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="How many tokens.")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="As a user's message in the model's chat template.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The unmodified model and the smaller one side by side on a prompt, and which predictions flipped."""
-    ask = dict(prompt=prompt, tokens=tokens, chat=chat)
-    job = _job(device, None, None, allow_pickle, trust_remote_code)
-    _go(
-        GenerateSpec,
-        ask,
-        subject,
-        removal_list,
-        steps,
-        all_steps,
-        (dtype, revision, run_dir),
-        job,
-        trust_paths,
-        as_json,
-    )
+    """Continue a prompt with the baseline and the smaller model side by side, and show which predictions flipped."""
+    _execute(GenerateSpec, dict(prompt=prompt, tokens=tokens, chat=chat), lists, executed, as_json)
 
 
-def _go(
-    record: type[Any],
-    settings: dict[str, Any],
-    subject: str,
-    removal_list: str | None,
-    steps: int | None,
-    all_steps: bool,
-    of_model: tuple[Dtype, str | None, Path | None],
-    job_for: Callable[[Any], JobSpec],
-    trust_paths: bool,
-    as_json: bool,
-) -> None:
+def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, executed: Executed, as_json: bool) -> None:
     """Find or make the run, execute the job here, print what answers it."""
-    if settings.get("texts", ()) is None:
-        settings["texts"] = (_usual_text(subject),)
-    if settings.get("source", "") is None:
-        settings["source"] = _usual_text(subject)
+    for name in ("source", "texts"):
+        if settings.get(name, "") is None:
+            usual = _usual_text(lists.subject)
+            settings[name] = usual if name == "source" else (usual,)
     request.ask_of(record, **settings)  # refused before a run is made
-    blocks = _blocks(removal_list)
-    dtype, revision, run_dir = of_model
+    options = executed.job_options()
+    blocks = _blocks(lists.removal_list)
     before = set(run_folder.run_dirs())
+    run_dir = executed.run_dir
     had_folder = run_dir is not None and files.expanded(run_dir).is_dir()
-    run = request.subject_run(subject, blocks, dtype=dtype.value, revision=revision, run_dir=run_dir)
+    run = request.subject_run(lists.subject, blocks, dtype=executed.dtype, revision=executed.revision, run_dir=run_dir)
     is_new = not run.jobs and run.spec.kind == "evaluate" and run.run_dir not in before
     try:
-        lists = request.lists_of(run, blocks, steps, all_steps)
-        confirm_names(run, trust_paths)
-        job = job_for(request.ask_of(record, lists=lists, **settings))
+        wanted = request.lists_of(run, blocks, lists.steps, isinstance(lists, Lists) and lists.all_steps)
+        confirm_names(run, executed.trust_paths)
+        job = request.job_of(request.ask_of(record, lists=wanted, **settings), **options)
         execute_evaluation(run, job, Permissions.of(job, trust_paths=True), as_json)
-    except RunBusy:  # somebody else found it at the same moment, and has it
+    except RunBusy:  # another process made it at the same moment, and has it
         raise
     except BadInput:
         if is_new and not findings_folder.findings(run.run_dir):
@@ -398,30 +373,15 @@ def _usual_text(subject: str) -> str:
     return "demo" if subject == "demo" else "wikitext2"
 
 
-def _job(
-    device: str, batch_size: int | None, memory_budget: str | None, allow_pickle: bool, trust_remote_code: bool
-) -> Callable[[Any], JobSpec]:
-    how = dict(
-        device=device,
-        batch_size=batch_size,
-        memory_budget=as_bytes(memory_budget),
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
-    return lambda ask: request.job_of(ask, **how)
-
-
 def _blocks(text: str | None) -> list[int] | None:
     """`[14, 23]` or `14,23`."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(?:\[([^\[\]]*)\]|([^\[\]]*))\s*", text)
-    parts = [part.strip() for part in (found[1] or found[2] or "").split(",")] if found else ["?"]
-    if parts == [""]:
-        return []
-    if not all(INDEX.fullmatch(part) for part in parts):
+    match = re.fullmatch(r"\s*(?:\[([^\[\]]*)\]|([^\[\]]*))\s*", text)
+    blocks = spelling.blocks(match[1] or match[2] or "") if match else None
+    if blocks is None:
         raise OptionError(f"--removal-list takes block indices such as '[14, 23]'; found {quoted(text)}.")
-    return [int(part) for part in parts]
+    return list(blocks)
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -429,7 +389,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _texts(text: str | None) -> tuple[str, ...] | None:
-    """None is the default, which depends on the model."""
+    """Texts by name; None is the default, which depends on the model."""
     if text is None:
         return None
     if "none" in _names(text) and len(_names(text)) > 1:
@@ -441,8 +401,8 @@ def _shape(option: str, text: str) -> tuple[int, int] | None:
     """`1x2048` -> (1, 2048)."""
     if text.strip() == "none":
         return None
-    found = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)
-    shape = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)
+    shape = (int(match[1]), int(match[2])) if match else (0, 0)
     if min(shape) < 1:
         raise OptionError(f"--{option} takes sequences x tokens such as 1x2048, or none; found {quoted(text)}.")
     return shape

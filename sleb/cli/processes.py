@@ -14,49 +14,37 @@ import typer
 
 from sleb import execution, specs
 from sleb.cli.foreground import confirm_names
-from sleb.cli.options import (
-    AllowPickle,
-    JobOut,
-    JobReplace,
-    JobTaskFolder,
-    RunName,
-    TrustPaths,
-    TrustRemoteCode,
-    permissions,
-)
+from sleb.cli.groups import grouped
+from sleb.cli.options import AllowedAgain, AllowPickle, RunName, TrustRemoteCode
 from sleb.cli.output import say
 from sleb.errors import OptionError, RunBusy, RunError, quoted
 from sleb.records import JobState, Permissions, Run
 from sleb.runtime import dashboard_files, files, job_folder, run_folder
 from sleb.runtime.processes import distributed, job_processes
 
-_NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb anew."
+_NO_DASHBOARD = f"The dashboard's files are missing from {dashboard_files.ROOT}: install sleb again."
 
 
 def stop(run: RunName) -> None:
     """Stop the process that is executing a run; what it finished is kept."""
-    found = run_folder.load(run)
-    job = job_processes.stop(found)
+    stopped = run_folder.load(run)
+    job = job_processes.stop(stopped)
     is_export = job.spec.kind == "export"  # which begins at its beginning
-    how = "Export once more." if is_export else f"Go on with: sleb resume {run_folder.reference(found)}"
-    say(f"Stopped {found.run_id}. {how}")
+    advice = "Export once more." if is_export else f"Go on with: sleb resume {run_folder.reference(stopped)}"
+    say(f"Stopped {stopped.run_id}. {advice}")
 
 
+@grouped
 def work(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A job folder, or a run folder: its newest job.")],
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
-    trust_paths: TrustPaths = False,
-    out: JobOut = None,
-    replace: JobReplace = False,
-    task_folder: JobTaskFolder = None,
+    allowed: AllowedAgain,
 ) -> None:
     """Execute a job that is waiting in a run folder (what the dashboard and clusters start).
 
     Under torchrun give the job folder that --prepare printed: all processes must mean the same job. What the job needs
     to be allowed is given here: a run folder may come from anybody, and allows nothing by itself.
     """
-    allowed = permissions(allow_pickle, trust_remote_code, trust_paths, out, replace, task_folder)
+    permissions = allowed.permissions()
     directory = files.expanded(directory).absolute()
     if not directory.is_dir():
         raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
@@ -64,15 +52,15 @@ def work(
     if rank.size > 1 and directory.parent.name != "jobs":
         raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
     if rank.rank > 0:  # the first one has taken the job
-        execution.work(directory, permissions=allowed)
+        execution.work(directory, permissions=permissions)
         return
-    job_dir = _job_dir(directory, allowed)
+    job_dir = _job_dir(directory, permissions)
     if rank.size == 1:
-        confirm_names(run_folder.load(job_dir.parent.parent), trust_paths, job_dir.name)
+        confirm_names(run_folder.load(job_dir.parent.parent), allowed.trust_paths, job_dir.name)
     try:
         with_others = f" with {rank.size} processes" if rank.size > 1 else ""
         say(f"Working on {job_dir}{with_others}. See how far it is: sleb show {job_dir.parent.parent}")
-        done = execution.work(job_dir, permissions=allowed)
+        done = execution.work(job_dir, permissions=permissions)
         say(f"Finished {done.run_id}.")
     except RunBusy:  # two asked at the same moment, and the other one has it
         job_folder.withdraw_job(job_folder.load_job(job_dir))
@@ -120,38 +108,38 @@ def dashboard(
 
 
 def _require_dashboard() -> None:
-    """Whether it is there, which it is wherever the package was installed whole."""
+    """Raise `OptionError` where the dashboard's files are missing; an installation of the whole package has them."""
     if not dashboard_files.MAIN.is_file():
         raise OptionError(_NO_DASHBOARD)
 
 
 def _allowed(folder: Path) -> Path:
     """A folder that may be used, absolute and with its links followed."""
-    found = files.expanded(folder).absolute()
-    if not found.is_dir():
-        raise OptionError(f"There is no folder {found}; --allow-path takes one that exists.")
-    return found.resolve()
+    absolute = files.expanded(folder).absolute()
+    if not absolute.is_dir():
+        raise OptionError(f"There is no folder {absolute}; --allow-path takes one that exists.")
+    return absolute.resolve()
 
 
 def _require_free(address: str, port: int) -> None:
-    """Whether the dashboard can listen there, said before it starts."""
+    """Raise `OptionError` where the dashboard cannot listen, before it starts."""
     try:
         if not address.strip():
             raise OSError
         family, kind, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise OptionError(
-            f"--address {quoted(address)} is no address; use localhost, or one of this machine."
+            f"--address {quoted(address)} is not an address; use localhost, or one of this machine."
         ) from error
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(place)
+            listener.bind(place)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                how = ' (make run ARGS="--port 8502")' if (dashboard_files.ROOT / "Makefile").is_file() else ""
+                elsewhere = ' (make run ARGS="--port 8502")' if (dashboard_files.ROOT / "Makefile").is_file() else ""
                 raise OptionError(
-                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{how}."
+                    f"Port {port} is in use, perhaps by another dashboard. Name another one with --port{elsewhere}."
                 ) from error
             raise OptionError(
                 f"The dashboard cannot listen on {quoted(address)}, port {port} ({error.strerror})."
@@ -165,8 +153,8 @@ def _job_dir(directory: Path, allowed: Permissions) -> Path:
         if state is JobState.RUNNING:
             job_processes.require_idle(run)
         if state not in (JobState.QUEUED, JobState.INTERRUPTED):
-            what = f"Job {directory.name} is {state.value if state else 'not there'}, not waiting."
-            raise RunError(f"{what} {_how_to_go_on(run)}")
+            state_word = state.value if state else "missing"
+            raise RunError(f"Job {directory.name} is {state_word}, not waiting. {_how_to_go_on(run)}")
         return directory
     run = job_processes.watched(run_folder.load(directory))
     waiting = [job for job in run.jobs if job.status.state in (JobState.QUEUED, JobState.INTERRUPTED)]

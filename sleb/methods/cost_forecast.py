@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sleb.errors import OptionError
-from sleb.methods.problem import Problem, number_to_remove, require_possible
+from sleb.methods.problem import Problem, number_to_remove, protected_blocks, require_possible
 from sleb.methods.strategies import baseline, search
 from sleb.records import Baseline, Method, RunSpec, Step, default_held_out
 from sleb.scoring.sweep_plan import Cost, SkipSet, cost_of
@@ -68,12 +67,7 @@ def cost_of_search(
 
 def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
     """The work of a run on a model of so many blocks, and how many of them it removes. Raises `OptionError`."""
-    protected = spec.protected
-    if protected is None:
-        protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
-    outside = [block for block in protected if not 0 <= block < num_blocks]
-    if outside:
-        raise OptionError(f"`protect` names block {outside[0]}; the model has blocks 0 to {num_blocks - 1}.")
+    protected = protected_blocks(spec, num_blocks)
     available = num_blocks - len(protected)
     removing = number_to_remove(num_blocks, available, spec.num_remove, spec.ratio)
     require_possible(spec.method, num_blocks, removing, protected)
@@ -85,7 +79,7 @@ def cost_of_spec(spec: RunSpec, num_blocks: int) -> tuple[Cost, int]:
         Problem(
             num_blocks=num_blocks,
             num_remove=removing,
-            protected=tuple(protected),
+            protected=protected,
             calibration=np.arange(sequences),
             held_out=np.arange(0),
             token_counts=np.ones(sequences, dtype=np.int64),

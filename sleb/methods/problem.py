@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from sleb.errors import OptionError
-from sleb.records import Method, Step
+from sleb.records import Method, RunSpec, Step
 from sleb.scoring.sweep_plan import SkipSet
 
 Score = Callable[[Sequence[SkipSet], np.ndarray], np.ndarray]
@@ -59,6 +59,21 @@ class Decision:
     """Nats of the held-out sequences under the model this step leaves."""
     seen: np.ndarray | None = None
     """The scores that were taken, where candidates left a race; None is all of them."""
+
+
+def protected_blocks(spec: RunSpec, num_blocks: int) -> tuple[int, ...]:
+    """Blocks that are never candidates, ascending. Raises `OptionError` for one that the model does not have."""
+    protected = spec.protected
+    if protected is None:
+        protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
+    _require_within("protect", protected, num_blocks)
+    return tuple(sorted(set(protected)))
+
+
+def _require_within(option: str, blocks: Sequence[int], num_blocks: int) -> None:
+    outside = next((block for block in blocks if not 0 <= block < num_blocks), None)
+    if outside is not None:
+        raise OptionError(f"`{option}` names block {outside}; the model has blocks 0 to {num_blocks - 1}.")
 
 
 def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ratio: float | None) -> int:

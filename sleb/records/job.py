@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sleb.records.base import FORMAT_VERSION, MOST, Record
+from sleb.records.options import EXECUTION, Option
 from sleb.records.requests import Ask
 from sleb.records.spec import RunSpec
 
@@ -20,15 +21,52 @@ class JobSpec(Record):
 
     format_version: int = FORMAT_VERSION
     kind: JobKind
-    device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    """Sequences per batch; None chooses for the device."""
-    speedups: Literal["auto", "off"] = "auto"
-    """Whether faster ways through the blocks are tried, where the work ahead is worth it."""
-    processes: Annotated[int, Field(ge=1, le=4096, strict=True)] = 1
-    """On this host, each with a share of the sequences; one GPU each where there are any."""
-    memory_budget: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    """Bytes for weights and hidden states, of the GPU or else of the host; blocks are streamed where that is little."""
+    device: Annotated[str, Option("Device", "auto, cpu, cuda:0 …, or all: spread over all GPUs.", EXECUTION)] = "auto"
+    batch_size: Annotated[
+        Annotated[int, Field(ge=1, le=MOST, strict=True)] | None,
+        Option(
+            "Batch size",
+            "Sequences at once; halved when memory runs out.",
+            EXECUTION,
+            unit="sequences",
+            otherwise="chosen for the device",
+        ),
+    ] = None
+    processes: Annotated[
+        int,
+        Field(ge=1, le=4096, strict=True),
+        Option(
+            "Processes",
+            "Processes that share the sequences; one GPU each if there are any.",
+            EXECUTION,
+            details="On this machine.",
+            in_form=False,
+        ),
+    ] = 1
+    memory_budget: Annotated[
+        Annotated[int, Field(ge=1, le=MOST, strict=True)] | None,
+        Option(
+            "Memory budget",
+            "For weights and hidden states; blocks that do not fit are read from disk when they are needed.",
+            EXECUTION,
+            details="Of each process: of its GPU's memory, or of RAM where there is no GPU.",
+            metavar="24GB",
+            unit="bytes",
+            in_form=False,
+        ),
+    ] = None
+    speedups: Annotated[
+        Literal["auto", "off"],
+        Option(
+            "Optimizations",
+            "In long searches, try faster ways through the blocks first; they round a little differently.",
+            EXECUTION,
+            on_off=("auto", "off"),
+            flag=True,
+            search_only=True,
+            in_form=False,
+        ),
+    ] = "auto"
     allow_pickle: bool = False
     trust_remote_code: bool = False
     steps: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None

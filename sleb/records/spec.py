@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from sleb.records.base import FORMAT_VERSION, MOST, Record
+from sleb.records.options import BLOCKS, EXECUTION, TEXT, Option
 
 RACE_SEQUENCES = 32
-"""From so many calibration sequences on a race saves more than it may lose."""
+"""The number of calibration sequences from which on a race saves more than it may lose."""
 
 
 class Method(StrEnum):
@@ -31,12 +32,45 @@ class Method(StrEnum):
 class CalibrationSpec(Record):
     """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
 
-    source: str = "wikitext2"
-    sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 128
-    sequence_length: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
-    sampling: Literal["random", "first"] = "random"
-    bos: Literal["auto", "yes", "no"] = "auto"
-    chat: bool = False
+    source: Annotated[
+        str,
+        Option(
+            "Calibration text",
+            "wikitext2, c4, wikitext2-rows (the reference's loader), demo, a local .txt, .jsonl or .parquet file "
+            "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN.",
+            TEXT,
+            name="calibration",
+            details="Its likelihood decides: best something like what the model will be used for (paper, Table 8).",
+            metavar="SPEC",
+            demo="demo",
+        ),
+    ] = "wikitext2"
+    sequences: Annotated[
+        int,
+        Field(ge=1, le=MOST, strict=True),
+        Option(
+            "Sequences",
+            "Calibration sequences.",
+            TEXT,
+            details="More of them distinguish more blocks, and take longer.",
+            demo=16,
+        ),
+    ] = 128
+    sequence_length: Annotated[
+        int,
+        Field(ge=2, le=MOST, strict=True),
+        Option("Tokens each", "Tokens of each sequence.", TEXT, unit="tokens", demo=256),
+    ] = 2048
+    sampling: Annotated[
+        Literal["random", "first"], Option("Windows", "Windows drawn without overlap, or the first ones.", TEXT)
+    ] = "random"
+    bos: Annotated[
+        Literal["auto", "yes", "no"],
+        Option("BOS token", "BOS at the head of every window; auto follows the tokenizer.", TEXT),
+    ] = "auto"
+    chat: Annotated[bool, Option("Conversations", "The column holds conversations: use the chat template.", TEXT)] = (
+        False
+    )
 
 
 def default_held_out(sequences: int) -> int:
@@ -45,36 +79,146 @@ def default_held_out(sequences: int) -> int:
 
 
 class RunSpec(Record):
-    """What was asked; immutable once written. Permissions and devices are no part of it: see `JobSpec`."""
+    """What was asked; immutable once written. Permissions and devices are not part of it: see `JobSpec`."""
 
     format_version: int = FORMAT_VERSION
     kind: Literal["search", "analyze", "evaluate"] = "search"
     """`evaluate`: nothing is searched; the removal list was given."""
     model: str
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    revision: Annotated[str | None, Option("Revision", "Branch, tag or commit on the hub.", EXECUTION)] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option("Computed in", "auto is what is fast on the device (16 bits where it can).", EXECUTION),
+    ] = "auto"
     calibration: CalibrationSpec = CalibrationSpec()
-    held_out: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
-    """Held-out sequences; None is a quarter of the calibration set."""
-    method: Method = Method.METRIC3
-    num_remove: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the blocks to remove, rounded up. With neither, every block that may go is a candidate to the end."""
-    protected: tuple[int, ...] | None = None
-    """Blocks that are never candidates; None is the method's default."""
-    until_perplexity: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Stop before the held-out perplexity rises by more than this share: 0.1 is ten per cent."""
-    confidence: Annotated[float, Field(ge=1e-6, le=1 - 1e-6)] = 0.95
-    """Of the interval by which two candidates are told apart, or called tied; and of a race, in each of its steps."""
-    objective: Literal["nll", "kl"] = "nll"
-    """What is lowest: the negative log-likelihood of the text (the paper), or the divergence from the unmodified
-    model's own predictions (as in EvoPress, arXiv 2410.14649). Metric1 has a measure of its own."""
-    search: Literal["auto", "full", "race"] = "auto"
-    """Whether every candidate sees the whole calibration set, or leaves once it cannot win. See `races`."""
-    refine: Literal["none", "swap"] = "none"
-    """What follows Metric3's last removal: `swap` tries one block back and another out, while that lowers the score."""
-    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 0
-    analysis: bool = True
+    held_out: Annotated[
+        Annotated[int, Field(ge=0, le=MOST, strict=True)] | None,
+        Option(
+            "Held-out sequences",
+            "Sequences that take no part in any choice.",
+            TEXT,
+            details="They tell what a removal really costs.",
+            otherwise="a quarter",
+            search_only=True,
+        ),
+    ] = None
+    method: Annotated[
+        Method,
+        Option(
+            "Method",
+            "metric3 is SLEB; the others are what the paper compares it with.",
+            BLOCKS,
+            details="Metric3 scores all blocks again after each removal (paper, Algorithm 1). The others take less "
+            "time and choose worse (Figures 4 and 7).",
+            search_only=True,
+        ),
+    ] = Method.METRIC3
+    num_remove: Annotated[
+        Annotated[int, Field(ge=1, le=MOST, strict=True)] | None,
+        Option(
+            "Blocks",
+            "How many blocks to remove.",
+            BLOCKS,
+            name="remove",
+            details="Every step is kept, so a longer list contains all shorter ones (but for best-chunk).",
+            search_only=True,
+        ),
+    ] = None
+    ratio: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Option(
+            "Share of the blocks",
+            "Or which share, rounded up.",
+            BLOCKS,
+            details="To whole blocks, as in the paper (4.1).",
+            usual=0.2,
+            demo=0.1,
+            percent=(1, 99),
+            search_only=True,
+        ),
+    ] = None
+    """With neither a number nor a share, every block that can be removed is a candidate to the end."""
+    protected: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "Protected blocks",
+            "Blocks never removed, or none.",
+            BLOCKS,
+            name="protect",
+            details="Early exit and best chunk protect none by themselves.",
+            metavar="0,29",
+            otherwise="first and last",
+            search_only=True,
+        ),
+    ] = None
+    until_perplexity: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
+        Option(
+            "Rise of perplexity",
+            "Stop before the held-out perplexity rises more.",
+            BLOCKS,
+            metavar="+10%",
+            unit="rise",
+            percent=(1, 1000),
+            search_only=True,
+        ),
+    ] = None
+    """A share: 0.1 is ten per cent."""
+    confidence: Annotated[
+        float,
+        Field(ge=1e-6, le=1 - 1e-6),
+        Option(
+            "Confidence",
+            "Confidence of the interval that calls candidates tied, and of a race.",
+            BLOCKS,
+            details="In each step of a race, the best candidate is lost at most as often as this leaves.",
+            percent=(50, 99),
+            search_only=True,
+        ),
+    ] = 0.95
+    objective: Annotated[
+        Literal["nll", "kl"],
+        Option(
+            "Objective",
+            "What is lowest: nll of the text (the paper), or kl, the divergence from the model's own predictions.",
+            BLOCKS,
+            details="As in EvoPress (arXiv 2410.14649). Metric1 has a measure of its own.",
+            search_only=True,
+        ),
+    ] = "nll"
+    search: Annotated[
+        Literal["auto", "full", "race"],
+        Option(
+            "Search",
+            "race drops candidates that cannot win; full scores all on everything; auto races from 32 sequences.",
+            BLOCKS,
+            details="A race takes several times less work for the same list, but for bad luck in at most 5 % of the "
+            "steps.",
+            search_only=True,
+        ),
+    ] = "auto"
+    """See `races`."""
+    refine: Annotated[
+        Literal["none", "swap"],
+        Option(
+            "Refine by swaps",
+            "swap goes on after metric3's last removal: one block back and another out, as long as that lowers the "
+            "score beyond its error.",
+            BLOCKS,
+            details="A round takes about as long as one step for every removed block.",
+            on_off=("swap", "none"),
+            methods=("metric3",),
+            search_only=True,
+        ),
+    ] = "none"
+    seed: Annotated[
+        int,
+        Field(ge=0, lt=2**63, strict=True),
+        Option("Seed", "Seed of everything that is drawn.", TEXT),
+    ] = 0
+    analysis: Annotated[
+        bool, Option("Analyses too", "Similarity and alignment as well.", EXECUTION, search_only=True)
+    ] = True
     given: tuple[int, ...] | None = None
     """Blocks removed in a run that searches nothing, in the order in which they were given."""
 
@@ -95,9 +239,9 @@ class RunSpec(Record):
         if self.num_remove is not None and self.ratio is not None:
             raise ValueError("give either the number of blocks to remove or the ratio, not both")
         if self.objective != "nll" and self.method is Method.METRIC1:
-            raise ValueError("Metric1 compares hidden states; --objective is for the other methods")
+            raise ValueError("Metric1 compares hidden states; `objective` is for the other methods")
         if self.refine != "none" and self.method is not Method.METRIC3:
             raise ValueError(
-                f"--refine {self.refine} goes on from Metric3's list; leave it out with {self.method.value}"
+                f"`refine={self.refine}` goes on from Metric3's list; leave it out with {self.method.value}"
             )
         return self

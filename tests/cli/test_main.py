@@ -304,7 +304,7 @@ def test_python_m_sleb_is_sleb() -> None:
 
 @pytest.mark.parametrize(
     ("address", "sentence"),
-    [("", "is no address"), ("999.1.1.1", "is no address"), ("nosuchhost.invalid", "is no address"),
+    [("", "is not an address"), ("999.1.1.1", "is not an address"), ("nosuchhost.invalid", "is not an address"),
      ("192.0.2.7", "cannot listen"), ("localhost", "is in use"), ("127.0.0.1", "is in use")],
 )  # fmt: skip
 def test_a_dashboard_that_cannot_listen_says_so(address: str, sentence: str) -> None:

@@ -5,6 +5,7 @@ A target makes one example of hypothesis' data, and runs it in a sandbox.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import traceback
@@ -119,7 +120,7 @@ def specs(data: values.Draws, bench: Bench) -> None:
     made: Any = data.draw(st.sampled_from((run_spec, job_spec, EvaluateSpec, BenchmarkSpec, QuantizeSpec, HealSpec,
                                            GenerateSpec)), label="spec")  # fmt: skip
     if made is run_spec or made is job_spec:
-        names = [name for name in made.__annotations__ if name != "return"]
+        names = list(inspect.signature(made).parameters)
         call = made
     else:
         names, call = list(made.model_fields), request.ask_of

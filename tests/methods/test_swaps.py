@@ -315,9 +315,9 @@ def test_the_forecast_ends_whatever_was_removed(racing: bool) -> None:
 
 @pytest.mark.parametrize("method", ["metric1", "metric2", "early-exit", "best-chunk"])
 def test_only_metric3_is_refined(method: str) -> None:
-    with pytest.raises(OptionError, match=f"--refine swap goes on from Metric3's list; leave it out with {method}"):
+    with pytest.raises(OptionError, match=f"`refine=swap` goes on from Metric3's list; leave it out with {method}"):
         specs.run_spec("x/y", method=method, refine="swap")
-    with pytest.raises(OptionError, match="--refine"):
+    with pytest.raises(OptionError, match="`refine`"):
         specs.run_spec("x/y", refine="swaps")  # type: ignore[arg-type]
 
 

@@ -160,7 +160,7 @@ def test_bad_choices_get_a_sentence_and_no_start_button(runs: Path) -> None:
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     app.text_input(key="new-protect").set_value("first").run()
-    assert any("Protected blocks are indices" in each.value for each in app.error)
+    assert any("“Protected blocks” takes block indices" in each.value for each in app.error)
     assert "Start" not in labels(app)
     app.text_input(key="new-protect").set_value("").run()
     app.selectbox(key="new-amount").set_value("remove").run()
@@ -207,12 +207,12 @@ def test_nothing_in_a_browser_turns_on_pickle_or_remote_code(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.txt", b"\xff\xfe\x00", "no UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", b"  \n", "no text"),
         ("a.txt", b"a\0b", "no text"),
         ("a.txt", b"x" * (run_form.UPLOAD_BYTES + 1), "at most 8 MB"),
         ("a.jsonl", b'{"text": "a"}\nnonsense', "Line 2"),
-        ("a.jsonl", b"[1]", "no JSON object"),
+        ("a.jsonl", b"[1]", "not a JSON object"),
     ],
 )
 def test_an_upload_is_checked(name: str, content: bytes, sentence: str, home: Path) -> None:
