@@ -70,7 +70,8 @@ def work(subject: Subject, ask: HealSpec) -> None:
     Raises `OptionError` for a model that cannot be healed so, `ExportError` where no config can say what is removed,
     `NotNumbers` where there is nothing to heal from, `ScoringError` where the training diverged.
     """
-    _require_whole(subject)
+    subject.require_in_memory("healing")
+    _require_one_device(subject)
     if ask.how != "lora" and subject.is_plain:
         raise OptionError(f"This model's blocks cannot be run one by one, as `how={ask.how}` needs; use `how=lora`.")
     require_positions(subject.stack.config, ask.sequence_length)
@@ -82,12 +83,7 @@ def work(subject: Subject, ask: HealSpec) -> None:
         healing.write([windows.text for windows in texts])
 
 
-def _require_whole(subject: Subject) -> None:
-    if subject.stack.streamed is not None:
-        raise OptionError(
-            "The model is read from disk block by block (`memory_budget`), and healing needs all of it in memory. "
-            "Leave `memory_budget` out."
-        )
+def _require_one_device(subject: Subject) -> None:
     if len(set((getattr(subject.model, "hf_device_map", None) or {}).values())) > 1:
         raise OptionError("Healing works on one device, and the model is spread over several; use `device=cuda:0`.")
 
