@@ -86,12 +86,12 @@ def test_the_gradients_are_those_of_the_mean_loss_however_the_batch_is_cut(tmp_p
     whole.backward()
     expected = {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
     stack = BlockStack(adapted.get_base_model())
-    limit = lora._READ_OUT_BYTES["cpu"]
-    lora._READ_OUT_BYTES["cpu"] = 7 * 4 * stack.config.vocab_size  # a few tokens at a time
+    limit = lora._LOGIT_BYTES["cpu"]
+    lora._LOGIT_BYTES["cpu"] = 7 * 4 * stack.config.vocab_size  # a few tokens at a time
     try:
         loss, _ = lora._gradients(stack, parameters, ids, 3, in_pieces=True)
     finally:
-        lora._READ_OUT_BYTES["cpu"] = limit
+        lora._LOGIT_BYTES["cpu"] = limit
     assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
     assert expected
     for name, gradient in expected.items():
@@ -134,7 +134,7 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, m
         torch.testing.assert_close(lora.weights(resumed)[name], each, rtol=0, atol=1e-7)
 
 
-def test_a_damaged_checkpoint_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_begun_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint").write_bytes(b"torn")
     adapted = lora.adapt(streamlined(frozen(), LIST), 4, 0)
     progress = lora.train(adapted, token_ids(4), SETTINGS, tmp_path / "checkpoint")
