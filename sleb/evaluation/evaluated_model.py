@@ -89,6 +89,14 @@ class Subject:
         """Whether this model's blocks cannot be replayed, so that each skip set takes a forward pass of its own."""
         return self.run.stack is not None and self.run.stack.self_check.scoring == "plain"
 
+    def require_in_memory(self, work: str) -> None:
+        """Require a model that is not read from disk block by block, for `work` on it. Raises `OptionError`."""
+        if self.stack.streamed is not None:
+            raise OptionError(
+                f"The model is read from disk block by block (`memory_budget`), and {work} needs all of it in memory. "
+                "Leave `memory_budget` out."
+            )
+
     def require_within(self, lists: tuple[RemovalList, ...]) -> None:
         """Require that every list fits the model. Raises `OptionError`."""
         count = len(self.stack)

@@ -55,11 +55,7 @@ def work(subject: Subject, ask: QuantizeSpec) -> None:
 
     Raises `OptionError` for a model that torchao cannot quantise so, `ExportError` for one that cannot be written.
     """
-    if subject.stack.streamed is not None:
-        raise OptionError(
-            "The model is read from disk block by block (`memory_budget`), and quantising it needs all of it in "
-            "memory. Leave `memory_budget` out."
-        )
+    subject.require_in_memory("quantising it")
     if ask.out is not None:
         plan_removal(subject.model, ask.lists[-1])  # refused now rather than after the sweeps
     texts = [subject.windows(name, window=ask.window, limit=ask.limit) for name in ask.texts]

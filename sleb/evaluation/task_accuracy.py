@@ -24,7 +24,8 @@ import torch
 
 from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, apart, as_sentences, failures, load, seeded
+from sleb.evaluation.lm_eval_library import apart, failures, seeded
+from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, as_sentences, load
 from sleb.methods.statistics import mean_and_error
 from sleb.model.generation import numbers_only
 from sleb.model.out_of_memory import is_out_of_memory

@@ -21,7 +21,7 @@ from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes.progress import duration
 
 NO_NUMBER = "no number"
-"""In the place of one, where predictions were not numbers."""
+"""Shown in place of a number where predictions were not numbers."""
 
 
 @dataclass(frozen=True)

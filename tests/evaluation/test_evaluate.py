@@ -13,20 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import sleb
 from sleb import execution
-from sleb.cli.main import app
-from sleb.errors import OptionError, RunError, SlebError
+from sleb.errors import OptionError, RunError
 from sleb.evaluation import perplexity, request
 from sleb.records import EvaluateSpec, JobState, TextPerplexity
 from sleb.report.summaries import list_curves
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes import job_processes
-from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
 from tests.support import tiny
+from tests.support.command import run as command
 from tests.support.runs import judged
 from tests.support.runs.stores import write_run
 
@@ -51,31 +49,8 @@ def run(tiny_model: Path, text_file: Path) -> sleb.Run:
     )
 
 
-def command(*words: object, code: int = 0) -> tuple[str, str]:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    error = result.exception
-    if isinstance(error, SlebError):
-        return result.stdout, f"{result.stderr}sleb: {error}" if error.exit_code == code else pytest.fail(str(error))
-    assert result.exit_code == code, (result.output, error)
-    return result.stdout, result.stderr
-
-
 def evaluated(*words: object) -> dict[str, Any]:
     return json.loads(command("evaluate", *words, "--window", 50, "--json")[0])
-
-
-@pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many lists each sweep scored."""
-    seen: list[int] = []
-    before = Scorer.score
-
-    def score(self: Scorer, skip_sets: Any, sequences: np.ndarray) -> np.ndarray:
-        seen.append(len(skip_sets) * len(sequences))
-        return before(self, skip_sets, sequences)
-
-    monkeypatch.setattr(Scorer, "score", score)
-    return seen
 
 
 def test_the_whole_curve_is_one_command_and_kept_in_the_run(run: sleb.Run, text: Path, scored: list[int]) -> None:
@@ -222,7 +197,7 @@ def test_bad_input_is_a_sentence(words: list[str], sentence: str, run: sleb.Run,
 
 
 def test_bad_subjects_are_a_sentence_and_leave_nothing(tiny_model: Path, text: Path, home: Path) -> None:
-    assert "There is no run 'nothing'" in command("evaluate", "nothing", code=2)[1]
+    assert "No run is called 'nothing'" in command("evaluate", "nothing", code=2)[1]
     assert "no model folder" in command("evaluate", "./nothing", "--removal-list", "[1]", code=2)[1]
     outside = ["evaluate", tiny_model, "--removal-list", "[99]", "--perplexity", text, "--window", 50]
     assert "blocks 0 to 5" in command(*outside, code=2)[1]

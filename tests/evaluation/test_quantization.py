@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from sleb import api
-from sleb.cli.main import app
 from sleb.errors import ExportError, OptionError
 from sleb.evaluation import quantization
 from sleb.evaluation.perplexity import windows as cut
@@ -25,8 +23,8 @@ from sleb.model.identity import weights_hash
 from sleb.model.loading import load_model
 from sleb.records import Quantization, TextPerplexity
 from sleb.runtime import findings_folder, run_folder
-from sleb.scoring.scorer import Scorer
 from tests.support import tiny
+from tests.support.command import run
 from tests.support.families import build, token_ids
 
 torchao = pytest.importorskip("torchao", reason="needs the extra: pip install 'sleb[quantize]'")
@@ -44,8 +42,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def quantised(model: Path, text: Path, *schemes: str, **more: Any) -> list[Quantization]:
-    how = dict(removal_list=LIST, schemes=schemes, perplexity=[str(text)], window=WINDOW, dtype="float32")
-    findings = api.quantize(str(model), **(how | more))
+    settings = dict(removal_list=LIST, schemes=schemes, perplexity=[str(text)], window=WINDOW, dtype="float32")
+    findings = api.quantize(str(model), **(settings | more))
     return findings_folder.of_kind(findings, Quantization)
 
 
@@ -190,25 +188,17 @@ def test_a_proof_that_fails_leaves_nothing(
     assert [each.out for each in kept] == [None, None]  # what was measured stays
 
 
-def test_what_is_known_is_not_computed_again(tiny_model: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    before = Scorer.score
-
-    def score(self: Scorer, skip_sets: Any, sequences: np.ndarray) -> np.ndarray:
-        seen.append(len(skip_sets) * len(sequences))
-        return before(self, skip_sets, sequences)
-
-    monkeypatch.setattr(Scorer, "score", score)
+def test_what_is_known_is_not_computed_again(tiny_model: Path, text: Path, scored: list[int]) -> None:
     first = quantised(tiny_model, text, "int8")
     windows = first[0].text.windows
-    assert sum(seen) == 4 * windows  # two lists, as loaded and quantised
+    assert sum(scored) == 4 * windows  # two lists, as loaded and quantised
     assert quantised(tiny_model, text, "int8") == first
-    assert sum(seen) == 4 * windows
+    assert sum(scored) == 4 * windows
     both = quantised(tiny_model, text, "int8", "int4")
-    assert sum(seen) == 6 * windows
+    assert sum(scored) == 6 * windows
     assert [each for each in both if each.scheme == "int8"] == first
     quantised(tiny_model, text, "int4", group_size=16)
-    assert sum(seen) == 8 * windows
+    assert sum(scored) == 8 * windows
 
 
 def test_a_sweep_that_was_cut_short_goes_on(
@@ -313,8 +303,6 @@ def test_bad_input_is_one_sentence(tiny_model: Path, text: Path, tmp_path: Path)
 def test_the_command_prints_a_table(tiny_model: Path, text: Path) -> None:
     words = ["quantize", tiny_model, "--removal-list", "[1, 3]", "--scheme", "int8", "--scheme", "int4"]
     words += ["--perplexity", text, "--window", WINDOW, "--dtype", "float32", "--limit", 3]
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == 0, result.output
-    table = result.stdout.partition("Weight-only quantisation")[2]
+    table = run(*words)[0].partition("Weight-only quantisation")[2]
     assert table.count("2: 1, 3") == 2
     assert "int4, groups of 32 or 64" in table

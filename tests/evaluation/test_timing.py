@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 import sleb
 from sleb import api, execution
-from sleb.cli.main import app
-from sleb.errors import ModelError, OptionError, ScoringError, SlebError
+from sleb.errors import ModelError, OptionError, ScoringError
 from sleb.evaluation import request
 from sleb.model.stack_discovery import find_stack
 from sleb.records import BenchmarkSpec, Progress, RemovalList, Timing
 from sleb.runtime import findings_folder
 from sleb.runtime.processes.progress import Watcher
 from tests.support import tiny
+from tests.support.command import run
 from tests.support.families import HEADS, HIDDEN, KV_HEADS, MIXED, POSITIONS, WINDOW, build
 
 HEAD_DIM, FLOAT = HIDDEN // HEADS, 4
@@ -74,7 +73,7 @@ def watched_forwards() -> Iterator[list[tuple[int, ...]]]:
         yield named
     finally:
         handle.remove()
-        whole = next(each for each in passes if len(each) == 6)  # the first pass is of the unmodified model
+        whole = next(each for each in passes if len(each) == 6)  # the first pass is of the baseline
         named.extend(tuple(whole.index(block) for block in each) for each in passes)
 
 
@@ -105,7 +104,7 @@ def test_what_is_timed_is_the_list_with_its_blocks_really_gone(
     removed = sum(each.numel() for block in removal_list for each in blocks[block].parameters())
     assert timing.baseline_parameters == sum(each.numel() for each in model.parameters())
     assert timing.parameters == timing.baseline_parameters - removed
-    assert timing.peak_memory is None  # a CPU's cannot be told apart
+    assert timing.peak_memory is None  # a CPU's is unknown
 
 
 def test_all_lists_take_turns_within_each_round_and_share_the_baseline(folder: Callable[[str], Path]) -> None:
@@ -242,9 +241,9 @@ def test_out_of_memory_is_a_sentence_and_what_was_done_stays(folder: Callable[[s
         ),
         ({"generation_prompt": 129}, r"after a prompt of 129 tokens: .* lower `generation_prompt`"),
         ({"prompt": None, "generation": None}, r"Nothing to measure: give `prompt` or `generation`"),
-        ({"prompt": (0, 16)}, r"--prompt: found 0"),
-        ({"generation": (1, -1)}, r"--generation: found -1"),
-        ({"generation_repetitions": 0}, r"--generation-repetitions: found 0"),
+        ({"prompt": (0, 16)}, r"prompt.*found 0"),
+        ({"generation": (1, -1)}, r"generation.*found -1"),
+        ({"generation_repetitions": 0}, r"generation.repetitions.*found 0"),
     ],
 )
 def test_bad_input_is_one_sentence(settings: dict[str, Any], sentence: str, folder: Callable[[str], Path]) -> None:
@@ -292,11 +291,7 @@ def test_the_speedup_is_of_what_ran_at_the_same_time() -> None:
 
 
 def command(*words: object) -> str:
-    result = CliRunner().invoke(app, ["benchmark", *(str(word) for word in words)])
-    if isinstance(result.exception, SlebError):
-        raise result.exception
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.stdout
+    return run("benchmark", *words)[0]
 
 
 def test_on_the_command_line(folder: Callable[[str], Path]) -> None:
@@ -315,8 +310,8 @@ def test_on_the_command_line(folder: Callable[[str], Path]) -> None:
     alone = command(words[0], *words[3:], "--removal-list", "[]")
     assert "none" in alone
     assert "→" not in alone
-    with pytest.raises(OptionError, match="--prompt takes sequences x tokens such as 1x2048, or none; found 'long'"):
-        command(folder("llama"), "--removal-list", "[1]", "--prompt", "long")
+    refused = run("benchmark", folder("llama"), "--removal-list", "[1]", "--prompt", "long", code=2)[1]
+    assert "--prompt takes sequences x tokens such as 1x2048, or none; found 'long'" in refused
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -152,7 +152,7 @@ def test_a_reloaded_export_answers_as_the_skipped_original(
     assert proof.blocks_after == 6 - len(removal_list)
     assert proof.parameters_after < proof.parameters_before
     assert proof.generated_without_cache == proof.generated_by_skipping
-    if name != "glm-moe-dsa":  # whose cache answers otherwise in the unmodified model too
+    if name != "glm-moe-dsa":  # whose cache answers otherwise in the baseline too
         assert proof.generated_with_cache == proof.generated_by_skipping
     assert len(proof.generated_by_skipping) == proof.generated_tokens == 16
 
@@ -207,7 +207,7 @@ def test_impossible_removal_lists_are_refused(tmp_path: Path, removal_list: tupl
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One whole export and what may go with it: tied weights, a quantiser, odd defaults, a tokenizer."""
+    """One whole export and what may come with it: tied weights, a quantiser, odd defaults, a tokenizer."""
     config = FAMILIES["llama"].config(6)
     config.tie_word_embeddings = True
     config.name_or_path = "/home/somebody/secret"

@@ -1,4 +1,4 @@
-"""A disk that is full while a model is written is one sentence, whichever library meets it."""
+"""Where a model can be written, and a disk that is full meanwhile: one sentence, whichever library meets it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,57 @@ import torch
 from safetensors.torch import save_file
 
 import sleb
-from sleb.errors import StorageError
-from sleb.export.destination import saving
+from sleb.errors import OptionError, StorageError
+from sleb.export.destination import PROOF, Destination, saving
 from tests.support import tiny
 from tests.support.families import build
+
+PLACES = {  # name -> whether replacing is asked for, and why it is refused
+    "missing": (False, None),
+    "missing/deep": (False, None),
+    "empty": (False, None),
+    "export": (False, "is not empty; name another folder, or replace an earlier export with `replace`"),
+    "mine": (True, "is something other than an earlier export; name another folder"),
+    "file": (True, "is a file; name a folder that does not exist yet"),
+    "link": (True, "is a link; name the folder itself"),
+    "file/below": (False, "Nothing can be written in .*file; name another folder"),
+    "x" * 300: (False, "cannot be used .File name too long"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_folder_is_written_where_nothing_is_lost(name: str, tmp_path: Path) -> None:
+    for folder in ("empty", "export", "mine"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "export" / PROOF).touch()
+    (tmp_path / "mine" / "notes").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("empty")
+    replace, reason = PLACES[name]
+    destination = Destination(tmp_path / name, replace)
+    if reason is None:
+        destination.require_free()
+    else:
+        with pytest.raises(OptionError, match=reason):
+            destination.require_free()
+    Destination(tmp_path / "export", replace=True).require_free()
+
+
+def test_a_file_needs_its_suffix_and_never_replaces_its_source(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    source.write_text("weights")
+    gguf = {"file": "inner", "suffix": ".gguf", "source": source, "replace": True}
+    with pytest.raises(OptionError, match=r"does not end in \.gguf"):
+        Destination(tmp_path / "smaller.bin", **gguf).require_free()
+    with pytest.raises(OptionError, match="is the model itself"):
+        Destination(source, **gguf).require_free()
+    with pytest.raises(OptionError, match=r"name a file that ends in \.gguf"):
+        Destination(tmp_path, **gguf).require_free()
+    (tmp_path / "other.gguf").write_text("something")
+    other = Destination(tmp_path / "other.gguf", is_export=lambda path: False, **gguf)
+    other.require_free(look_inside=False)
+    with pytest.raises(OptionError, match="something other than an earlier export"):
+        other.require_free()
 
 
 @contextmanager

@@ -87,8 +87,8 @@ def test_blocks_go_and_everything_else_stays_byte_for_byte(tmp_path: Path) -> No
     assert {kind for kind, _, _ in after.values()} == {"Q8_0", "F32", "F16"}
     renumbered = {0: 0, 2: 1, 3: 2, 5: 3}
     expected = {
-        name if part[0] != "blk" else f"blk.{renumbered[int(part[1])]}.{part[2]}": found
-        for name, found in before.items()
+        name if part[0] != "blk" else f"blk.{renumbered[int(part[1])]}.{part[2]}": result
+        for name, result in before.items()
         if (part := name.split(".", 2))[0] != "blk" or int(part[1]) in renumbered
     }
     assert after == expected
@@ -120,15 +120,15 @@ def test_settings_per_block_follow(tmp_path: Path) -> None:
     }
     source = gguf_files.write(tmp_path / "in.gguf", settings=own)
     write_cut(plan_cut(source, (1, 4)), tmp_path / "out.gguf", (1, 4))
-    found = settings(tmp_path / "out.gguf")
-    assert found["llama.attention.head_count_kv"] == [1, 4, 1, 4]
-    assert found["llama.feed_forward_length"] == [64, 32, 64, 16]
-    assert found["llama.attention.sliding_window_pattern"] == [True, False, True, False]
-    assert found["llama.attention.recurrent_layers"] == [True, True, True, True]
-    assert found["llama.swiglu_clamp_exp"] == [0.5, 2.5, 3.5, 5.5]
-    assert found["llama.rope.dimension_sections"] == own["rope.dimension_sections"]
-    assert found["llama.leading_dense_block_count"] == 2
-    assert found["llama.expert_count"] == 6
+    result = settings(tmp_path / "out.gguf")
+    assert result["llama.attention.head_count_kv"] == [1, 4, 1, 4]
+    assert result["llama.feed_forward_length"] == [64, 32, 64, 16]
+    assert result["llama.attention.sliding_window_pattern"] == [True, False, True, False]
+    assert result["llama.attention.recurrent_layers"] == [True, True, True, True]
+    assert result["llama.swiglu_clamp_exp"] == [0.5, 2.5, 3.5, 5.5]
+    assert result["llama.rope.dimension_sections"] == own["rope.dimension_sections"]
+    assert result["llama.leading_dense_block_count"] == 2
+    assert result["llama.expert_count"] == 6
 
 
 def test_blocks_that_predict_further_tokens_stay_behind_the_stack(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_blocks_that_predict_further_tokens_stay_behind_the_stack(tmp_path: Path
     cut = plan_cut(source, (4,))
     assert (cut.num_blocks, cut.kept) == (5, (0, 1, 2, 3, 5))
     write_cut(cut, tmp_path / "out.gguf", (4,))
-    found = settings(tmp_path / "out.gguf")
-    assert (found["llama.block_count"], found["llama.nextn_predict_layers"]) == (5, 1)
-    assert found["llama.attention.head_count_kv"] == [1, 2, 4, 1, 4]
-    assert found["llama.xielu.eps"] == [1.0, 2.0, 3.0, 4.0]
+    result = settings(tmp_path / "out.gguf")
+    assert (result["llama.block_count"], result["llama.nextn_predict_layers"]) == (5, 1)
+    assert result["llama.attention.head_count_kv"] == [1, 2, 4, 1, 4]
+    assert result["llama.xielu.eps"] == [1.0, 2.0, 3.0, 4.0]
     assert raw(tmp_path / "out.gguf")["blk.4.ffn_up.weight"] == raw(source)["blk.5.ffn_up.weight"]
     with pytest.raises(OptionError, match="blocks 0 to 4"):
         plan_cut(source, (5,))
@@ -153,10 +153,10 @@ def test_blocks_that_predict_further_tokens_stay_behind_the_stack(tmp_path: Path
 def test_a_file_that_was_cut_already_tells_of_the_first(source: Path, tmp_path: Path) -> None:
     write_cut(plan_cut(source, (1, 3)), tmp_path / "once.gguf", (1, 3))
     write_cut(plan_cut(tmp_path / "once.gguf", (2,)), tmp_path / "twice.gguf", (2,))
-    found = settings(tmp_path / "twice.gguf")
-    assert (found["sleb.removal_list"], found["sleb.blocks_before"]) == ([1, 3, 4], 6)
-    assert found["general.name"] == "Tiny without 3 of 6 blocks"
-    assert found["llama.block_count"] == 3
+    result = settings(tmp_path / "twice.gguf")
+    assert (result["sleb.removal_list"], result["sleb.blocks_before"]) == ([1, 3, 4], 6)
+    assert result["general.name"] == "Tiny without 3 of 6 blocks"
+    assert result["llama.block_count"] == 3
     assert raw(tmp_path / "twice.gguf")["blk.2.ffn_up.weight"] == raw(source)["blk.5.ffn_up.weight"]
 
 
@@ -350,29 +350,29 @@ def test_the_command_line_writes_proves_and_replaces(
     source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Search of a GGUF file, export, reload in a process of its own."""
-    found = json.loads(command("search", source, "--calibration", text_file, *SEARCH, "--json")[0])
+    result = json.loads(command("search", source, "--calibration", text_file, *SEARCH, "--json")[0])
     out = tmp_path / "smaller.gguf"
-    export = ["export", found["run_id"], "--format", "gguf", "--out", out]
+    export = ["export", result["run_id"], "--format", "gguf", "--out", out]
     proof = json.loads(command(*export, "--json")[0])
     assert proof["passed"]
     assert proof["max_logit_difference"] == 0.0
-    assert proof["kept_blocks"] == found["kept_blocks"]
-    assert settings(out)["sleb.removal_list"] == found["removal_list"]
-    assert settings(out)["sleb.run"] == found["run_id"]
+    assert proof["kept_blocks"] == result["kept_blocks"]
+    assert settings(out)["sleb.removal_list"] == result["removal_list"]
+    assert settings(out)["sleb.run"] == result["run_id"]
     assert len(load(out).model.model.layers) == 4
     assert "--replace" in command(*export, code=2)[1]
     monkeypatch.setattr(proven_folder, "run_proof", prove_here)
     shown = command(*export, "--steps", 1, "--replace")[0]
     assert "Wrote and proved" in shown
     assert "megabytes" in shown
-    assert settings(out)["sleb.removal_list"] == found["removal_list"][:1]
+    assert settings(out)["sleb.removal_list"] == result["removal_list"][:1]
     assert [path.name for path in tmp_path.iterdir()] == ["smaller.gguf"]
-    assert [each.proof.blocks_after for each in finished_exports.read_exports(sleb.load(found["run_id"]))] == [4, 5]
+    assert [each.proof.blocks_after for each in finished_exports.read_exports(sleb.load(result["run_id"]))] == [4, 5]
     with pytest.raises(OptionError, match="is the model itself"):
-        sleb.export_model(found["run_id"], source, format="gguf", replace=True)
+        sleb.export_model(result["run_id"], source, format="gguf", replace=True)
     assert "name a file that ends in .gguf" in " ".join(command(*export[:-1], tmp_path, code=2)[1].split())
     assert "--out" in command(*export[:-2], code=2)[1]
-    assert "--format gguf" in command("export", found["run_id"], "--gguf", source, code=2)[1]
+    assert "--format gguf" in command("export", result["run_id"], "--gguf", source, code=2)[1]
 
 
 @pytest.mark.usefixtures("proved_here")
@@ -454,9 +454,9 @@ def test_killing_it_leaves_nothing(source: Path, text_file: Path, tmp_path: Path
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Jobs that would have been started: their process is tested elsewhere."""
-    found: list[Job] = []
-    monkeypatch.setattr(job_processes, "start", lambda job, permissions: found.append(job))
-    return found
+    result: list[Job] = []
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: result.append(job))
+    return result
 
 
 def test_the_page_offers_the_file_where_the_model_is_one(home: Path, started: list[Job], tmp_path: Path) -> None:
@@ -492,8 +492,8 @@ def test_the_card_of_a_file(home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.touch()
     job = export_job(run, JobState.FINISHED, out=str(out), format="gguf")
-    found = some_proof(bytes_before=400_000_000)
-    job_folder.write_result(job.directory, {"out": str(out), "proof": found.model_dump(mode="json")})
+    result = some_proof(bytes_before=400_000_000)
+    job_folder.write_result(job.directory, {"out": str(out), "proof": result.model_dump(mode="json")})
     app = open_page("export", run="one")
     assert not app.exception
     facts = {each.label: each.value for each in app.metric}

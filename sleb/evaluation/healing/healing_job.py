@@ -11,21 +11,20 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
 from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation import perplexity
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.healing import least_squares, lora
+from sleb.evaluation.healing import healed_weights, least_squares, lora
 from sleb.evaluation.healing.healed_folder import Healed, write_adapter, write_merged
+from sleb.evaluation.healing.healed_weights import Facts
 from sleb.export.destination import Destination
 from sleb.export.removal import streamlined
 from sleb.methods import statistics
@@ -33,12 +32,13 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
 from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
-from sleb.runtime.files import inside, replace_file
+from sleb.runtime.files import inside
 from sleb.scoring.scorer import Scorer
 from sleb.text import calibration, repetition
 
 log = logging.getLogger(__name__)
 
+_NOT_OF_WEIGHTS = ("limit", "window", "out", "adapter", "replace")  # what a request says besides the healing
 _TRAINING = ("epochs", "rank", "learning_rate", "batch_sequences")  # without a training they mean nothing
 _MOST_HELD_OUT = 32  # sequences
 _ENOUGH_TO_REFIT = 65_536  # tokens, where a training on more of them follows
@@ -70,24 +70,20 @@ def work(subject: Subject, ask: HealSpec) -> None:
     Raises `OptionError` for a model that cannot be healed so, `ExportError` where no config can say what is removed,
     `NotNumbers` where there is nothing to heal from, `ScoringError` where the training diverged.
     """
-    _require_whole(subject)
+    subject.require_in_memory("healing")
+    _require_one_device(subject)
     if ask.how != "lora" and subject.is_plain:
         raise OptionError(f"This model's blocks cannot be run one by one, as `how={ask.how}` needs; use `how=lora`.")
     require_positions(subject.stack.config, ask.sequence_length)
     texts = [subject.windows(name, window=ask.window, limit=ask.limit) for name in ask.texts]
-    healing = _Healing(subject, ask)
+    healing = _Healing.of(subject, ask)
     for windows in texts:
         healing.measure(windows)
     if ask.out is not None:
         healing.write([windows.text for windows in texts])
 
 
-def _require_whole(subject: Subject) -> None:
-    if subject.stack.streamed is not None:
-        raise OptionError(
-            "The model is read from disk block by block (`memory_budget`), and healing needs all of it in memory. "
-            "Leave `memory_budget` out."
-        )
+def _require_one_device(subject: Subject) -> None:
     if len(set((getattr(subject.model, "hf_device_map", None) or {}).values())) > 1:
         raise OptionError("Healing works on one device, and the model is spread over several; use `device=cuda:0`.")
 
@@ -98,43 +94,35 @@ def _text_of(ask: HealSpec) -> CalibrationSpec:
     )
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What is kept of a healing besides its weights."""
-
-    trained_parameters: int
-    trained_tokens: int
-    losses: tuple[float, ...]
-    seconds: float
-    held_out_before: float | None
-    held_out_after: float | None
-    """Nats; None where predictions were not numbers."""
-    held_out_tokens: int
-
-
 class _Healing:
     """One list and its healing. The weights are computed, or read, when they are first needed."""
 
-    def __init__(self, subject: Subject, ask: HealSpec) -> None:
+    def __init__(
+        self, subject: Subject, ask: HealSpec, request: HealSpec, text: calibration.CalibrationSet, folder: Path
+    ) -> None:
         self.subject = subject
         self.ask = ask
+        self.request = request
+        """What bears on the weights: the settings that a finding keeps."""
         self.removal_list: RemovalList = ask.lists[-1]
+        self.text = text
+        self.folder = folder
+        self._kept: tuple[dict[str, torch.Tensor], Facts] | None = None
+        self._healed: Healed | None = None
+
+    @classmethod
+    def of(cls, subject: Subject, ask: HealSpec) -> _Healing:
+        """Read the text to heal on. Raises `CalibrationError`."""
         subject.meter.phase(f"Reading {Path(ask.source).name}")
         held_out = min(_MOST_HELD_OUT, max(1, ask.sequences // 8))
-        self.text = calibration.build(
-            _text_of(ask), held_out, ask.seed, subject.tokenizer, subject.stack.config.vocab_size
-        )
+        text = calibration.build(_text_of(ask), held_out, ask.seed, subject.tokenizer, subject.stack.config.vocab_size)
         defaults = HealSpec.model_fields
-        nothing = {"lists": (), "texts": (), **{name: defaults[name].default for name in ("limit", "window", "out")}}
-        nothing |= {name: defaults[name].default for name in ("adapter", "replace")}
-        if ask.how == "linear":
-            nothing |= {name: defaults[name].default for name in _TRAINING}
-        self.request = ask.model_copy(update=nothing)
-        question = [self.request.model_dump(mode="json"), self.removal_list, subject.depends_on, self.text.tokens_hash]
+        others = (*_NOT_OF_WEIGHTS, *(_TRAINING if ask.how == "linear" else ()))
+        nothing = {"lists": (), "texts": ()} | {name: defaults[name].default for name in others}
+        request = ask.model_copy(update=nothing)
+        question = [request.model_dump(mode="json"), ask.lists[-1], subject.depends_on, text.tokens_hash]
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:20]
-        self.folder = inside(subject.run.run_dir, "healing", key)
-        self._kept: tuple[dict[str, torch.Tensor], _Facts] | None = None
-        self._healed: Healed | None = None
+        return cls(subject, ask, request, text, inside(subject.run.run_dir, "healing", key))
 
     def measure(self, windows: perplexity.Windows) -> None:
         """Measure perplexity on one text before and after, unless it is known."""
@@ -233,13 +221,13 @@ class _Healing:
         forget_quantisation(smaller)
         return smaller
 
-    def _weights(self) -> tuple[dict[str, torch.Tensor], _Facts]:
+    def _weights(self) -> tuple[dict[str, torch.Tensor], Facts]:
         """Adapters, or refit layers, by name in the smaller model: read where they are known."""
         if self._kept is None:
             self._kept = self._read() or self._compute()
         return self._kept
 
-    def _compute(self) -> tuple[dict[str, torch.Tensor], _Facts]:
+    def _compute(self) -> tuple[dict[str, torch.Tensor], Facts]:
         tensors: dict[str, torch.Tensor] = {}
         losses: tuple[float, ...] = ()
         seconds = 0.0
@@ -258,7 +246,7 @@ class _Healing:
             raise self._diverged("the healed model's predictions are not numbers")
         epochs = 1 if self.ask.how == "linear" else self.ask.epochs
         length = self.text.ids.shape[1]
-        facts = _Facts(
+        facts = Facts(
             trained_parameters=sum(each.numel() for each in tensors.values()),
             trained_tokens=epochs * self.text.sequences * length,
             losses=losses,
@@ -267,7 +255,7 @@ class _Healing:
             held_out_after=after,
             held_out_tokens=self.text.held_out * (length - 1),
         )
-        _store(self._path, tensors, asdict(facts))
+        healed_weights.write(self._path, tensors, asdict(facts))
         self._tidy()
         return tensors, facts
 
@@ -305,7 +293,7 @@ class _Healing:
 
     def _refit(self) -> tuple[dict[str, torch.Tensor], float]:
         """Refit layers, and seconds; where a training follows, on no more text than is needed."""
-        known = None if self.ask.how == "linear" else _stored(self._before_training)
+        known = None if self.ask.how == "linear" else healed_weights.read(self._before_training)
         if known is not None:
             return known[0], float(known[1]["seconds"])
         started = time.perf_counter()
@@ -320,7 +308,7 @@ class _Healing:
         )
         tensors, seconds = {each.name: each.weight for each in refits}, time.perf_counter() - started
         if self.ask.how == "both":
-            _store(self._before_training, tensors, {"seconds": seconds})
+            healed_weights.write(self._before_training, tensors, {"seconds": seconds})
         return tensors, seconds
 
     @property
@@ -335,14 +323,14 @@ class _Healing:
     def _before_training(self) -> Path:
         return inside(self.folder, "mended.safetensors")
 
-    def _read(self) -> tuple[dict[str, torch.Tensor], _Facts] | None:
+    def _read(self) -> tuple[dict[str, torch.Tensor], Facts] | None:
         """The weights of an earlier job; None where they are missing or damaged, and computed again."""
-        stored = _stored(self._path)
+        stored = healed_weights.read(self._path)
         if stored is None:
             return None
         tensors, values = stored
         try:
-            facts = _Facts(**values | {"losses": tuple(values["losses"])})
+            facts = Facts(**values | {"losses": tuple(values["losses"])})
             self._tidy()
             return tensors, facts
         except (KeyError, TypeError) as error:
@@ -356,21 +344,3 @@ class _Healing:
         scorer = Scorer(stack, windows, plain=self.subject.is_plain)
         total = float(scorer.score([removal_list], np.arange(len(windows))).sum())
         return total if np.isfinite(total) else None
-
-
-def _store(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    whole = {name: each.cpu().contiguous() for name, each in tensors.items()}
-    replace_file(path, save(whole, {"facts": json.dumps(facts)}))
-
-
-def _stored(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """What `_store` wrote; None where it is missing or damaged, and made again."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-        log.warning("%s cannot be read, and is made again: %s", path, error)
-        return None

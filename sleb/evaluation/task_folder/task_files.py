@@ -7,8 +7,6 @@ lm-eval's own tasks are code of an installed library and stay as they are.
 from __future__ import annotations
 
 import os
-import re
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,10 +17,8 @@ from typing import Any
 
 from sleb.errors import OptionError, WorkEnded, excerpt
 from sleb.evaluation.task_folder.task_limits import within
+from sleb.evaluation.task_folder.task_yaml import FLAG, holds_function, parsed
 
-LARGEST = 4 << 20
-"""Most bytes of a task file; lm-eval's own largest has 63,000."""
-_DEEPEST, _WIDEST = 100, 1_000_000  # of what its YAML becomes, with all that its aliases repeat
 _MEMBERS, _GROUPS_DEEP = 20_000, 50
 _LONGEST_TEXT = 4_000_000  # characters that a template may make of one example
 _LARGEST_EXAMPLES = 8 << 30  # bytes of local files
@@ -50,11 +46,6 @@ _CHANGEABLE = {
     "target_delimiter", "fewshot_delimiter",
 }  # fmt: skip
 """What a group may change about one of lm-eval's own tasks that has functions; the rest would reach them."""
-_FLAG = "which a task file may only with `trust_remote_code`"
-
-
-class _Function(str):
-    """The name that `!function` gives, where nothing is imported."""
 
 
 class TaskFiles:
@@ -116,7 +107,7 @@ class TaskFiles:
         if path in seen:
             raise OptionError(f"The task file {path} includes itself, or is included twice.")
         seen.add(path)
-        config = _parsed(path, refuse)
+        config = parsed(path, refuse)
         if not recursive or "include" not in config:
             return config
         includes = config.pop("include")
@@ -126,7 +117,7 @@ class TaskFiles:
                 raise OptionError(f"The task file {path} includes what is not a file name: {excerpt(each, 80)}.")
             included = (path.parent / each).resolve()
             if not (self._holds(included) or is_lm_evals(included)):
-                raise OptionError(f"The task file {path} includes {included} outside its folder, {_FLAG}.")
+                raise OptionError(f"The task file {path} includes {included} outside its folder, {FLAG}.")
             content = self._read(included, refuse, True, seen)
             content.pop("task_list", None)
             merged.update(content)
@@ -167,7 +158,7 @@ class TaskFiles:
             if not known and self.restricted and not self._is_own:
                 own = ", ".join(sorted(registry.metric_registry.keys()))
                 raise OptionError(
-                    f"{self._where} has the program of metric {excerpt(name, 80)!r} fetched and run, {_FLAG}; lm-eval "
+                    f"{self._where} has the program of metric {excerpt(name, 80)!r} fetched and run, {FLAG}; lm-eval "
                     f"itself has {own}."
                 )
             if not known and isinstance(name, str) and os.path.exists(name) and not _may_run(name, self.trusted):
@@ -184,7 +175,7 @@ class TaskFiles:
         def get_prompt(prompt_id: Any, *args: Any, **kwargs: Any) -> Any:
             category = str(prompt_id).split(":")[0]
             if category not in PROMPT_REGISTRY and not self._is_own:
-                raise OptionError(f"{self._where} takes prompts from {excerpt(category, 80)!r}, {_FLAG}.")
+                raise OptionError(f"{self._where} takes prompts from {excerpt(category, 80)!r}, {FLAG}.")
             return lm_evals(prompt_id, *args, **kwargs)
 
         return get_prompt
@@ -204,15 +195,15 @@ class TaskFiles:
         if not isinstance(path, str) or not isinstance(settings, dict):
             raise OptionError(f"{self._where} needs a dataset_path that is text, and dataset_kwargs with names.")
         if path in _PACKAGED_DATASETS_MODULES and path not in _DATA_SETS.split(", "):
-            raise OptionError(f"{self._where} has its examples opened by {path!r}, {_FLAG}; {_DATA_SETS} are read.")
+            raise OptionError(f"{self._where} has its examples opened by {path!r}, {FLAG}; {_DATA_SETS} are read.")
         unknown = sorted(str(name) for name in settings if name not in _DATA_SETTINGS)
         if unknown:
-            raise OptionError(f"{self._where} sets {excerpt(unknown[0], 80)!r} in dataset_kwargs, {_FLAG}.")
+            raise OptionError(f"{self._where} sets {excerpt(unknown[0], 80)!r} in dataset_kwargs, {FLAG}.")
         files = [each for name in ("data_files", "data_dir") for each in _texts(settings.get(name))]
         for each in [path, *files]:
             strange = {part.partition("://")[0] for part in each.split("::") if "://" in part} - _PROTOCOLS
             if strange:
-                raise OptionError(f"{self._where} opens {excerpt(each, 80)!r} as {strange.pop()[:40]!r}, {_FLAG}.")
+                raise OptionError(f"{self._where} opens {excerpt(each, 80)!r} as {strange.pop()[:40]!r}, {FLAG}.")
         sizes = sum(os.stat(each).st_size for each in files if "::" not in each and os.path.isfile(each))
         if sizes > _LARGEST_EXAMPLES:
             raise OptionError(
@@ -245,7 +236,7 @@ class TaskFiles:
         """The sentence for a template that reaches for more than its example."""
         return OptionError(
             f"A template of task {task[:200]!r} of {self.folder} reaches for Python itself ({excerpt(error, 120)}), "
-            f"{_FLAG}."
+            f"{FLAG}."
         )
 
     # ---- before and after loading
@@ -264,7 +255,7 @@ class TaskFiles:
         unknown = sorted(str(each) for each in settings if each not in _GENERATION)
         if unknown:
             setting = excerpt(unknown[0], 80)
-            raise OptionError(f"Task {name!r} of {self.folder} sets {setting!r} in generation_kwargs, {_FLAG}.")
+            raise OptionError(f"Task {name!r} of {self.folder} sets {setting!r} in generation_kwargs, {FLAG}.")
         numbers = [(each, getattr(config, each), most) for each, most in _NUMBERS.items()]
         numbers += [(each, settings.get(each), most) for each, most in _GENERATION_NUMBERS.items()]
         for each, number, most in numbers:
@@ -297,7 +288,7 @@ class _Members:
         elif changed - _CHANGEABLE and is_lm_evals(entry.yaml_path) and self._has_code(entry.yaml_path):
             raise OptionError(
                 f"A group of {self._files.folder} changes {_listed(changed - _CHANGEABLE)} of lm-eval's task "
-                f"{entry.name!r}, whose functions would run on that, {_FLAG}."
+                f"{entry.name!r}, whose functions would run on that, {FLAG}."
             )
 
     def _group(self, config: Any, changed: frozenset[str], path: tuple[str, ...], strange: bool) -> None:
@@ -327,7 +318,7 @@ class _Members:
             raise OptionError(f"The task group {path[0][:200]!r} holds groups more than {_GROUPS_DEEP} deep.")
 
     def _has_code(self, path: Path) -> bool:
-        return _holds_function(self._files._read(Path(path).resolve(), False, True, set()))
+        return holds_function(self._files._read(Path(path).resolve(), False, True, set()))
 
 
 def is_lm_evals(path: str | Path | None) -> bool:
@@ -336,74 +327,6 @@ def is_lm_evals(path: str | Path | None) -> bool:
 
     package = Path(lm_eval.tasks.__file__).resolve().parent
     return path is not None and Path(path).expanduser().resolve().is_relative_to(package)
-
-
-def _parsed(path: Path, refuse: bool) -> dict[str, Any]:
-    """A task file's YAML. `!function` is refused, or becomes the name that it would import."""
-    import yaml
-
-    safe: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    text = _text(path)
-    _require_small(path, yaml, yaml.parse(text, Loader=safe))
-
-    class Loader(safe):
-        pass
-
-    def function(loader: Any, node: Any) -> str:
-        name = loader.construct_scalar(node)
-        if refuse:
-            raise OptionError(f"The task file {path} runs code (!function {excerpt(name, 80)}), {_FLAG}.")
-        return _Function(path.parent / str(name))
-
-    yaml.add_constructor("!function", function, Loader=Loader)
-    config = yaml.load(text, Loader=Loader)
-    if not isinstance(config, dict):
-        raise ValueError(f"Expected YAML dict from {path}, got {type(config).__name__}")
-    return config
-
-
-def _text(path: Path) -> bytes:
-    """The bytes of a regular file: a pipe would never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OptionError(f"The task file {path} is not a regular file.")
-        text = file.read(LARGEST + 1)
-    if len(text) > LARGEST:
-        raise OptionError(
-            f"The task file {path} has more than {LARGEST / 1e6:.0f} MB; examples go into files of their own."
-        )
-    return text
-
-
-def _require_small(path: Path, yaml: Any, events: Iterator[Any]) -> None:
-    """Refuse YAML that becomes too much; an alias is as large as what it repeats. Nothing is made of the events yet."""
-    sizes: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = []
-    total = 0
-    for event in events:
-        before, anchor = total, None
-        if isinstance(event, yaml.ScalarEvent):
-            anchor = event.anchor
-            total += 1 + len(event.value) // 64
-            if len(event.value) > 1_000 and event.implicit[0] and re.fullmatch(r"[-+0-9_:.,]+", event.value):
-                raise OptionError(f"The task file {path} has a number of {len(event.value):,} digits.")
-        elif isinstance(event, yaml.AliasEvent):
-            if any(each == event.anchor for each, _ in opened):
-                raise OptionError(f"The task file {path} has an alias of itself, {excerpt(event.anchor, 40)}.")
-            total += sizes.get(event.anchor, 1)
-        elif isinstance(event, yaml.CollectionStartEvent):
-            total += 1
-            opened.append((event.anchor, before))
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, before = opened.pop()
-        if anchor is not None:
-            sizes[anchor] = total - before
-        if total > _WIDEST or len(opened) > _DEEPEST:
-            raise OptionError(
-                f"The task file {path} becomes too much: at most {_WIDEST:,} values, {_DEEPEST} deep, with all that "
-                "aliases repeat."
-            )
 
 
 def _sandbox(lm_evals: Any) -> Any:
@@ -484,12 +407,6 @@ def _replaced(owner: Any, name: str, made: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def _holds_function(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(_holds_function(each) for each in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, _Function)
 
 
 def _texts(value: Any) -> list[str]:

@@ -86,12 +86,12 @@ def test_the_gradients_are_those_of_the_mean_loss_however_the_batch_is_cut(tmp_p
     whole.backward()
     expected = {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
     stack = BlockStack(adapted.get_base_model())
-    limit = lora._READ_OUT_BYTES["cpu"]
-    lora._READ_OUT_BYTES["cpu"] = 7 * 4 * stack.config.vocab_size  # a few tokens at a time
+    limit = lora._LOGIT_BYTES["cpu"]
+    lora._LOGIT_BYTES["cpu"] = 7 * 4 * stack.config.vocab_size  # a few tokens at a time
     try:
         loss, _ = lora._gradients(stack, parameters, ids, 3, in_pieces=True)
     finally:
-        lora._READ_OUT_BYTES["cpu"] = limit
+        lora._LOGIT_BYTES["cpu"] = limit
     assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
     assert expected
     for name, gradient in expected.items():
@@ -134,12 +134,12 @@ def test_a_training_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, m
         torch.testing.assert_close(lora.weights(resumed)[name], each, rtol=0, atol=1e-7)
 
 
-def test_a_damaged_checkpoint_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_checkpoint_is_begun_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint").write_bytes(b"torn")
     adapted = lora.adapt(streamlined(frozen(), LIST), 4, 0)
     progress = lora.train(adapted, token_ids(4), SETTINGS, tmp_path / "checkpoint")
     assert progress.updates == 2
-    assert "begins anew" in caplog.text
+    assert "begins again" in caplog.text
 
 
 def test_a_model_without_numbers_is_not_trained(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_rank_that_no_layer_has_is_refused_before_memory_is_taken_for_it() -> 
         lora.adapt(frozen(), 33, 0)
 
 
-# --- remedies
+# --- least-squares refits and both
 
 
 def test_cuts_are_maximal_runs_with_a_block_before_them() -> None:
@@ -236,7 +236,7 @@ def test_a_mended_layer_is_the_least_squares_answer(
 
 
 def weight_of(module: Any) -> torch.Tensor:
-    """(inputs, outputs)"""
+    """The weight of a linear layer, (inputs, outputs)."""
     return module.weight.detach().T if isinstance(module, nn.Linear) else module.weight.detach()
 
 
@@ -333,7 +333,7 @@ def test_an_adapter_belongs_to_the_streamlined_folder_that_it_names(
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "./base"
     card = (out / "README.md").read_text()
-    assert "base_model_relation" not in card  # a folder is no name on the hub
+    assert "base_model_relation" not in card  # a folder is not a name on the hub
     assert "`./base` (`base_model_name_or_path`)" in card
     assert all(str(tmp_path) not in path.read_text() for path in out.rglob("*.json"))
     assert str(tmp_path) not in card
@@ -443,7 +443,7 @@ def test_adapters_are_trained_on_what_mending_gave_and_a_killed_job_does_not_men
     with pytest.raises((KeyboardInterrupt, Stopped)):
         sleb.heal(tmp_path / "run", **settings | {"dtype": "auto"})
     monkeypatch.setattr(lora, "train", train)
-    monkeypatch.setattr(least_squares, "mend", dying)
+    monkeypatch.setattr(least_squares, "refit", dying)
     (both,) = of_kind(sleb.heal(tmp_path / "run", **settings | {"dtype": "auto"}), Healing)
     assert both.after.nll_sum == pytest.approx(refits.after.nll_sum, rel=1e-5)
     assert both.before == refits.before
@@ -452,7 +452,7 @@ def test_adapters_are_trained_on_what_mending_gave_and_a_killed_job_does_not_men
     assert names == ["healed.safetensors", "healed.safetensors"]
     (further,) = of_kind(
         sleb.heal(tmp_path / "run", **ask(text_file, how="linear", dtype="auto", limit=8)), Healing
-    )  # read back, not mended again
+    )  # read back, not refit again
     assert further.text.windows == 8
 
 
@@ -465,10 +465,10 @@ def test_without_a_number_of_sequences_each_way_has_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"removal_list": []}, "There is nothing to heal in the unmodified model"),
+        ({"removal_list": []}, "There is nothing to heal in the baseline"),
         ({"perplexity": []}, "Nothing to measure: give `perplexity` a text"),
-        ({"perplexity": ["missing.raw"]}, "There is no file"),
-        ({"source": "missing.txt"}, "There is no file"),
+        ({"perplexity": ["missing.raw"]}, "file"),
+        ({"source": "missing.txt"}, "file"),
         ({"sequences": 10_000}, r"asks for 10000 sequences of 32 tokens and 32 held out; text\.txt gives 187"),
         ({"adapter": True}, "name a folder with `out`"),
         ({"adapter": True, "how": "linear", "out": "somewhere"}, "leave `adapter` out"),

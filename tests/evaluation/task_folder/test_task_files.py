@@ -21,7 +21,7 @@ from lm_eval import utils
 from sleb.errors import OptionError, WorkEnded
 from sleb.evaluation import lm_eval_tasks
 from sleb.evaluation.lm_eval_tasks import Tasks
-from sleb.evaluation.task_folder import task_files, task_limits
+from sleb.evaluation.task_folder import task_files, task_limits, task_yaml
 from sleb.records import EvaluateSpec
 from tests.support.paths import DATA
 
@@ -501,7 +501,7 @@ def merged() -> str:
         (bomb(), "becomes too much"),
         (merged(), "becomes too much"),
         (yaml.safe_dump(TASK) + "metadata: &m {a: *m}\n", "has an alias of itself"),
-        ("# " + "a" * task_files.LARGEST, "has more than 4 MB"),
+        ("# " + "a" * task_yaml.LARGEST, "has more than 4 MB"),
         (yaml.safe_dump(TASK) + "metadata: " + "1:" * 500_000 + "1\n", "has a number of 1,000,001 digits"),
         (b"task: questions\n\xff\xfe", "is not YAML"),
         ("include: questions.yaml\ntask: questions\n", "includes itself"),
