@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --shape 13b
     python benchmarks/gpu.py --sequences 128 --race       # racing: one step is timed, the rest is counted
     python benchmarks/gpu.py --streamed --folder /big     # 7B within a third of its size, read from disk
-    python benchmarks/gpu.py --shape tiny --device cpu    # the same path where there is no GPU
+    python benchmarks/gpu.py --shape tiny --device cpu    # the same path without a GPU
 
 Weights are random: times do not depend on their values, but the winner does, and so does the length of a race.
 Therefore a race's work is taken from the forecast (`sleb.methods.cost_forecast`), and its seconds from a step over as

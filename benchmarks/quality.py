@@ -17,14 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import list_arguments
 import numpy as np
-
-from sleb.analysis.similarity import block_influence
 from list_arguments import say
 
+from sleb.analysis.similarity import block_influence
 from sleb.errors import SlebError
 from sleb.evaluation import perplexity as published
 from sleb.methods import strategies
