@@ -65,7 +65,7 @@ PACES = ["as it comes", "reading is slow", "computing is slow"]
 
 @contextlib.contextmanager
 def paced(pace: str, blocks: StreamedBlocks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
-    """Within it, reading does not begin before somebody waits for it, or the computing thread waits until it is done."""
+    """Within it reading begins once somebody waits for it, or computing waits until reading is done."""
     alive, requested = Alive(), threading.Event()
     fetch, put, forget = blocks._fetch, blocks._put, blocks.forget
 
