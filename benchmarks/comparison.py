@@ -1,4 +1,4 @@
-"""Other ways to make a model smaller in one table with removal lists: SparseGPT 2:4, Wanda 2:4, AWQ int4.
+"""Other methods that make a model smaller, in one table with removal lists: SparseGPT 2:4, Wanda 2:4, AWQ int4.
 
     python benchmarks/comparison.py --text wiki.test.raw --calibration wiki.valid.raw [--limit 20] [MODEL]
 
@@ -30,8 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import list_arguments
 import numpy as np
 import torch
+from list_arguments import say
 from torch import nn
 
 import sleb
@@ -63,9 +65,9 @@ class Row:
     ratios: list[float]
     """Time of the baseline over that of the method, of each repetition."""
     before: float
-    """Median of the baseline's prompts beside it, seconds."""
+    """Median seconds of the baseline's prompts beside it."""
     after: float
-    """Of the method's."""
+    """Median seconds of the method's prompts."""
     made_in: float | None
     """Seconds that finding or making it took; None for the baseline."""
     remark: str
@@ -73,28 +75,17 @@ class Row:
 
 def main() -> None:
     """Search, compress, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--text", type=Path, required=True, help="wiki.test.raw of WikiText-2")
-    parser.add_argument("--calibration", default="demo", help="as for sleb search; wiki.valid.raw, for one")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2], help="of blocks, for SLEB")
+    parser = list_arguments.parser(__doc__, ratios=[0.1, 0.2])
     parser.add_argument("--methods", nargs="+", choices=list(OTHERS), default=list(OTHERS))
-    parser.add_argument("--limit", type=int, help="windows of the test text, evenly spread (default: all)")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt that is timed")
     parser.add_argument("--repetitions", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, help="keep models and search there, and go on from them")
-    asked = parser.parse_args()
-    if not asked.text.is_file():
-        sys.exit(f"There is no file {asked.text}: name wiki.test.raw, of the WikiText-2 raw archive, with --text.")
+    args = parser.parse_args()
     try:
         python = environment()
-        with nullcontext(asked.work) if asked.work else tempfile.TemporaryDirectory(prefix="sleb-comparison.") as work:
-            compare(asked, Path(work).absolute(), python)
+        with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory(prefix="sleb-comparison.") as work:
+            compare(args, Path(work).absolute(), python)
     except (SlebError, OSError, subprocess.CalledProcessError) as error:
         sys.exit(f"comparison.py: {error}")
 
@@ -114,27 +105,25 @@ def environment() -> Path:
     return python
 
 
-def compare(asked: argparse.Namespace, work: Path, python: Path) -> None:
+def compare(args: argparse.Namespace, work: Path, python: Path) -> None:
     """All of it. Raises a `SlebError` in one sentence."""
     work.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(asked.model, dtype=asked.dtype, device=asked.device)
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     stack = BlockStack(loaded.model)
-    spec = CalibrationSpec(source=asked.calibration, sequences=asked.sequences, sequence_length=asked.sequence_length)
-    text = calibration.build(spec, 0, asked.seed, loaded.tokenizer, stack.config.vocab_size)
-    windows = perplexity.windows(str(asked.text), loaded.tokenizer, stack.config.vocab_size, limit=asked.limit)
-    prompt = torch.from_numpy(windows.ids[:1, : asked.prompt].copy()).to(stack.device)
+    spec = CalibrationSpec(source=args.calibration, sequences=args.sequences, sequence_length=args.sequence_length)
+    text = calibration.build(spec, 0, args.seed, loaded.tokenizer, stack.config.vocab_size)
+    windows = perplexity.windows(str(args.text), loaded.tokenizer, stack.config.vocab_size, limit=args.limit)
+    prompt = torch.from_numpy(windows.ids[:1, : args.prompt].copy()).to(stack.device)
     threads = f", {torch.get_num_threads()} threads" if stack.device.type == "cpu" else ""
     print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype} on {loaded.device}{threads}")
-    print(f"calibration: {text.text}; {text.sequences} sequences of {asked.sequence_length} tokens, seed {asked.seed}")
-    print(
-        f"test: {windows.text.description}; prompt of {prompt.shape[1]} tokens, {asked.repetitions} times", flush=True
-    )
+    print(f"calibration: {text.text}; {text.sequences} sequences of {args.sequence_length} tokens, seed {args.seed}")
+    print(f"test: {windows.text.description}; prompt of {prompt.shape[1]} tokens, {args.repetitions} times", flush=True)
 
-    lists, found_in = searched(asked, work, loaded)
+    lists, found_in = searched(args, work, loaded)
     say("scoring the lists")
     nats = perplexity.score(Scorer(stack, windows.ids, batch_size=1), [(), *lists])
-    own = in_turn(loaded.model, loaded.model, prompt, asked.repetitions)
-    rows = [Row("unmodified", nats[()], *own, made_in=None, remark=f"{millions(loaded.model)} M parameters")]
+    own = in_turn(loaded.model, loaded.model, prompt, args.repetitions)
+    rows = [Row("baseline", nats[()], *own, made_in=None, remark=f"{millions(loaded.model)} M parameters")]
     for each in lists:
         say(f"timing the list {list(each)}")
         smaller = streamlined(loaded.model, each)
@@ -142,27 +131,27 @@ def compare(asked: argparse.Namespace, work: Path, python: Path) -> None:
             Row(
                 f"SLEB, {len(each)} of {len(stack)} blocks",
                 nats[each],
-                *in_turn(loaded.model, smaller, prompt, asked.repetitions),
+                *in_turn(loaded.model, smaller, prompt, args.repetitions),
                 made_in=found_in,
                 remark=f"{millions(smaller)} M parameters; without {list(each)}",
             )
         )
         del smaller
     group = group_size(stack)
-    wanted: list[tuple[str, tuple[int, ...]]] = [(method, ()) for method in asked.methods]
-    if "awq" in asked.methods:
+    wanted: list[tuple[str, tuple[int, ...]]] = [(method, ()) for method in args.methods]
+    if "awq" in args.methods:
         wanted.append(("awq", lists[-1]))  # as in the paper (4.7): what is left of the model, quantised
     for method, each in wanted:
         name = OTHERS[method] if not each else f"SLEB, {len(each)} of {len(stack)} blocks, and {OTHERS[method]}"
-        folder, facts = made(asked, work, python, method, each, text.ids, group)
-        other = load_model(str(folder), dtype=loaded.dtype, device=asked.device)
+        folder, facts = made(args, work, python, method, each, text.ids, group)
+        other = load_model(str(folder), dtype=loaded.dtype, device=args.device)
         say(f"measuring {name}")
-        found = perplexity.score(Scorer(BlockStack(other.model), windows.ids, batch_size=1), [()])[()]
+        own_nats = perplexity.score(Scorer(BlockStack(other.model), windows.ids, batch_size=1), [()])[()]
         rows.append(
             Row(
                 name,
-                found,
-                *in_turn(loaded.model, other.model, prompt, asked.repetitions),
+                own_nats,
+                *in_turn(loaded.model, other.model, prompt, args.repetitions),
                 made_in=facts["seconds"] + (found_in if each else 0),
                 remark=f"weights as int4, groups of {group}" if method == "awq" else halved(facts),
             )
@@ -170,29 +159,29 @@ def compare(asked: argparse.Namespace, work: Path, python: Path) -> None:
         del other
         library = facts["library"]
     show(rows, windows.token_counts)
-    notes(asked, library if asked.methods else None)
+    notes(args, library if args.methods else None)
 
 
-def searched(asked: argparse.Namespace, work: Path, loaded: LoadedModel) -> tuple[list[tuple[int, ...]], float]:
+def searched(args: argparse.Namespace, work: Path, loaded: LoadedModel) -> tuple[list[tuple[int, ...]], float]:
     """Greedy lists for each ratio, in the order of the stack, and the seconds of the longest search: one serves all."""
     stack = BlockStack(loaded.model)
-    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
-    settings = [asked.model, asked.calibration, asked.sequences, asked.sequence_length, asked.seed, max(counts)]
+    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(args.ratios)]
+    settings = [args.model, args.calibration, args.sequences, args.sequence_length, args.seed, max(counts)]
     folder = work / f"search-{fingerprint([*settings, loaded.dtype])}"
     if folder.is_dir():
         run = sleb.resume(folder)
     else:
         say(f"searching for {max(counts)} blocks")
         run = sleb.search(
-            asked.model,
+            args.model,
             remove=max(counts),
-            calibration=asked.calibration,
-            sequences=asked.sequences,
-            sequence_length=asked.sequence_length,
+            calibration=args.calibration,
+            sequences=args.sequences,
+            sequence_length=args.sequence_length,
             held_out=0,
-            seed=asked.seed,
+            seed=args.seed,
             dtype=loaded.dtype,  # type: ignore[arg-type]
-            device=asked.device,
+            device=args.device,
             analysis=False,
             run_dir=folder,
         )
@@ -202,7 +191,7 @@ def searched(asked: argparse.Namespace, work: Path, loaded: LoadedModel) -> tupl
 
 
 def made(
-    asked: argparse.Namespace,
+    args: argparse.Namespace,
     work: Path,
     python: Path,
     method: str,
@@ -211,11 +200,11 @@ def made(
     group: int,
 ) -> tuple[Path, dict[str, Any]]:
     """The folder that a method wrote, and what it said. The model goes there in the type of its checkpoint."""
-    name = [asked.model, *removal_list]
+    name = [args.model, *removal_list]
     source = work / f"model-{fingerprint(name)}"
     if not source.is_dir():
         say("writing the model for the other methods")
-        whole = load_model(asked.model, dtype="checkpoint", device="cpu")
+        whole = load_model(args.model, dtype="checkpoint", device="cpu")
         forget_quantisation(whole.model)
         partial = source.with_suffix(".partial")
         model: Any = streamlined(whole.model, removal_list) if removal_list else whole.model
@@ -295,29 +284,25 @@ def show(rows: Sequence[Row], token_counts: np.ndarray) -> None:
         speed = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         clock = f"{row.before:.2f} → {row.after:.2f} s"
         took = "" if row.made_in is None else f"{row.made_in:.0f} s"
-        found = "no number" if value is None else f"{value:.2f}"
-        print(f"| {row.name} | {found} | {apart} | {clock} | {speed} | {took} | {row.remark} |")
+        shown = "no number" if value is None else f"{value:.2f}"
+        print(f"| {row.name} | {shown} | {apart} | {clock} | {speed} | {took} | {row.remark} |")
 
 
-def notes(asked: argparse.Namespace, library: str | None) -> None:
-    """What the numbers are, and what could not be run."""
-    print(
-        "\n- Perplexity and its difference to the unmodified model's are of the same windows, ± one standard error in"
-    )
+def notes(args: argparse.Namespace, library: str | None) -> None:
+    """Print what the numbers are, and what could not be run."""
+    print("\n- Perplexity and its difference to the baseline's are of the same windows, ± one standard error in")
     print("  pairs. One search gave all of SLEB's lists: its seconds are in each of their rows.")
-    print(
-        "- A prompt's seconds are medians of the unmodified model's and the method's, taken in turn: they compare only"
-    )
-    print("  within a row. The unmodified model against itself shows the noise of the machine.")
+    print("- A prompt's seconds are medians of the baseline's and the method's, taken in turn: they compare only")
+    print("  within a row. The baseline against itself shows the noise of the machine.")
     if library is None:
         return
     print(f"- The other methods: {library}, on the same calibration sequences; their papers take 128 of 2048 tokens.")
-    if {"sparsegpt", "wanda"} & set(asked.methods):
+    if {"sparsegpt", "wanda"} & set(args.methods):
         print(
             "- 2:4: what is timed are dense weights of which half are zero. Zeros save time only in kernels for sparse"
         )
         print("  tensor cores (NVIDIA GPUs from Ampere on), which this command does not use: no speedup was run.")
-    if "awq" in asked.methods:
+    if "awq" in args.methods:
         print("- AWQ: perplexity is of the numbers that the int4 weights stand for; what is timed are those numbers in")
         print("  full width. Kernels for int4, which save time where memory is the limit, were not run.")
 
@@ -330,11 +315,6 @@ def millions(model: nn.Module) -> str:
 def fingerprint(settings: Sequence[object]) -> str:
     """For a name that changes with them."""
     return hashlib.sha256(json.dumps([str(each) for each in settings]).encode()).hexdigest()[:12]
-
-
-def say(text: str) -> None:
-    """How far it is, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

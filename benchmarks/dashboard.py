@@ -2,7 +2,7 @@
 
 python benchmarks/dashboard.py [--visits 200]
 
-Prints seconds beside what was promised, and beside the plain way where there is one: a list that loads every run whole,
+Prints seconds beside what was promised, and beside a simpler way where there is one: a list that loads every run whole,
 and a step that asks the server.
 """
 
@@ -80,7 +80,7 @@ def first_paint(address: str) -> None:
 
 
 def switches(address: str) -> None:
-    """From page to page by the navigation, each visited once before."""
+    """Go from page to page by the navigation, each visited once before."""
     with browser.tab(address) as tab:
         tab.open(f"/?run={BIG}")
         for name in PAGES:
@@ -94,7 +94,7 @@ def switches(address: str) -> None:
 
 
 def steps(address: str) -> None:
-    """From the key to the drawn frame, in the browser; the plain way asks the server to run the page again."""
+    """Time from the key to the drawn frame, in the browser, beside loading the page again."""
     with browser.tab(address) as tab:
         tab.open(f"/steps?run={BIG}&step=1")
         tab.page.wait_for_selector(PAGES["steps"])
@@ -109,13 +109,12 @@ def steps(address: str) -> None:
         taken = [tab.page.evaluate(drawn) / 1000 for _ in range(20)]
         show("a step of the stepper, median", statistics.median(taken), 0.1)
         show("a step of the stepper, slowest of 20", max(taken), 0.1)
-        asked = []
+        requests = []
         for step in (3, 5, 7):
-            asked.append(timed(lambda step=step: tab.open(f"/steps?run={BIG}&step={step}")))
-        ratio = statistics.median(asked) / statistics.median(taken)
-        print(
-            f"{'  the same by loading the page at that step':<48} {statistics.median(asked):7.2f} s   ratio {ratio:.0f}"
-        )
+            requests.append(timed(lambda step=step: tab.open(f"/steps?run={BIG}&step={step}")))
+        ratio = statistics.median(requests) / statistics.median(taken)
+        loaded = f"{'  the same by loading the page at that step':<48} {statistics.median(requests):7.2f} s"
+        print(f"{loaded}   ratio {ratio:.0f}")
 
 
 def memory(address: str, visits: int) -> None:
@@ -138,7 +137,7 @@ def memory(address: str, visits: int) -> None:
 
 
 def listing() -> None:
-    """Without an index, in this process: outlines against loading every run whole."""
+    """List runs without an index, in this process: outlines against loading every run whole."""
     from sleb.runtime import run_folder
     from sleb.runtime.listing import run_list
 
@@ -155,7 +154,7 @@ def opened(address: str, path: str, drawn: str) -> float:
 
 
 def switch(tab: browser.Tab, name: str) -> None:
-    """By the navigation, until the page is drawn."""
+    """Open a page by the navigation, until it is drawn."""
     tab.page.get_by_test_id("stTopNavLink").filter(has_text=NAMES[name]).first.click()
     tab.page.wait_for_url("**/" + ("?**" if name == "runs" else f"{name}**"))
     tab.idle()
@@ -169,10 +168,10 @@ def timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def show(what: str, seconds: float, promised: float) -> None:
+def show(label: str, seconds: float, promised: float) -> None:
     """A line of the table."""
     verdict = "within" if seconds <= promised else "MISSES"
-    print(f"{what:<48} {seconds:7.3f} s   {verdict} {promised:g} s", flush=True)
+    print(f"{label:<48} {seconds:7.3f} s   {verdict} {promised:g} s", flush=True)
 
 
 def _listens(process: psutil.Process, port: int) -> bool:

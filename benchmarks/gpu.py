@@ -4,11 +4,11 @@
     python benchmarks/gpu.py --shape 13b
     python benchmarks/gpu.py --sequences 128 --race       # racing: one step is timed, the rest is counted
     python benchmarks/gpu.py --streamed --folder /big     # 7B within a third of its size, read from disk
-    python benchmarks/gpu.py --shape tiny --device cpu    # the same path where there is no GPU
+    python benchmarks/gpu.py --shape tiny --device cpu    # the same path without a GPU
 
-Weights are random: times do not depend on their values, but who wins does, and so does how soon a race ends. Therefore
-a race's work is taken from the forecast (`sleb.methods.cost_forecast`), and its seconds from a step over as many
-sequences as a round has.
+Weights are random: times do not depend on their values, but the winner does, and so does the length of a race.
+Therefore a race's work is taken from the forecast (`sleb.methods.cost_forecast`), and its seconds from a step over as
+many sequences as a round has.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ def main() -> None:
     parser.add_argument("--race", action="store_true", help="time one step, count the race")
     parser.add_argument("--streamed", action="store_true", help="within a third of the model's size")
     parser.add_argument("--folder", type=Path, help="where --streamed writes the model")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
+    args = parser.parse_args()
+    device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device here; --shape tiny --device cpu runs the same path")
-    vocabulary = 512 if asked.shape == "tiny" else 32000
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096, **SHAPES[asked.shape])
-    with model_of(config, device, asked.streamed, asked.folder) as model:
-        measure(model, device, asked)
+        parser.error("CUDA is not available here; --shape tiny --device cpu runs the same path")
+    vocabulary = 512 if args.shape == "tiny" else 32000
+    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=4096, **SHAPES[args.shape])
+    with model_of(config, device, args.streamed, args.folder) as model:
+        measure(model, device, args)
 
 
 @contextmanager
@@ -89,24 +89,24 @@ def _refuse(**_: object) -> Any:
     raise SystemExit("the model was to be streamed, and would be loaded whole")
 
 
-def measure(model: Any, device: torch.device, asked: argparse.Namespace) -> None:
+def measure(model: Any, device: torch.device, args: argparse.Namespace) -> None:
     """A search, or a step and the rest counted."""
     stack = BlockStack(model)
     count = len(stack)
-    ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (asked.sequences, asked.sequence_length))
-    scorer = Scorer(stack, ids, batch_size=asked.batch_size)
+    ids = np.random.default_rng(0).integers(0, stack.config.vocab_size, (args.sequences, args.sequence_length))
+    scorer = Scorer(stack, ids, batch_size=args.batch_size)
     problem = Problem(
         num_blocks=count,
         num_remove=number_to_remove(count, count - 2, None, RATIO),
         protected=(0, count - 1),
-        calibration=np.arange(asked.sequences),
+        calibration=np.arange(args.sequences),
         held_out=np.arange(0),
         token_counts=scorer.token_counts,
-        racing=asked.race,
+        racing=args.race,
     )
     peak_rate = matmul_rate(device)
     per_block, per_head = flops(stack, scorer.ids[:1].to(device))
-    scorer.score([()], np.arange(min(asked.sequences, scorer.batch_size)))  # the first pass allocates
+    scorer.score([()], np.arange(min(args.sequences, scorer.batch_size)))  # the first pass allocates
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     nothing = Measured(nll_sum=0.0, token_count=1)
@@ -114,8 +114,8 @@ def measure(model: Any, device: torch.device, asked: argparse.Namespace) -> None
     blocks, heads = scorer.block_evaluations, scorer.head_evaluations
     settle(device)
     start = time.perf_counter()
-    if asked.race:
-        size = min(looks_of(asked.sequences)[0], asked.sequences)
+    if args.race:
+        size = min(looks_of(args.sequences)[0], args.sequences)
         scorer.score([(block,) for block in problem.candidates], np.arange(size))
         steps = 0
     else:
@@ -124,10 +124,10 @@ def measure(model: Any, device: torch.device, asked: argparse.Namespace) -> None
     seconds = time.perf_counter() - start
     blocks, heads = scorer.block_evaluations - blocks, scorer.head_evaluations - heads
     work = blocks * per_block + heads * per_head
-    print(f"{asked.shape}, {asked.sequences} x {asked.sequence_length} tokens, {count} blocks, {torch_name(device)}")
+    print(f"{args.shape}, {args.sequences} x {args.sequence_length} tokens, {count} blocks, {torch_name(device)}")
     print(f"  {'best matrix-multiply rate':<30}{peak_rate / 1e12:10.2f} TFLOP/s")
     print(f"  {'steps':<30}{steps or 'first round of one':>10}")
-    print(f"  {'block evaluations, read-outs':<30}{blocks:10,}, {heads:,}")
+    print(f"  {'block evaluations, logits':<30}{blocks:10,}, {heads:,}")
     print(f"  {'seconds':<30}{seconds:10.2f}")
     print(f"  {'rate':<30}{work / seconds / 1e12:10.2f} TFLOP/s, {work / seconds / peak_rate:.0%} of the best")
     if device.type == "cuda":
@@ -136,7 +136,7 @@ def measure(model: Any, device: torch.device, asked: argparse.Namespace) -> None
     if streamed is not None:
         rate = streamed.bytes_read / streamed.seconds_read / 1e9
         print(f"  {'read from disk':<30}{rate:10.2f} GB/s, waited {streamed.seconds_waited:.1f} s of {seconds:.1f}")
-    if asked.race:
+    if args.race:
         whole = cost_of_search(Method.METRIC3, problem)
         ahead = whole.block_evaluations * per_block + whole.head_evaluations * per_head
         counted = f"{ahead / (work / seconds):10.1f} s ({whole.block_evaluations:,} evaluations)"
@@ -144,7 +144,7 @@ def measure(model: Any, device: torch.device, asked: argparse.Namespace) -> None
 
 
 def flops(stack: BlockStack, ids: torch.Tensor) -> tuple[float, float]:
-    """Floating-point operations of one block evaluation and of one read-out, of one sequence."""
+    """Floating-point operations of one block evaluation and of the logits, of one sequence."""
     with torch.inference_mode():
         inputs = stack.capture(ids)
         stream = inputs.start()

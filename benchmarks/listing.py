@@ -2,7 +2,7 @@
 
 python benchmarks/listing.py [--runs 10000] [--without-plain]
 
-Prints seconds of the processors (user and system) and by the clock, beside the plain way: every run read again, whole
+Prints seconds of the processors (user and system) and by the clock, beside the simple way: every run read again, whole
 where that is printed, and all of them drawn. Makes the runs in a temporary folder, 1 GB for 10,000 with the index.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
     """Everything once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
-    parser.add_argument("--without-plain", action="store_true", help="the plain way takes minutes")
+    parser.add_argument("--without-plain", action="store_true", help="the simple way takes minutes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         home = Path(folder)
@@ -93,12 +93,12 @@ def write(runs: Path, count: int) -> None:
         shutil.copytree(runs / "run-00000", runs / f"run-{number:05d}")
 
 
-def measure(what: str, code: str, plain: str | None, first: bool = False) -> None:
+def measure(label: str, code: str, plain: str | None, first: bool = False) -> None:
     """Lines of the table."""
     if first:
-        show(f"{what}, the first time", *spent(code)[:2])
+        show(f"{label}, the first time", *spent(code)[:2])
     processors, clock, printed = spent(code)
-    show(what, processors, clock, promised=3.0)
+    show(label, processors, clock, promised=3.0)
     first_page, again = map(float, printed.split()) if printed else (None, None)
     if first_page is not None and again is not None:
         show("  of that the first page, with its imports", first_page, None, promised=3.0)
@@ -106,10 +106,10 @@ def measure(what: str, code: str, plain: str | None, first: bool = False) -> Non
     if plain is None:
         return
     before, clock, printed = spent(plain)
-    show("  the plain way", before, clock, ratio=before / processors)
+    show("  the simple way", before, clock, ratio=before / processors)
     if again is not None:
         once_more = float(printed.split()[1])
-        show("  the plain way, once more", once_more, None, ratio=once_more / again)
+        show("  the simple way, once more", once_more, None, ratio=once_more / again)
 
 
 def spent(code: str) -> tuple[float, float, str]:
@@ -126,10 +126,10 @@ def spent(code: str) -> tuple[float, float, str]:
 
 
 def show(
-    what: str, processors: float, clock: float | None, promised: float | None = None, ratio: float | None = None
+    label: str, processors: float, clock: float | None, promised: float | None = None, ratio: float | None = None
 ) -> None:
     """A line of the table."""
-    words = [f"{what:<44} {processors:8.2f} s of the processors"]
+    words = [f"{label:<44} {processors:8.2f} s of the processors"]
     if clock is not None:
         words.append(f"{clock:8.2f} s by the clock")
     if promised is not None:

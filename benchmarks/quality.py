@@ -17,9 +17,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+import list_arguments
 import numpy as np
+from list_arguments import say
 
 from sleb.analysis.similarity import block_influence
 from sleb.errors import SlebError
@@ -44,66 +45,55 @@ NAMES = {
 
 
 @dataclass(frozen=True)
-class Found:
-    """A removal list, and what it took to find it."""
+class Removal:
+    """A removal list, and the time of the search that gave it."""
 
     name: str
     removal_list: tuple[int, ...]
     perplexity: float
-    """Of the calibration text."""
+    """Perplexity on the calibration text."""
     seconds: float
-    """Of the whole search that gave it; for swaps, on top of the greedy search."""
+    """Seconds of the whole search that gave it; for swaps, on top of the greedy search."""
     remark: str = ""
 
 
 def main() -> None:
     """Search, evaluate, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--text", type=Path, required=True, help="wiki.test.raw of WikiText-2")
-    parser.add_argument("--calibration", default="demo", help="as for sleb search; wiki.valid.raw, for one")
-    parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    parser = list_arguments.parser(__doc__, ratios=[0.2, 0.3])
     left_out = "methods left out; greedy and its swaps always run"
     parser.add_argument(
         "--without", nargs="+", choices=[NAMES[each] for each in METHODS[:-1]], default=[], help=left_out
     )
-    parser.add_argument("--limit", type=int, help="windows of the test text, evenly spread (default: all)")
     parser.add_argument("--confidence", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto")
-    asked = parser.parse_args()
-    if not asked.text.is_file():
-        sys.exit(f"There is no file {asked.text}: name wiki.test.raw, of the WikiText-2 raw archive, with --text.")
+    args = parser.parse_args()
     try:
-        measure(asked)
+        measure(args)
     except SlebError as error:
         sys.exit(f"quality.py: {error}")
 
 
-def measure(asked: argparse.Namespace) -> None:
+def measure(args: argparse.Namespace) -> None:
     """All of it. Raises a `SlebError` in one sentence."""
-    loaded = load_model(asked.model, dtype=asked.dtype)
+    loaded = load_model(args.model, dtype=args.dtype)
     stack = BlockStack(loaded.model)
-    spec = CalibrationSpec(source=asked.calibration, sequences=asked.sequences, sequence_length=asked.sequence_length)
-    text = calibration.build(spec, 0, asked.seed, loaded.tokenizer, stack.config.vocab_size)
-    test = published.windows(str(asked.text), loaded.tokenizer, stack.config.vocab_size, limit=asked.limit)
+    spec = CalibrationSpec(source=args.calibration, sequences=args.sequences, sequence_length=args.sequence_length)
+    text = calibration.build(spec, 0, args.seed, loaded.tokenizer, stack.config.vocab_size)
+    test = published.windows(str(args.text), loaded.tokenizer, stack.config.vocab_size, limit=args.limit)
     windows = test.ids
     print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}")
-    print(f"calibration: {text.text}; {text.sequences} sequences of {asked.sequence_length} tokens, seed {asked.seed}")
+    print(f"calibration: {text.text}; {text.sequences} sequences of {args.sequence_length} tokens, seed {args.seed}")
     print(f"test: {test.text.description}", flush=True)
 
-    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(asked.ratios)]
-    found = search(asked, stack, text.ids, counts)
-    lists = list(dict.fromkeys(tuple(sorted(each.removal_list)) for column in found.values() for each in column))
+    counts = [number_to_remove(len(stack), len(stack) - 2, None, ratio) for ratio in sorted(args.ratios)]
+    removals = search(args, stack, text.ids, counts)
+    lists = list(dict.fromkeys(tuple(sorted(each.removal_list)) for column in removals.values() for each in column))
     began = time.perf_counter()
     nats = Scorer(stack, windows, batch_size=1).score([(), *lists], np.arange(len(windows)))
     say(f"evaluated {len(lists) + 1} lists in {time.perf_counter() - began:.0f} s")
     rows = dict(zip([(), *lists], nats, strict=True))
     tokens = np.full(len(windows), WINDOW - 1)
-    print(f"unmodified: test perplexity {perplexity(rows[()]):.2f}")
-    for count, column in found.items():
+    print(f"baseline: test perplexity {perplexity(rows[()]):.2f}")
+    for count, column in removals.items():
         print(f"\n{count} of {len(stack)} blocks removed")
         print(
             f"{'':<12}{'calibration':>12}{'test':>9}  {'test - greedy, nats per token':<31}{'seconds':>8}  removal list"
@@ -121,13 +111,13 @@ def measure(asked: argparse.Namespace) -> None:
 
 
 def search(
-    asked: argparse.Namespace, stack: BlockStack, ids: np.ndarray, counts: Sequence[int]
-) -> dict[int, list[Found]]:
+    args: argparse.Namespace, stack: BlockStack, ids: np.ndarray, counts: Sequence[int]
+) -> dict[int, list[Removal]]:
     """Lists of each method for each number of blocks to remove."""
     scorer = Scorer(stack, ids)
-    found: dict[int, list[Found]] = {count: [] for count in counts}
+    removals: dict[int, list[Removal]] = {count: [] for count in counts}
     greedy: tuple[Step, ...] = ()
-    for method in [each for each in METHODS if NAMES[each] not in asked.without]:
+    for method in [each for each in METHODS if NAMES[each] not in args.without]:
         problem = Problem(
             num_blocks=len(stack),
             num_remove=max(counts),
@@ -135,29 +125,29 @@ def search(
             calibration=np.arange(len(ids)),
             held_out=np.arange(0),
             token_counts=scorer.token_counts,
-            confidence=asked.confidence,
+            confidence=args.confidence,
             racing=len(ids) >= RACE_SEQUENCES,
-            seed=asked.seed,
+            seed=args.seed,
         )
         steps, seconds = taken(method, problem, stack, scorer, ())
         say(f"{NAMES[method]}: {seconds:.0f} s")
         for count in counts:
-            found[count].append(of(NAMES[method], steps[count - 1], seconds))
+            removals[count].append(of(NAMES[method], steps[count - 1], seconds))
         greedy = steps if method is Method.METRIC3 else greedy
     for count in counts:
         swapping = replace(problem, num_remove=count, refine="swap")
         swaps, seconds = taken(Method.METRIC3, swapping, stack, scorer, greedy[:count])
         say(f"swaps at {count}: {seconds:.0f} s")
-        told = "; ".join(
+        summary = "; ".join(
             f"{step.restored[0]} back, {step.removed[0]} out: -{step.improvement or 0:.4f} "
             f"± {step.improvement_standard_error or 0:.4f}"
             for step in swaps
         )
         last = swaps[-1] if swaps else greedy[count - 1]
-        found[count].append(
-            of("refined", last, seconds, f"  ({told or 'the best swap lowers the score by no more than its error'})")
+        removals[count].append(
+            of("refined", last, seconds, f"  ({summary or 'the best swap lowers the score by no more than its error'})")
         )
-    return found
+    return removals
 
 
 def taken(
@@ -175,19 +165,14 @@ def taken(
     return tuple(decision.step for decision in decisions), time.perf_counter() - began
 
 
-def of(name: str, step: Step, seconds: float, remark: str = "") -> Found:
+def of(name: str, step: Step, seconds: float, remark: str = "") -> Removal:
     """The list that a step leaves."""
-    return Found(name, step.removal_list, step.perplexity or float("nan"), seconds, remark)
+    return Removal(name, step.removal_list, step.perplexity or float("nan"), seconds, remark)
 
 
 def perplexity(nats: np.ndarray) -> float:
-    """Of whole windows, whose first token nobody predicts; float64 (windows,) nats."""
+    """Perplexity of whole windows, whose first token is not predicted, from nats, float64 (windows,)."""
     return float(np.exp(nats.sum() / (len(nats) * (WINDOW - 1))))
-
-
-def say(text: str) -> None:
-    """How far it is, on stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """How much a race saves, and whether it chooses the same: replayed on a full search's recorded scores.
 
 python benchmarks/race.py             # replays tests/data/race_table.npz: the demo model, 128 sequences of 128 tokens
-python benchmarks/race.py --record    # makes that table anew first: a full search, about a quarter of an hour
+python benchmarks/race.py --record    # makes that table again first: a full search, about a quarter of an hour
 
 Prints block evaluations of the plain loop, of the sweep over everything and of the race, side by side: a race whose
-doubt is shared out evenly in every step, and the race as it is, where the step before says how.
+doubt is shared out evenly in every step, and the race as it is, where it follows from the step before.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from sleb.scoring.sweep_plan import Cost, cost_of
 
 TABLE = Path(__file__).resolve().parent.parent / "tests" / "data" / "race_table.npz"
 NUM_BLOCKS, LENGTH, SEQUENCES = 30, 128, 128
-HEAD_WEIGHT = 8.0  # a read-out of the demo model in block evaluations
+HEAD_WEIGHT = 8.0  # logits of the demo model in block evaluations
 
 
 def main() -> None:
     """Record if asked, then replay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help="make the table anew")
+    parser.add_argument("--record", action="store_true", help="make the table again")
     parser.add_argument("--orders", type=int, default=100, help="random orders of the sequences")
     parser.add_argument("--first", type=int, default=0, help="seed of the first order: others than the tests see")
-    asked = parser.parse_args()
-    if asked.record:
+    args = parser.parse_args()
+    if args.record:
         record()
     table = steps_of(TABLE)
     plain, full = Cost(0, 0), Cost(0, 0)
@@ -41,7 +41,7 @@ def main() -> None:
         skip_sets = [(*removed, int(block)) for block in blocks]
         plain += cost_of(skip_sets, NUM_BLOCKS, nats.shape[1], plain=True)
         full += cost_of(skip_sets, NUM_BLOCKS, nats.shape[1])
-    print(f"{'':<22}{'block evaluations':>18}{'read-outs':>12}{'fewer blocks':>14}{'less work':>11}  same list")
+    print(f"{'':<22}{'block evaluations':>18}{'logits':>12}{'fewer blocks':>14}{'less work':>11}  same list")
 
     def show(name: str, cost: Cost, same: str) -> None:
         fewer = plain.block_evaluations / cost.block_evaluations
@@ -52,7 +52,7 @@ def main() -> None:
     show("plain loop", plain, "by definition")
     show("sweep, all on all", full, "always")
     for name, even in (("race, even shares", True), ("race", False)):
-        runs = [replay(table, seed, even=even) for seed in range(asked.first, asked.first + asked.orders)]
+        runs = [replay(table, seed, even=even) for seed in range(args.first, args.first + args.orders)]
         mean = Cost(
             round(float(np.mean([cost.block_evaluations for _, cost in runs]))),
             round(float(np.mean([cost.head_evaluations for _, cost in runs]))),
@@ -78,15 +78,15 @@ def record() -> None:
         assert run.trace is not None
         arrays: dict[str, np.ndarray] = {"removal_list": np.array(run.removal_list)}
         for step in run.trace.steps:
-            found = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
-            arrays[f"blocks_{step.number}"] = found["blocks"].astype(np.int16)
-            arrays[f"nats_{step.number}"] = found["nats"].astype(np.float32)
+            scores = trace_file.read_scores(run.run_dir, f"step-{step.number:04d}")
+            arrays[f"blocks_{step.number}"] = scores["blocks"].astype(np.int16)
+            arrays[f"nats_{step.number}"] = scores["nats"].astype(np.float32)
     np.savez_compressed(TABLE, **arrays)  # type: ignore[arg-type]
     print(f"Wrote {TABLE}: {TABLE.stat().st_size / 1e3:.0f} kB")
 
 
 def steps_of(path: Path) -> list[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
-    """Per step: blocks removed before it, its candidates, and their scores (candidates, sequences)."""
+    """Blocks removed before each step, its candidates, and their scores (candidates, sequences)."""
     with np.load(path) as arrays:
         removal_list = [int(block) for block in arrays["removal_list"]]
         return [

@@ -36,11 +36,14 @@ from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
 from sleb.scoring.optimizations.choice import Compile, choose
 from sleb.scoring.optimizations.packed_linear import pack, product
+from sleb.scoring.readings import NegativeLogLikelihood
 from sleb.scoring.scorer import Scorer
+from sleb.scoring.sweep import HiddenLogits, swept_logits
 from sleb.scoring.sweep_plan import cost_of
 from sleb.text import calibration
 
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192)}
+_HEAD = "head and cross-entropy"
 SECONDS = 0.2  # for so long a product is repeated, at least three times
 
 
@@ -55,43 +58,43 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, help="evenly spread ones instead of all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="compile the blocks as well")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 
-    loaded = load_model(asked.model, dtype=asked.dtype, device=asked.device)
+    loaded = load_model(args.model, dtype=args.dtype, device=args.device)
     stack = BlockStack(loaded.model)
-    length = asked.sequence_length
-    batch_size = asked.batch_size or Scorer(stack, np.zeros((1, length), np.int64)).batch_size
+    length = args.sequence_length
+    batch_size = args.batch_size or Scorer(stack, np.zeros((1, length), np.int64)).batch_size
     spec = CalibrationSpec(source="demo", sequences=max(batch_size, 2), sequence_length=length)
     ids = calibration.build(spec, 0, 0, loaded.tokenizer, stack.config.vocab_size).ids[:batch_size]
     scorer = Scorer(stack, ids, batch_size=batch_size)
     everybody = range(1, len(stack) - 1)
-    count = min(asked.candidates or len(everybody), len(everybody))
+    count = min(args.candidates or len(everybody), len(everybody))
     candidates = [(everybody[place * len(everybody) // count],) for place in range(count)]
 
     flops = Flops.of(scorer)
-    compiling: Compile = "yes" if asked.compile else "no"
-    ways = choose(stack, ids, batch_size, float("inf"), compile=compiling)
+    compiling: Compile = "yes" if args.compile else "no"
+    chosen = choose(stack, ids, batch_size, float("inf"), compile=compiling)
     states: dict[str, list[Any]] = {"as loaded": []}
-    if ways:
-        states["with " + ", ".join(way.name for way in ways)] = ways
+    if chosen:
+        states["with " + ", ".join(each.name for each in chosen)] = chosen
     best: dict[str, float] = {}
-    found: dict[str, list[Parts]] = {name: [] for name in states}
-    for number in range(asked.rounds):
+    measured: dict[str, list[Parts]] = {name: [] for name in states}
+    for number in range(args.rounds):
         for name, rate in best_rates(stack, ids.size):
             best[name] = max(best.get(name, 0.0), rate)
         for name, on in states.items():
             with ExitStack() as switched:
-                for way in on:
-                    switched.enter_context(way.on())
-                found[name].append(sweep(scorer, candidates, flops))
-            print(f"round {number + 1}, {name}: {found[name][-1].total:.2f} s", file=sys.stderr)
-    report(scorer, candidates, loaded.name, loaded.dtype, best, found)
+                for each in on:
+                    switched.enter_context(each.on(scorer))
+                measured[name].append(sweep(scorer, candidates, flops))
+            print(f"round {number + 1}, {name}: {measured[name][-1].total:.2f} s", file=sys.stderr)
+    report(scorer, candidates, loaded.name, loaded.dtype, best, measured)
 
 
 @dataclass
 class Flops:
-    """Of matrix products, for one sequence."""
+    """Operations of matrix products, for one sequence."""
 
     blocks: list[float]
     head: float
@@ -105,7 +108,7 @@ class Flops:
             stream = inputs.start()
             advance = scorer.stack.advance
             blocks = [_flops(partial(advance, block, inputs, stream)) for block in range(len(scorer.stack))]
-            head = _flops(partial(scorer._nll, stream.hidden, ids))
+            head = _flops(partial(NegativeLogLikelihood().of, HiddenLogits(scorer.stack, stream.hidden, ids), ids))
         return cls([each / len(ids) for each in blocks], head / len(ids))
 
 
@@ -147,26 +150,26 @@ def sweep(scorer: Scorer, candidates: Sequence[tuple[int, ...]], flops: Flops) -
     """One greedy step on the batch, its parts timed as they run."""
     stack, batch, device = scorer.stack, len(scorer.ids), scorer.stack.device
     parts, clock = Parts(), Clock(device)
-    advance, nll = stack.advance, scorer._nll
+    advance, reading = stack.advance, NegativeLogLikelihood(scorer.loss)
+    ids = scorer.ids.to(device)
 
     def timed_advance(block: int, *args: Any) -> None:
         with clock.part("blocks"):
             advance(block, *args)
         parts.flops["blocks"] = parts.flops.get("blocks", 0.0) + flops.blocks[block] * batch
 
-    def timed_nll(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        parts.flops["head and cross-entropy"] = parts.flops.get("head and cross-entropy", 0.0) + flops.head * batch
-        with clock.part("head and cross-entropy"):
-            return nll(hidden, ids)
-
     scorer.score([()], np.arange(batch))  # what was switched on needs to be warm
-    stack.advance, scorer._nll = timed_advance, timed_nll  # type: ignore[method-assign, assignment]
+    stack.advance = timed_advance  # type: ignore[method-assign]
     try:
         start = now(device)
-        scorer.score(candidates, np.arange(batch))
+        (of_candidates,) = swept_logits(stack, candidates, [ids], lambda units, where: None)
+        for _, logits in of_candidates:
+            with clock.part(_HEAD):
+                reading.of(logits, ids)
         parts.total = now(device) - start
     finally:
-        del stack.advance, scorer._nll
+        del stack.advance
+    parts.flops[_HEAD] = flops.head * batch * len(candidates)
     parts.seconds = clock.seconds()
     return parts
 
@@ -186,12 +189,12 @@ class Clock:
         self._spans.append((name, start, self._mark()))
 
     def seconds(self) -> dict[str, float]:
-        """By part."""
-        found: dict[str, float] = {}
+        """Seconds of each part."""
+        totals: dict[str, float] = {}
         for name, start, end in self._spans:
             passed = start.elapsed_time(end) / 1e3 if self.cuda else end - start
-            found[name] = found.get(name, 0.0) + passed
-        return found
+            totals[name] = totals.get(name, 0.0) + passed
+        return totals
 
     def _mark(self) -> Any:
         if not self.cuda:
@@ -248,7 +251,7 @@ def report(
     name: str,
     dtype: str,
     best: dict[str, float],
-    found: dict[str, list[Parts]],
+    measured: dict[str, list[Parts]],
 ) -> None:
     """The tables."""
     stack, (batch, length) = scorer.stack, scorer.ids.shape
@@ -259,7 +262,7 @@ def report(
     print(
         f"{name}: {len(stack)} blocks, {dtype}, {stack.device}, {where}, {batch} sequences of {length} tokens at once"
     )
-    print(f"matrix products alone, {unit}, best of {len(next(iter(found.values())))} rounds:")
+    print(f"matrix products alone, {unit}, best of {len(next(iter(measured.values())))} rounds:")
     for shape, rate in best.items():
         print(f"  {shape:<34}{rate / scale:8,.0f}")
     top = max(best.values())
@@ -267,9 +270,11 @@ def report(
     print(
         f"a greedy step's sweep: {len(candidates)} candidates, {cost.block_evaluations // batch} block evaluations and"
     )
-    print(f"{cost.head_evaluations // batch} read-outs a sequence; the quickest of the rounds (median in brackets)")
+    print(
+        f"{cost.head_evaluations // batch} logits of whole sequences; the quickest of the rounds (median in brackets)"
+    )
     quickest = {}
-    for state, rounds in found.items():
+    for state, rounds in measured.items():
         parts = min(rounds, key=lambda each: each.total)
         quickest[state] = parts.total
         middle = statistics.median(each.total for each in rounds)

@@ -2,10 +2,10 @@
 
     python benchmarks/search.py [--sequences 16] [--sequence-length 256] [--rounds 4] [MODEL]
 
-"Plain" skips one candidate at a time and runs the whole model, with the same dtype, batch and read-out as the sweep,
-so that only the sharing differs; "whole logits" is the textbook loop, which upcasts nothing in pieces. The ceiling is
-what sharing can give on this model: blocks are shared, the head is not. Afterwards: what a short search was forecast to
-take, and what it took.
+"Plain" skips one candidate at a time and runs all its blocks, with the same dtype, batch and pieces of logits as the
+sweep, so that only the sharing differs; "whole logits" is the textbook loop, which upcasts nothing in pieces. The
+ceiling is what sharing can give on this model: blocks are shared, the head is not. Afterwards: the forecast time of a
+short search, and the time it took.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from sleb import execution, specs
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
 from sleb.records import CalibrationSpec
+from sleb.scoring.readings import NegativeLogLikelihood
 from sleb.scoring.scorer import Scorer
+from sleb.scoring.sweep import HiddenLogits
 from sleb.scoring.sweep_plan import cost_of
 from sleb.text import calibration
 
@@ -41,15 +43,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dtype", default="auto")
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
-    loaded = load_model(asked.model, dtype=asked.dtype)
+    loaded = load_model(args.model, dtype=args.dtype)
     stack = BlockStack(loaded.model)
-    spec = CalibrationSpec(source="demo", sequences=asked.sequences, sequence_length=asked.sequence_length)
+    spec = CalibrationSpec(source="demo", sequences=args.sequences, sequence_length=args.sequence_length)
     text = calibration.build(spec, 0, 0, loaded.tokenizer, stack.config.vocab_size)
     candidates = [(block,) for block in range(1, len(stack) - 1)]
-    per_round = max(1, asked.sequences // asked.rounds)
-    scorer = Scorer(stack, text.ids, batch_size=asked.batch_size)
+    per_round = max(1, args.sequences // args.rounds)
+    scorer = Scorer(stack, text.ids, batch_size=args.batch_size)
 
     def sweep(sequences: np.ndarray) -> np.ndarray:
         return scorer.score(candidates, sequences)
@@ -62,31 +64,31 @@ def main() -> None:
     def whole_logits(sequences: np.ndarray) -> np.ndarray:
         return textbook.score(candidates, sequences)
 
-    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    loops: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "sweep": sweep,
         "plain": plain,
         "plain, whole logits": whole_logits,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
     sweep(np.arange(1))  # warm up
     largest = 0.0
-    for start in range(0, asked.sequences - per_round + 1, per_round):
+    for start in range(0, args.sequences - per_round + 1, per_round):
         sequences = np.arange(start, start + per_round)
         results = {}
-        for name, way in ways.items():
+        for name, loop in loops.items():
             began = time.perf_counter()
-            results[name] = way(sequences)
+            results[name] = loop(sequences)
             seconds[name].append(time.perf_counter() - began)
             print(f"sequences {start} to {start + per_round - 1}, {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
-        largest = max(largest, *(float(np.abs(found - results["sweep"]).max()) for found in results.values()))
+        largest = max(largest, *(float(np.abs(nats - results["sweep"]).max()) for nats in results.values()))
 
-    shared, alone = (cost_of(candidates, len(stack), plain=way) for way in (False, True))
+    shared, alone = (cost_of(candidates, len(stack), plain=loop) for loop in (False, True))
     block, head = _times(scorer, text.ids)
     ceiling = (alone.block_evaluations * block + alone.head_evaluations * head) / (
         shared.block_evaluations * block + shared.head_evaluations * head
     )
     bound = (len(stack) ** 2 + len(stack)) // 2
-    tokens = asked.sequence_length
+    tokens = args.sequence_length
     threads = torch.get_num_threads()
     print(f"{loaded.name}: {len(stack)} blocks, {loaded.dtype}, {threads} threads, batch {scorer.batch_size}")
     print(f"one greedy step, {len(candidates)} candidates, {tokens} tokens a sequence, {len(seconds['sweep'])} rounds")
@@ -97,9 +99,9 @@ def main() -> None:
     for name in ("plain", "plain, whole logits"):
         ratios = [slow / fast for slow, fast in zip(seconds[name], seconds["sweep"], strict=True)]
         print(f"{name} / sweep: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
-    print(f"ceiling on this model: {ceiling:.2f} (a read-out costs {head / block:.1f} blocks)")
+    print(f"ceiling on this model: {ceiling:.2f} (logits cost {head / block:.1f} blocks)")
     print(f"largest difference of a score: {largest:.3g} nats")
-    _forecasts(asked.model, asked.dtype)
+    _forecasts(args.model, args.dtype)
 
 
 def _forecasts(model: str, dtype: str) -> None:
@@ -117,7 +119,7 @@ def _forecasts(model: str, dtype: str) -> None:
 
 @torch.inference_mode()
 def _times(scorer: Scorer, ids: np.ndarray) -> tuple[float, float]:
-    """Seconds of one block and of one read-out for a batch, medians."""
+    """Seconds of one block and of the logits with their loss for a batch, medians."""
     batch = torch.from_numpy(ids[: scorer.batch_size]).to(scorer.stack.device)
     inputs = scorer.stack.capture(batch)
     blocks, heads = [], []
@@ -128,7 +130,7 @@ def _times(scorer: Scorer, ids: np.ndarray) -> tuple[float, float]:
             scorer.stack.advance(block, inputs, stream)
             blocks.append(time.perf_counter() - began)
         began = time.perf_counter()
-        scorer._nll(stream.hidden, batch)
+        NegativeLogLikelihood().of(HiddenLogits(scorer.stack, stream.hidden, batch), batch)
         heads.append(time.perf_counter() - began)
     return statistics.median(blocks), statistics.median(heads)
 

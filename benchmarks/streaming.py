@@ -37,10 +37,10 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where to write the model, on the disk that is to be measured")
-    asked = parser.parse_args()
-    device = torch.device(asked.device)
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        config = write(Path(folder) / "model", asked.gb, asked.hidden_size)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        config = write(Path(folder) / "model", args.gb, args.hidden_size)
         files = sorted((Path(folder) / "model").glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         print(f"{config.num_hidden_layers} blocks, {size / 1e9:.2f} GB in bfloat16, budget {size / 3e9:.2f} GB")
@@ -53,8 +53,8 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(str(files[0].parent), dtype=torch.bfloat16, **kwargs)
             return model.eval(), {}
 
-        ids = np.random.default_rng(0).integers(0, config.vocab_size, (asked.sequences, asked.sequence_length))
-        skip_sets = [(block,) for block in range(1, 1 + asked.candidates)]
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (args.sequences, args.sequence_length))
+        skip_sets = [(block,) for block in range(1, 1 + args.candidates)]
         options = {"trust_remote_code": False, "revision": None}
         model, _ = load_within(
             size // 3, str(files[0].parent), config, torch.bfloat16, device, Path(folder) / "scratch", options, load
@@ -63,15 +63,15 @@ def main() -> None:
         streamed = streamed_blocks(model)
         assert streamed is not None
         scorer = Scorer(BlockStack(model), ids)
-        rounds = -(-asked.sequences // scorer.round_size(skip_sets))
-        found = {}
+        rounds = -(-args.sequences // scorer.round_size(skip_sets))
+        results = {}
         for name, drop in (("streamed, from disk", True), ("streamed, cached", False)):
             if drop:
                 forget(files)
             streamed.seconds_read = streamed.seconds_waited = 0.0
             streamed.bytes_read = 0
             start = time.perf_counter()
-            found[name] = scorer.score(skip_sets, np.arange(asked.sequences))
+            results[name] = scorer.score(skip_sets, np.arange(args.sequences))
             seconds = time.perf_counter() - start
             rate = streamed.bytes_read / streamed.seconds_read / 1e9
             print(
@@ -82,9 +82,9 @@ def main() -> None:
         resident: object = load()[0]
         scorer = Scorer(BlockStack(resident.to(device)), ids)  # type: ignore[attr-defined]
         start = time.perf_counter()
-        in_memory = scorer.score(skip_sets, np.arange(asked.sequences))
+        in_memory = scorer.score(skip_sets, np.arange(args.sequences))
         print(f"{'in memory':<34}{time.perf_counter() - start:8.1f} s")
-        print(f"largest difference: {max(float(np.abs(each - in_memory).max()) for each in found.values()):g} nats")
+        print(f"largest difference: {max(float(np.abs(each - in_memory).max()) for each in results.values()):g} nats")
 
 
 def write(folder: Path, gb: float, hidden: int) -> LlamaConfig:

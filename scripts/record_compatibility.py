@@ -52,6 +52,8 @@ from sleb.errors import SlebError, Stopped
 from sleb.records import Baseline, Progress, Step
 from sleb.runtime.processes.progress import Watcher
 from tests.support import gguf_files, tiny
+from tests.support.questions import multiple_choice
+from tests.support.recorded_steps import step_of
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__
 HOST = "recorded"
@@ -79,21 +81,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "gguf": dict(model=str(GGUF), remove=2),
 }
 """What each search is asked, beside what is common to all."""
-TASK: dict[str, Any] = {
-    "task": "questions",
-    "dataset_path": "json",
-    "dataset_kwargs": {
-        "data_files": {"train": str(TASKS / "questions-train.jsonl"), "test": str(TASKS / "questions.jsonl")}
-    },
-    "output_type": "multiple_choice",
-    "training_split": "train",
-    "test_split": "test",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": "{{choices.label.index(answerKey)}}",
-    "doc_to_choice": "{{choices.text}}",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-    "metadata": {"version": 1.0},
-}
+TASK = multiple_choice(TASKS / "questions-train.jsonl", TASKS / "questions.jsonl")
 EVALUATION: dict[str, Any] = dict(window=50, limit=8, device="cpu")
 
 
@@ -264,23 +252,6 @@ def write_expected() -> None:
             "exported": {each: command("export", folder.name, "--format", each) for each in formats},
         }
         (ROOT / "expected" / f"{folder.name}.json").write_text(json.dumps(expected) + "\n")
-
-
-def step_of(step: Step) -> dict[str, Any]:
-    """The evidence of one step that a reader must find again."""
-    return dict(
-        number=step.number,
-        removed=step.removed,
-        restored=step.restored,
-        removal_list=step.removal_list,
-        perplexity=step.perplexity,
-        held_out_perplexity=step.held_out.perplexity,
-        margin=step.margin,
-        margin_standard_error=step.margin_standard_error,
-        tied=step.tied,
-        improvement=step.improvement,
-        candidates=[[each.block, each.score_sum, each.sequences] for each in step.candidates],
-    )
 
 
 def tidy() -> None:

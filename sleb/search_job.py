@@ -360,10 +360,8 @@ def _uncounted(scorer: Scorer, score: Score) -> Score:
     """Scores that a resumed run takes once more, and that are on record as taken."""
 
     def again(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
-        before = scorer.block_evaluations, scorer.head_evaluations
-        scores = score(skip_sets, sequences)
-        scorer.block_evaluations, scorer.head_evaluations = before
-        return scores
+        with scorer.uncounted():
+            return score(skip_sets, sequences)
 
     return again
 

@@ -30,6 +30,7 @@ from sleb.records import Proof
 from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
 from tests.support.paths import DATA, ROOT
+from tests.support.recorded_steps import step_of
 
 RECORDED = DATA / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"
@@ -127,23 +128,8 @@ def assert_says(found: Any, expected: Any, where: str = "", rel: float = 1e-9) -
 
 
 def steps_of(run: sleb.Run) -> list[dict[str, Any]]:
-    """As `scripts/record_compatibility.py` wrote them down."""
-    return [
-        dict(
-            number=step.number,
-            removed=step.removed,
-            restored=step.restored,
-            removal_list=step.removal_list,
-            perplexity=step.perplexity,
-            held_out_perplexity=step.held_out.perplexity,
-            margin=step.margin,
-            margin_standard_error=step.margin_standard_error,
-            tied=step.tied,
-            improvement=step.improvement,
-            candidates=[[each.block, each.score_sum, each.sequences] for each in step.candidates],
-        )
-        for step in (run.trace.steps if run.trace else ())
-    ]
+    """The steps as `scripts/record_compatibility.py` wrote them down."""
+    return [step_of(step) for step in (run.trace.steps if run.trace else ())]
 
 
 def as_value(cell: str) -> Any:

@@ -36,10 +36,10 @@ def main() -> None:
     parser.add_argument("ids", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--group-size", type=int, default=128)
-    asked = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(asked.model, dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(asked.model)
-    ids = np.load(asked.ids)
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    ids = np.load(args.ids)
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
     pin_nothing_without_a_gpu()
     began = time.perf_counter()
@@ -47,7 +47,7 @@ def main() -> None:
         model=model,
         tokenizer=tokenizer,
         dataset=data,
-        recipe=recipe(asked.method, asked.group_size),
+        recipe=recipe(args.method, args.group_size),
         num_calibration_samples=len(ids),
         max_seq_length=ids.shape[1],
         shuffle_calibration_samples=False,
@@ -57,14 +57,14 @@ def main() -> None:
     linear = [module.weight for name, module in model.named_modules() if of_blocks(name, module)]
     zeros, total = sum(int((weight == 0).sum()) for weight in linear), sum(weight.numel() for weight in linear)
     # The class's own method: llm-compressor wraps the model's to pack what it compressed.
-    type(model).save_pretrained(model, asked.out)
-    tokenizer.save_pretrained(asked.out)
+    type(model).save_pretrained(model, args.out)
+    tokenizer.save_pretrained(args.out)
     facts = {"seconds": seconds, "zeros": zeros / total, "pattern": holds_pattern(linear)}
     print(json.dumps(facts | {"library": f"llm-compressor {version('llmcompressor')}"}))
 
 
 def recipe(method: str, group_size: int) -> list[Any]:
-    """Of the papers: half of the weights in groups of four; int4 with a zero point for each group."""
+    """The recipe of each paper: half of the weights in groups of four; int4 with a zero point for each group."""
     if method == "sparsegpt":
         return [SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=IGNORE)]
     if method == "wanda":
@@ -75,9 +75,7 @@ def recipe(method: str, group_size: int) -> list[Any]:
 
 
 def pin_nothing_without_a_gpu() -> None:
-    """llm-compressor 0.14 pins the inputs of AWQ's grid search to copy them faster, also where nothing is to be copied
-    to and torch refuses. Pinned memory holds the same numbers.
-    """
+    """Keep llm-compressor 0.14 from pinning memory where torch refuses; pinned memory holds the same numbers."""
     if not torch.accelerator.is_available():
         torch.Tensor.pin_memory = lambda tensor, *_: tensor
 

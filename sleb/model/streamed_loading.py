@@ -21,7 +21,7 @@ from torch import nn
 from sleb.errors import ModelError, OptionError
 from sleb.model.inspection.checkpoint import files_by_key
 from sleb.model.stack_discovery import find_stack
-from sleb.model.streaming import StreamedBlocks, fits, give_memory_back
+from sleb.model.streaming import fits, give_memory_back, stream_blocks
 from sleb.runtime import run_folder
 from sleb.runtime.unfinished import names
 from sleb.runtime.unfinished.workspaces import sweep
@@ -72,7 +72,7 @@ def load_within(
         skipped = getattr(model, "_skip_keys_device_placement", None)
         with _quiet("accelerate.big_modeling"):
             dispatch_model(model, places, offload_dir=scratch.name, offload_index=index, skip_keys=skipped)
-    StreamedBlocks(model, path, device, budget, scratch)
+    stream_blocks(model, path, device, budget, scratch)
     return model, report
 
 

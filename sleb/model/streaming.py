@@ -48,6 +48,8 @@ class _Weight:
 
     module: nn.Module
     name: str
+    path: str
+    """Its full name in the model."""
     place: Place
     shape: torch.Size
 
@@ -71,20 +73,24 @@ class StreamedBlocks:
     """
 
     def __init__(
-        self, model: nn.Module, path: str, device: torch.device, budget: int, scratch: TemporaryDirectory[str]
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        weights: list[list[_Weight]],
+        device: torch.device,
+        budget: int,
+        scratch: TemporaryDirectory[str],
     ) -> None:
         self.device, self.budget = device, budget
-        self.places: dict[str, Place] = {}
+        self.places = {weight.path: weight.place for own in weights for weight in own}
         """Places of the weights by their full names in the model."""
         self.seconds_read = self.seconds_waited = 0.0
         self.bytes_read = 0
         self._scratch = scratch  # as long as this lives
-        stack: Any = model.get_submodule(path)
-        self._blocks: list[nn.Module] = list(stack)
-        self._weights = [self._take_over(f"{path}.{index}.", block) for index, block in enumerate(self._blocks)]
+        self._blocks, self._weights = blocks, weights
         self._users = [0] * len(self._blocks)
         self._coming: _Coming | None = None
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sleb-reader")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sleb-reader")  # starts with its first task
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._freed: torch.cuda.Event | None = None
         resident = {id(each): each.nbytes for each in (*model.parameters(), *model.buffers()) if not each.is_meta}
@@ -92,6 +98,9 @@ class StreamedBlocks:
         self.spare_bytes = self._spare()
         """Bytes left for hidden states."""
         self._forwards = [self._streamed(index, block.forward) for index, block in enumerate(self._blocks)]
+
+    def attach(self, model: nn.Module) -> None:
+        """Have the model's blocks read their weights when they run, and `streamed_blocks` know it."""
         for block, forward in zip(self._blocks, self._forwards, strict=True):
             block.forward = forward
         vars(model)[_OWNER] = self
@@ -166,22 +175,6 @@ class StreamedBlocks:
                     if place.file == name:
                         widest = max(widest, numbers * _WIDE.get(file.get_slice(place.key).get_dtype(), 0))
         return widest
-
-    def _take_over(self, prefix: str, block: nn.Module) -> list[_Weight]:
-        """Where accelerate's hooks would find the weights. They stay for `save_pretrained`, which asks them."""
-        weights = []
-        for path, module in block.named_modules():
-            hook = vars(module).get("_hf_hook")
-            if hook is None:
-                continue
-            module.forward = vars(module).pop("_old_forward")
-            for name, parameter in module.named_parameters(recurse=False):
-                full = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-                entry = hook.weights_map.dataset.index[full]
-                place = Place(entry["safetensors_file"], entry["weight_name"], getattr(torch, entry["dtype"]))
-                self.places[full] = place
-                weights.append(_Weight(module, name, place, parameter.shape))
-        return weights
 
     def _streamed(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward pass outside the sweep loads its blocks as well, one after the other."""
@@ -267,6 +260,40 @@ class StreamedBlocks:
             nothing = torch.empty(weight.shape, dtype=weight.place.dtype, device="meta")
             value = nothing if tensors is None else tensors[index]
             weight.module._parameters[weight.name] = nn.Parameter(value, requires_grad=False)
+
+
+def stream_blocks(
+    model: nn.Module, path: str, device: torch.device, budget: int, scratch: TemporaryDirectory[str]
+) -> StreamedBlocks:
+    """Stream the blocks at `path` of a model that accelerate dispatched, in place of accelerate's own hooks.
+
+    Raises `OptionError` where the budget in bytes is too small.
+    """
+    stack: Any = model.get_submodule(path)
+    blocks: list[nn.Module] = list(stack)
+    weights = [_take_over(f"{path}.{index}.", block) for index, block in enumerate(blocks)]
+    streamed = StreamedBlocks(model, blocks, weights, device, budget, scratch)
+    streamed.attach(model)
+    return streamed
+
+
+def _take_over(prefix: str, block: nn.Module) -> list[_Weight]:
+    """The weights of a block where accelerate's hooks would find them; the hooks' own forward is taken away.
+
+    The hooks stay for `save_pretrained`, which asks them.
+    """
+    weights = []
+    for path, module in block.named_modules():
+        hook = vars(module).get("_hf_hook")
+        if hook is None:
+            continue
+        module.forward = vars(module).pop("_old_forward")
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+            entry = hook.weights_map.dataset.index[full]
+            place = Place(entry["safetensors_file"], entry["weight_name"], getattr(torch, entry["dtype"]))
+            weights.append(_Weight(module, name, full, place, parameter.shape))
+    return weights
 
 
 def streamed_blocks(model: nn.Module) -> StreamedBlocks | None:

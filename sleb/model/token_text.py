@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -41,16 +42,15 @@ def without_bytes(text: str) -> str:
 
 def _bytes_of(piece: Any) -> bytes | None:
     """The bytes of a byte-level piece, which has a printable character for each; None for any other piece."""
-    if not isinstance(piece, str) or any(char not in _BYTES for char in piece):
+    byte_of = _byte_level()
+    if not isinstance(piece, str) or any(char not in byte_of for char in piece):
         return None
-    return bytes(_BYTES[char] for char in piece)
+    return bytes(byte_of[char] for char in piece)
 
 
+@cache
 def _byte_level() -> dict[str, int]:
     """GPT-2's alphabet: bytes that are printable in Latin-1 stand for themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [each for each in range(256) if each not in printable]
     return {chr(each): each for each in printable} | {chr(0x100 + place): each for place, each in enumerate(others)}
-
-
-_BYTES = _byte_level()

@@ -48,13 +48,17 @@ class NegativeLogLikelihood:
         self, logits: Iterable[tuple[SkipSet, Logits]], ids: torch.Tensor, progress: Callable[[float], None]
     ) -> dict[SkipSet, torch.Tensor]:
         """Negative log-likelihood of each skip set, summed over tokens: nats, float64 (batch,)."""
-        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NOTHING)  # nothing follows the last token
+        targets = _next_tokens(ids)
         nats = {}
         for skipped, own in logits:
             nats[skipped] = self._sum(own, targets)
             del own  # before the next ones exist
             progress(len(ids))
         return nats
+
+    def of(self, logits: Logits, ids: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood under one skip set, summed over tokens: nats, float64 (batch,)."""
+        return self._sum(logits, _next_tokens(ids))
 
     def _sum(self, logits: Logits, targets: torch.Tensor) -> torch.Tensor:
         total = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
@@ -90,3 +94,8 @@ class Divergence:
                 totals[skipped] += terms.sum(dim=-1).double().sum(dim=1).to(ids.device)
                 progress(batch * (part.stop - part.start) / length)
         return totals
+
+
+def _next_tokens(ids: torch.Tensor) -> torch.Tensor:
+    """The targets of each position, int64 (batch, sequence); nothing follows the last token."""
+    return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=NOTHING)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -51,8 +51,9 @@ def _compare_sweep(stack: BlockStack, plain: Nats, ids: torch.Tensor) -> tuple[f
     tokens = ids.shape[1] - 1
     tolerance = 1e-5 if stack.model.dtype == torch.float32 else 0.02
     (streams,) = walk(stack, list(plain), [ids], lambda units, where: None)
-    swept = _nats(((skipped, HiddenLogits(stack, stream.hidden, ids)) for skipped, stream in streams.items()), ids)
-    in_pieces = _nats([((), HiddenLogits(stack, streams[()].hidden, ids, _PIECE))], ids)[()]
+    nll = NegativeLogLikelihood()
+    swept = {skipped: nll.of(HiddenLogits(stack, stream.hidden, ids), ids) for skipped, stream in streams.items()}
+    in_pieces = nll.of(HiddenLogits(stack, streams[()].hidden, ids, _PIECE), ids)
     reason = None
     if not torch.allclose(in_pieces, plain[()], rtol=0, atol=10 * tolerance * tokens, equal_nan=True):
         reason = "logits of some positions differ from those of a whole sequence"
@@ -65,10 +66,6 @@ def _compare_sweep(stack: BlockStack, plain: Nats, ids: torch.Tensor) -> tuple[f
     elif difference is not None and difference > tolerance:
         reason = f"the sweep differs from the plain forward pass by {difference:.3g} nats per token"
     return difference, reason
-
-
-def _nats(logits: Iterable[tuple[SkipSet, HiddenLogits]], ids: torch.Tensor) -> Nats:
-    return NegativeLogLikelihood().sums(logits, ids, lambda read: None)
 
 
 def _plain_reference(stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor) -> tuple[Nats, dict[int, str]]:
@@ -93,7 +90,9 @@ def _streamed_reference(stack: BlockStack, candidates: Sequence[int], ids: torch
     undone = torch.zeros(len(stack), count * batch, dtype=torch.bool, device=ids.device)
     for row, block in enumerate(candidates):
         undone[block, row * batch : (row + 1) * batch] = True
-    baseline: Nats = {(): plain_nll(stack, (), ids)}
+    plain: Nats = {(): plain_nll(stack, (), ids)}
     hidden = stack.last_output(ids.repeat(count, 1), undone).unflatten(0, (count, batch))
-    logits = (((block,), HiddenLogits(stack, own, ids)) for block, own in zip(candidates, hidden, strict=True))
-    return baseline | _nats(logits, ids), {}
+    nll = NegativeLogLikelihood()
+    for block, own in zip(candidates, hidden, strict=True):
+        plain[(block,)] = nll.of(HiddenLogits(stack, own, ids), ids)
+    return plain, {}

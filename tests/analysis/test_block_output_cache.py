@@ -65,10 +65,10 @@ def entries(home: Path) -> set[str]:
     return {child.name for child in folder(home).iterdir() if child.is_dir()}
 
 
-def assert_same(found: BlockOutputs | None, expected: BlockOutputs) -> None:
-    assert found is not None
+def assert_same(entry: BlockOutputs | None, expected: BlockOutputs) -> None:
+    assert entry is not None
     for field in dataclasses.fields(BlockOutputs):
-        a, b = getattr(found, field.name), getattr(expected, field.name)
+        a, b = getattr(entry, field.name), getattr(expected, field.name)
         if isinstance(b, np.ndarray):
             assert a.dtype == b.dtype
             assert a.shape == b.shape
@@ -81,11 +81,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     expected = make()
     assert block_output_cache.read(tmp_path, key(1)) is None
     assert block_output_cache.write(tmp_path, key(1), expected, {"dtype": "float32"})
-    found = block_output_cache.read(tmp_path, key(1))
-    assert_same(found, expected)
-    assert found is not None
-    assert isinstance(found.outputs, np.memmap)
-    assert not found.outputs.flags.writeable
+    entry = block_output_cache.read(tmp_path, key(1))
+    assert_same(entry, expected)
+    assert entry is not None
+    assert isinstance(entry.outputs, np.memmap)
+    assert not entry.outputs.flags.writeable
     assert entries(tmp_path) == {key(1)}
 
 
@@ -167,9 +167,9 @@ def test_the_least_recently_used_go_first(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_mapped_survives_its_eviction(tmp_path: Path) -> None:
     block_output_cache.write(tmp_path, key(1), make(), {})
-    found = block_output_cache.read(tmp_path, key(1))
+    entry = block_output_cache.read(tmp_path, key(1))
     cache_folder.clear(tmp_path, key(1))
-    assert_same(found, make())
+    assert_same(entry, make())
 
 
 def test_an_entry_takes_at_most_a_quarter(
@@ -253,9 +253,9 @@ def test_two_processes_write_and_read_the_same_entry(tmp_path: Path) -> None:
     processes = [subprocess.Popen(writer(tmp_path, loop)) for _ in range(2)]
     read = 0
     while any(process.poll() is None for process in processes):
-        found = block_output_cache.read(tmp_path, key(1))
-        if found is not None:
-            assert_same(found, make(1))
+        entry = block_output_cache.read(tmp_path, key(1))
+        if entry is not None:
+            assert_same(entry, make(1))
             read += 1
     assert [process.returncode for process in processes] == [0, 0]
     assert read > 0
@@ -288,13 +288,13 @@ def test_usage_and_clear(tmp_path: Path) -> None:
         block_output_cache.write(tmp_path, key(number), make(model=f"model {number}"), {})
     (tmp_path / "cache" / "demo" / "inner").mkdir(parents=True)
     (tmp_path / "cache" / "demo" / "inner" / "text.txt").write_text("12345")
-    found = {entry.name: entry for entry in cache_folder.usage(tmp_path)}
-    assert set(found) == {key(1), key(2), "demo"}
-    assert found[key(1)].model == "model 1"
-    assert found[key(1)].folder == "block-outputs"
-    assert found[key(1)].bytes > make().outputs.nbytes
-    assert found[key(1)].age < 60
-    assert (found["demo"].bytes, found["demo"].model) == (5, None)
+    listed = {entry.name: entry for entry in cache_folder.usage(tmp_path)}
+    assert set(listed) == {key(1), key(2), "demo"}
+    assert listed[key(1)].model == "model 1"
+    assert listed[key(1)].folder == "block-outputs"
+    assert listed[key(1)].bytes > make().outputs.nbytes
+    assert listed[key(1)].age < 60
+    assert (listed["demo"].bytes, listed["demo"].model) == (5, None)
     with pytest.raises(OptionError, match=r"nothing called '\.\./runs'.*block-outputs, demo"):
         cache_folder.clear(tmp_path, "../runs")
     assert [entry.name for entry in cache_folder.clear(tmp_path, key(1))] == [key(1)]

@@ -43,8 +43,8 @@ def calls_of(model: torch.nn.Module) -> list[int]:
     return calls
 
 
-def entry_of(home: Path, found: Any) -> block_output_cache.BlockOutputs:
-    entry = block_output_cache.read(home, found.description.cache_key)
+def entry_of(home: Path, analysis: Any) -> block_output_cache.BlockOutputs:
+    entry = block_output_cache.read(home, analysis.description.cache_key)
     assert entry is not None
     return entry
 
@@ -54,8 +54,8 @@ def test_everything_against_plain_computations(family: str, tmp_path: Path) -> N
     model = build(family)
     stack = BlockStack(model)
     ids = token_ids(model, batch=5, length=12)
-    found = run(stack, ids, tmp_path, batch_size=2)
-    entry = entry_of(tmp_path, found)
+    analysis = run(stack, ids, tmp_path, batch_size=2)
+    entry = entry_of(tmp_path, analysis)
 
     # Block outputs by hooks of our own; the last one before the final norm.
     states: list[torch.Tensor] = []
@@ -78,28 +78,28 @@ def test_everything_against_plain_computations(family: str, tmp_path: Path) -> N
     stacked = torch.stack([state.reshape(60, -1) for state in states]).double()
     cosine = torch.nn.functional.cosine_similarity(stacked[:, None], stacked[None], dim=-1)  # (7, 7, 60)
     np.testing.assert_allclose(entry.cosine[17], cosine[:, :, 17], atol=1e-5)
-    np.testing.assert_allclose(found.similarity.mean, cosine.mean(-1), atol=1e-5)
+    np.testing.assert_allclose(analysis.similarity.mean, cosine.mean(-1), atol=1e-5)
     later = (torch.arange(60) % 12) > 0
-    np.testing.assert_allclose(found.similarity.mean_without_first, cosine[..., later].mean(-1), atol=1e-5)
+    np.testing.assert_allclose(analysis.similarity.mean_without_first, cosine[..., later].mean(-1), atol=1e-5)
     for block in range(6):
-        assert found.similarity.metric1[block] == pytest.approx(1 - float(cosine[block, block + 1].mean()), abs=1e-5)
+        assert analysis.similarity.metric1[block] == pytest.approx(1 - float(cosine[block, block + 1].mean()), abs=1e-5)
     with torch.no_grad():
-        alone = stack.outputs(torch.tensor([[found.similarity.random_token_id]]))
+        alone = stack.outputs(torch.tensor([[analysis.similarity.random_token_id]]))
     paper = torch.nn.functional.cosine_similarity(alone[1][0, 0], alone[4][0, 0], dim=0)
-    assert found.similarity.random_token[1][4] == pytest.approx(float(paper), abs=1e-5)
-    assert found.similarity.random_token_id >= 3  # no special token
+    assert analysis.similarity.random_token[1][4] == pytest.approx(float(paper), abs=1e-5)
+    assert analysis.similarity.random_token_id >= 3  # no special token
 
     # Alignment: the final predictions are the model's own.
     final = result.logits.argmax(-1).flatten()
     assert entry.predictions[-1].tolist() == final.tolist()
     with torch.no_grad(), stack.skipping({4, 5}):
         third = model(ids).logits.argmax(-1).flatten()
-    assert found.alignment.calibration.agreement[3] == pytest.approx(float((third == final).float().mean()))
-    assert found.alignment.calibration.token_count == 60
-    assert sum(found.alignment.calibration.first_exit) == 60
+    assert analysis.alignment.calibration.agreement[3] == pytest.approx(float((third == final).float().mean()))
+    assert analysis.alignment.calibration.token_count == 60
+    assert sum(analysis.alignment.calibration.first_exit) == 60
 
     # Generated tokens: one by one, without a cache.
-    assert found.alignment.generated is not None
+    assert analysis.alignment.generated is not None
     assert entry.generated_predictions[-1].tolist() == entry.generated_ids.tolist()
     own = entry.generated_ids[entry.generated_sequence == 3]
     text = ids[3:4]
@@ -108,11 +108,11 @@ def test_everything_against_plain_computations(family: str, tmp_path: Path) -> N
             assert int(model(text).logits[0, -1].argmax()) == token
             text = torch.cat([text, torch.tensor([[token]])], dim=1)
 
-    assert [token.token for token in found.passage.tokens] == [f"<{token}>" for token in ids[0].tolist()]
-    assert found.passage.tokens[4].top[5][0][0] == f"<{final[4]}>"
-    assert found.description.sequences == 5
-    assert found.description.token_count == 60
-    assert not found.description.cached
+    assert [token.token for token in analysis.passage.tokens] == [f"<{token}>" for token in ids[0].tolist()]
+    assert analysis.passage.tokens[4].top[5][0][0] == f"<{final[4]}>"
+    assert analysis.description.sequences == 5
+    assert analysis.description.token_count == 60
+    assert not analysis.description.cached
 
 
 def test_a_second_analysis_makes_no_forward_pass(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_each_sampled_sequence_goes_through_once(tmp_path: Path) -> None:
     model = build("llama")
     stack = BlockStack(model)
     tokens: list[int] = []
-    # Inside the block: a read-out calls blocks as well, but they only return their input.
+    # Inside the block: the LM head's pass calls blocks as well, but they only return their input.
     stack.blocks[0].mlp.register_forward_hook(lambda _m, args, _out: tokens.append(args[0].shape[:2].numel()))
     stack.model.generation_config = None  # leave out the generated tokens
     run(stack, token_ids(model, batch=7, length=10), tmp_path, batch_size=3)
@@ -229,14 +229,14 @@ def test_bfloat16_is_kept_exactly(tmp_path: Path) -> None:
     model = build("llama").bfloat16()
     stack = BlockStack(model)
     ids = token_ids(model, batch=2, length=10)
-    found = run(stack, ids, tmp_path, dtype="bfloat16")
-    entry = entry_of(tmp_path, found)
+    analysis = run(stack, ids, tmp_path, dtype="bfloat16")
+    entry = entry_of(tmp_path, analysis)
     with torch.inference_mode():
         outputs = stack.outputs(ids)
         assert entry.predictions[-1].tolist() == model(ids).logits.argmax(-1).flatten().tolist()
     for index, output in enumerate(outputs):
         assert (torch.from_numpy(np.array(entry.outputs[index])) == output.float().reshape(20, -1)).all()
-    top = [int(token.top[-1][0][0].strip("<>")) for token in found.passage.tokens]
+    top = [int(token.top[-1][0][0].strip("<>")) for token in analysis.passage.tokens]
     assert top == entry.predictions[-1, : len(top)].tolist()
 
 
@@ -254,11 +254,11 @@ def test_out_of_memory_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
         return plain(self, ids)
 
     monkeypatch.setattr(BlockStack, "outputs", outputs)
-    found = run(stack, ids, tmp_path / "tight", batch_size=8)
+    analysis = run(stack, ids, tmp_path / "tight", batch_size=8)
     assert max(batches) == 2
-    np.testing.assert_allclose(found.similarity.mean, expected.similarity.mean, atol=1e-5)
-    assert found.alignment.calibration == expected.alignment.calibration
-    assert found.alignment.generated == expected.alignment.generated
+    np.testing.assert_allclose(analysis.similarity.mean, expected.similarity.mean, atol=1e-5)
+    assert analysis.alignment.calibration == expected.alignment.calibration
+    assert analysis.alignment.generated == expected.alignment.generated
 
 
 def test_a_model_that_cannot_generate_has_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +270,11 @@ def test_a_model_that_cannot_generate_has_the_rest(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(stack.model, "generate", refuse)
     for cached in (False, True):
-        found = run(stack, ids, tmp_path)
-        assert found.description.cached is cached
-        assert found.alignment.generated is None
-        assert "keeps no cache" in str(found.alignment.generated_reason)
-        assert found.alignment.calibration.token_count == 30
+        analysis = run(stack, ids, tmp_path)
+        assert analysis.description.cached is cached
+        assert analysis.alignment.generated is None
+        assert "keeps no cache" in str(analysis.alignment.generated_reason)
+        assert analysis.alignment.calibration.token_count == 30
 
 
 def test_a_model_that_generates_nonsense_is_not_measured_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,16 +285,16 @@ def test_a_model_that_generates_nonsense_is_not_measured_on_it(tmp_path: Path, m
         return ids, torch.arange(ids.shape[1]).expand_as(ids) >= prompts.shape[1]
 
     monkeypatch.setattr(prediction_alignment, "generate", nonsense)
-    found = run(stack, token_ids(stack.model, batch=3, length=10), tmp_path)
-    assert found.alignment.generated is None
-    assert "forward pass" in str(found.alignment.generated_reason)
+    analysis = run(stack, token_ids(stack.model, batch=3, length=10), tmp_path)
+    assert analysis.alignment.generated is None
+    assert "forward pass" in str(analysis.alignment.generated_reason)
 
 
 def test_no_room_to_generate(tmp_path: Path) -> None:
     model = build("opt")
     model.config.max_position_embeddings = 10
-    found = run(BlockStack(model), token_ids(model, batch=2, length=10), tmp_path)
-    assert "10 positions" in str(found.alignment.generated_reason)
+    analysis = run(BlockStack(model), token_ids(model, batch=2, length=10), tmp_path)
+    assert "10 positions" in str(analysis.alignment.generated_reason)
 
 
 def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exits on a table made by hand; read-outs against the model's logits; generation against a plain loop."""
+"""Exits on a table made by hand; logits of hidden states against the model's; generation against a plain loop."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def test_exits_of_a_table_made_by_hand() -> None:
     first, settled = exit_blocks(PREDICTIONS)
     assert first.tolist() == [0, 0, 3, 0, 3]  # token 1 agrees at once, and changes its mind at block 2
     assert settled.tolist() == [2, 3, 3, 0, 3]
-    found = exit_statistics(PREDICTIONS, "five tokens")
-    assert found.token_count == 5
-    assert found.agreement == (0.6, 0.4, 0.4, 1.0)
-    assert found.first_exit == (3, 0, 0, 2)
-    assert found.settled_exit == (1, 0, 1, 3)
-    assert found.skipped_share[1] == pytest.approx((3 + 3 + 0 + 3 + 0) / 5 / 4)
-    assert found.settled_skipped_share[1] == pytest.approx((1 + 0 + 0 + 3 + 0) / 5 / 4)
+    result = exit_statistics(PREDICTIONS, "five tokens")
+    assert result.token_count == 5
+    assert result.agreement == (0.6, 0.4, 0.4, 1.0)
+    assert result.first_exit == (3, 0, 0, 2)
+    assert result.settled_exit == (1, 0, 1, 3)
+    assert result.skipped_share[1] == pytest.approx((3 + 3 + 0 + 3 + 0) / 5 / 4)
+    assert result.settled_skipped_share[1] == pytest.approx((1 + 0 + 0 + 3 + 0) / 5 / 4)
     # Pairs of distinct tokens: 3 of 10 are two early ones, which skip 3 of 4 blocks; all others skip nothing.
-    assert found.skipped_share[2] == pytest.approx(0.3 * 3 / 4)
+    assert result.skipped_share[2] == pytest.approx(0.3 * 3 / 4)
     # One token can be left out of four: a batch has a late one unless it is drawn from the three early ones.
-    assert found.skipped_share[4] == 0.0
-    assert list(found.skipped_share) == [1, 2, 4]  # eight of five cannot be drawn
-    assert ExitStatistics.speedup(found.skipped_share[2]) == pytest.approx(1 / (1 - 0.225))
+    assert result.skipped_share[4] == 0.0
+    assert list(result.skipped_share) == [1, 2, 4]  # eight of five cannot be drawn
+    assert ExitStatistics.speedup(result.skipped_share[2]) == pytest.approx(1 / (1 - 0.225))
 
 
 def test_batch_shares_equal_drawing_batches() -> None:
@@ -80,14 +80,14 @@ def test_predictions_equal_the_models_own(family: str, monkeypatch: pytest.Monke
     ids = token_ids(model, batch=3, length=11)
     monkeypatch.setitem(block_stack._LOGIT_BYTES, "cpu", 7 * 4 * model.config.get_text_config().vocab_size)
     with torch.inference_mode():
-        found = predictions_after_blocks(stack, stack.outputs(ids), ids)
-        assert found.dtype == np.int32
-        assert found.shape == (6, 33)
-        assert found[-1].tolist() == model(ids).logits.argmax(-1).flatten().tolist()
+        result = predictions_after_blocks(stack, stack.outputs(ids), ids)
+        assert result.dtype == np.int32
+        assert result.shape == (6, 33)
+        assert result[-1].tolist() == model(ids).logits.argmax(-1).flatten().tolist()
         # After block 2: the same as the model with every later block skipped.
         with stack.skipping({3, 4, 5}):
             shortened = model(ids).logits.argmax(-1).flatten().tolist()
-        assert found[2].tolist() == shortened
+        assert result[2].tolist() == shortened
 
 
 def test_predictions_of_some_tokens() -> None:
@@ -123,7 +123,7 @@ def test_top_five_are_probabilities_and_start_with_the_prediction() -> None:
 def test_equal_logits_go_to_the_first_token_everywhere() -> None:
     model = build("llama")
     with torch.no_grad():
-        model.lm_head.weight[64:] = model.lm_head.weight[:64]  # every token has a twin
+        model.lm_head.weight[64:] = model.lm_head.weight[:64]  # every token has an equal
     stack = BlockStack(model)
     ids = token_ids(model, batch=1, length=9)
     with torch.inference_mode():
@@ -197,10 +197,10 @@ def test_a_stop_between_tokens_is_heard() -> None:
 def test_passage() -> None:
     tops = np.array([[[1, 2], [2, 1]], [[4, 0], [4, 1]]], dtype=np.int32)  # two tokens, two blocks, top two
     shares = np.array([[[0.5, 0.25], [0.75, 0.125]], [[0.123456, 0.1], [1.0, 0.0]]], dtype=np.float32)
-    found = passage_from(Pieces(), np.array([0, 1]), tops[:, :, 0].T, tops, shares)
-    assert [token.token for token in found.tokens] == ["<s>", " the"]
-    assert found.tokens[0].top == (((" the", 0.5), ("ing", 0.25)), (("ing", 0.75), (" the", 0.125)))
-    assert found.tokens[1].top[0][0] == ("<script>", 0.12346)
-    assert [(token.first_exit, token.settled_exit) for token in found.tokens] == [(1, 1), (0, 0)]
-    assert [token.id for token in found.tokens] == [0, 1]
-    assert found.tokens[1].top_ids == ((4, 0), (4, 1))
+    result = passage_from(Pieces(), np.array([0, 1]), tops[:, :, 0].T, tops, shares)
+    assert [token.token for token in result.tokens] == ["<s>", " the"]
+    assert result.tokens[0].top == (((" the", 0.5), ("ing", 0.25)), (("ing", 0.75), (" the", 0.125)))
+    assert result.tokens[1].top[0][0] == ("<script>", 0.12346)
+    assert [(token.first_exit, token.settled_exit) for token in result.tokens] == [(1, 1), (0, 0)]
+    assert [token.id for token in result.tokens] == [0, 1]
+    assert result.tokens[1].top_ids == ((4, 0), (4, 1))

@@ -116,9 +116,9 @@ def test_block_influence_equals_a_plain_loop(family: str) -> None:
                 b = outputs[block][sequence, token].double()
                 expected[block, sequence] += 1 - float(a @ b / (a.norm() * b.norm()))
     for batch_size in (None, 2):
-        found = block_influence(stack, ids.numpy(), batch_size)
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+        recorded = block_influence(stack, ids.numpy(), batch_size)
+        assert recorded.dtype == np.float64
+        np.testing.assert_allclose(recorded, expected, atol=1e-5)
 
 
 def test_out_of_memory_halves_the_batch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,10 +165,10 @@ def test_what_a_run_recorded_is_what_its_tokens_give(tmp_path: Path) -> None:
     assert kept is not None
     assert run.analysis is not None
     for which, rows in (("all", kept.position >= 0), ("without first", kept.position > 0)):
-        found = similarity.recorded(run.analysis, which)
+        recorded = similarity.recorded(run.analysis, which)
         again = similarity.over_tokens(kept.cosine, np.flatnonzero(rows))
-        np.testing.assert_allclose(found.mean, again.mean, atol=1e-4)
-        assert found.token_count == again.token_count
+        np.testing.assert_allclose(recorded.mean, again.mean, atol=1e-4)
+        assert recorded.token_count == again.token_count
     assert similarity.recorded(run.analysis, "random").token_count == 1
 
 

@@ -34,26 +34,12 @@ from tests.support import tiny
 from tests.support.command import run as sleb_run
 from tests.support.families import build
 from tests.support.paths import DATA, ROOT
+from tests.support.questions import multiple_choice
 from tests.support.streamed import saved, tight
 
 BLOCKS = [1, 4]
 
-QUESTIONS: dict[str, Any] = {  # as lm-eval has arc_easy
-    "task": "questions",
-    "tag": "general",
-    "dataset_path": "json",
-    "dataset_kwargs": {
-        "data_files": {"train": str(DATA / "questions-train.jsonl"), "test": str(DATA / "questions.jsonl")}
-    },
-    "output_type": "multiple_choice",
-    "training_split": "train",
-    "test_split": "test",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": "{{choices.label.index(answerKey)}}",
-    "doc_to_choice": "{{choices.text}}",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-    "metadata": {"version": 1.0},
-}
+QUESTIONS = multiple_choice(DATA / "questions-train.jsonl", DATA / "questions.jsonl") | {"tag": "general"}
 SHORT = {"include": "questions.yaml", "task": "short", "doc_to_text": "{{question}}"}
 BOTH = {
     "group": "both",

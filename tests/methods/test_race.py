@@ -1,4 +1,4 @@
-"""The race on the recorded scores of a full search of the demo model (benchmarks/race.py makes the table anew)."""
+"""The race on the recorded scores of a full search of the demo model (benchmarks/race.py makes the table again)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_race_is_forecast(raced) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("lasted", [None, np.array([8.0, 8, 12, 96, 128, 128, 24])])
 def test_shares_of_the_doubt_add_up_for_every_candidate(lasted: np.ndarray | None) -> None:
-    """Bonferroni's bound for whoever is best: over its rivals and the looks no more doubt is spent than there is."""
+    """Bonferroni's bound for the best candidate: over its rivals and the looks no more doubt is spent than there is."""
     by_rival, by_look = _shares(7, looks_of(128), lasted)
     np.fill_diagonal(by_rival, 0.0)  # nobody beats itself
     np.testing.assert_allclose(by_rival.sum(axis=1), 1.0)
@@ -89,7 +89,7 @@ def test_who_is_beaten_is_what_every_paired_interval_says() -> None:
     from scipy.special import stdtrit
 
     draw = np.random.default_rng(5)
-    told = 0
+    overtaken = 0
     for _ in range(20):
         counts = draw.integers(20, 60, 12)
         rates = np.linspace(0, 0.5, 9)[:, None] + draw.normal(0, 0.2, (9, 12)) + draw.normal(3, 1, 12)
@@ -102,8 +102,8 @@ def test_who_is_beaten_is_what_every_paired_interval_says() -> None:
         np.testing.assert_array_equal(_beaten(scores, counts, 48, doubt), expected)
         leader = scores.sum(axis=1).argmin()
         mean, error = mean_and_error(scores - scores[leader], counts)
-        told += int((expected & ~(mean > stdtrit(11, 1 - doubt[:, leader]) * error * np.sqrt(0.75))).sum())
-    assert told > 0  # some leave by another than the leader
+        overtaken += int((expected & ~(mean > stdtrit(11, 1 - doubt[:, leader]) * error * np.sqrt(0.75))).sum())
+    assert overtaken > 0  # some leave by another than the leader
 
 
 def test_a_wrong_guess_loses_the_best_no_more_often() -> None:

@@ -29,10 +29,10 @@ def problem(num_blocks: int = 6, num_remove: int = 2, protected: tuple[int, ...]
     return Problem(num_blocks=num_blocks, num_remove=num_remove, protected=protected, **(settings | more))
 
 
-def scored(table: Callable[[tuple[int, ...], int], float], asked: list | None = None):
+def scored(table: Callable[[tuple[int, ...], int], float], requests: list | None = None):
     def score(skip_sets: Sequence[tuple[int, ...]], sequences: np.ndarray) -> np.ndarray:
-        if asked is not None:
-            asked.extend((tuple(skipped), tuple(sequences)) for skipped in skip_sets)
+        if requests is not None:
+            requests.extend((tuple(skipped), tuple(sequences)) for skipped in skip_sets)
         return np.array([[table(tuple(skipped), int(s)) for s in sequences] for skipped in skip_sets], dtype=float)
 
     return score
@@ -65,9 +65,9 @@ def test_metric3_sees_the_model_as_streamlined_so_far_and_metric2_does_not() -> 
 
 
 def test_metric2_scores_candidates_once_and_measures_what_it_leaves() -> None:
-    asked: list = []
-    decisions = list(search(Method.METRIC2, problem(), scored(interacting, asked), first()))
-    singles = [skipped for skipped, sequence in asked if len(skipped) == 1 and 0 in sequence]
+    requests: list = []
+    decisions = list(search(Method.METRIC2, problem(), scored(interacting, requests), first()))
+    singles = [skipped for skipped, sequence in requests if len(skipped) == 1 and 0 in sequence]
     assert len(singles) == 6
     second = decisions[1].step
     assert second.calibration.nll_sum == pytest.approx(sum(interacting((1, 2), s) for s in range(3)))
@@ -75,12 +75,14 @@ def test_metric2_scores_candidates_once_and_measures_what_it_leaves() -> None:
 
 
 def test_metric1_removes_by_influence_without_running_candidates() -> None:
-    asked: list = []
+    requests: list = []
     influence = np.array([[3.0], [1.0], [0.5], [2.0], [4.0], [9.0]]).repeat(3, axis=1)
     made = problem()
-    steps = [d.step for d in search(Method.METRIC1, made, scored(interacting, asked), first(), (), lambda: influence)]
+    steps = [
+        d.step for d in search(Method.METRIC1, made, scored(interacting, requests), first(), (), lambda: influence)
+    ]
     assert steps[-1].removal_list == (2, 1)
-    assert {skipped for skipped, _ in asked} == {(2,), (2, 1)}
+    assert {skipped for skipped, _ in requests} == {(2,), (2, 1)}
     assert steps[0].candidates[2].score == pytest.approx(0.5 * 3 / (3 * (LENGTH + 1)))
     assert steps[0].candidates[2].nll_sum is None
     assert steps[0].perplexity == pytest.approx(math.exp(sum(interacting((2,), s) for s in range(3)) / (3 * LENGTH)))
@@ -140,21 +142,21 @@ def test_margin_standard_error_and_ties_are_those_of_paired_differences() -> Non
     counts = np.full(12, 50)
     common = draw.normal(150, 30, 12)  # a hard sequence is hard for all: pairing takes it out
     scores = np.stack([common, common + 4 + draw.normal(0, 1, 12), common + 0.1 + draw.normal(0, 1, 12)])
-    found = compare(scores, counts, 0.95)
+    result = compare(scores, counts, 0.95)
     differences = (scores[2] - scores[0]) / 50
-    assert found.winner == 0
-    assert found.margin == pytest.approx(differences.mean())
-    assert found.standard_error == pytest.approx(differences.std(ddof=1) / math.sqrt(12))
-    assert found.tied == (2,)
+    assert result.winner == 0
+    assert result.margin == pytest.approx(differences.mean())
+    assert result.standard_error == pytest.approx(differences.std(ddof=1) / math.sqrt(12))
+    assert result.tied == (2,)
     assert compare(scores[:, :1], counts[:1], 0.95).standard_error is None
-    assert compare(scores[:, :1], counts[:1], 0.95).tied == (1, 2)  # one sequence tells nobody apart
+    assert compare(scores[:, :1], counts[:1], 0.95).tied == (1, 2)  # with one sequence all are tied
     scipy = pytest.importorskip("scipy.stats")
-    interval = scipy.t.interval(0.95, 11, loc=differences.mean(), scale=found.standard_error)
+    interval = scipy.t.interval(0.95, 11, loc=differences.mean(), scale=result.standard_error)
     assert interval[0] <= 0 <= interval[1]
 
 
 def test_a_tie_label_is_right_as_often_as_it_says() -> None:
-    """Two candidates that are equal on average are told apart in about 5 % of draws."""
+    """Two candidates that are equal on average are significantly different in about 5 % of draws."""
     draw = np.random.default_rng(7)
     told_apart = 0
     for _ in range(2000):
@@ -256,15 +258,15 @@ def noisy(sequences: int, seed: int = 0):
 def test_a_race_chooses_as_the_full_search_and_asks_for_less() -> None:
     table = noisy(66)
     made = races(num_remove=3)
-    asked: list = []
-    decisions = list(search(Method.METRIC3, made, scored(table, asked), first()))
+    requests: list = []
+    decisions = list(search(Method.METRIC3, made, scored(table, requests), first()))
     full = run(Method.METRIC3, replace(made, racing=False), table)
     assert [each.step.removal_list for each in decisions] == [each.removal_list for each in full]
-    evaluations = sum(len(sequences) for _, sequences in asked)
+    evaluations = sum(len(sequences) for _, sequences in requests)
     assert evaluations < 0.6 * sum(len(step.candidates) * 64 for step in full)
     for decision, step in zip(decisions, full, strict=True):
         winner = next(each for each in decision.step.candidates if each.block == decision.step.removed[0])
-        assert winner.sequences == 64  # whoever wins has seen everything
+        assert winner.sequences == 64  # the winner has seen everything
         assert decision.step.calibration == step.calibration
         assert decision.seen is not None
         for candidate, seen in zip(decision.step.candidates, decision.seen, strict=True):
@@ -275,12 +277,12 @@ def test_a_race_chooses_as_the_full_search_and_asks_for_less() -> None:
 
 def test_what_a_candidate_is_behind_is_measured_on_the_sequences_it_saw() -> None:
     scores = np.array([[1.0, 2.0, 3.0, 4.0], [2.0, 4.0, np.nan, np.nan], [2.0, 3.0, 4.0, np.inf]]) * 10
-    found = compare(scores, np.full(4, 10), 0.95, ~np.isnan(scores))
-    assert found.winner == 0
-    assert found.differences.tolist() == [0.0, 1.5, math.inf]
-    assert found.margin == 1.5
-    assert found.standard_error == pytest.approx(0.5)  # of 1 and 2
-    assert found.tied == (1,)
+    result = compare(scores, np.full(4, 10), 0.95, ~np.isnan(scores))
+    assert result.winner == 0
+    assert result.differences.tolist() == [0.0, 1.5, math.inf]
+    assert result.margin == 1.5
+    assert result.standard_error == pytest.approx(0.5)  # of 1 and 2
+    assert result.tied == (1,)
 
 
 def test_a_race_resumes_to_the_same_decisions() -> None:

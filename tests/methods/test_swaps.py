@@ -54,10 +54,10 @@ def problem(sequences: int = 24, num_remove: int = 2, **more: Any) -> Problem:
     return Problem(**(settings | more))
 
 
-def scored(table: Table, asked: list[tuple[SkipSet, int]] | None = None) -> Any:
+def scored(table: Table, requests: list[tuple[SkipSet, int]] | None = None) -> Any:
     def score(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
-        if asked is not None:
-            asked.extend((tuple(sorted(skipped)), len(sequences)) for skipped in skip_sets)
+        if requests is not None:
+            requests.extend((tuple(sorted(skipped)), len(sequences)) for skipped in skip_sets)
         return np.array([table(tuple(skipped), sequences) for skipped in skip_sets], dtype=float)
 
     return score
@@ -126,16 +126,16 @@ def test_a_planted_better_swap_is_found_with_its_evidence() -> None:
     assert swap.held_out.nll_sum == pytest.approx(table((2, 4), made.held_out).sum())
 
 
-@pytest.mark.parametrize(("better", "found"), [(0.3, False), (3.0, True)])
-def test_an_improvement_within_its_error_is_not_accepted(better: float, found: bool) -> None:
+@pytest.mark.parametrize(("better", "is_accepted"), [(0.3, False), (3.0, True)])
+def test_an_improvement_within_its_error_is_not_accepted(better: float, is_accepted: bool) -> None:
     """The difference of two blocks has a standard error of 2 x sqrt(2 / 24) = 0.6 nats a sequence."""
     table = greedy_trap(better, spread=2.0, seed=4)
     made = problem()
     lists = [step.removal_list for step in steps_of(made, table)]
     before, after = (table(skipped, made.calibration).sum() for skipped in ((1, 2), (2, 4)))
     assert after < before  # better on this text either way
-    assert (lists[-1] == (2, 4)) is found
-    assert len(lists) == 2 + found
+    assert (lists[-1] == (2, 4)) is is_accepted
+    assert len(lists) == 2 + is_accepted
 
 
 def test_one_sequence_is_no_reason_to_swap() -> None:
@@ -146,14 +146,14 @@ def test_one_sequence_is_no_reason_to_swap() -> None:
 def test_swaps_end_where_none_is_better(seed: int) -> None:
     made = problem(num_blocks=9, num_remove=4, protected=(0, 8))
     table = tangled(seed)
-    found = decisions(made, table)
-    steps = [each.step for each in found]
+    is_accepted = decisions(made, table)
+    steps = [each.step for each in is_accepted]
     assert [step.is_swap for step in steps] == [False] * 4 + [True] * (len(steps) - 4)
     assert [step.number for step in steps] == list(range(1, len(steps) + 1))
     scores = [float(table(step.removal_list, made.calibration).sum()) for step in steps[3:]]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
-    for decision, before in zip(found[4:], steps[3:], strict=False):
+    for decision, before in zip(is_accepted[4:], steps[3:], strict=False):
         assert decision.scores.shape == (4 * 3, 24)
         assert len(decision.step.removal_list) == 4
         assert decision.step.before == set(before.removal_list)
@@ -223,14 +223,14 @@ def test_a_race_makes_the_same_swaps_and_asks_for_less(seed: int) -> None:
 
 
 def test_the_list_as_it_is_leaves_the_race_and_is_scored_to_the_end_all_the_same() -> None:
-    asked: list[tuple[SkipSet, int]] = []
+    requests: list[tuple[SkipSet, int]] = []
     table = greedy_trap(8.0)
     made = problem(64, racing=True)
     first = baseline_of(made, table)
     greedy = steps_of(replace(made, refine="none"), table)
-    swaps = search(Method.METRIC3, made, scored(table, asked), first, tuple(greedy))
+    swaps = search(Method.METRIC3, made, scored(table, requests), first, tuple(greedy))
     assert next(swaps).step.is_swap
-    looks = [count for skipped, count in asked if skipped == (1, 2)]
+    looks = [count for skipped, count in requests if skipped == (1, 2)]
     assert looks[0] == 8
     assert sum(looks) == 64
     assert len(looks) == 2  # after eight sequences it was out; then the rest at once
@@ -366,7 +366,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def asked(text: Path, **more: Any) -> dict[str, Any]:
+def options(text: Path, **more: Any) -> dict[str, Any]:
     settings: dict[str, Any] = dict(
         calibration=str(text), sequences=24, sequence_length=32, held_out=4, remove=3, dtype="float32", analysis=False
     )
@@ -375,13 +375,13 @@ def asked(text: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run(model: Path, text: Path) -> sleb.Run:
-    return sleb.search(str(model), refine="swap", **asked(text))
+    return sleb.search(str(model), refine="swap", **options(text))
 
 
 def test_a_run_with_a_swap_from_the_model_to_the_files(run: sleb.Run, model: Path, text: Path) -> None:
     assert run.trace is not None
     assert run.stack is not None
-    plain = sleb.search(str(model), **asked(text))
+    plain = sleb.search(str(model), **options(text))
     assert plain.trace is not None
     assert [step.removal_list for step in run.trace.steps[:3]] == [step.removal_list for step in plain.trace.steps]
     swap = run.trace.steps[3]
@@ -504,7 +504,7 @@ def test_work_is_forecast_and_extended_by_each_swap(model: Path, text: Path, mon
 
     monkeypatch.setattr(Meter, "advance", advancing)
     monkeypatch.setattr(Meter, "_tell", telling)
-    sleb.search(str(model), refine="swap", **asked(text, search="full"))
+    sleb.search(str(model), refine="swap", **options(text, search="full"))
     assert len(set(totals)) == 2  # one swap, and so another round
     assert done == pytest.approx(totals[-1], rel=0.05)
     assert ("Trying swaps", 0) in phases

@@ -60,7 +60,7 @@ def test_what_computes_nothing_or_says_the_same_is_the_same_model(changes: dict[
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
@@ -77,12 +77,12 @@ def test_what_computes_nothing_or_says_the_same_is_the_same_model(changes: dict[
         ({"something_of_its_own": {"scale": 3}}, "something_of_its_own.scale was not there and is 3"),
     ],
 )
-def test_what_computes_is_another_model_and_is_named(changes: dict[str, Any], said: str, model: Path) -> None:
+def test_what_computes_is_another_model_and_is_named(changes: dict[str, Any], message: str, model: Path) -> None:
     before = identity(model)
     rewrite(model, **changes)
     now = identity(model)
     config = load_model(str(model), dtype="float32", device="cpu").model.config
-    assert said in "; ".join(before.differences(now, default_fields(config)))
+    assert message in "; ".join(before.differences(now, default_fields(config)))
     assert before.key("weights", "float32") != now.key("weights", "float32")
 
 
@@ -94,7 +94,7 @@ def test_equal_settings_of_another_kind_of_model_are_another_model() -> None:
 
 
 def test_what_a_rotary_embedding_lacks_is_no_default_of_its_class() -> None:
-    """GPT-NeoX turns a quarter of each head where nothing is said; whoever turns all of it is another model."""
+    """GPT-NeoX turns a quarter of each head by default; one that turns all of it is another model."""
     usual = transformers.GPTNeoXConfig()
     whole = transformers.GPTNeoXConfig(
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
@@ -169,7 +169,7 @@ def test_remote_code_counts_by_its_files(tmp_path: Path) -> None:
     before = now()
     assert before.remote_code is not None
     (folder / "modeling_ours.py").write_text(code + "    SCALE = 2.0\n")
-    (folder / "configuration_ours.py").write_text(config + "    # by this transformers tells modules apart\n")
+    (folder / "configuration_ours.py").write_text(config + "    # by this transformers distinguishes modules\n")
     assert before.differences(now()) == ["the model's own code is another one"]
 
 
@@ -193,7 +193,7 @@ def run(model: Path, tmp_path: Path) -> sleb.Run:
 
 
 CHANGED = {"rope_parameters": {"rope_theta": 50.0, "rope_type": "default"}}
-SAID = r"rope\.rope_theta was 10000 and is 50"
+BASE_CHANGED = r"rope\.rope_theta was 10000 and is 50"
 
 
 def cut_short(run_dir: Path) -> None:
@@ -218,7 +218,7 @@ def test_another_config_is_no_model_to_go_on_with(run: sleb.Run, model: Path, tm
         lambda: sleb.evaluate(run.run_dir, perplexity=[str(tmp_path / "text.txt")], window=32, device="cpu"),
         lambda: sleb.export_model(run.run_dir, tmp_path / "smaller"),
     ):
-        with pytest.raises(RunError, match=SAID):
+        with pytest.raises(RunError, match=BASE_CHANGED):
             refused()
     assert len(sleb.load(run.run_dir).require_trace().steps) == 1
     assert not (tmp_path / "smaller").exists()
@@ -250,7 +250,7 @@ def test_an_evaluation_of_a_model_that_has_changed_is_not_the_one_before(model: 
     settings: dict[str, Any] = dict(removal_list=[3], perplexity=[str(tmp_path / "text.txt")], window=32, device="cpu")
     before = sleb.evaluate(str(model), **settings)
     rewrite(model, **CHANGED)
-    with pytest.raises(RunError, match=f"{SAID}.*`run_dir`"):
+    with pytest.raises(RunError, match=f"{BASE_CHANGED}.*`run_dir`"):
         sleb.evaluate(str(model), **settings)
     after = sleb.evaluate(str(model), run_dir=tmp_path / "apart", **settings)
     assert [each.measured for each in after] != [each.measured for each in before]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Loading: what is no usable model is refused in one sentence; what is, gets a type that is fast here."""
+"""Loading: what is not a usable model is refused in one sentence; what is, gets a type that is fast here."""
 
 from __future__ import annotations
 

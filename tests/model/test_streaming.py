@@ -42,7 +42,7 @@ CHANGED_WHILE_LOADING = ["mixtral", "qwen3-moe"]
 
 
 class Alive:
-    """The weights that were read from files, and which of them are still in memory, whoever holds them."""
+    """The weights that were read from files, and which of them are still in memory, held by anything."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -65,8 +65,8 @@ PACES = ["as it comes", "reading is slow", "computing is slow"]
 
 @contextlib.contextmanager
 def paced(pace: str, blocks: StreamedBlocks, monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
-    """Within it, reading does not begin before somebody waits for it, or whoever computes waits until it is done."""
-    alive, asked = Alive(), threading.Event()
+    """Within it reading begins once somebody waits for it, or computing waits until reading is done."""
+    alive, requested = Alive(), threading.Event()
     fetch, put, forget = blocks._fetch, blocks._put, blocks.forget
 
     class File:
@@ -82,18 +82,18 @@ def paced(pace: str, blocks: StreamedBlocks, monkeypatch: pytest.MonkeyPatch) ->
 
         def get_tensor(self, key: str) -> torch.Tensor:
             if pace == "reading is slow" and threading.current_thread() is not threading.main_thread():
-                assert asked.wait(60)
+                assert requested.wait(60)
             tensor = self._file.get_tensor(key)
             alive.read(tensor)
             return tensor
 
-    def while_asking(what: Callable[..., Any]) -> Callable[..., Any]:
+    def while_asking(action: Callable[..., Any]) -> Callable[..., Any]:
         def ask(*args: Any) -> Any:
-            asked.set()
+            requested.set()
             try:
-                return what(*args)
+                return action(*args)
             finally:
-                asked.clear()
+                requested.clear()
 
         return ask
 
@@ -121,6 +121,11 @@ def opened(folder: Path) -> tuple[LoadedModel, LoadedModel]:
     return resident, streamed
 
 
+def short(text_file: Path) -> dict[str, Any]:
+    """Arguments of a search that takes a moment."""
+    return dict(calibration=str(text_file), sequences=2, sequence_length=16, remove=1, dtype="float32")
+
+
 @pytest.mark.parametrize("family", NAMED_AS_ON_DISK + CHANGED_WHILE_LOADING)
 def test_streamed_blocks_score_as_resident_ones(family: str, tmp_path: Path) -> None:
     resident, streamed = opened(saved(tmp_path / "model", family))
@@ -132,8 +137,8 @@ def test_streamed_blocks_score_as_resident_ones(family: str, tmp_path: Path) -> 
     assert check.max_difference is not None
     assert check.max_difference < 1e-5
     skip_sets = [(), (1,), (3,), (1, 4), (6,)]
-    found = [Scorer(stack, ids, batch_size=2).score(skip_sets, np.arange(5)) for stack in stacks]
-    np.testing.assert_array_equal(*found)
+    result = [Scorer(stack, ids, batch_size=2).score(skip_sets, np.arange(5)) for stack in stacks]
+    np.testing.assert_array_equal(*result)
     diverged = [Scorer(stack, ids, batch_size=2).diverge(skip_sets, np.arange(5)) for stack in stacks]
     np.testing.assert_array_equal(*diverged)
 
@@ -262,7 +267,7 @@ def test_a_third_block_is_refused_and_a_failed_read_can_be_tried_again(
             pass
         before = blocks.bytes_read
         blocks._coming = blocks._send_for(8)
-        blocks.forget()  # that nobody came for it is no reason to fail
+        blocks.forget()  # unused, it does not have to succeed
         assert blocks.bytes_read == before
     with blocks.resident(6):
         assert blocks.bytes_read == before + blocks.block_bytes(6)
@@ -284,7 +289,7 @@ def test_rounds_are_as_long_as_the_budget_allows(tmp_path: Path) -> None:
         scorer.score([(1,), (2,)], np.arange(7))
 
 
-def test_the_twin_for_all_candidates_at_once_is_the_plain_forward_pass() -> None:
+def test_the_reference_for_all_candidates_at_once_is_the_plain_forward_pass() -> None:
     """The self-check of streamed models compares with it; here it is compared itself."""
     from sleb.scoring.self_check import _plain_reference, _streamed_reference
 
@@ -292,7 +297,9 @@ def test_the_twin_for_all_candidates_at_once_is_the_plain_forward_pass() -> None
         model = build(family)
         stack, ids = BlockStack(model), token_ids(model, batch=2, length=12)
         with torch.inference_mode():
-            (plain, _), (together, _) = (twin(stack, range(6), ids) for twin in (_plain_reference, _streamed_reference))
+            (plain, _), (together, _) = (
+                reference(stack, range(6), ids) for reference in (_plain_reference, _streamed_reference)
+            )
         assert plain.keys() == together.keys()
         for skipped in plain:
             torch.testing.assert_close(plain[skipped], together[skipped], rtol=1e-5, atol=1e-4)
@@ -302,15 +309,7 @@ def test_a_model_whose_blocks_share_state_is_refused(tmp_path: Path, text_file: 
     folder = saved(tmp_path / "model", "gemma4-shared-kv", num_blocks=12)
     budget = tight(load_model(str(folder), dtype="float32", device="cpu"))
     with pytest.raises(ModelError, match="cannot be streamed block by block"):
-        sleb.search(
-            str(folder),
-            calibration=str(text_file),
-            sequences=2,
-            sequence_length=16,
-            remove=1,
-            dtype="float32",
-            memory_budget=budget,
-        )
+        sleb.search(str(folder), **short(text_file), memory_budget=budget)
 
 
 def test_what_does_not_fit_or_cannot_be_streamed_is_said(tmp_path: Path) -> None:
@@ -464,8 +463,8 @@ def test_a_model_three_times_the_budget_is_searched_and_exported_within_it(
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
 
     resident, streamed = within(None, ""), within(budget, str(tmp_path / "out"))
     assert {name: streamed[name] for name in ("list", "sums", "hash")} == {
@@ -493,21 +492,12 @@ def test_a_streamed_run_is_analysed_but_does_not_generate(tmp_path: Path, text_f
 
 def test_a_resumed_run_keeps_the_budget_of_the_last_try(tmp_path: Path, text_file: Path) -> None:
     folder = saved(tmp_path / "model", "llama")
-    spec = specs.run_spec(
-        str(folder),
-        calibration=str(text_file),
-        sequences=2,
-        sequence_length=16,
-        remove=1,
-        dtype="float32",
-        analysis=False,
-    )
-    run = run_folder.create(spec)
+    run = run_folder.create(specs.run_spec(str(folder), **short(text_file), analysis=False))
     job_processes.next_job(run, specs.job_spec("search", processes=2, memory_budget=300_000))
     run = run_folder.load(run.run_dir)
     assert execution.as_before(run, None, None) == (2, 300_000)
     assert execution.as_before(run, 1, 400_000) == (1, 400_000)
     done = CliRunner().invoke(app, ["resume", str(run.run_dir), "--processes=1", "--prepare"])
     assert done.exit_code == 0, done.output
-    found = job_folder.load_job(Path(done.stdout.strip())).spec
-    assert (found.processes, found.memory_budget) == (1, 300_000)
+    result = job_folder.load_job(Path(done.stdout.strip())).spec
+    assert (result.processes, result.memory_budget) == (1, 300_000)

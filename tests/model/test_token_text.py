@@ -1,4 +1,4 @@
-"""One token as text: leading spaces kept, and bytes that are no text by their names."""
+"""One token as text: leading spaces kept, and bytes without text by their names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run keeps of the model it met, for other tools and for whoever reads the numbers."""
+"""What a run keeps of the model it met, for other tools and for readers of the numbers."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def test_a_quantised_checkpoint_is_said_to_be_one_and_exported_as_it_is(tiny_mod
     assert load_model(str(tmp_path / "out")).quantisation == run.stack.quantisation
     with pytest.raises(OptionError, match="mergekit reads plain weights only"):
         render(run, "mergekit")
-    screen, said = command("export", run.run_id, "--format", "sleb")
+    screen, remarks = command("export", run.run_id, "--format", "sleb")
     assert screen.startswith("python -m eval")
-    assert "removes nothing from any other" in " ".join(said.split())
+    assert "removes nothing from any other" in " ".join(remarks.split())
 
 
 def test_a_gguf_file_may_become_a_folder_that_says_so(tmp_path: Path) -> None:

@@ -54,15 +54,15 @@ def test_sweep_equals_plain_skip(family: tuple[str, BlockStack, np.ndarray]) -> 
 def test_removal_lists_of_sweep_and_plain_are_equal(family: tuple[str, BlockStack, np.ndarray]) -> None:
     name, stack, ids = family
     check = self_check(stack, range(1, len(stack) - 1), ids)
-    found = []
+    results = []
     for plain in (False, True):
         if not plain and check.scoring == "plain":
             assert name in STATEFUL
             return
         scorer = Scorer(stack, ids, batch_size=3, plain=plain)
-        found.append([d.step.removal_list for d in _search(scorer, stack, check.protected)])
-    assert found[0] == found[1]
-    assert len(found[0]) == 2
+        results.append([d.step.removal_list for d in _search(scorer, stack, check.protected)])
+    assert results[0] == results[1]
+    assert len(results[0]) == 2
 
 
 def _search(scorer: Scorer, stack: BlockStack, protected: dict[int, str]) -> list:
@@ -191,11 +191,11 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog: pytest.LogCaptureFix
 
     handle = stack.blocks[3].register_forward_pre_hook(small_memory)
     scorer = Scorer(stack, ids, batch_size=7)
-    found = scorer.score([(), (3,)], np.arange(7))
+    nats = scorer.score([(), (3,)], np.arange(7))
     handle.remove()
     assert scorer.batch_size == 1  # 7, 3, 1
     assert "Out of memory" in caplog.text
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(nats, expected, rtol=1e-6)
     assert scorer.head_evaluations == 2 * 7
 
 
@@ -221,16 +221,16 @@ def test_the_divergence_equals_that_of_plain_forward_passes(family: str, plain: 
     ids = token_ids(model)
     skip_sets = [(), (1,), (2, 3), (3, 2), (4,)]
     scorer = Scorer(stack, ids.numpy(), plain=plain)
-    found = scorer.diverge(skip_sets, np.arange(len(ids)))
+    nats = scorer.diverge(skip_sets, np.arange(len(ids)))
     with torch.inference_mode():
         base = stack.forward(ids)[:, :-1].double().log_softmax(-1)
-        for skipped, row in zip(skip_sets, found, strict=True):
+        for skipped, row in zip(skip_sets, nats, strict=True):
             with stack.skipping(skipped):
                 own = stack.forward(ids)[:, :-1].double().log_softmax(-1)
             reference = torch.nn.functional.kl_div(own, base, log_target=True, reduction="none").sum(dim=(1, 2))
             np.testing.assert_allclose(row, reference.numpy(), rtol=1e-4, atol=1e-5)
-    assert (found[0] == 0).all()
-    assert (found[1:] > 0).all()
+    assert (nats[0] == 0).all()
+    assert (nats[1:] > 0).all()
     expected = cost_of([*skip_sets, ()], len(stack), len(ids), plain=plain)
     assert (scorer.block_evaluations, scorer.head_evaluations) == (
         expected.block_evaluations,

@@ -50,8 +50,8 @@ def find() -> str | None:
     if chosen:
         return chosen
     for name in NAMES:
-        if found := shutil.which(name):
-            return found
+        if path := shutil.which(name):
+            return path
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -75,9 +75,9 @@ def server(
 
     `command` is what starts it in `folder`: it takes Streamlit's options.
     """
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
     log = home / "dashboard.log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
@@ -135,7 +135,7 @@ class Tab:
     def until(self, click: Any, shown: Any, state: str = "visible", seconds: float = PATIENCE) -> None:
         """Click something until something else shows. Only for what may be clicked twice.
 
-        A click in the moment in which a button is drawn anew can be lost, as for a quick user.
+        A click in the moment in which a button is drawn again can be lost, as for a quick user.
         """
         from playwright.sync_api import TimeoutError as NotYet
 
@@ -143,7 +143,7 @@ class Tab:
         while True:
             try:
                 click.click(timeout=1000 * AGAIN)
-            except NotYet:  # it may be gone, because the last click was only slow
+            except NotYet:  # it may be missing, because the last click was only slow
                 if time.monotonic() > limit:
                     raise
             try:
@@ -190,8 +190,8 @@ def tab(address: str, **options: Any) -> Iterator[Tab]:
 
 
 if __name__ == "__main__":
-    found = find()
-    if found is None:
+    path = find()
+    if path is None:
         print("No browser found; installing playwright's own (SLEB_TEST_BROWSER=/path names another).", flush=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(
@@ -200,5 +200,5 @@ if __name__ == "__main__":
                 check=False,
                 capture_output=True,
             )
-        found = find()
-    print(f"Browser for the tests of the dashboard: {found or 'none, so those tests are SKIPPED'}", flush=True)
+        path = find()
+    print(f"Browser for the tests of the dashboard: {path or 'none, so those tests are SKIPPED'}", flush=True)

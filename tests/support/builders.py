@@ -97,7 +97,7 @@ def make_run(
         head_evaluations=20,
         seconds=9.0,
     )
-    asked: dict[str, Any] = dict(
+    request: dict[str, Any] = dict(
         model="example/model-1b",
         num_remove=max(len(removal_list), 1),
         calibration=CalibrationSpec(source="demo", sequences=16, sequence_length=256),
@@ -109,7 +109,7 @@ def make_run(
     settings: dict[str, Any] = dict(
         run_id=folder.name,
         run_dir=folder,
-        spec=RunSpec(**(asked | (spec or {}))),
+        spec=RunSpec(**(request | (spec or {}))),
         stack=make_stack(num_blocks, **(stack or {})),
         trace=Trace(baseline=baseline, steps=steps, finished="removed 3 blocks, as asked"),
         jobs=(

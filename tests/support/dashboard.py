@@ -17,7 +17,7 @@ from streamlit.testing.v1 import AppTest
 from sleb.runtime import dashboard_files
 from tests.support.paths import ROOT
 
-config.set_option("server.address", "localhost")  # as `streamlit_config.toml` has it; there is no server here
+config.set_option("server.address", "localhost")  # as `streamlit_config.toml` has it; no server runs here
 
 
 def open_page(name: str, **query: str) -> AppTest:
@@ -69,7 +69,7 @@ def charts(app: AppTest) -> list[dict[str, Any]]:
 
 
 def words(app: AppTest) -> str:
-    """All text of the page that is no chart."""
+    """All text of the page outside of charts."""
     kinds = ("title", "caption", "markdown", "error", "warning", "info", "success", "metric")
     return "\n".join(
         f"{each.label} {each.value}" if kind == "metric" else str(each.value)

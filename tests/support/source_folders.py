@@ -34,10 +34,10 @@ def settings(folder: Path, *without: str, **changes: Any) -> dict[str, Any]:
 
 def tensors(folder: Path) -> Tensors:
     """All that the folder's safetensors files hold."""
-    found: Tensors = {}
+    weights: Tensors = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
+        weights |= load_file(path)
+    return weights
 
 
 def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
@@ -50,12 +50,12 @@ def with_further_blocks(folder: Path) -> Path:
     """DeepSeek's layout: six blocks and two behind them; float16 with norms in float32, and no type in the config."""
     save(folder, build("deepseek-v3").to(torch.float16))
 
-    def change(found: Tensors) -> Tensors:
-        last = {name: tensor for name, tensor in found.items() if ".layers.5." in name}
+    def change(weights: Tensors) -> Tensors:
+        last = {name: tensor for name, tensor in weights.items() if ".layers.5." in name}
         for number in (6, 7):
-            found |= {name.replace(".5.", f".{number}."): torch.randn_like(each) for name, each in last.items()}
-        found["model.layers.6.eh_proj.weight"] = torch.randn(32, 64).half()
-        return {name: tensor.float() if "norm" in name else tensor for name, tensor in found.items()}
+            weights |= {name.replace(".5.", f".{number}."): torch.randn_like(each) for name, each in last.items()}
+        weights["model.layers.6.eh_proj.weight"] = torch.randn(32, 64).half()
+        return {name: tensor.float() if "norm" in name else tensor for name, tensor in weights.items()}
 
     rewrite(folder, change)
     settings(folder, "dtype", num_nextn_predict_layers=2)
@@ -104,9 +104,9 @@ def in_fp8(folder: Path) -> Path:
     """Stored in eight bits with scales for each square of weights, and dequantised when it is loaded."""
     save(folder, build("llama").to(torch.bfloat16))
 
-    def change(found: Tensors) -> Tensors:
+    def change(weights: Tensors) -> Tensors:
         changed: Tensors = {}
-        for name, tensor in found.items():
+        for name, tensor in weights.items():
             if tensor.ndim == 2 and ".layers." in name:
                 changed[name] = tensor.to(torch.float8_e4m3fn)
                 squares = [(size + 15) // 16 for size in tensor.shape]
@@ -147,10 +147,10 @@ def seeing(folder: Path) -> Path:
     save(folder, transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16).eval())
     old = {"model.language_model.": "language_model.model.", "model.vision": "vision", "model.multi": "multi"}
 
-    def change(found: Tensors) -> Tensors:
+    def change(weights: Tensors) -> Tensors:
         for new, before in old.items():
-            found = {name.replace(new, before): tensor for name, tensor in found.items()}
-        return found
+            weights = {name.replace(new, before): tensor for name, tensor in weights.items()}
+        return weights
 
     rewrite(folder, change)
     processor = getattr(transformers, "Gemma3ImageProcessorPil", transformers.Gemma3ImageProcessor)
@@ -176,7 +176,7 @@ def text_part(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     save(folder, transformers.Qwen3_5ForConditionalGeneration(config).eval())
-    rewrite(folder, lambda found: found | {"mtp.layers.0.fc.weight": torch.randn(3, 3)})
+    rewrite(folder, lambda weights: weights | {"mtp.layers.0.fc.weight": torch.randn(3, 3)})
     return folder
 
 

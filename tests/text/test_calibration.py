@@ -31,10 +31,10 @@ def decoded(ids: np.ndarray) -> str:
 
 
 def test_first_takes_the_windows_in_order(text_file: Path) -> None:
-    found = build(text_file, sampling="first")
-    assert found.ids.shape == (7, 16)
-    assert (found.sequences, found.held_out) == (5, 2)
-    assert decoded(found.ids.reshape(-1)) == text_file.read_text()[: 7 * 16]
+    windows = build(text_file, sampling="first")
+    assert windows.ids.shape == (7, 16)
+    assert (windows.sequences, windows.held_out) == (5, 2)
+    assert decoded(windows.ids.reshape(-1)) == text_file.read_text()[: 7 * 16]
 
 
 def test_random_draws_without_overlap_and_by_the_seed(text_file: Path) -> None:
@@ -89,13 +89,13 @@ def test_columns_of_jsonl_and_parquet(tmp_path: Path, sampling: str) -> None:
 
 def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    said = [tiny.text(80, seed) for seed in range(9)]
-    turns = [[{"role": "user", "content": each}, {"role": "assistant", "content": "done"}] for each in said]
-    share = [[{"from": "human", "value": each}, {"from": "gpt", "value": "done"}] for each in said]
+    texts = [tiny.text(80, seed) for seed in range(9)]
+    turns = [[{"role": "user", "content": each}, {"role": "assistant", "content": "done"}] for each in texts]
+    share = [[{"from": "human", "value": each}, {"from": "gpt", "value": "done"}] for each in texts]
     rows = zip(turns, share, strict=True)
     path.write_text("\n".join(json.dumps({"messages": one, "shared": two, "text": "no"}) for one, two in rows))
     chat = build(f"{path}:messages", chat=True, chat_template=True, sampling="first")
-    rendered = [f"user: {each}\nassistant: done\n" for each in said]
+    rendered = [f"user: {each}\nassistant: done\n" for each in texts]
     assert decoded(chat.ids.reshape(-1)) == "".join(rendered)[: 7 * 16]  # one behind another, as the model reads them
     assert build(path, chat=True, chat_template=True, sampling="first").tokens_hash == chat.tokens_hash
     shared = build(f"{path}:shared", chat=True, chat_template=True, sampling="first")
@@ -210,7 +210,7 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
     """What is asked of `datasets`, with real data set objects in place of the hub."""
     import datasets
 
-    asked: list[tuple[Any, ...]] = []
+    requests: list[tuple[Any, ...]] = []
     rows = [f"{tiny.text(200, seed)}\n" if seed % 3 else "" for seed in range(60)]
 
     class Builder:
@@ -222,27 +222,27 @@ def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> N
             self.data = datasets.Dataset.from_dict({"text": rows, "other": rows})
 
         def download_and_prepare(self) -> None:
-            asked.append(())
+            requests.append(())
 
         def as_dataset(self, split: str) -> Any:
-            assert asked.pop() == ()
-            asked.append((*self.asked, split, False))
+            assert requests.pop() == ()
+            requests.append((*self.asked, split, False))
             return self.data
 
         def as_streaming_dataset(self, split: str) -> Any:
-            asked.append((*self.asked, split, True))
+            requests.append((*self.asked, split, True))
             return self.data.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
-    found = build("wikitext2", sampling="first")
-    assert asked.pop() == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", False)
-    assert decoded(found.ids.reshape(-1)) == "\n\n".join(rows)[: 7 * 16]
+    windows = build("wikitext2", sampling="first")
+    assert requests.pop() == ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "train", False)
+    assert decoded(windows.ids.reshape(-1)) == "\n\n".join(rows)[: 7 * 16]
     build("c4")
-    assert asked.pop() == ("allenai/c4", {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", True)
+    assert requests.pop() == ("allenai/c4", {"train": "en/c4-train.00000-of-01024.json.gz"}, "train", True)
     build("some/set:config:validation:other")
-    assert asked.pop() == ("some/set", "config", None, "validation", True)
+    assert requests.pop() == ("some/set", "config", None, "validation", True)
     build("some/set")
-    assert asked.pop() == ("some/set", None, "train", True)
+    assert requests.pop() == ("some/set", None, "train", True)
     reference = build("wikitext2-rows", sequences=12, seed=3)
     shuffled = datasets.Dataset.from_dict({"text": rows}).shuffle(seed=3)[:]["text"]
     joined = "\n\n".join(shuffled[:12])
@@ -329,9 +329,9 @@ def test_what_the_cache_has_needs_no_network(data_sets: Path) -> None:
 
 
 def test_real_text_by_the_published_reading(real_text: Path) -> None:
-    found = build(real_text, sequences=50, sequence_length=128)
-    assert found.ids.shape == (52, 128)
-    assert "wiki.valid.raw" in found.text
+    windows = build(real_text, sequences=50, sequence_length=128)
+    assert windows.ids.shape == (52, 128)
+    assert "wiki.valid.raw" in windows.text
 
 
 def test_a_folder_named_like_a_source_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,9 +350,9 @@ def rows_of(path: Path, *texts: str, name: str = "text") -> Path:
 def test_windows_are_distinct_and_none_held_out_is_one_that_chose(tmp_path: Path, sampling: str) -> None:
     documents = [tiny.text(60, seed)[:30] for seed in range(12)]  # with the separator two windows each
     path = rows_of(tmp_path / "repeated.jsonl", *sorted(documents * 5))
-    found = build(path, sequences=18, held_out=6, sampling=sampling)
-    assert len({row.tobytes() for row in found.ids}) == 24
-    assert "60 documents, 119 windows of 16 tokens, 24 of them distinct" in found.text
+    windows = build(path, sequences=18, held_out=6, sampling=sampling)
+    assert len({row.tobytes() for row in windows.ids}) == 24
+    assert "60 documents, 119 windows of 16 tokens, 24 of them distinct" in windows.text
     before = build(path, sequences=18, held_out=6, sampling=sampling, drawing=1)
     assert len({row.tobytes() for row in before.ids}) < 24
     with pytest.raises(CalibrationError, match=r"asks for 18 .* and 7 held out; .* gives 119, 24 of them distinct\."):
@@ -373,16 +373,16 @@ def test_more_is_read_where_a_text_repeats_itself(tmp_path: Path, monkeypatch: p
     path = rows_of(
         tmp_path / "long.jsonl", *["again and again " * 2] * 90, *[tiny.text(300, seed) for seed in range(9)]
     )
-    found = build(path, sequences=20, sampling="first")
-    assert len({row.tobytes() for row in found.ids}) == 22
+    windows = build(path, sequences=20, sampling="first")
+    assert len({row.tobytes() for row in windows.ids}) == 22
 
 
 def test_held_out_windows_that_repeat_at_another_place_are_counted(tmp_path: Path) -> None:
     text = tiny.text(80, 5)[:79]  # 80 with the separator: no window is equal, and all is said again
     path = tmp_path / "shifted.txt"
     path.write_text((text + "\n" + "x") * 2 + tiny.text(400, 9))
-    found = build(path, sequences=4, held_out=4, sequence_length=20, sampling="first")
-    assert "4 of 4 held-out windows repeat half a window of those that choose" in found.text
+    windows = build(path, sequences=4, held_out=4, sequence_length=20, sampling="first")
+    assert "4 of 4 held-out windows repeat half a window of those that choose" in windows.text
     assert "repeat" not in build(path, sequences=4, held_out=4, sequence_length=64, sampling="first").text
     ids = np.arange(40).reshape(2, 20)
     assert repetition.count_sharing(ids, ids[1:, 5:15].repeat(3, 0)) == 1
@@ -396,16 +396,16 @@ def test_bos_stands_where_the_template_writes_it_and_never_twice(tmp_path: Path,
     path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
     tokenizer = tiny.tokenizer(adds_bos=True)
     tokenizer.chat_template = "{{ bos_token }}" + tiny.CHAT
-    asked = CalibrationSpec(
+    requests = CalibrationSpec(
         source=str(path), sequences=6, sequence_length=14, chat=True, bos=bos, sampling="first"  # type: ignore[arg-type]
     )  # fmt: skip
-    found = calibration.build(asked, 2, 0, tokenizer, 128)
-    said = f"<s>user: {turns[0][0]['content']}\n"  # 28 tokens: two windows, of 14 and of 13 with one in front
-    assert decoded(found.ids[0]) == said[: 14 + 2]
-    assert decoded(found.ids[1]) == "<s>" + said[14 + 2 :][:13]
-    flat = found.ids.reshape(-1)
+    windows = calibration.build(requests, 2, 0, tokenizer, 128)
+    rendered = f"<s>user: {turns[0][0]['content']}\n"  # 28 tokens: two windows, of 14 and of 13 with one in front
+    assert decoded(windows.ids[0]) == rendered[: 14 + 2]
+    assert decoded(windows.ids[1]) == "<s>" + rendered[14 + 2 :][:13]
+    flat = windows.ids.reshape(-1)
     assert not ((flat[1:] == 1) & (flat[:-1] == 1)).any()
-    assert (found.ids[:, 0] == 1).all()
+    assert (windows.ids[:, 0] == 1).all()
 
 
 def test_a_conversation_is_refused_with_its_row(tmp_path: Path) -> None:

@@ -104,12 +104,12 @@ def test_a_column_of_a_table_is_read_by_both(tmp_path: Path) -> None:
 )
 def test_a_refusal_is_the_same_in_both_and_names_the_row(name: str, content: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    said = []
+    messages = []
     for read in (searched, evaluated):
         with pytest.raises(CalibrationError, match=words) as refused:
             read(str(tmp_path / name))
-        said.append(str(refused.value))
-    assert said[0] == said[1]
+        messages.append(str(refused.value))
+    assert messages[0] == messages[1]
 
 
 def test_lists_in_a_table_are_named_with_and_without_chat(tmp_path: Path) -> None:
@@ -130,9 +130,9 @@ def test_lists_in_a_table_are_named_with_and_without_chat(tmp_path: Path) -> Non
 def test_the_default_column_does_not_depend_on_the_seed(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "mixed.jsonl"
     path.write_bytes(lines({"content": "first", "n": 1}, *({"text": text, "content": text} for text in TEXTS)))
-    found = text_files.documents(path, Wanted(None, seed=seed))
-    assert sorted(each.content for each in found) == sorted(["first", *TEXTS])
-    where = {each.content: each.where for each in found}
+    documents = text_files.documents(path, Wanted(None, seed=seed))
+    assert sorted(each.content for each in documents) == sorted(["first", *TEXTS])
+    where = {each.content: each.where for each in documents}
     assert where[TEXTS[2]] == f"Line 4 of {path}"
 
 
@@ -144,9 +144,9 @@ def test_layouts_of_conversations(tmp_path: Path) -> None:
         {"prompt": "a", "completion": "b", "text": "no"}, {"prompt": turns[:1], "completion": turns[1:]},
     ):  # fmt: skip
         path.write_bytes(lines(row | {"tools": [{"name": "f"}], "id": 3}))
-        found = text_files.documents(path, Wanted(None, chat=True))
-        assert [each.content for each in found] == [turns]
-        assert found[0].beside == {"tools": [{"name": "f"}]}
+        documents = text_files.documents(path, Wanted(None, chat=True))
+        assert [each.content for each in documents] == [turns]
+        assert documents[0].beside == {"tools": [{"name": "f"}]}
     for row, words in (
         ({"instruction": "a", "output": "b"}, "Known are messages and conversations, and prompt with completion"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "write other layouts as messages"),

@@ -97,15 +97,15 @@ def test_both_byte_orders_and_versions_say_how_many_blocks(tmp_path: Path, order
 @pytest.mark.parametrize("architecture", ["llama", "lfm2", "gemma2"])
 def test_what_is_read_is_what_the_library_reads(tmp_path: Path, architecture: str) -> None:
     path = gguf_files.write(tmp_path / "model.gguf", architecture, alignment=64)
-    found, reader = gguf_header.check(path), gguf.GGUFReader(path)
+    result, reader = gguf_header.check(path), gguf.GGUFReader(path)
     scalars: dict[str, Any] = {
         key: field.contents()
         for key, field in reader.fields.items()
         if not key.startswith("GGUF.") and field.types[0] != gguf.GGUFValueType.ARRAY
     }
-    assert found.settings == scalars
-    assert found.elements == sum(int(np.prod(each.shape)) for each in reader.tensors)
-    assert [(each.name, each.shape, each.kind) for each in found.tensors] == [
+    assert result.settings == scalars
+    assert result.elements == sum(int(np.prod(each.shape)) for each in reader.tensors)
+    assert [(each.name, each.shape, each.kind) for each in result.tensors] == [
         (each.name, tuple(each.shape.tolist()), int(each.tensor_type)) for each in reader.tensors
     ]
     assert num_blocks(str(path)) == 6

@@ -13,7 +13,7 @@ APACHE = "\n                                 Apache License\n                   
 
 
 @pytest.mark.parametrize(
-    ("files", "found"),
+    ("files", "expected"),
     [
         ({}, {}),
         ({"README.md": "---\nlicense: apache-2.0\ntags: [a]\n---\n# x"}, {"license": "apache-2.0"}),
@@ -31,10 +31,10 @@ APACHE = "\n                                 Apache License\n                   
         ({"LICENSE": "LLAMA 2 COMMUNITY LICENSE AGREEMENT"}, {"license": "other", "license_link": "LICENSE"}),
     ],
 )
-def test_the_licence_of_a_folder(tmp_path: Path, files: dict[str, str], found: dict[str, str]) -> None:
+def test_the_licence_of_a_folder(tmp_path: Path, files: dict[str, str], expected: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode())
-    assert licence.of_model(str(tmp_path), None) == found
+    assert licence.of_model(str(tmp_path), None) == expected
 
 
 def test_the_licence_of_a_gguf_file(tmp_path: Path) -> None:

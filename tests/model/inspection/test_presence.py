@@ -18,19 +18,21 @@ CODE = "from pathlib import Path\nPath('ran').write_text('')\nfrom transformers 
 
 def here(folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Starts in `folder`, in which a model with code of its own has the name of one on the hub."""
-    found = Path(shutil.copytree(model, folder / "owner" / "name"))
-    config = json.loads((found / "config.json").read_text())
-    (found / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
-    (found / "own.py").write_text(CODE)
+    folder_here = Path(shutil.copytree(model, folder / "owner" / "name"))
+    config = json.loads((folder_here / "config.json").read_text())
+    (folder_here / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (folder_here / "own.py").write_text(CODE)
     monkeypatch.chdir(folder)
-    return found
+    return folder_here
 
 
 def test_a_folder_here_does_not_stand_for_a_model_of_the_hub(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = here(tmp_path, tiny_model, monkeypatch)
-    with pytest.raises(ModelError, match=f"owner/name names a model on the hub, and {found} would be read") as caught:
+    folder_here = here(tmp_path, tiny_model, monkeypatch)
+    with pytest.raises(
+        ModelError, match=f"owner/name names a model on the hub, and {folder_here} would be read"
+    ) as caught:
         load_model("owner/name", trust_remote_code=True)
     assert "absolute path" in str(caught.value)
     assert not (tmp_path / "ran").exists()
@@ -54,8 +56,8 @@ def test_a_folder_here_does_not_stand_for_code_of_the_hub(
 def test_a_folder_that_is_typed_is_that_folder(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = here(tmp_path, tiny_model, monkeypatch)
+    folder_here = here(tmp_path, tiny_model, monkeypatch)
     for typed in ("owner/name", "./owner/name", "owner/../owner/name"):
-        assert Path(specs.run_spec(typed).model).resolve() == found
-    assert is_path(str(found))
+        assert Path(specs.run_spec(typed).model).resolve() == folder_here
+    assert is_path(str(folder_here))
     assert not is_path("owner/other")

@@ -50,10 +50,10 @@ def test_eight_bit_weights_that_load_are_those_that_were_meant(make: Make, plain
     stored, meant = eight_bits(plain)
     loaded = load_model(make({"quantization_config": FP8, "dtype": "bfloat16"}, stored), dtype=dtype)
     assert loaded.quantisation == "fp8, dequantised while loading"
-    found = loaded.model.state_dict()
-    assert {str(found[name].dtype) for name in meant} == {f"torch.{dtype}"}
+    result = loaded.model.state_dict()
+    assert {str(result[name].dtype) for name in meant} == {f"torch.{dtype}"}
     for name, weight in meant.items():
-        torch.testing.assert_close(found[name].float(), weight, rtol=2**-8 if dtype == "bfloat16" else 1e-6, atol=1e-6)
+        torch.testing.assert_close(result[name].float(), weight, rtol=2**-8 if dtype == "bfloat16" else 1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_plain_weights_under_a_scheme_are_not_called_quantised(make: Make) -> No
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("said", ["bfloat16", None])
-def test_the_files_say_which_type_the_checkpoint_has(make: Make, plain: Path, kind: str, said: str | None) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", None])
+def test_the_files_say_which_type_the_checkpoint_has(make: Make, plain: Path, kind: str, dtype: str | None) -> None:
     tensors = {name: each.to(getattr(torch, kind)) for name, each in load_file(plain / "model.safetensors").items()}
-    loaded = load_model(make({"dtype": said}, tensors), dtype="checkpoint")
+    loaded = load_model(make({"dtype": dtype}, tensors), dtype="checkpoint")
     assert (loaded.checkpoint_dtype, loaded.dtype, loaded.model.dtype) == (kind, kind, getattr(torch, kind))
 
 
@@ -183,6 +183,6 @@ def test_four_bit_experts_that_load_are_those_that_were_meant(tmp_path: Path) ->
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load_model(str(folder), dtype="float32")
     assert loaded.quantisation == "mxfp4, dequantised while loading"
-    found = loaded.model.state_dict()
+    result = loaded.model.state_dict()
     assert len(meant) == 6
-    assert all(torch.equal(found[name], weight) for name, weight in meant.items())
+    assert all(torch.equal(result[name], weight) for name, weight in meant.items())

@@ -30,14 +30,14 @@ def test_the_weights_are_those_that_transformers_loads(folder: Path) -> None:
         (folder / name).touch()
     listing = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
-    found = source_folder(str(folder), None)
-    assert found is not None
-    assert [path.name for path in found.weights] == ["a.safetensors", "b.safetensors"]
+    source = source_folder(str(folder), None)
+    assert source is not None
+    assert [path.name for path in source.weights] == ["a.safetensors", "b.safetensors"]
     (folder / "model.safetensors").touch()
-    found = source_folder(str(folder), None)
-    assert found is not None
-    assert [path.name for path in found.weights] == ["model.safetensors"]
-    assert found.config() == {"num_hidden_layers": 6}
+    source = source_folder(str(folder), None)
+    assert source is not None
+    assert [path.name for path in source.weights] == ["model.safetensors"]
+    assert source.config() == {"num_hidden_layers": 6}
 
 
 def test_what_is_no_folder_has_none() -> None:

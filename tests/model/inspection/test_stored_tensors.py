@@ -19,13 +19,13 @@ def test_a_tensor_lies_where_the_header_says(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     wanted = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
     save_file({"a": torch.ones(5), "b": wanted, "c": torch.ones(2, dtype=torch.float8_e4m3fn)}, path)
-    found = read_headers([path])
-    assert {name: (each.dtype, each.shape, each.item_size) for name, each in found.items()} == {
+    tensors = read_headers([path])
+    assert {name: (each.dtype, each.shape, each.item_size) for name, each in tensors.items()} == {
         "a": ("F32", (5,), 4),
         "b": ("BF16", (2, 3), 2),
         "c": ("F8_E4M3", (2,), 1),
     }
-    raw = path.read_bytes()[found["b"].begin : found["b"].begin + found["b"].size]
+    raw = path.read_bytes()[tensors["b"].begin : tensors["b"].begin + tensors["b"].size]
     assert raw == wanted.view(torch.uint8).numpy().tobytes()
 
 

@@ -37,9 +37,9 @@ def test_attention_in_pieces_is_causal_attention(length: int, heads: int, shared
     value = torch.randn(2, length, shared, value_size, generator=draw).transpose(1, 2)
     for scaling in (None, 0.2):
         expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        found = causal_attention(query, key, value, scaling)
-        assert found.shape == (2, length, heads, value_size)
-        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+        output = causal_attention(query, key, value, scaling)
+        assert output.shape == (2, length, heads, value_size)
+        torch.testing.assert_close(output, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral", "phi3", "bloom", "mamba", "qwen3-moe"])
@@ -92,8 +92,8 @@ def test_packed_weights_give_the_same_nats_and_are_put_away(packed: tuple[BlockS
     before = scorer.score([(), (1,)], np.arange(2))
     with weights.on(scorer):
         assert all("forward" in vars(layer) for layer in linears)
-        found = scorer.score([(), (1,)], np.arange(2))
-    np.testing.assert_allclose(found, before, atol=11 * 0.02)
+        nats = scorer.score([(), (1,)], np.arange(2))
+    np.testing.assert_allclose(nats, before, atol=11 * 0.02)
     assert not any("forward" in vars(layer) for layer in linears)
     np.testing.assert_array_equal(scorer.score([(), (1,)], np.arange(2)), before)
 
@@ -133,12 +133,12 @@ def test_compiled_blocks_give_the_same_nats() -> None:
     counters.clear()
     with compiled.on(scorer):
         assert all("forward" in vars(block) for block in stack.blocks)
-        found = scorer.score([(), (1,)], np.arange(5))
+        nats = scorer.score([(), (1,)], np.arange(5))
         assert counters["stats"]["unique_graphs"] == 2, "one piece of code for all blocks and batches, one for the loss"
         shorter = Scorer(stack, ids[:, :6].numpy(), batch_size=3).score([(1,)], np.arange(5))
         assert counters["stats"]["unique_graphs"] == 2, "another length runs as before"
     assert np.isfinite(shorter).all()
-    np.testing.assert_allclose(found, before, atol=7e-5)
+    np.testing.assert_allclose(nats, before, atol=7e-5)
     assert not any("forward" in vars(block) for block in stack.blocks)
     np.testing.assert_array_equal(scorer.score([(), (1,)], np.arange(5)), before)
 
