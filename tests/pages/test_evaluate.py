@@ -91,7 +91,7 @@ def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
     result = traces(app)
     assert list(result) == [
         "wikitext2", "c4 ≈", "held-out", "calibration", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge",
-        "mean", "prompt", "generation", "by blocks", "weights", "int8", "int4", "with KV cache",
+        "mean", "prompt", "generation", "predicted from blocks", "weights", "int8", "int4", "with KV cache",
     ]  # fmt: skip
     assert all(each.get("xaxis", "x") == "x" for each in result.values())  # one axis for all panels
     assert {each["yaxis"] for each in result.values()} == {"y", "y2", "y3", "y4"}
@@ -107,8 +107,8 @@ def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
     assert result["calibration"]["line"]["dash"] == result["held-out"]["line"]["dash"] == "dot"
     assert "too good" in result["calibration"]["customdata"][2]
     assert result["c4 ≈"]["marker"]["symbol"].endswith("-open")
-    assert result["by blocks"]["y"] == [12 / (12 - each) for each in range(5)]
-    assert result["by blocks"]["line"]["dash"] == "dash"
+    assert result["predicted from blocks"]["y"] == [12 / (12 - each) for each in range(5)]
+    assert result["predicted from blocks"]["line"]["dash"] == "dash"
     shown = words(app)
     assert "estimates from a part" in shown
     assert "too good" in shown
@@ -134,7 +134,7 @@ def test_what_was_not_measured_says_with_which_button(runs: Path) -> None:
     for name in ("Evaluate", "Time it"):
         assert f"<b>{name}</b>" in expected
         assert name in labels
-    assert list(traces(app)) == ["held-out", "calibration", "by blocks", "weights", ""]
+    assert list(traces(app)) == ["held-out", "calibration", "predicted from blocks", "weights", ""]
     assert app.toggle(key="lost-gate").disabled
     judged.keep(run_folder.load("bare"), [judged.perplexity(run_folder.load("bare"), (), 0.0)])
     app.run()
@@ -331,8 +331,8 @@ def test_a_running_job_is_watched_stopped_and_keeps_the_buttons_away(
     ("state", "message", "expected"),
     [
         (JobState.FAILED, "Accuracy needs *lm-eval*: pip install 'sleb[tasks]'.", "pip install 'sleb[tasks]'"),
-        (JobState.STOPPED, "Stopped on request.", "What was found until then is kept"),
-        (JobState.QUEUED, "", "never began"),
+        (JobState.STOPPED, "Stopped on request.", "Results until then are kept"),
+        (JobState.QUEUED, "", "did not start"),
     ],
 )
 def test_how_the_last_job_ended_is_said(full: Run, state: JobState, message: str, expected: str) -> None:
@@ -390,7 +390,7 @@ def test_quantisation_and_healing_are_tables(full: Run) -> None:
     assert table["Weights"][1] == "269 MB → 163 MB"
     app = show(app, "Heal")
     (table,) = [each.value for each in app.dataframe]
-    assert list(table["How"]) == ["LoRA, rank 8", "least squares"]
+    assert list(table["Method"]) == ["LoRA, rank 8", "least-squares refit"]
     assert table["Change, nats"][0] == "−0.1193 ± 0.0041"
     assert list(table["Healed"]) == pytest.approx([14.2, 15.4])
 
@@ -413,7 +413,7 @@ def test_what_has_no_number_and_what_was_cut_is_said_with_its_cause(full: Run, o
     shown = words(app).replace("\\", "")
     assert "7 of 1,838 examples of piqa are longer than the model" in shown
     assert sentence in shown
-    assert "Leaving the chart" not in shown
+    assert "Beyond the upper edge" not in shown
     app = show(app, "Quantise")
     assert "without blocks [" in words(app).replace("\\", "")
     assert ", quantised to int8, gives predictions" in words(app).replace("\\", "")
@@ -495,7 +495,7 @@ def test_hostile_names_are_text(runs: Path) -> None:
     ("run_id", "expected"),
     [
         ("none", "Resume it on the"),
-        ("new", "has not loaded its model"),
+        ("new", "Model not opened yet"),
         ("analysis", "removed no block"),
         ("searching", "after the first step"),
         ("given-new", "Nothing measured yet"),
