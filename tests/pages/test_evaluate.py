@@ -177,7 +177,7 @@ def test_the_gates_shade_what_passes_and_propose_one_list(full: Run) -> None:
 
 def test_the_cost_gate_goes_by_the_text_that_was_chosen(full: Run) -> None:
     app = opened(run="full")
-    choice = next(each for each in app.selectbox if each.label == "At most … % worse: of what")
+    choice = next(each for each in app.selectbox if each.label == "At most … % worse: measured on")
     assert choice.options == ["on wikitext2", "on c4 ≈", "on held-out"]
     choice.set_value("c4").run()
     assert "the perplexity on c4 (an estimate)" in words(app).replace("\\", "").replace(
@@ -378,7 +378,7 @@ def test_earlier_prompts_can_be_read_again(full: Run) -> None:
         "Write a list of <i>five</i> fruits. (16 tokens)",
     ]
     app.selectbox(key="list-said").set_value(1).run()
-    assert "answers about 4 removed" in words(app)
+    assert "Answers exist for 4 removed" in words(app)
 
 
 def test_quantisation_and_healing_are_tables(full: Run) -> None:
@@ -543,7 +543,7 @@ def test_many_blocks_leave_the_chart_at_its_edge(runs: Path) -> None:
     lists = [(), *judged.lists_of(run)]
     judged.keep(run, [judged.perplexity(run, each, 0.01 * len(each) ** 2) for each in lists])
     app = opened(run="many")
-    assert "Leaving the chart at its upper edge: wikitext2" in words(app)
+    assert "Beyond the upper edge: wikitext2" in words(app)
     (chart,) = charts(app)
     assert chart["layout"]["yaxis"]["range"][1] < math.log10(60 * 12.7)
 

@@ -241,7 +241,7 @@ def test_of_more_runs_than_are_drawn_the_newest_are_and_any_is_found(
     assert "8 of 13 runs, the newest first." in words(app)
     app.text_input(key="find-run").input("0006 Metric3").run()
     assert list(app.dataframe[0].value["Run"]) == ["run-0006"]
-    assert "1 of 1 runs found" in words(app)
+    assert "1 of 1 matching runs" in words(app)
     steps = open_page("steps", run="run-0006")
     assert not steps.exception
     offered = steps.selectbox[0].options
