@@ -12,13 +12,13 @@ from app.components import side_by_side
 from app.page import run_page
 from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
 from app.widgets import PERPLEXITY_AS, PERPLEXITY_AS_HELP, chart, empty, link_to_runs, switch
-from app.wording import in_fields, number, plain
+from app.wording import in_fields, plain
 from sleb.formats.findings_tables import NO_NUMBER, healing_notes, without_numbers
 from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
 from sleb.report.summaries import evaluation_tables, gates, list_curves
 from sleb.report.summaries.list_curves import Curves
-from sleb.report.summaries.numbers import span
+from sleb.report.summaries.numbers import number, span
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import findings_signature
