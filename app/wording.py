@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Literal
 
 from app import data
 from sleb.errors import respelled
-from sleb.formats.findings_tables import NO_NUMBER
 from sleb.formats.list_formats import display_name
-from sleb.records import Baseline, JobSpec, JobState, Measured, Run, RunSpec, Step
+from sleb.records import Baseline, JobSpec, JobState, Run, RunSpec, Step
 from sleb.records.options import settings_of
 from sleb.report.figures import style
+from sleb.report.summaries import numbers
 from sleb.runtime.processes import progress
 from sleb.runtime.run_index import Outline, Standing
 
@@ -92,23 +91,11 @@ def state_word(state: JobState) -> str:
     return STATES[state][0]
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A number for the screen; what is not there is a dash."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:,.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def perplexity(measured: Measured) -> str:
-    """A perplexity for the screen; where predictions were not numbers, that."""
-    return NO_NUMBER if measured.no_number else number(measured.perplexity)
-
-
 def share_of_parameters(run: Run) -> float:
     """The removed blocks' share of the baseline's parameters."""
     if run.stack is None:
         return 0.0
-    return 1 - run.stack.parameters_without(run.removal_list) / run.stack.total_parameters
+    return numbers.share_of_parameters(run.stack, run.removal_list)
 
 
 def rise(before: Baseline | Standing, after: Step | Standing) -> str | None:

@@ -9,12 +9,13 @@ from app.components.copy_link import copy_link
 from app.page import title
 from app.panels.run_choice import choose_published, choose_runs
 from app.widgets import PERPLEXITY_AS, PERPLEXITY_AS_HELP, chart, csv, empty, link_to_runs, switch
-from app.wording import number, plain
+from app.wording import plain
 from sleb.formats.published_lists import shared_by_chance
 from sleb.records import Run
 from sleb.report.figures import compare, stack_strips, style
 from sleb.report.summaries import compared_lists
 from sleb.report.summaries.compared_lists import Listed
+from sleb.report.summaries.numbers import number
 from sleb.runtime.run_index import Outline
 
 

@@ -12,13 +12,13 @@ from app.components import side_by_side
 from app.page import run_page
 from app.panels import evaluation_forms, foreign_names, gate_controls, job_panel, other_calibration
 from app.widgets import PERPLEXITY_AS, PERPLEXITY_AS_HELP, chart, empty, link_to_runs, switch
-from app.wording import in_fields, number, plain
+from app.wording import in_fields, plain
 from sleb.formats.findings_tables import NO_NUMBER, healing_notes, without_numbers
 from sleb.records import Finding, Generation, Healing, Quantization, Run
 from sleb.report.figures import evaluate, style
 from sleb.report.summaries import evaluation_tables, gates, list_curves
 from sleb.report.summaries.list_curves import Curves
-from sleb.report.summaries.numbers import span
+from sleb.report.summaries.numbers import number, span
 from sleb.runtime.findings_folder import of_kind
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import findings_signature
@@ -170,12 +170,11 @@ def _quantized(run: Run, curves: Curves, findings: Sequence[Finding], proposed: 
     with left:
         evaluation_forms.quantize(run, evaluation_forms.which(run, curves, own, "list-quantized", proposed), busy)
     with right:
-        if not own:
+        if own:
+            _table(evaluation_tables.quantization_table(own), ("Before", "Quantised"), "quantisation", own)
+            _captions(without_numbers(own))
+        else:
             empty("Nothing quantised yet", "**Quantise** measures int8 or int4 weights, with and without the list.")
-            return
-        table = evaluation_tables.quantization_table(own)
-        _table(table, ("Before", "Quantised"), "Perplexity before and after quantisation", own)
-        _captions(without_numbers(own))
 
 
 def _healed(run: Run, curves: Curves, findings: Sequence[Finding], proposed: int | None, busy: bool) -> None:
@@ -184,12 +183,11 @@ def _healed(run: Run, curves: Curves, findings: Sequence[Finding], proposed: int
     with left:
         evaluation_forms.heal(run, evaluation_forms.which(run, curves, own, "list-healed", proposed), busy)
     with right:
-        if not own:
+        if own:
+            _table(evaluation_tables.healing_table(own), ("Baseline", "Before", "Healed"), "healing", own)
+            _captions(healing_notes(own))
+        else:
             empty("Nothing healed yet", "**Heal** trains adapters or refits the cuts, and measures before and after.")
-            return
-        table = evaluation_tables.healing_table(own)
-        _table(table, ("Baseline", "Before", "Healed"), "Perplexity before and after healing", own)
-        _captions(healing_notes(own))
 
 
 def _captions(notes: Sequence[str]) -> None:
@@ -197,13 +195,15 @@ def _captions(notes: Sequence[str]) -> None:
         st.caption(plain(in_fields(each)))
 
 
-def _table(table: pd.DataFrame, numbers: tuple[str, ...], alt: str, findings: Sequence[Quantization | Healing]) -> None:
+def _table(
+    table: pd.DataFrame, numbers: tuple[str, ...], measure: str, findings: Sequence[Quantization | Healing]
+) -> None:
     st.dataframe(
         table.style.format(number, subset=list(numbers), na_rep=NO_NUMBER), hide_index=True, placeholder="–",
         column_config={
             "Loss": st.column_config.LineChartColumn("Loss", width="small", color=style.BLUE, help="While training.")
         },
-        alt=alt,
+        alt=f"Perplexity before and after {measure}",
     )  # fmt: skip
     if not all(each.text.is_whole for each in findings):
         st.caption("≈: estimates from some of the windows.")

@@ -9,14 +9,14 @@ import streamlit as st
 from app.page import run_page
 from app.panels import export_panel, foreign_names
 from app.widgets import chart, empty, link_to_runs
-from app.wording import in_fields, perplexity, plain, rise
+from app.wording import in_fields, plain, rise
 from sleb.errors import SlebError
 from sleb.formats.list_formats import in_words, remarks, render
 from sleb.records import Run
 from sleb.report import build
 from sleb.report.figures import stack_strips, style
 from sleb.report.summaries.compared_lists import Listed
-from sleb.report.summaries.numbers import share_of_parameters
+from sleb.report.summaries.numbers import perplexity, share_of_parameters
 
 
 @dataclass(frozen=True)

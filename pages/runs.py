@@ -18,7 +18,6 @@ from app.wording import (
     in_fields,
     method_name,
     model_name,
-    perplexity,
     plain,
     rise,
     share_of_parameters,
@@ -28,7 +27,7 @@ from app.wording import (
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
 from sleb.records import Job, JobSpec, JobState, Measured, Run, RunSpec
-from sleb.report.summaries.numbers import search_seconds
+from sleb.report.summaries.numbers import perplexity, search_seconds
 from sleb.runtime import origin
 from sleb.runtime.processes import job_processes
 from sleb.runtime.run_index import Outline

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
-import streamlit as st
-
+from app.components.registry import component
 from sleb.records import Generation
 from sleb.runtime.processes.progress import duration
-
-_HERE = Path(__file__).resolve().parent
-_VIEW = st.components.v2.component(
-    "sleb_side_by_side",
-    html='<div class="view"></div>',
-    css=(_HERE / "side_by_side.css").read_text(encoding="utf-8"),
-    js=(_HERE / "side_by_side.js").read_text(encoding="utf-8"),
-)
 
 
 def draw(answer: Generation) -> None:
     """Draw both texts, and the baseline's with the places where the smaller model predicts another token."""
-    _VIEW(key="side-by-side", data=payload(answer))
+    component("side_by_side")(key="side-by-side", data=payload(answer))
 
 
 def payload(answer: Generation) -> dict[str, Any]:

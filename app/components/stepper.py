@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import streamlit as st
 
+from app.components.registry import component
 from app.wording import rise_in_words
 from sleb.methods.statistics import Comparison
 from sleb.records import Run
@@ -17,18 +16,10 @@ from sleb.report.figures import step_animation, style
 from sleb.report.figures import steps as charts
 from sleb.report.summaries import step_comparison, step_words
 
-_HERE = Path(__file__).resolve().parent
-_STEPPER = st.components.v2.component(
-    "sleb_stepper",
-    html=(_HERE / "stepper.html").read_text(encoding="utf-8"),
-    css=(_HERE / "stepper.css").read_text(encoding="utf-8"),
-    js=(_HERE / "stepper.js").read_text(encoding="utf-8"),
-)
-
 
 def draw(data: dict[str, Any], *, key: str) -> int | None:
     """Draw the component; returns the step at which the user left it, once it rests."""
-    state = _STEPPER(key=key, data=data, on_step_change=lambda: None)
+    state = component("stepper")(key=key, data=data, on_step_change=lambda: None)
     return state.step if isinstance(state.step, int) else None
 
 

@@ -7,23 +7,15 @@ text goes as data and is set as text there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 from plotly.colors import sample_colorscale
 
+from app.components.registry import component
 from sleb.model.token_text import without_bytes
 from sleb.records import Passage, PassageToken, Run
 from sleb.report.figures import style
-
-_HERE = Path(__file__).resolve().parent
-_VIEW = st.components.v2.component(
-    "sleb_token_view",
-    html='<div class="view"></div>',
-    css=(_HERE / "token_view.css").read_text(encoding="utf-8"),
-    js=(_HERE / "token_view.js").read_text(encoding="utf-8"),
-)
 
 
 def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> None:
@@ -38,7 +30,7 @@ def token_view(run: Run, passage: Passage, num_blocks: int, exit_at: str) -> Non
         if token is not None:
             st.query_params["token"] = str(int(token))
 
-    _VIEW(
+    component("token_view")(
         key=key,
         data=view_data(passage, num_blocks, run.removal_list)
         | {"run": run.run_id, "exit": exit_at, "token": wanted_token(st.query_params.get("token"), passage)},

@@ -97,7 +97,7 @@ def test_folders_that_cannot_be_read_allow_nothing(value: str, allow: Allow, mon
         "{allowed}/half",
         "owner/model",
         "model.gguf",
-        "gone.gguf",
+        "missing.gguf",
         "{other}/model.gguf",
         "~/model",
         "~nobody/model",
@@ -148,7 +148,7 @@ def test_a_revision_is_no_way_out_of_the_hub_s_cache(revision: str, allow: Allow
         ("{other}/text.jsonl:/{allowed}/text.txt", False),
         ("{allowed}/link/text.txt", False),
         ("owner/model", False),
-        ("owner/gone:../x", False),
+        ("owner/missing:../x", False),
         ("json", False),  # a reader of the current folder's files
         ("text::train:text", False),
         ("~/text.txt", False),
@@ -251,8 +251,8 @@ def test_only_one_module_of_the_dashboard_starts_or_changes_anything() -> None:
         "job_processes.next_job", "run_folder.create", "run_folder.bring_in", "job_folder.create_job", "origin.confirm",
     )  # fmt: skip
     pages = [path for folder in ("app", "pages") for path in (dashboard_files.ROOT / folder).rglob("*.py")]
-    found = {
+    outside = {
         path.name for path in pages for doer in doers if f"{doer}(" in path.read_text() and path.name != "actions.py"
     }
     assert len(pages) > 20
-    assert found == set()
+    assert outside == set()

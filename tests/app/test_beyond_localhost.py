@@ -29,7 +29,7 @@ def labels(app: AppTest) -> set[str]:
     return {each.label for each in (*app.button, *app.toggle)}
 
 
-def said(app: AppTest) -> str:
+def text_of(app: AppTest) -> str:
     return words(app).replace("\\", "").replace("\N{WORD JOINER}", "")
 
 
@@ -40,7 +40,7 @@ def test_the_form_takes_paths_below_the_folders_only_and_says_which(
     app = open_page("runs")
     app.toggle(key="form").set_value(True).run()
     app.text_input(key="new-model").set_value(str(tiny_model)).run()
-    assert "--allow-path DIR" in said(app)
+    assert "--allow-path DIR" in text_of(app)
     assert "Start" not in labels(app)
     assert "--allow-path DIR" in app.text_input(key="new-model").help
     allow(tiny_model)
@@ -49,7 +49,7 @@ def test_the_form_takes_paths_below_the_folders_only_and_says_which(
     assert str(tiny_model) in app.text_input(key="new-model").help.replace("\\", "")
     app.selectbox(key="new-source").set_value("other").run()
     app.text_input(key="new-other").set_value(str(text_file)).run()
-    assert "is not below" in said(app)
+    assert "is not below" in text_of(app)
     assert "Start" not in labels(app)
     allow(tiny_model, text_file.parent)
     app.run()
@@ -63,7 +63,7 @@ def test_an_export_goes_below_the_folders_only(allow: Allow, home: Path, started
     allow()
     app = open_page("export", run="one")
     assert next(each for each in app.button if each.label == write).disabled
-    assert "--allow-path DIR" in said(app)
+    assert "--allow-path DIR" in text_of(app)
     (tmp_path / "allowed").mkdir()
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "file").write_text("mine")
@@ -73,7 +73,7 @@ def test_an_export_goes_below_the_folders_only(allow: Allow, home: Path, started
     for name in ("secret", "allowed/../secret", "nowhere"):  # no word on what is there
         app.text_input[0].set_value(f"{tmp_path}/{name}").run()
         press(app, write)
-        assert "is not below" in said(app)
+        assert "is not below" in text_of(app)
     assert started == []
     app.text_input[0].set_value(f"{tmp_path}/allowed/new").run()
     press(app, write)
@@ -89,7 +89,7 @@ def test_an_evaluation_reads_below_the_folders_only(
     app = open_page("evaluate", run="one")
     app.multiselect(key="evaluate-texts-one").set_value(["wikitext2", str(text_file)]).run()
     press(app, "Evaluate")
-    assert "--allow-path DIR" in said(app)
+    assert "--allow-path DIR" in text_of(app)
     assert started == []
     allow(text_file.parent)
     press(app, "Evaluate")
@@ -102,9 +102,9 @@ def test_a_run_of_a_model_elsewhere_is_shown_and_does_not_go_on(
     write_run(home / "runs" / "one", 12, 4, model=str(tiny_model), done=2, state=JobState.STOPPED)
     allow()
     app = open_page("runs", run="one")
-    assert "2 of 12" in said(app)
+    assert "2 of 12" in text_of(app)
     press(app, "Resume")
-    assert "--allow-path DIR" in said(app)
+    assert "--allow-path DIR" in text_of(app)
     assert started == []
 
 
@@ -116,8 +116,8 @@ def test_a_link_in_the_runs_folder_is_named_and_not_followed(allow: Allow, home:
     for page in ("runs", "steps", "export", "compare"):
         app = open_page(page, run="linked", runs="linked")
         assert not app.exception
-        assert "secret-model" not in said(app)
-    assert "leads out of the folders" in said(open_page("runs", run="linked"))
+        assert "secret-model" not in text_of(app)
+    assert "leads out of the folders" in text_of(open_page("runs", run="linked"))
 
 
 @pytest.mark.parametrize("page", ["runs", "evaluate", "export"])
@@ -134,6 +134,6 @@ def test_a_dashboard_that_only_shows_offers_nothing_else(page: str, allow: Allow
         assert not app.exception
         assert not STARTING & labels(app)
     if page in ("evaluate", "export"):
-        assert "--read-only" in said(app)
+        assert "--read-only" in text_of(app)
     if page == "export":
         assert {"Download", "Download the report"} <= {each.label for each in app.get("download_button")}

@@ -11,7 +11,6 @@ from streamlit.testing.v1 import AppTest
 
 from app import actions, data
 from sleb.errors import UnconfirmedNames
-from sleb.evaluation import request
 from sleb.records import EvaluateSpec, JobSpec, JobState, JobStatus, Run
 from sleb.runtime import job_folder, origin, run_folder
 from tests.support.dashboard import open_page, press, words
@@ -27,13 +26,13 @@ READ, LEAVE = "Read them", "Leave it"
 @pytest.fixture
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Commands of the processes that would have been started, once everything was checked."""
-    found: list[list[str]] = []
+    read: list[list[str]] = []
 
     def note(command: list[str], **options: Any) -> None:
-        found.append(command[command.index("work") :])
+        read.append(command[command.index("work") :])
 
     monkeypatch.setattr(subprocess, "Popen", note)
-    return found
+    return read
 
 
 def foreign(run: Run) -> Run:
@@ -63,7 +62,7 @@ def test_resume_shows_what_is_read_and_starts_once_that_is_confirmed(home: Path,
     assert executed == []
     assert SHOWN in code(app)
     assert MODEL not in words(app)  # text only
-    app.run()  # whatever else has the page drawn anew: it is asked until there is an answer
+    app.run()  # other drawings of the page keep the question
     press(app, LEAVE)
     assert not {READ, LEAVE} & set(labels(app))
     assert executed == []
@@ -103,8 +102,8 @@ def test_a_run_of_this_machine_and_a_sample_ask_nothing(home: Path, executed: li
 
 def test_a_text_that_only_the_folder_knows_is_shown_with_its_whole_path(home: Path, executed: list[list[str]]) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    asked = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
-    job_folder.create_job(run.run_dir, request.job_of(asked))
+    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
+    job_folder.create_job(run.run_dir, request.job_of(request))
     foreign(run)
     origin.confirm(run.run_dir)
     app = open_page("evaluate", run="one")
@@ -126,8 +125,8 @@ def test_the_folder_s_own_job_writes_nowhere_and_brings_no_task_files(
     home: Path, executed: list[list[str]], tmp_path: Path
 ) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    asked = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
-    job = job_folder.create_job(run.run_dir, request.job_of(asked, trust_remote_code=True))
+    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
+    job = job_folder.create_job(run.run_dir, request.job_of(request, trust_remote_code=True))
     job_folder.write_status(job.directory, JobStatus(state=JobState.STOPPED))
     app = open_page("runs", run="one")
     press(app, "Resume")

@@ -63,9 +63,9 @@ def home(tmp_path: Path) -> Path:
 
 
 def listens(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(5)
-        return probe.connect_ex((host, port)) == 0
+    with socket.socket() as connection:
+        connection.settimeout(5)
+        return connection.connect_ex((host, port)) == 0
 
 
 def test_no_file_of_the_current_folder_is_imported_or_changes_the_server(
@@ -93,10 +93,10 @@ def test_no_file_of_the_current_folder_is_imported_or_changes_the_server(
     assert not (tmp_path / "imported").exists()
 
 
-@pytest.mark.parametrize("how", ["an option for Streamlit", "a variable of Streamlit's"])
-def test_whatever_opens_the_server_to_others_closes_its_paths(how: str, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["an option for Streamlit", "a variable of Streamlit's"])
+def test_whatever_opens_the_server_to_others_closes_its_paths(way: str, home: Path, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    if how == "an option for Streamlit":
+    if way == "an option for Streamlit":
         started = browser.server(home, "--server.address=0.0.0.0", command=SLEB)
     else:
         started = browser.server(home, environment={"STREAMLIT_SERVER_ADDRESS": "0.0.0.0"})

@@ -33,7 +33,7 @@ CHOSEN = {
     "format", "scoring", "out", "question", "dtype",
 }  # fmt: skip
 """Fields that take one of a few words, or that the test needs."""
-FOUND = """() => {
+FOREIGN_PARTS = """() => {
   const found = [], roots = [document];
   while (roots.length) for (const node of roots.pop().querySelectorAll("*")) {
     if (node.shadowRoot) roots.push(node.shadowRoot);
@@ -69,11 +69,11 @@ def poison(run_dir: Path) -> None:
         path.write_text(EVIL)
 
 
-def _as_valid(found: Any, before: Any) -> Any:
+def _as_valid(value: Any, before: Any) -> Any:
     """A spec has one of few dtypes."""
     if "calibration" in before:
-        found["dtype"] = before["dtype"]
-    return found
+        value["dtype"] = before["dtype"]
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         judged.keep(run, judged.everything(run))
         for reasons in ((), ("some reason",)):
             job = export_job(run, JobState.FINISHED, message="some message")
-            found = proof(passed=not reasons, reasons=reasons).model_dump(mode="json")
-            job_folder.write_result(job.directory, {"out": EVIL, "proof": found})
+            made = proof(passed=not reasons, reasons=reasons).model_dump(mode="json")
+            job_folder.write_result(job.directory, {"out": EVIL, "proof": made})
         export_job(run, JobState.FAILED, message="some message")
         poison(run.run_dir)
     path = home / "runs" / "two" / "spec.json"
@@ -121,7 +121,7 @@ def is_evil(url: str) -> bool:
 
 def clean(tab: browser.Tab) -> None:
     """Nothing on the page, and nothing asked for, in the console, or in a dialog of the browser."""
-    assert tab.page.evaluate(FOUND) == []
+    assert tab.page.evaluate(FOREIGN_PARTS) == []
     assert tab.said == []
 
 
@@ -149,7 +149,7 @@ def test_the_run_loads_and_what_is_looked_for_would_be_found(home: Path, tab: br
     assert len(findings_folder.findings(run.run_dir)) > 20
     assert EVIL in run.jobs[-1].status.message
     tab.page.set_content('<a href="https://evil.example/a">a</a><img src=x><b>bold</b>')
-    assert len(tab.page.evaluate(FOUND)) == 3
+    assert len(tab.page.evaluate(FOREIGN_PARTS)) == 3
     tab.page.goto("about:blank")
     tab.said.clear()
 
@@ -180,12 +180,12 @@ def test_no_tab_of_evaluate_makes_anything_of_it(tab: browser.Tab) -> None:
 
 def test_the_question_before_names_are_read_shows_text(tab: browser.Tab, home: Path) -> None:
     tab.open("/?run=stopped")
-    asked = tab.page.get_by_role("dialog")
-    tab.until(tab.page.get_by_role("button", name="Resume"), asked)
-    asked.get_by_text("<img src=x").first.wait_for()
+    dialog = tab.page.get_by_role("dialog")
+    tab.until(tab.page.get_by_role("button", name="Resume"), dialog)
+    dialog.get_by_text("<img src=x").first.wait_for()
     clean(tab)
-    asked.get_by_role("button", name="Leave it").click()
-    asked.wait_for(state="hidden")
+    dialog.get_by_role("button", name="Leave it").click()
+    dialog.wait_for(state="hidden")
     assert origin.unconfirmed(home / "runs" / "stopped")
 
 

@@ -162,7 +162,7 @@ def test_a_list_without_numbers_is_a_result_with_its_cause(once: Path, text_file
     assert shown.notes[-1].startswith(sentence)
     assert [[point.removed for point in line.points] for line in shown.accuracy if line.kind == "task"] == [[0]]
     refused = gates.judge([line_gates.cost_gate(shown.cost[0], 0.1)], shown.lists).refusal
-    assert "is no number at best, with 1 removed" in refused
+    assert "is at best no number, with 1 removed" in refused
     out, _ = sleb_run("show", run.run_id)
     assert sentence in " ".join(out.split())
 

@@ -498,7 +498,7 @@ def test_the_card_of_a_file(home: Path, tmp_path: Path) -> None:
     assert not app.exception
     facts = {each.label: each.value for each in app.metric}
     assert facts["Weights on disk"] == "400 → 300 MB"
-    assert "no longer there" not in words(app)
+    assert "it was moved or deleted" not in words(app)
     assert "gguf_file='out.gguf'" in exported_model.snippet(out)
     assert exported_model.snippet(out).strip() in [each.value for each in app.code]
     out.unlink()

@@ -107,34 +107,34 @@ def test_predictions_travel_as_numbers_with_every_text_once(runs: Path) -> None:
     run = write_run(runs / "one", 80, 4)
     assert run.analysis is not None
     passage = run.analysis.passage
-    found = token_view.view_data(passage, 80, run.removal_list)
-    assert len(found["words"]) == len(set(found["words"])) == 7
-    for place, shown in enumerate(found["tokens"]):
-        told = [[(found["words"][word], mille / 1000) for word, mille in block] for block in shown["top"]]
-        assert [[text for text, _ in block] for block in told] == [
+    view = token_view.view_data(passage, 80, run.removal_list)
+    assert len(view["words"]) == len(set(view["words"])) == 7
+    for place, shown in enumerate(view["tokens"]):
+        predictions = [[(view["words"][word], mille / 1000) for word, mille in block] for block in shown["top"]]
+        assert [[text for text, _ in block] for block in predictions] == [
             [text for text, _ in block] for block in passage.tokens[place].top
         ]
-    assert len(json.dumps(found)) < 200_000
+    assert len(json.dumps(view)) < 200_000
 
 
 def test_tokens_that_look_the_same_stay_different_ones(runs: Path) -> None:
     """Two parts of characters, which an earlier version wrote down as the same sign."""
     run = write_run(runs / "one", 12, 4, words=("<0xE2>", "a", "<0xE2>", "b", "c", "d", "e"))
     assert run.analysis is not None
-    found = token_view.view_data(run.analysis.passage, 12, run.removal_list)
-    assert sorted(found["words"]) == ["<0xE2>", "<0xE2>", "a", "b", "c", "d", "e"]
-    assert found["known"] is True
-    assert found["tokens"][0]["word"] != found["tokens"][2]["word"]
-    assert found["tokens"][0]["word"] == found["tokens"][7]["word"]
-    first = found["tokens"][0]["top"][0]
+    view = token_view.view_data(run.analysis.passage, 12, run.removal_list)
+    assert sorted(view["words"]) == ["<0xE2>", "<0xE2>", "a", "b", "c", "d", "e"]
+    assert view["known"] is True
+    assert view["tokens"][0]["word"] != view["tokens"][2]["word"]
+    assert view["tokens"][0]["word"] == view["tokens"][7]["word"]
+    first = view["tokens"][0]["top"][0]
     assert len({word for word, _ in first}) == 5
-    assert [found["words"][word] for word, _ in first] == ["<0xE2>", "a", "<0xE2>", "b", "c"]
+    assert [view["words"][word] for word, _ in first] == ["<0xE2>", "a", "<0xE2>", "b", "c"]
 
 
 def test_what_earlier_analyses_cannot_tell_is_said(runs: Path) -> None:
     run = write_run(runs / "one", 12, 4)
-    said = "recorded without token ids"
-    assert said not in words(open_page("alignment", run="one"))
+    remark = "Recorded without token ids"
+    assert remark not in words(open_page("alignment", run="one"))
     path = run.run_dir / "analysis" / "analysis.json"
     kept = json.loads(path.read_text())
     for each in kept["passage"]["tokens"]:
@@ -142,10 +142,10 @@ def test_what_earlier_analyses_cannot_tell_is_said(runs: Path) -> None:
     path.write_text(json.dumps(kept))
     app = open_page("alignment", run="one")
     assert not app.exception
-    assert said in words(app)
-    found = token_view.view_data(Passage.model_validate(kept["passage"]), 12, ())
-    assert found["known"] is False
-    assert len(found["words"]) == 7
+    assert remark in words(app)
+    view = token_view.view_data(Passage.model_validate(kept["passage"]), 12, ())
+    assert view["known"] is False
+    assert len(view["words"]) == 7
 
 
 def test_ids_that_do_not_fit_their_predictions_are_refused() -> None:
@@ -161,10 +161,10 @@ def test_the_sample_shows_its_numbers(runs: Path) -> None:
     assert not app.exception
     run = data.load(data.SAMPLE)
     assert run.analysis is not None
-    found = run.analysis.alignment.calibration
+    view = run.analysis.alignment.calibration
     first, second, third = charts(app)
     line = next(trace for trace in first["data"] if trace["name"] == "Calibration text")
-    assert array(line["y"]) == pytest.approx([100 * share for share in found.agreement], abs=1e-3)
+    assert array(line["y"]) == pytest.approx([100 * share for share in view.agreement], abs=1e-3)
     strip = next(trace for trace in first["data"] if trace["name"] == "Removed")
     assert list(array(strip["x"])) == sorted(run.removal_list)
     assert [trace["name"] for trace in second["data"]] == ["First agreement", "Settles"]
@@ -185,7 +185,7 @@ def test_generated_text_and_a_choice_of_tokens_change_the_numbers(runs: Path) ->
     assert f"{later:,} chosen tokens of the {len(kept):,} tokens" in words(app)
     assert [each.value for each in app.metric] != before
     app.slider(key="positions").set_value((0, 0)).run()
-    assert "No token in this choice" in words(app)
+    assert "No tokens chosen" in words(app)
     assert not charts(app)
     app.slider(key="positions").set_value((0, 255)).run()
     app.segmented_control(key="source").set_value("generated").run()
@@ -217,7 +217,7 @@ def test_the_token_view_gets_texts_as_they_are_and_the_token_of_the_address(runs
     assert shown["token"] == 5
     assert shown["tokens"][3]["text"] == "<script>alert(1)</script>"
     assert shown["exit"] == "settled"
-    assert "No text of the model's own: It cannot generate" in words(app)
+    assert "No generated text: It cannot generate" in words(app)
     assert not [each for each in app.segmented_control if each.key == "source"]
 
 

@@ -24,12 +24,12 @@ SAMPLES = [method.value for method in Method]
 
 def removed_cells(chart: dict) -> dict[str, list[int]]:  # type: ignore[type-arg]
     """Row -> blocks drawn as removed, in the order of the numbers in them."""
-    found: dict[str, list[int]] = {}
+    cells_of: dict[str, list[int]] = {}
     for trace in chart["data"][1:]:
         cells = sorted(zip(trace["text"], trace["base"], trace["y"], strict=True), key=lambda cell: int(cell[0] or 0))
         for _, base, row in cells:
-            found.setdefault(row, []).append(round(base + 0.5))
-    return found
+            cells_of.setdefault(row, []).append(round(base + 0.5))
+    return cells_of
 
 
 def chosen(app) -> list[str]:  # type: ignore[no-untyped-def]
@@ -57,7 +57,7 @@ def test_it_opens_on_the_sample_and_its_kin(runs: Path) -> None:
     assert agreement["data"][0]["text"][0][1] == str(len(both)) == agreement["data"][0]["text"][1][0]
     shown = words(app)
     assert "All on the same tokens" in shown
-    assert "Leaving the chart at its upper edge: D" in shown  # early exit breaks the model at once
+    assert "Beyond the upper edge of the chart: D" in shown  # early exit breaks the model at once
     table = app.dataframe[0].value
     assert list(table["Removed"]) == [12] * 5
     assert table["Removal list"].iloc[0] == ", ".join(map(str, metric3.removal_list))
@@ -67,12 +67,12 @@ def test_runs_of_the_address_in_their_order_and_a_word_on_those_that_are_not_the
     write_run(runs / "one", 12, 3)
     write_run(runs / "two", 12, 3, method=Method.METRIC2)
     write_run(runs / "three", 12, 3, method=Method.METRIC1)
-    app = open_page("compare", runs="three,<b>gone</b>,one")
+    app = open_page("compare", runs="three,<b>missing</b>,one")
     assert not app.exception
     assert chosen(app) == ["three", "one"]
     (warning,) = [each.value for each in app.warning]
-    assert "\\<b\\>gone" in warning
-    assert chosen(open_page("compare", runs="../../etc")) == chosen(open_page("compare"))  # nothing of it is there
+    assert "\\<b\\>missing" in warning
+    assert chosen(open_page("compare", runs="../../etc")) == chosen(open_page("compare"))  # no run of these exists
 
 
 def test_the_choice_is_kept_in_the_address(runs: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_choice_is_kept_in_the_address(runs: Path) -> None:
     app.multiselect(key="compare-runs").set_value([]).run()
     app.multiselect(key="compare-published").set_value([]).run()
     assert not app.exception
-    assert "Choose runs to compare" in words(app)
+    assert "Nothing chosen" in words(app)
 
 
 def test_the_papers_list_for_the_same_model_stands_beside_ours(runs: Path) -> None:
@@ -122,7 +122,7 @@ def removed_cells_share(chart: dict) -> list[float]:  # type: ignore[type-arg]
     return [base + width for trace in chart["data"][1:] for base, width in zip(trace["base"], trace["x"], strict=True)]
 
 
-def test_different_texts_are_told_apart(runs: Path) -> None:
+def test_different_texts_have_different_dashes(runs: Path) -> None:
     write_run(runs / "one", 12, 3)
     write_run(runs / "two", 12, 3, method=Method.METRIC2)
     path = runs / "two" / "stack.json"
@@ -146,8 +146,8 @@ def test_runs_without_steps_without_a_model_and_with_foreign_names(runs: Path) -
     assert not app.exception
     assert chosen(app) == ["none", "named", "new"]
     shown = words(app)
-    assert "new has not opened its model yet" in shown
-    assert "One list has nothing to agree with" in shown
+    assert "new is not shown: it has not opened its model yet" in shown
+    assert "Only one list" in shown
     assert all("<script>" not in json.dumps(chart) for chart in charts(app))
     assert "analysis" not in app.multiselect(key="compare-runs").options
 
@@ -205,15 +205,15 @@ def test_names_say_what_differs_and_no_two_are_alike(runs: Path) -> None:
     assert compared_lists.names_of([one, two]) == ["Metric3 (SLEB)", "Metric2"]
     assert compared_lists.names_of([one]) == ["Metric3 (SLEB)"]
     assert compared_lists.names_of([]) == []
-    found = compared_lists.names_of([one, two, three, four])
-    assert len(set(found)) == 4
-    assert found[1] == "a, Metric2"
-    assert all(len(name) <= 48 for name in found)
-    assert "home" not in found[2]
+    names = compared_lists.names_of([one, two, three, four])
+    assert len(set(names)) == 4
+    assert names[1] == "a, Metric2"
+    assert all(len(name) <= 48 for name in names)
+    assert "home" not in names[2]
 
 
 def test_best_chunks_are_compared_as_they_were_then(runs: Path) -> None:
-    """They are not nested: the list after two removals is no beginning of the last one."""
+    """They are not nested: the list after two removals is not the beginning of the last one."""
     run = write_run(runs / "chunk", 12, 4, method=Method.BEST_CHUNK)
     assert run.trace is not None
     (row,) = compared_lists.listed([run])

@@ -35,13 +35,13 @@ def value(name: str, *keys: str | int, to: str) -> Callable[[Path], None]:
     def change(run_dir: Path) -> None:
         path = run_dir / name
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        found = json.loads(lines[keys[0]] if path.suffix == ".jsonl" else lines[0])  # type: ignore[index]
-        place = found
+        kept = json.loads(lines[keys[0]] if path.suffix == ".jsonl" else lines[0])  # type: ignore[index]
+        place = kept
         rest = keys[1:] if path.suffix == ".jsonl" else keys
         for key in rest[:-1]:
             place = place[key]
         place[rest[-1]] = "MARK"
-        changed = json.dumps(found).replace('"MARK"', to)
+        changed = json.dumps(kept).replace('"MARK"', to)
         if path.suffix == ".jsonl":
             lines[keys[0]] = changed  # type: ignore[index]
             path.write_text("\n".join(lines) + "\n")
@@ -55,8 +55,8 @@ def arrays(name: str, **changes: object) -> Callable[[Path], None]:
     """Arrays of an npz file replaced; None takes one away."""
 
     def change(run_dir: Path) -> None:
-        with np.load(run_dir / name) as found:
-            kept = dict(found) | {key: np.array(new) for key, new in changes.items() if new is not None}
+        with np.load(run_dir / name) as kept:
+            kept = dict(kept) | {key: np.array(new) for key, new in changes.items() if new is not None}
         np.savez(run_dir / name, **{key: each for key, each in kept.items() if changes.get(key, 0) is not None})
 
     return change
@@ -92,7 +92,7 @@ HOSTILE = {
     "stack of another model": value("stack.json", "total_parameters", to="9" * 40),
     "trace nested deeply": text("trace.jsonl", DEEP + "\n"),
     "trace is a pipe": pipe("trace.jsonl"),
-    "seconds are no number": value("trace.jsonl", 0, "baseline", "seconds", to="NaN"),
+    "seconds that are not a number": value("trace.jsonl", 0, "baseline", "seconds", to="NaN"),
     "seconds without end": value("trace.jsonl", 0, "baseline", "seconds", to="1e999"),
     "tokens beyond counting": value("trace.jsonl", 0, "baseline", "calibration", "token_count", to="9" * 400),
     "a step that removes nothing": value("trace.jsonl", 1, "step", "removed", to="[]"),
@@ -100,11 +100,13 @@ HOSTILE = {
     "an error beyond belief": value("trace.jsonl", 1, "step", "held_out_standard_error", to="1e300"),
     "analysis is a pipe": pipe("analysis/analysis.json"),
     "analysis of another model": value("analysis/analysis.json", "similarity", "metric1", to="[0.1]"),
-    "a share that is no number": value("analysis/analysis.json", "alignment", "calibration", "agreement", 0, to="NaN"),
+    "a share that is not a number": value(
+        "analysis/analysis.json", "alignment", "calibration", "agreement", 0, to="NaN"
+    ),
     "unavailable is a folder": folder("analysis/unavailable.txt"),
     "tokens are damaged": text("analysis/tokens.npz", b"PK\x03\x04 nothing"),
     "tokens are none": arrays("analysis/tokens.npz", sequence=np.zeros(0, int)),
-    "positions are no numbers": arrays("analysis/tokens.npz", position=np.full(128, np.nan)),
+    "positions that are not numbers": arrays("analysis/tokens.npz", position=np.full(128, np.nan)),
     "positions far away": arrays("analysis/tokens.npz", position=np.full(128, 2**62)),
     "scores are torn": text("scores/step-0001.npz", b"PK\x03\x04"),
     "scores are empty": text("scores/step-0001.npz", b""),
@@ -112,7 +114,7 @@ HOSTILE = {
     "scores are text": arrays("scores/step-0001.npz", nats=np.full((10, 16), "x")),
     "counts are one number": arrays("scores/baseline.npz", token_counts=5),
     "status nested deeply": text("jobs/1-search/status.json", DEEP),
-    "progress is no number": text(
+    "progress that is not a number": text(
         "jobs/1-search/status.json", '{"state": "finished", "progress": {"phase": "x", "fraction": NaN}}'
     ),
 }

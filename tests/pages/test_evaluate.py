@@ -88,27 +88,27 @@ def traces(app: Any) -> dict[str, dict[str, Any]]:
 def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
     app = opened(run="full")
     assert not app.exception
-    found = traces(app)
-    assert list(found) == [
+    result = traces(app)
+    assert list(result) == [
         "wikitext2", "c4 ≈", "held-out", "calibration", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge",
-        "mean", "prompt", "generation", "by blocks", "weights", "int8", "int4", "with KV cache",
+        "mean", "prompt", "generation", "predicted from blocks", "weights", "int8", "int4", "with KV cache",
     ]  # fmt: skip
-    assert all(each.get("xaxis", "x") == "x" for each in found.values())  # one axis for all panels
-    assert {each["yaxis"] for each in found.values()} == {"y", "y2", "y3", "y4"}
+    assert all(each.get("xaxis", "x") == "x" for each in result.values())  # one axis for all panels
+    assert {each["yaxis"] for each in result.values()} == {"y", "y2", "y3", "y4"}
     own = [
         each
         for each in findings_folder.of_kind(data.findings_of(full), TextPerplexity)
         if each.text.name == "wikitext2"
     ]
-    drawn = dict(zip(found["wikitext2"]["x"], found["wikitext2"]["y"], strict=True))
+    drawn = dict(zip(result["wikitext2"]["x"], result["wikitext2"]["y"], strict=True))
     assert drawn == {len(each.removal_list): each.measured.perplexity for each in own}
-    last = found["wikitext2"]["y"][4]
-    assert found["wikitext2"]["error_y"]["array"][4] == pytest.approx(last * math.expm1(0.016))
-    assert found["calibration"]["line"]["dash"] == found["held-out"]["line"]["dash"] == "dot"
-    assert "too good" in found["calibration"]["customdata"][2]
-    assert found["c4 ≈"]["marker"]["symbol"].endswith("-open")
-    assert found["by blocks"]["y"] == [12 / (12 - each) for each in range(5)]
-    assert found["by blocks"]["line"]["dash"] == "dash"
+    last = result["wikitext2"]["y"][4]
+    assert result["wikitext2"]["error_y"]["array"][4] == pytest.approx(last * math.expm1(0.016))
+    assert result["calibration"]["line"]["dash"] == result["held-out"]["line"]["dash"] == "dot"
+    assert "too good" in result["calibration"]["customdata"][2]
+    assert result["c4 ≈"]["marker"]["symbol"].endswith("-open")
+    assert result["predicted from blocks"]["y"] == [12 / (12 - each) for each in range(5)]
+    assert result["predicted from blocks"]["line"]["dash"] == "dash"
     shown = words(app)
     assert "estimates from a part" in shown
     assert "too good" in shown
@@ -117,9 +117,9 @@ def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
 def test_times_the_baseline_divides_each_line_by_its_own(full: Run) -> None:
     app = opened(run="full")
     app.segmented_control(key="as").set_value("times").run()
-    found = traces(app)
-    assert [found[name]["y"][0] for name in ("wikitext2", "c4 ≈", "held-out", "calibration")] == [1.0] * 4
-    assert found["wikitext2"]["y"][4] == pytest.approx(math.exp(0.035 * 4 * 1.48))
+    result = traces(app)
+    assert [result[name]["y"][0] for name in ("wikitext2", "c4 ≈", "held-out", "calibration")] == [1.0] * 4
+    assert result["wikitext2"]["y"][4] == pytest.approx(math.exp(0.035 * 4 * 1.48))
     (chart,) = charts(app)
     assert [each["y0"] for each in chart["layout"]["shapes"] if each["type"] == "line"] == [1.1]
 
@@ -129,12 +129,12 @@ def test_what_was_not_measured_says_with_which_button(runs: Path) -> None:
     app = opened(run="bare")
     assert not app.exception
     (chart,) = charts(app)
-    said = " ".join(each["text"] for each in chart["layout"]["annotations"])
+    expected = " ".join(each["text"] for each in chart["layout"]["annotations"])
     labels = [each.label for each in app.button]
     for name in ("Evaluate", "Time it"):
-        assert f"<b>{name}</b>" in said
+        assert f"<b>{name}</b>" in expected
         assert name in labels
-    assert list(traces(app)) == ["held-out", "calibration", "by blocks", "weights", ""]
+    assert list(traces(app)) == ["held-out", "calibration", "predicted from blocks", "weights", ""]
     assert app.toggle(key="lost-gate").disabled
     judged.keep(run_folder.load("bare"), [judged.perplexity(run_folder.load("bare"), (), 0.0)])
     app.run()
@@ -159,8 +159,8 @@ def test_the_gates_shade_what_passes_and_propose_one_list(full: Run) -> None:
         (each["x0"], each["x1"]) for each in chart["layout"]["shapes"] if each.get("fillcolor") == evaluate.PASSES
     }
     assert shaded == {(1.5, 3.5)}
-    said = words(app).replace("\\", "")
-    assert "The speed of prompt: 1.09×" in said
+    expected = words(app).replace("\\", "")
+    assert "The speed of prompt: 1.09×" in expected
     app.toggle(key="lost-gate").set_value(True).run()
     app.number_input(key="lost").set_value(0.5).run()
     warning = app.warning[0].value.replace("\\", "")
@@ -177,7 +177,7 @@ def test_the_gates_shade_what_passes_and_propose_one_list(full: Run) -> None:
 
 def test_the_cost_gate_goes_by_the_text_that_was_chosen(full: Run) -> None:
     app = opened(run="full")
-    choice = next(each for each in app.selectbox if each.label == "At most … % worse: of what")
+    choice = next(each for each in app.selectbox if each.label == "At most … % worse: measured on")
     assert choice.options == ["on wikitext2", "on c4 ≈", "on held-out"]
     choice.set_value("c4").run()
     assert "the perplexity on c4 (an estimate)" in words(app).replace("\\", "").replace(
@@ -328,21 +328,21 @@ def test_a_running_job_is_watched_stopped_and_keeps_the_buttons_away(
 
 
 @pytest.mark.parametrize(
-    ("state", "message", "said"),
+    ("state", "message", "expected"),
     [
         (JobState.FAILED, "Accuracy needs *lm-eval*: pip install 'sleb[tasks]'.", "pip install 'sleb[tasks]'"),
-        (JobState.STOPPED, "Stopped on request.", "What was found until then is kept"),
-        (JobState.QUEUED, "", "never began"),
+        (JobState.STOPPED, "Stopped on request.", "Results until then are kept"),
+        (JobState.QUEUED, "", "did not start"),
     ],
 )
-def test_how_the_last_job_ended_is_said(full: Run, state: JobState, message: str, said: str) -> None:
+def test_how_the_last_job_ended_is_said(full: Run, state: JobState, message: str, expected: str) -> None:
     job = judging_job(full, state, message)
     old = {"heartbeat": time.time() - 999}
     job_folder.write_status(job.directory, job_folder.load_job(job.directory).status.model_copy(update=old))
     (job.directory / "log.txt").write_text("INFO it began\nERROR it ended")
     app = opened(run="full")
     shown = [*(each.value for each in app.error), *(each.value for each in app.warning)]
-    assert any(said in each.replace("\\", "") for each in shown)
+    assert any(expected in each.replace("\\", "") for each in shown)
     assert any("ERROR it ended" in each.value for each in app.code)
     assert not button(app, "Evaluate").disabled
 
@@ -354,8 +354,8 @@ def test_an_export_that_failed_is_told_on_its_own_page(full: Run) -> None:
 
 
 def test_texts_are_laid_side_by_side_with_what_differs_and_what_flipped(full: Run) -> None:
-    found = of_kind(data.findings_of(full), Generation)[-1]
-    shown = side_by_side.payload(found)
+    result = of_kind(data.findings_of(full), Generation)[-1]
+    shown = side_by_side.payload(result)
     before, after = shown["texts"]
     assert [before["tokens"][each] for each in before["differs"]][:2] == [",", " a"]
     assert [after["tokens"][each] for each in after["differs"]][:1] == ["."]
@@ -378,7 +378,7 @@ def test_earlier_prompts_can_be_read_again(full: Run) -> None:
         "Write a list of <i>five</i> fruits. (16 tokens)",
     ]
     app.selectbox(key="list-said").set_value(1).run()
-    assert "answers about 4 removed" in words(app)
+    assert "Answers exist for 4 removed" in words(app)
 
 
 def test_quantisation_and_healing_are_tables(full: Run) -> None:
@@ -390,7 +390,7 @@ def test_quantisation_and_healing_are_tables(full: Run) -> None:
     assert table["Weights"][1] == "269 MB → 163 MB"
     app = show(app, "Heal")
     (table,) = [each.value for each in app.dataframe]
-    assert list(table["How"]) == ["LoRA, rank 8", "least squares"]
+    assert list(table["Method"]) == ["LoRA, rank 8", "least-squares refit"]
     assert table["Change, nats"][0] == "−0.1193 ± 0.0041"
     assert list(table["Healed"]) == pytest.approx([14.2, 15.4])
 
@@ -413,7 +413,7 @@ def test_what_has_no_number_and_what_was_cut_is_said_with_its_cause(full: Run, o
     shown = words(app).replace("\\", "")
     assert "7 of 1,838 examples of piqa are longer than the model" in shown
     assert sentence in shown
-    assert "Leaving the chart" not in shown
+    assert "Beyond the upper edge" not in shown
     app = show(app, "Quantise")
     assert "without blocks [" in words(app).replace("\\", "")
     assert ", quantised to int8, gives predictions" in words(app).replace("\\", "")
@@ -453,7 +453,7 @@ def test_another_calibration_set_is_compared_text_by_text(full: Run, other: Run)
 def test_what_is_missing_is_measured_on_both_runs(full: Run, other: Run, started: list[Job]) -> None:
     app = show(opened(run="full"), "Another calibration set")
     limit = next(each for each in app.selectbox if each.label == "How much of each")
-    assert limit.value == 8  # of the column that is no whole text
+    assert limit.value == 8  # of the column that is a part of a text
     next(each for each in app.multiselect if "both" in each.label).set_value(["c4"]).run()
     press(app, "Measure both")
     assert [job.directory.parent.parent.name for job in started] == ["other"]  # the first run has it
@@ -492,16 +492,16 @@ def test_hostile_names_are_text(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run_id", "said"),
+    ("run_id", "expected"),
     [
         ("none", "Resume it on the"),
-        ("new", "has not loaded its model"),
+        ("new", "Model not opened yet"),
         ("analysis", "removed no block"),
         ("searching", "after the first step"),
         ("given-new", "Nothing measured yet"),
     ],
 )
-def test_where_there_is_nothing_it_says_what_to_do(run_id: str, said: str, runs: Path) -> None:
+def test_where_there_is_nothing_it_says_what_to_do(run_id: str, expected: str, runs: Path) -> None:
     write_run(runs / "none", 12, 3, done=0, state=JobState.FAILED, message="It broke.", analysis=False)
     run_folder.create(RunSpec(model="just/created"), runs / "new")
     analysis = run_folder.create(RunSpec(model="an/analysis", kind="analyze"), runs / "analysis")
@@ -514,7 +514,7 @@ def test_where_there_is_nothing_it_says_what_to_do(run_id: str, said: str, runs:
     run_folder.create(RunSpec(model="m", kind="evaluate", given=(2, 1), held_out=0, analysis=False), runs / "given-new")
     app = opened(run=run_id)
     assert not app.exception
-    assert said in words(app)
+    assert expected in words(app)
     assert charts(app) == []
     assert ("Evaluate" in [each.label for each in app.button]) == (run_id == "given-new")
 
@@ -543,7 +543,7 @@ def test_many_blocks_leave_the_chart_at_its_edge(runs: Path) -> None:
     lists = [(), *judged.lists_of(run)]
     judged.keep(run, [judged.perplexity(run, each, 0.01 * len(each) ** 2) for each in lists])
     app = opened(run="many")
-    assert "Leaving the chart at its upper edge: wikitext2" in words(app)
+    assert "Beyond the upper edge: wikitext2" in words(app)
     (chart,) = charts(app)
     assert chart["layout"]["yaxis"]["range"][1] < math.log10(60 * 12.7)
 

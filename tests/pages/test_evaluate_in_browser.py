@@ -76,7 +76,7 @@ def test_a_button_measures_every_list_in_a_process_and_the_panels_follow(
     tab.idle()
     tab.page.keyboard.press("Escape")
     tab.page.get_by_role("button", name="More", exact=True).click()
-    window = tab.page.get_by_role("spinbutton", name="Tokens a window")
+    window = tab.page.get_by_role("spinbutton", name="Tokens per window")
     window.fill("64")
     window.press("Enter")
     tab.idle()
@@ -89,9 +89,9 @@ def test_a_button_measures_every_list_in_a_process_and_the_panels_follow(
     tab.page.reload()  # the process belongs to no browser
     tab.page.locator(".legendtext", has_text="text.txt ≈").wait_for(timeout=1000 * browser.FOR_JOBS)
     tab.page.get_by_text("Measuring what lists cost").wait_for(state="hidden", timeout=1000 * browser.FOR_JOBS)
-    found = findings_folder.of_kind(findings_folder.findings(run.run_dir), TextPerplexity)
-    assert {each.removal_list for each in found} == {(), *judged.lists_of(run_folder.load(run.run_dir))}
-    assert {each.text.windows for each in found} == {4}
+    findings = findings_folder.of_kind(findings_folder.findings(run.run_dir), TextPerplexity)
+    assert {each.removal_list for each in findings} == {(), *judged.lists_of(run_folder.load(run.run_dir))}
+    assert {each.text.windows for each in findings} == {4}
 
 
 def test_panels_are_read_together_and_the_proposed_list_is_taken(tab: browser.Tab) -> None:
@@ -101,10 +101,10 @@ def test_panels_are_read_together_and_the_proposed_list_is_taken(tab: browser.Ta
     assert box is not None
     assert box["y"] + box["height"] < 1000  # cost, accuracy, speed and size on one screen
     tab.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 120)
-    told = tab.page.locator(".hoverlayer")
-    told.get_by_text("3 blocks removed").wait_for()
-    words = told.text_content() or ""
-    for name in ("wikitext2", "too good", "piqa", "generation", "by blocks", "parameters"):
+    hover = tab.page.locator(".hoverlayer")
+    hover.get_by_text("3 blocks removed").wait_for()
+    words = hover.text_content() or ""
+    for name in ("wikitext2", "too good", "piqa", "generation", "predicted from blocks", "parameters"):
         assert name in words
     worse = tab.page.get_by_role("spinbutton", name="At most … % worse: the limit")
     worse.fill("20")
@@ -125,11 +125,11 @@ def test_flipped_tokens_are_read_by_pointer_and_by_keyboard(tab: browser.Tab) ->
     assert flips.count() == 3
     tip = tab.page.locator(".tip")
     flips.nth(1).hover()
-    assert tip.inner_text().split() == ["Unmodified", "<b>", "20.0", "%", "Smaller", "<i>", "70.0", "%"]
+    assert tip.inner_text().split() == ["Baseline", "<b>", "20.0", "%", "Smaller", "<i>", "70.0", "%"]
     flips.first.focus()
     tab.page.keyboard.press("ArrowRight")
     tab.page.keyboard.press("ArrowRight")
-    assert tip.inner_text().split() == ["Unmodified", "⏎", "62.0", "%", "Smaller", "␣", "<", "0.1", "%"]
+    assert tip.inner_text().split() == ["Baseline", "⏎", "62.0", "%", "Smaller", "␣", "<", "0.1", "%"]
     tab.page.keyboard.press("Escape")
     assert tip.is_hidden()
     texts = tab.page.locator(".card .text")

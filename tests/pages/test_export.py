@@ -194,14 +194,14 @@ def test_what_an_export_left_behind_is_shown(runs: Path) -> None:
     run = write_run(runs / "one", 12, 4)
     job = export_job(run, JobState.FINISHED)
     left = [{"name": "run.sh", "why": "it is a program"}]
-    found = proof(checked=["the *defaults* are equal"], left_behind=left, notes=["Block 8 is now block 7."])
-    job_folder.write_result(job.directory, {"out": "/home/me/small", "proof": found.model_dump(mode="json")})
+    made = proof(checked=["the *defaults* are equal"], left_behind=left, notes=["Block 8 is now block 7."])
+    job_folder.write_result(job.directory, {"out": "/home/me/small", "proof": made.model_dump(mode="json")})
     app = open_page("export", run="one")
     assert not app.exception
     assert "the \\*defaults\\* are equal" in words(app)
     assert [each.value for each in app.info] == ["Block 8 is now block 7."]
     assert [frame.value.to_dict("list") for frame in app.dataframe] == [
-        {"What": ["run.sh"], "Since": ["it is a program"]}
+        {"File": ["run.sh"], "Reason": ["it is a program"]}
     ]
 
 
@@ -218,9 +218,9 @@ def test_a_failed_export_shows_its_sentence_and_its_log(runs: Path) -> None:
 def test_the_proof_of_the_newest_finished_export(runs: Path, tmp_path: Path) -> None:
     run = write_run(runs / "one", 12, 4)
     (tmp_path / "there").mkdir()
-    for out, found in [("gone", proof(blocks_after=11)), ("there", proof())]:
+    for out, made in [("missing", proof(blocks_after=11)), ("there", proof())]:
         job = export_job(run, JobState.FINISHED, out=str(tmp_path / out))
-        job_folder.write_result(job.directory, {"out": str(tmp_path / out), "proof": found.model_dump(mode="json")})
+        job_folder.write_result(job.directory, {"out": str(tmp_path / out), "proof": made.model_dump(mode="json")})
     export_job(run, JobState.STOPPED, "Stopped on request.")
     app = open_page("export", run="one")
     assert not app.exception
@@ -231,12 +231,12 @@ def test_the_proof_of_the_newest_finished_export(runs: Path, tmp_path: Path) -> 
     shown = words(app)
     assert "exactly those" in shown
     assert "equal with the KV cache, without it" in shown
-    assert "no longer there" not in shown
+    assert "it was moved or deleted" not in shown
     assert "Stopped on request" in shown  # the newest of all
     assert str(tmp_path / "there") in [each.value for each in app.code]
     assert exported_model.snippet(tmp_path / "there").strip() in [each.value for each in app.code]
     (tmp_path / "there").rmdir()
-    assert "no longer there" in words(app.run())
+    assert "it was moved or deleted" in words(app.run())
 
 
 def test_a_result_that_cannot_be_read_is_no_crash(runs: Path) -> None:

@@ -91,11 +91,11 @@ def test_an_unreadable_run_is_named_and_hides_no_other(runs: Path) -> None:
 def test_a_run_id_from_the_url_cannot_leave_the_store(run_id: str, home: Path) -> None:
     (home / "etc").mkdir()
     (home / "etc" / "spec.json").write_text("{}")
-    with pytest.raises(RunError, match="There is no run"):
+    with pytest.raises(RunError, match="is not in"):
         data.folder_of(run_id)
     app = open_page("runs", run=run_id)
     assert not app.exception
-    assert any("There is no run" in each.value for each in app.warning)
+    assert any("is not in" in each.value for each in app.warning)
     assert "12 of 30" in words(app)
 
 
@@ -185,7 +185,7 @@ def test_delete_asks_before_it_does(runs: Path) -> None:
     press(app, "Delete")
     assert {"Delete for good", "Keep it"} <= set(labels(app))  # what they do: test_story_in_browser.py
     assert (runs / "kept").exists()
-    app.run()  # whatever else has the page drawn anew: it is asked until there is an answer
+    app.run()  # other drawings of the page keep the question
     press(app, "Keep it")
     assert not {"Delete for good", "Keep it"} & set(labels(app))
     app.run()
@@ -241,7 +241,7 @@ def test_of_more_runs_than_are_drawn_the_newest_are_and_any_is_found(
     assert "8 of 13 runs, the newest first." in words(app)
     app.text_input(key="find-run").input("0006 Metric3").run()
     assert list(app.dataframe[0].value["Run"]) == ["run-0006"]
-    assert "1 of 1 runs found" in words(app)
+    assert "1 of 1 matching runs" in words(app)
     steps = open_page("steps", run="run-0006")
     assert not steps.exception
     offered = steps.selectbox[0].options

@@ -30,8 +30,8 @@ def line(num_blocks: int = 6) -> TokenSimilarity:
 
 
 def test_between_two_outputs_lie_the_blocks_after_the_earlier_up_to_the_later() -> None:
-    found = line()
-    facts = block_pair.pair(found, (4, 1), removed=(4, 5))
+    similarities = line()
+    facts = block_pair.pair(similarities, (4, 1), removed=(4, 5))
     assert (facts.earlier, facts.later, facts.between) == (1, 4, range(2, 5))
     assert facts.angular == pytest.approx(12 / 180)
     assert facts.mean_metric1 == pytest.approx(np.mean([1 - np.cos(np.radians(turn)) for turn in (10, 1, 1)]))
@@ -66,12 +66,12 @@ def test_cells_of_an_address() -> None:
 
 
 def test_colours_are_spread_over_pairs_of_different_blocks() -> None:
-    found = line()
-    low, high = similarity.colour_range(found.mean, "cosine")
-    others = found.mean[1:, 1:][~np.eye(6, dtype=bool)]
+    similarities = line()
+    low, high = similarity.colour_range(similarities.mean, "cosine")
+    others = similarities.mean[1:, 1:][~np.eye(6, dtype=bool)]
     assert others.min() <= low < high == others.max() < 1
-    assert similarity.colour_range(found.angular, "angular")[0] == pytest.approx(1 / 180)
-    whole = similarity.heatmap(found, "cosine", colours="whole").data[0]
+    assert similarity.colour_range(similarities.angular, "angular")[0] == pytest.approx(1 / 180)
+    whole = similarity.heatmap(similarities, "cosine", colours="whole").data[0]
     assert (whole.zmin, whole.zmax) == (0.0, 1.0)
     for flat in (np.ones((4, 4)), np.ones((2, 2))):  # no spread; one block
         low, high = similarity.colour_range(flat, "cosine")
@@ -79,13 +79,13 @@ def test_colours_are_spread_over_pairs_of_different_blocks() -> None:
 
 
 def test_colours_by_rank_give_every_pair_its_place() -> None:
-    found = line(4)
-    shown = similarity.heatmap(found, "angular", colours="ranks").data[0]
+    similarities = line(4)
+    shown = similarity.heatmap(similarities, "angular", colours="ranks").data[0]
     ranks = shown.z
     assert ranks[0, 4] == pytest.approx(9 / 10)  # of ten pairs, nine are nearer
     assert ranks[2, 2] == 0
     assert list(shown.colorbar.ticktext) == [block_pair.number(each / 180) for each in (1, 1.25, 10.5, 11.75, 13)]
-    chunks = block_turns.chunks(found, colours="ranks").data[0].z
+    chunks = block_turns.chunks(similarities, colours="ranks").data[0].z
     assert chunks[3, 0] == pytest.approx(9 / 10)
     assert np.isnan(chunks[3, 1])
 
@@ -109,14 +109,14 @@ def test_a_metric1_of_nothing_lies_at_the_foot_of_a_log_axis() -> None:
 
 
 def test_the_overlay_that_catches_clicks_lies_on_every_cell() -> None:
-    found = line()
-    figure = similarity.heatmap(found, "cosine", removed=(2, 4), pick=(1, 4))
+    similarities = line()
+    figure = similarity.heatmap(similarities, "cosine", removed=(2, 4), pick=(1, 4))
     cells = figure.data[-1]
     assert cells.type == "scattergl"
     assert cells.marker.opacity == cells.selected.marker.opacity == cells.unselected.marker.opacity == 0
     assert len(cells.x) == 49
     place = list(zip(cells.y, cells.x, strict=True)).index((1, 4))
-    assert cells.customdata[place] == pytest.approx([found.mean[2, 5], found.angular[2, 5]])
+    assert cells.customdata[place] == pytest.approx([similarities.mean[2, 5], similarities.angular[2, 5]])
     assert cells.hoverinfo != "skip"  # or it would hear no click
     rows, columns = figure.data[1:3]
     assert list(rows.y) == list(columns.x) == [2, 4]
@@ -128,8 +128,8 @@ def test_the_overlay_that_catches_clicks_lies_on_every_cell() -> None:
 
 
 def test_the_least_five_are_labelled_and_near_labels_hang_apart() -> None:
-    found = line(12)
-    figure = block_turns.neighbours(found, removed=(1,))
+    similarities = line(12)
+    figure = block_turns.neighbours(similarities, removed=(1,))
     assert [each.text for each in figure.layout.annotations] == [f"<b>{block}</b>" for block in (0, 1, 3, 4, 5)]
     assert [trace.name for trace in figure.data[1:]] == ["kept", "removed by this run"]
     assert list(figure.data[2].x) == [1]
@@ -142,12 +142,12 @@ def test_the_least_five_are_labelled_and_near_labels_hang_apart() -> None:
 def test_numbers_that_no_scale_expects_still_give_figures() -> None:
     for turn in (0.0, 1e-9):
         matrix = np.full((4, 4), 1.0 - turn)
-        found = TokenSimilarity(1, matrix, 1.0 - matrix)
+        similarities = TokenSimilarity(1, matrix, 1.0 - matrix)
         for figure in (
-            similarity.heatmap(found, "cosine"),
-            similarity.heatmap(found, "angular", pick=(0, 2)),
-            block_turns.neighbours(found),
-            block_turns.chunks(found, pick=(0, 2)),
+            similarity.heatmap(similarities, "cosine"),
+            similarity.heatmap(similarities, "angular", pick=(0, 2)),
+            block_turns.neighbours(similarities),
+            block_turns.chunks(similarities, pick=(0, 2)),
         ):
             assert figure.to_json()
     one = TokenSimilarity(1, np.ones((2, 2)), np.zeros((2, 2)))
@@ -157,8 +157,8 @@ def test_numbers_that_no_scale_expects_still_give_figures() -> None:
 
 
 def test_the_chunk_map_marks_the_best_of_each_length_and_the_picked_one() -> None:
-    found = line()
-    figure = block_turns.chunks(found, pick=(4, 1))
+    similarities = line()
+    figure = block_turns.chunks(similarities, pick=(4, 1))
     best = figure.data[1]
     assert list(best.y) == [1, 2, 3, 4, 5, 6]
     assert list(best.x[:3]) == [0, 0, 3]
@@ -166,7 +166,7 @@ def test_the_chunk_map_marks_the_best_of_each_length_and_the_picked_one() -> Non
     assert len(clicks.x) == 21
     frame = figure.layout.shapes[-1]
     assert ((frame.x0 + frame.x1) / 2, (frame.y0 + frame.y1) / 2) == (2, 3)  # blocks 2 to 4
-    table = block_turns.chunks_table(found)
+    table = block_turns.chunks_table(similarities)
     row = table[(table["start"] == 3) & (table["length"] == 3)].iloc[0]
     assert row["stop"] == 6
     assert row["best_of_length"]
@@ -189,7 +189,7 @@ def test_it_opens_on_the_sample_and_says_what_to_click(runs: Path) -> None:
     shown = words(app)
     assert "Click a cell" in shown
     assert "all 4,096 tokens analysed, of 16 calibration sequences" in shown
-    assert "it never runs the model without the block" in shown
+    assert "the model is never run without the block" in shown
     assert "the 12 blocks that this run removed" in shown
 
 
@@ -243,7 +243,7 @@ def test_a_choice_without_tokens_says_so(runs: Path) -> None:
     app.slider(key="positions").set_value((0, 0)).run()
     assert "Mean over 4 of the 128" in words(app)
     app.toggle(key="skip-first").set_value(True).run()
-    assert "No token in this choice" in words(app)
+    assert "No tokens chosen" in words(app)
     assert not charts(app)
     assert not app.exception
 
@@ -269,9 +269,9 @@ def test_runs_that_have_nothing_to_show_say_what_to_do(runs: Path) -> None:
     strange = write_run(runs / "strange", 12, 3, analysis=False)
     record_files.write_no_analysis(strange.run_dir, "Its blocks hand on <b>two</b> tensors.")
     for run_id, expected in (
-        ("bare", "asked for its removal list only"),
+        ("bare", "searched without analyses"),
         ("failed", "Out of \\<b\\>memory"),
-        ("waiting", "has not been started"),
+        ("waiting", "Start this run on the"),
         ("strange", "Its blocks hand on \\<b\\>two\\</b\\> tensors."),
     ):
         app = open_page("similarity", run=run_id)

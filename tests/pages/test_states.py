@@ -24,7 +24,7 @@ from tests.support.runs.stores import write_run
 
 PAGES = ("runs", "similarity", "steps", "evaluate", "export")
 DIVERGED = "The training diverged at update 3; lower --learning-rate."
-GONE = "Its process is gone; resume it."
+ENDED = "Its process is gone; resume it."
 NEVER = "No process has taken it up."
 ASKS: dict[str, Any] = {"heal": HealSpec(lists=((1, 2),)), "evaluate": EvaluateSpec(lists=((1, 2),), texts=("c4",))}
 
@@ -45,7 +45,7 @@ def search(done: int, state: JobState = JobState.FINISHED, message: str = "") ->
 
 def unopened(folder: Path) -> None:
     """A search that failed before it had loaded its model."""
-    search(1, JobState.FAILED, "There is no model org/model.")(folder)
+    search(1, JobState.FAILED, "Model org/model does not exist.")(folder)
     for name in ("stack.json", "trace.jsonl"):
         (folder / name).unlink()
     shutil.rmtree(folder / "scores")
@@ -60,7 +60,7 @@ def without_jobs(folder: Path) -> None:
 
 
 def job(kind: JobKind, state: JobState, message: str = "", *, alive: bool = False, pid: bool = True) -> Any:
-    """One more job: executed by this process if `alive`, else by one that is gone, or by none."""
+    """One more job: executed by this process if `alive`, else by one that has ended, or by none."""
 
     def add(folder: Path) -> None:
         own = psutil.Process()
@@ -77,7 +77,7 @@ def job(kind: JobKind, state: JobState, message: str = "", *, alive: bool = Fals
 
 STATES: dict[str, tuple[list[Callable[[Path], None]], JobState, str]] = {
     "a failed first job": ([given, job("heal", JobState.FAILED, DIVERGED)], JobState.FAILED, DIVERGED),
-    "a killed first job": ([given, job("heal", JobState.RUNNING)], JobState.INTERRUPTED, GONE),
+    "a killed first job": ([given, job("heal", JobState.RUNNING)], JobState.INTERRUPTED, ENDED),
     "a stopped first job": (
         [given, job("heal", JobState.STOPPED, "Stopped on request.")], JobState.STOPPED, "Stopped on request.",
     ),
@@ -91,9 +91,9 @@ STATES: dict[str, tuple[list[Callable[[Path], None]], JobState, str]] = {
         JobState.RUNNING, "",
     ),
     "finished without findings": ([given, job("evaluate", JobState.FINISHED)], JobState.FINISHED, ""),
-    "a search that was not opened": ([unopened], JobState.FAILED, "There is no model org/model."),
+    "a search that was not opened": ([unopened], JobState.FAILED, "Model org/model does not exist."),
     "a search without jobs": ([without_jobs], JobState.QUEUED, "This run has not been started."),
-    "a killed search": ([search(2, JobState.RUNNING)], JobState.INTERRUPTED, GONE),
+    "a killed search": ([search(2, JobState.RUNNING)], JobState.INTERRUPTED, ENDED),
     "a search that failed without a word": ([search(2, JobState.FAILED)], JobState.FAILED, "It ended without a word."),
     "a search that waits": ([search(0, JobState.STOPPED, "x"), job("search", JobState.QUEUED, pid=False)],
                             JobState.QUEUED, NEVER),
@@ -132,9 +132,9 @@ def test_every_page_shows_every_state(home: Path, page: str) -> None:
 def test_every_command_shows_every_state(home: Path, tmp_path: Path, name: str) -> None:
     folder, (_, state, word) = written(home / "runs", name), STATES[name]
     out, _ = sleb_run("show", folder)
-    told = " ".join(out.split())
-    assert f"run {folder.name} ({state.value})" in told
-    assert word in told or name in ("no job", "a search without jobs")
+    printed = " ".join(out.split())
+    assert f"run {folder.name} ({state.value})" in printed
+    assert word in printed or name in ("no job", "a search without jobs")
     sleb_run("show", folder, "--json")
     out, err = sleb_run("runs")
     assert state.value in out
@@ -152,15 +152,15 @@ def test_every_command_shows_every_state(home: Path, tmp_path: Path, name: str) 
 def test_a_job_beside_the_runs_own_is_told_of_as_well(home: Path) -> None:
     folder = written(home / "runs", "a killed evaluation beside a search")
     out, _ = sleb_run("show", folder)
-    assert f"2-evaluate interrupted: {GONE}" in " ".join(out.split())
-    assert plain(GONE) in words(open_page("evaluate", run=folder.name))
+    assert f"2-evaluate interrupted: {ENDED}" in " ".join(out.split())
+    assert plain(ENDED) in words(open_page("evaluate", run=folder.name))
 
 
 @pytest.mark.parametrize("name", ["a failed first job", "a first job that never began", "no job"])
 def test_what_can_be_gone_on_with_is_offered(home: Path, name: str) -> None:
     folder = written(home / "runs", name)
     offered = "Resume" in [button.label for button in open_page("runs", run=folder.name).button]
-    assert offered is (name != "no job")  # whose question nobody knows
+    assert offered is (name != "no job")  # whose question is unknown
     assert (job_processes.unanswered(run_folder.load(folder)) is not None) is offered
 
 

@@ -210,9 +210,9 @@ def test_every_export_is_downloaded_as_it_is_rendered(tab: browser.Tab, place: P
         tab.page.get_by_test_id("stButtonGroup").get_by_text(label, exact=True).click()
         tab.idle()
         expected, limit = render(run, name, 3), time.monotonic() + browser.PATIENCE
-        while (found := tab.download("Download")) != expected and time.monotonic() < limit:
+        while (shown := tab.download("Download")) != expected and time.monotonic() < limit:
             tab.page.wait_for_timeout(100)  # the button is there before its file is
-        assert found == expected, name
+        assert shown == expected, name
     report = tab.download("Download the report")
     assert str(list(run.removal_list[:3])) in report
     assert "org/exported" in report
@@ -227,7 +227,7 @@ def test_a_run_is_deleted_when_asked_twice(tab: browser.Tab, place: Path) -> Non
         button = tab.page.get_by_role("button", name=answer)
         tab.page.get_by_role("button", name="Delete", exact=True).click()
         button.wait_for()
-        tab.drawn_anew(tab.runs + 2)  # as it is all the time, and whoever reads the question is still there
+        tab.drawn_anew(tab.runs + 2)  # as it always is, and the question is still there
         button.click()
         button.wait_for(state="detached")
     tab.page.wait_for_url(lambda url: "run=unwanted" not in url)
@@ -245,7 +245,7 @@ def test_a_question_that_is_closed_is_not_asked_again(tab: browser.Tab, place: P
     answer.wait_for()
     tab.page.keyboard.press("Escape")
     answer.wait_for(state="detached")
-    tab.page.get_by_text("New run").click()  # draws the whole page anew
+    tab.page.get_by_text("New run").click()  # draws the whole page again
     tab.page.get_by_label("Model", exact=True).wait_for()
     tab.idle()
     assert answer.count() == 0

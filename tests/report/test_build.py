@@ -43,14 +43,16 @@ class Parts(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
+        attributes = {name: value or "" for name, value in attrs}
         self.tags.add(tag)
-        self.named += [value for name, value in found.items() if name in ("src", "href", "action", "data", "srcset")]
-        assert not any(name.startswith("on") for name in found)
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"]
+        self.named += [
+            value for name, value in attributes.items() if name in ("src", "href", "action", "data", "srcset")
+        ]
+        assert not any(name.startswith("on") for name in attributes)
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
         if tag in ("script", "style"):
-            self._kind = found.get("type", tag)
+            self._kind = attributes.get("type", tag)
             self.scripts.append((self._kind, ""))
 
     def handle_endtag(self, tag: str) -> None:
@@ -83,8 +85,8 @@ def hostile(runs: Path) -> Run:
     record = json.loads(path.read_text()) | {"text": HOSTILE, "model_class": HOSTILE, "weights_hash": HOSTILE}
     path.write_text(json.dumps(record))
     job = export_job(run, JobState.FINISHED)
-    found = proof(dtype=HOSTILE, versions={HOSTILE: HOSTILE})
-    job_folder.write_result(job.directory, {"out": f"/home/me/{HOSTILE}", "proof": found.model_dump(mode="json")})
+    made = proof(dtype=HOSTILE, versions={HOSTILE: HOSTILE})
+    job_folder.write_result(job.directory, {"out": f"/home/me/{HOSTILE}", "proof": made.model_dump(mode="json")})
     return run_folder.load("hostile")
 
 
@@ -124,7 +126,7 @@ def test_it_says_what_was_asked_and_what_was_found() -> None:
         run.stack.text,
         "exactly equal",
         "1.751\u00a0±\u00a0",
-        "11 of 12 steps in which the removed block could not be told",
+        "11 of 12 steps with a block statistically tied with the removed one",
         "transformers 5.23.0",
         "The search ended: removed 12 blocks, as asked.",
     ]:

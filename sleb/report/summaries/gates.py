@@ -85,7 +85,7 @@ class Judgement:
     doubts: tuple[str, ...]
     """How sure the proposal is: what passes or fails within its error, what is predicted, what is unknown."""
     refusal: str = ""
-    """Why there is no proposal: which gate excludes everything."""
+    """Why nothing is proposed: which gate excludes everything."""
 
 
 def judge(gates: Sequence[Gate], numbers: Collection[int]) -> Judgement:
@@ -147,7 +147,7 @@ def _refusal(gates: Sequence[Gate], numbers: Collection[int]) -> str:
             alone.append(f"{gate.name} is not known yet")
         elif not any(gate.passes(each) for each in known):
             best = (max if gate.at_least else min)(known, key=lambda each: gate.readings[each].value)
-            text = f"{gate.name} is {in_words(gate.unit, gate.readings[best])} at best, with {best} removed, where "
+            text = f"{gate.name} is at best {in_words(gate.unit, gate.readings[best])}, with {best} removed, where "
             text += f"{gate.asks} {gate.bound} is required"
             close = f" (within its {_error(gate)}: it might as well pass)" if gate.is_close(best) else ""
             alone.append(text + close)

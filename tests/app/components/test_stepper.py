@@ -26,8 +26,8 @@ def payload(run: Run) -> dict:  # type: ignore[type-arg]
 
 def given(app) -> dict:  # type: ignore[no-untyped-def,type-arg]
     """The data of the component on a page."""
-    (found,) = steppers(app)
-    return json.loads(found.proto.json)
+    (sent,) = steppers(app)
+    return json.loads(sent.proto.json)
 
 
 def steppers(app) -> list:  # type: ignore[no-untyped-def,type-arg]
@@ -37,13 +37,13 @@ def steppers(app) -> list:  # type: ignore[no-untyped-def,type-arg]
 @pytest.mark.parametrize("method", list(Method))
 def test_every_step_is_drawn_with_its_evidence(method: Method, runs: Path) -> None:
     run = write_run(runs / "run", 12, 4, method=method)
-    found = payload(run)
+    sent = payload(run)
     assert run.trace is not None
-    assert found["blocks"] == 12
-    assert len(found["steps"]) == 4
-    assert len(found["curve"]) == 5
-    json.dumps(found, allow_nan=False)
-    for shown, step in zip(found["steps"], run.trace.steps, strict=True):
+    assert sent["blocks"] == 12
+    assert len(sent["steps"]) == 4
+    assert len(sent["curve"]) == 5
+    json.dumps(sent, allow_nan=False)
+    for shown, step in zip(sent["steps"], run.trace.steps, strict=True):
         assert shown["blocks"] == [each.block for each in step.candidates]
         assert shown["scores"] == pytest.approx([each.score for each in step.candidates], rel=1e-5)
         assert step.candidates[shown["chosen"]].skipped in (step.removal_list, step.removed)
@@ -51,7 +51,7 @@ def test_every_step_is_drawn_with_its_evidence(method: Method, runs: Path) -> No
         assert {shown["blocks"][index] for index in shown["tied"]} == set(step.tied)
         assert sorted(shown["removed_at"]) == sorted(step.removal_list)
         assert shown["list"] == list(step.removal_list)
-        low, high = found["axis"]["rises"]
+        low, high = sent["axis"]["rises"]
         ends = [shown["rises"][shown["chosen"]], *(shown["rises"][index] for index in shown["tied"])]
         assert all(low <= end <= high for end in ends)  # what the decision was between is never cut off
 
@@ -91,9 +91,9 @@ def test_words_say_what_was_removed_and_how_sure_it_is(runs: Path) -> None:
     for step, shown in zip(greedy.trace.steps, payload(greedy)["steps"], strict=True):
         assert ("tied with" in shown["words"]) == bool(step.tied)
         behind = sorted(shown["differences"])[1]
-        reach = shown["half_widths"][shown["differences"].index(behind)]  # half of the interval that calls it tied
-        assert f"{step.margin:.4f} nats per token (± {reach:.4f} at 95%)" in shown["words"]
-        assert ("told apart" in shown["words"]) == (not step.tied)
+        half_width = shown["half_widths"][shown["differences"].index(behind)]  # half of the interval that calls it tied
+        assert f"{step.margin:.4f} nats per token (± {half_width:.4f} at 95%)" in shown["words"]
+        assert ("significantly different" in shown["words"]) == (not step.tied)
 
 
 def test_frames_of_the_report_hold_every_step(runs: Path) -> None:
@@ -104,10 +104,10 @@ def test_frames_of_the_report_hold_every_step(runs: Path) -> None:
     assert [frame.name for frame in figure.frames] == ["1", "2", "3", "4"]
     for frame, step in zip(figure.frames, run.trace.steps, strict=True):
         kinds = [{block for block, height in enumerate(trace.y) if height} for trace in frame.data[:4]]
-        candidates, tied, chosen, gone = kinds
+        candidates, tied, chosen, earlier = kinds
         assert chosen == set(step.removed)
         assert tied == set(step.tied)
-        assert gone == set(step.removal_list) - set(step.removed)
+        assert earlier == set(step.removal_list) - set(step.removed)
         assert candidates | tied | chosen == {each.block for each in step.candidates}
         assert len(frame.data) == len(figure.data)  # Plotly takes away what a frame leaves out
 
@@ -121,15 +121,15 @@ def test_one_block_far_above_all_others_does_not_flatten_them() -> None:
     assert step_animation.extent_of_axis(np.array([np.nan]), np.array([np.nan]), (0,), 0.75) == 1.0
 
 
-def test_one_sequence_tells_nobody_apart(runs: Path) -> None:
+def test_one_sequence_distinguishes_no_candidates(runs: Path) -> None:
     run = write_run(runs / "run", 12, 1)
     assert run.trace is not None
     everyone = tuple(each.block for each in run.trace.steps[0].candidates if each.block not in run.removal_list)
     step = run.trace.steps[0].model_copy(update={"tied": everyone, "margin_standard_error": None})
     alone = run.model_copy(update={"trace": run.trace.model_copy(update={"steps": (step,)})})
-    found = stepper.payload(alone, [None])
-    assert "one sequence tells nobody apart" in found["steps"][0]["words"]
-    assert found["interval"] == ""
+    sent = stepper.payload(alone, [None])
+    assert "one sequence distinguishes none" in sent["steps"][0]["words"]
+    assert sent["interval"] == ""
     assert payload(run)["interval"] == "95% interval of the difference"
 
 
@@ -160,9 +160,9 @@ def test_the_page_shows_the_sample_and_follows_the_address(runs: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("asked", "step"), [("99", 12), ("-1", 12), ("x", 12), ("0", 0), ("１", 12), ("9" * 99, 12)])
-def test_a_step_from_the_address_is_brought_into_range(asked: str, step: int, runs: Path) -> None:
-    app = open_page("steps", step=asked)
+@pytest.mark.parametrize(("wanted", "step"), [("99", 12), ("-1", 12), ("x", 12), ("0", 0), ("１", 12), ("9" * 99, 12)])
+def test_a_step_from_the_address_is_brought_into_range(wanted: str, step: int, runs: Path) -> None:
+    app = open_page("steps", step=wanted)
     assert not app.exception
     assert given(app)["step"] == step
 
@@ -177,18 +177,18 @@ def test_a_failed_run_shows_the_steps_it_has(runs: Path) -> None:
     write_run(runs / "none", 12, 4, done=0, state=JobState.FAILED, message="The disk is full.", analysis=False)
     app = open_page("steps", run="none")
     assert steppers(app) == []
-    assert "No step is finished" in words(app)
+    assert "No step finished" in words(app)
     assert "The disk is full" in words(app)
 
 
 def test_a_swap_shows_one_block_coming_back_and_another_going(runs: Path) -> None:
     run = write_run(runs / "run", 12, 4, swap=True)
     assert run.trace is not None
-    found = payload(run)
-    json.dumps(found, allow_nan=False)
-    assert [shown["swap"] for shown in found["steps"]] == [False] * 4 + [True] * 2
-    assert len(found["curve"]) == 7
-    for step, shown in list(zip(run.trace.steps, found["steps"], strict=True))[4:]:
+    sent = payload(run)
+    json.dumps(sent, allow_nan=False)
+    assert [shown["swap"] for shown in sent["steps"]] == [False] * 4 + [True] * 2
+    assert len(sent["curve"]) == 7
+    for step, shown in list(zip(run.trace.steps, sent["steps"], strict=True))[4:]:
         (block,), (back,) = step.removed, step.restored
         assert (shown["removed"], shown["restored"]) == ([block], [back])
         assert shown["names"][shown["chosen"]] == f"{back} back, {block} out"
@@ -203,7 +203,7 @@ def test_a_swap_shows_one_block_coming_back_and_another_going(runs: Path) -> Non
         assert shown["blocks"] == sorted({each.block for each in step.candidates})
         assert shown["scores"] == pytest.approx(list(best.values()), rel=1e-5)
         assert shown["rises"][shown["chosen"]] == pytest.approx(-(step.improvement or 0), rel=1e-3)
-        low, high = found["axis"]["rises"]
+        low, high = sent["axis"]["rises"]
         assert low < shown["rises"][shown["chosen"]] < high
 
 
@@ -219,18 +219,18 @@ def test_the_page_and_the_report_show_a_run_with_swaps(runs: Path) -> None:
     assert list(table["verdict"]).count("swapped") == 1
     assert table["block"].iloc[0] == f"{swap.restored[0]} back, {swap.removed[0]} out"
     assert table["block"].is_unique
-    assert (table["verdict"] == "tied").sum() == len(swap.tied)
+    assert (table["verdict"] == "statistically tied").sum() == len(swap.tied)
     (curves,) = charts(app)
     assert {"Metric3 (SLEB)", "Metric3 (SLEB), refined"} <= {trace.get("name") for trace in curves["data"]}
     (line,) = step_charts.methods([run], held_out=False, logarithmic=True).data
     assert list(line.x) == [0, 1, 2, 3, 4]
     assert line.y[-1] == pytest.approx(run.trace.steps[-1].perplexity)  # of several lists of a length the last
     figure = step_animation.animated(run, [step_evidence.of(run, step) for step in run.trace.steps])
-    candidates, tied, chosen, gone = (
+    candidates, tied, chosen, earlier = (
         {block for block, height in enumerate(trace.y) if height} for trace in figure.frames[4].data[:4]
     )
     assert chosen == set(swap.removed)
-    assert gone == set(swap.before)
+    assert earlier == set(swap.before)
     assert candidates | tied | chosen == {each.block for each in swap.candidates}
     html = build.of(run)
     assert f"{swap.removed[0]} (back: {swap.restored[0]})" in html

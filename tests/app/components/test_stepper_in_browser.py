@@ -76,10 +76,10 @@ def test_every_block_can_be_read_by_pointer_and_by_keyboard(tab: browser.Tab) ->
     assert tip.is_hidden()
 
 
-def test_what_is_gone_leads_to_its_step(tab: browser.Tab) -> None:
-    gone = tab.page.locator(".stepper .column.out").first
-    step = gone.locator(".when").text_content()
-    gone.locator(".hit").click()
+def test_a_removed_block_leads_to_its_step(tab: browser.Tab) -> None:
+    removed = tab.page.locator(".stepper .column.out").first
+    step = removed.locator(".when").text_content()
+    removed.locator(".hit").click()
     assert where(tab) == f"Step {step} of 40"
 
 
