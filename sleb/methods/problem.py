@@ -102,7 +102,7 @@ def require_possible(method: Method, num_blocks: int, num_remove: int, protected
         if hit:
             raise OptionError(
                 f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Use `protect=none` to free it, or a lower `remove`."
+                "Leave it out of `protect`, or lower `remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(

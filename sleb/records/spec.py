@@ -130,7 +130,7 @@ class RunSpec(Record):
             "Share of the blocks",
             "Or which share, rounded up.",
             BLOCKS,
-            details="To whole blocks, as in the paper (4.1).",
+            details="Shares are of whole blocks, as in the paper (4.1).",
             usual=0.2,
             demo=0.1,
             percent=(1, 99),

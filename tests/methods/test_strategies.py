@@ -221,9 +221,9 @@ def test_ratios_are_rounded_up_as_in_the_paper(blocks: int, ratio: float, expect
 
 
 def test_numbers_out_of_range_are_sentences() -> None:
-    with pytest.raises(OptionError, match="Lower --remove"):
+    with pytest.raises(OptionError, match="Lower `remove`"):
         number_to_remove(30, 28, 29, None)
-    with pytest.raises(OptionError, match="Lower --remove"):
+    with pytest.raises(OptionError, match="Lower `remove`"):
         number_to_remove(3, 3, 3, None)
     with pytest.raises(OptionError, match="protected"):
         number_to_remove(30, 0, 1, None)
