@@ -26,13 +26,13 @@ HEAD = """# The command line
 <!-- Written by scripts/reference.py from the commands themselves: change it there, then run `make reference`. -->
 
 `sleb COMMAND --help` says the same on a terminal, and [the README](../README.md) shows a tour. Results go to stdout,
-everything else to stderr; `--json` prints one object. Bad input gets one sentence and exit code 2, Ctrl-C 130, everything
-else that fails 1.
+everything else to stderr; `--json` prints one object. Bad input gets one sentence and exit code 2, Ctrl-C 130,
+everything else that fails 1.
 
-`MODEL` is a Hugging Face name, a local folder, a `.gguf` file or `demo`. `RUN` is a run id, a run folder or a sample's name.
-Blocks are original, 0-based indices: `0,29`, a range such as `8-20`, both, or `none`. A rise is `+10%` or `0.1`; a size is
-`24GB`, `500MB` or `16GiB`. The options of a search have the same names in a notebook, with underscores: `sleb.search("demo",
-sequence_length=512)`; there blocks are lists, rises are shares, and sizes are bytes.
+`MODEL` is a Hugging Face name, a local folder, a `.gguf` file or `demo`. `RUN` is a run id, a run folder or a sample's
+name. Blocks are original, 0-based indices: `0,29`, a range such as `8-20`, both, or `none`. A rise is `+10%` or `0.1`;
+a size is `24GB`, `500MB` or `16GiB`. The options of a search have the same names in a notebook, with underscores:
+`sleb.search("demo", sequence_length=512)`; there blocks are lists, rises are shares, and sizes are bytes.
 
 """
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
