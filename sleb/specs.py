@@ -42,6 +42,7 @@ class RunOptions(TypedDict, total=False):
     method: str | Method
     until_perplexity: float | None
     protect: Sequence[int] | None
+    candidates: Sequence[int] | None
     objective: Literal["nll", "kl"]
     search: Literal["auto", "full", "race"]
     refine: Literal["none", "swap"]

@@ -67,7 +67,16 @@ def protected_blocks(spec: RunSpec, num_blocks: int) -> tuple[int, ...]:
     if protected is None:
         protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
     _require_within("protect", protected, num_blocks)
-    return tuple(sorted(set(protected)))
+    kept = set(protected)
+    if spec.candidates is not None:
+        _require_within("candidates", spec.candidates, num_blocks)
+        kept |= set(range(num_blocks)).difference(spec.candidates)
+        if len(kept) == num_blocks:
+            raise OptionError(
+                "`candidates` names no block that can be removed (those of `protect` are kept): name others, or "
+                "shorten `protect`."
+            )
+    return tuple(sorted(kept))
 
 
 def _require_within(option: str, blocks: Sequence[int], num_blocks: int) -> None:

@@ -151,6 +151,18 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = None
+    candidates: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "Candidate blocks",
+            "Blocks that may be removed; all others are kept.",
+            BLOCKS,
+            details="Protected blocks are kept even where they are named here.",
+            metavar="8-20,22",
+            otherwise="all",
+            search_only=True,
+        ),
+    ] = None
     until_perplexity: Annotated[
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
         Option(
