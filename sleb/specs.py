@@ -120,7 +120,7 @@ def run_spec(
 ) -> RunSpec:
     """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
-        raise OptionError(f"There is no run of kind {quoted(kind)}; search and analyze are the two.")
+        raise OptionError(f"A run of kind {quoted(kind)} does not exist; search and analyze are the two.")
     model = text("model", model)
     if not model.strip():
         raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")

@@ -162,10 +162,12 @@ class Written:
 class Healing:
     """How a model is healed."""
 
-    how: Annotated[
+    healing_method: Annotated[
         Literal["lora", "linear", "both"],
         typer.Option(
-            rich_help_panel=MEASURED, help="lora trains; linear refits a layer before each cut by least squares; both."
+            "--how",
+            rich_help_panel=MEASURED,
+            help="lora trains; linear refits a layer before each cut by least squares; both.",
         ),
     ] = "lora"
     source: Annotated[
@@ -196,7 +198,8 @@ class Healing:
 
     def settings(self) -> dict[str, Any]:
         """The same as fields of a request."""
-        return vars(self) | {"source": None if self.source is None else specs.absolute(self.source)}
+        settings = dict(vars(self), source=None if self.source is None else specs.absolute(self.source))
+        return settings | {"how": settings.pop("healing_method")}
 
 
 @grouped

@@ -137,7 +137,7 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = None
-    """With neither a number nor a share, every block that can be removed is a candidate to the end."""
+    """Without a number or a share, every block that can be removed is a candidate to the end."""
     protected: Annotated[
         tuple[int, ...] | None,
         Option(
@@ -235,8 +235,8 @@ class RunSpec(Record):
     """Blocks removed in a run that searches nothing, in the order in which they were given."""
 
     @property
-    def what(self) -> str:
-        """One word for lists of runs: the method, or what else it is."""
+    def method_or_kind(self) -> str:
+        """The method, or the kind of a run without a search: one word for lists of runs."""
         return {"analyze": "analysis", "evaluate": "evaluation"}.get(self.kind, self.method.value)
 
     @property

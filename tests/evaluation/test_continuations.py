@@ -335,7 +335,7 @@ def test_on_the_command_line(folder: Path) -> None:
     assert found["removal_list"] == [1, 3]
     assert len(found["tokens"]) == len(found["baseline_tokens"]) == 6
     printed = command(*words)
-    assert "The unmodified model (6 tokens in" in printed
+    assert "The baseline (6 tokens in" in printed
     assert "Without 1, 3 (6 tokens in" in printed
     flips = found["flips"]
     assert f"{len(flips)} of {len(PROMPT) + 5} predictions" in printed
@@ -343,7 +343,7 @@ def test_on_the_command_line(folder: Path) -> None:
     assert len(rows) == 1
     assert f"{flips[0]['after_probability']:.0%}" in rows[0]
     alone = command(*words[:1], "--removal-list", "[]", *words[3:])
-    assert "The unmodified model" in alone
+    assert "The baseline" in alone
     assert "Without" not in alone
 
 

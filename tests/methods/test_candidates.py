@@ -54,10 +54,10 @@ def test_what_cannot_be_is_one_sentence(candidates: tuple[int, ...], sentence: s
 def test_a_search_from_the_command_line(tiny_model: Path, text_file: Path) -> None:
     size = ["--sequences", 4, "--sequence-length", 24, "--dtype", "float32", "--no-analysis", "--remove", 1, "--json"]
     words = ["search", tiny_model, "--calibration", text_file, *size]
-    found = json.loads(run(*words, "--candidates", "0,2-4", "--protect", "3")[0])
-    assert [each["block"] for each in found["steps"][0]["candidates"]] == [0, 2, 4]
-    assert found["protected"] == [1, 3, 5]
-    assert sleb.load(found["run_id"]).spec.candidates == (0, 2, 3, 4)
+    result = json.loads(run(*words, "--candidates", "0,2-4", "--protect", "3")[0])
+    assert [each["block"] for each in result["steps"][0]["candidates"]] == [0, 2, 4]
+    assert result["protected"] == [1, 3, 5]
+    assert sleb.load(result["run_id"]).spec.candidates == (0, 2, 3, 4)
     assert "--candidates names block 6;" in run(*words, "--candidates", "2-6", code=2)[1]
     assert "--candidates takes block indices such as 8-20,22" in run(*words, "--candidates", "4-2", code=2)[1]
 
