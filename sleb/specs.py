@@ -118,7 +118,7 @@ def run_spec(
     kind: Literal["search", "analyze", "evaluate"] = "search",
     **options: Unpack[RunOptions],
 ) -> RunSpec:
-    """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
+    """A run as it is asked for, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
         raise OptionError(f"A run of kind {quoted(kind)} does not exist; search and analyze are the two.")
     model = text("model", model)
@@ -145,7 +145,7 @@ def _plain(setting: Setting, value: Any) -> Any:
     if value is None:
         return None
     if setting.name == "calibration":
-        return absolute(text(setting.name, value))
+        return absolute(text(f"`{setting.name}`", value))
     if setting.kind != "blocks":
         return value
     if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(each, int) for each in value):
@@ -172,8 +172,8 @@ def job_spec(
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
-    """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
-    settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
+    """A job that executes something on a run; its memory budget is in bytes. Raises `OptionError` out of range."""
+    settings = {"kind": kind, "device": text("`device`", device), "batch_size": batch_size}
     scale = {"processes": 1 if processes is None else processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return validated(JobSpec, settings | scale | permissions)
@@ -199,7 +199,7 @@ def permissions(
 
 
 def validated(record: type[R], settings: dict[str, Any]) -> R:
-    """What is asked, checked. Raises `OptionError` with one sentence."""
+    """A record made of settings. Raises `OptionError` with one sentence where one is out of range."""
     try:
         return writable(record.model_validate(settings))
     except ValidationError as error:
@@ -230,7 +230,7 @@ def _is_text(value: str) -> bool:
 
 
 def text(name: str, value: object) -> str:
-    """A name as text that can be written down. Raises `OptionError` for anything else."""
+    """A name or path as text that a file can hold. Raises `OptionError` for anything else."""
     if isinstance(value, PathLike):
         value = fspath(value)
     if not isinstance(value, str):
