@@ -66,8 +66,14 @@ class SearchOptions(RunOptions, JobOptions, total=False):
     """All options of a search: of the run and of its job."""
 
 
-def with_options(*kinds: type[RunOptions | JobOptions], search: bool = True) -> Callable[[F], F]:
-    """Give a function that takes `**options` a signature and a docstring that name each, for tooltips and `help`."""
+def with_options(
+    *kinds: type[RunOptions | JobOptions], search: bool = True, as_before: Sequence[str] = ()
+) -> Callable[[F], F]:
+    """Give a function that takes `**options` a signature and a docstring that name each, for tooltips and `help`.
+
+    Without `search`, those that only a search has are left out. The default of those `as_before` is what an earlier job
+    had, and so None.
+    """
     records: dict[type, type[Record]] = {RunOptions: RunSpec, JobOptions: JobSpec}
 
     def decorate(function: F) -> F:
@@ -77,7 +83,7 @@ def with_options(*kinds: type[RunOptions | JobOptions], search: bool = True) -> 
         for kind in kinds:
             hints = get_type_hints(kind)
             for setting in settings_of(records[kind], search=search):
-                default = None if setting.depends else setting.default
+                default = None if setting.depends or setting.name in as_before else setting.default
                 given.append(
                     inspect.Parameter(
                         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[setting.name]
@@ -264,7 +270,7 @@ def sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
-    fields = [part for part in first["loc"] if isinstance(part, str)]
-    names = {each.path[-1]: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
-    option = f"`{names.get(fields[-1], fields[-1])}`" if fields else "The options"
+    path = tuple(part for part in first["loc"] if isinstance(part, str))
+    names = {each.path: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
+    option = f"`{names.get(path, path[-1])}`" if path else "The options"
     return f"{option}: found {quoted(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}."

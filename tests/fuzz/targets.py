@@ -5,8 +5,8 @@ A target makes one example of hypothesis' data, and runs it in a sandbox.
 
 from __future__ import annotations
 
-import json
 import inspect
+import json
 import shutil
 import traceback
 from collections import Counter

@@ -64,6 +64,11 @@ def test_the_form_has_a_control_for_every_option_it_offers(home: Path) -> None:
     assert labels["Sequences"].placeholder == "16"  # of the demo
 
 
+def test_resuming_takes_processes_and_budget_from_the_last_try() -> None:
+    parameters = inspect.signature(sleb.resume).parameters
+    assert [parameters[name].default for name in ("processes", "memory_budget", "device")] == [None, None, "auto"]
+
+
 def test_labels_and_names_are_one_option_each() -> None:
     assert len(SETTINGS) == len(RUN) + len(JOB)
     assert len({each.option.label for each in SETTINGS.values()}) == len(SETTINGS)
