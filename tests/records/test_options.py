@@ -75,9 +75,9 @@ def test_labels_and_names_are_one_option_each() -> None:
 
 
 OTHERS: dict[str, Any] = dict(
-    calibration="c4", sequences=7, sequence_length=33, held_out=2, sampling="first", bos="no", chat=True, seed=3, ratio=0.3,
-    method="metric3", until_perplexity=0.125, protect=[0, 2], candidates=[1, 3, 4], objective="kl", search="full",
-    refine="swap", confidence=0.9, dtype="float32", revision="main", analysis=False,
+    calibration="c4", sequences=7, sequence_length=33, held_out=2, sampling="first", bos="no", chat=True, seed=3,
+    ratio=0.3, method="metric3", until_perplexity=0.125, protect=[0, 2], candidates=[1, 3, 4], objective="kl",
+    search="full", refine="swap", confidence=0.9, dtype="float32", revision="main", analysis=False,
 )  # fmt: skip
 JOB_OTHERS: dict[str, Any] = dict(device="cpu", batch_size=5, processes=2, memory_budget=24_000_000_000, speedups="off")
 
