@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test fuzz lint format bench comparison sample screenshots animation hooks clean
+.PHONY: help setup run test fuzz lint format bench comparison reference sample screenshots animation hooks clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -45,6 +45,9 @@ bench: setup ## measure the sweep against the plain loop, beside the last record
 
 comparison: setup ## SparseGPT, Wanda and AWQ beside removal lists (ARGS="--text wiki.test.raw --calibration ...")
 	@$(VENV)/bin/python benchmarks/comparison.py $(ARGS)
+
+reference: setup ## write docs/command-line.md from the commands
+	@$(VENV)/bin/python scripts/reference.py
 
 sample: setup ## record the dashboard's sample runs again (a quarter of an hour)
 	@$(VENV)/bin/python scripts/sample.py $(ARGS)

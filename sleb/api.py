@@ -73,7 +73,7 @@ def analyze(
     return start(spec, job_spec("analyze", **specs.job_options(options), **permitted), run_dir, watcher)
 
 
-@with_options(JobOptions)
+@with_options(JobOptions, as_before=("processes", "memory_budget"))
 def resume(
     run: str | PathLike[str] | Run,
     *,

@@ -42,6 +42,7 @@ class RunOptions(TypedDict, total=False):
     method: str | Method
     until_perplexity: float | None
     protect: Sequence[int] | None
+    candidates: Sequence[int] | None
     objective: Literal["nll", "kl"]
     search: Literal["auto", "full", "race"]
     refine: Literal["none", "swap"]
@@ -65,8 +66,14 @@ class SearchOptions(RunOptions, JobOptions, total=False):
     """All options of a search: of the run and of its job."""
 
 
-def with_options(*kinds: type[RunOptions | JobOptions], search: bool = True) -> Callable[[F], F]:
-    """Give a function that takes `**options` a signature and a docstring that name each, for tooltips and `help`."""
+def with_options(
+    *kinds: type[RunOptions | JobOptions], search: bool = True, as_before: Sequence[str] = ()
+) -> Callable[[F], F]:
+    """Give a function that takes `**options` a signature and a docstring that name each, for tooltips and `help`.
+
+    Without `search`, those that only a search has are left out. The default of those `as_before` is what an earlier job
+    had, and so None.
+    """
     records: dict[type, type[Record]] = {RunOptions: RunSpec, JobOptions: JobSpec}
 
     def decorate(function: F) -> F:
@@ -76,7 +83,7 @@ def with_options(*kinds: type[RunOptions | JobOptions], search: bool = True) -> 
         for kind in kinds:
             hints = get_type_hints(kind)
             for setting in settings_of(records[kind], search=search):
-                default = None if setting.depends else setting.default
+                default = None if setting.depends or setting.name in as_before else setting.default
                 given.append(
                     inspect.Parameter(
                         setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[setting.name]
@@ -117,9 +124,9 @@ def run_spec(
     kind: Literal["search", "analyze", "evaluate"] = "search",
     **options: Unpack[RunOptions],
 ) -> RunSpec:
-    """What is asked, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
+    """A run as it is asked for, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
-        raise OptionError(f"There is no run of kind {quoted(kind)}; search and analyze are the two.")
+        raise OptionError(f"A run of kind {quoted(kind)} does not exist; search and analyze are the two.")
     model = text("model", model)
     if not model.strip():
         raise OptionError("The model's name is empty. Give a Hugging Face name, a folder, a .gguf file, or demo.")
@@ -144,7 +151,7 @@ def _plain(setting: Setting, value: Any) -> Any:
     if value is None:
         return None
     if setting.name == "calibration":
-        return absolute(text(setting.name, value))
+        return absolute(text(f"`{setting.name}`", value))
     if setting.kind != "blocks":
         return value
     if isinstance(value, str) or not isinstance(value, Iterable) or not all(isinstance(each, int) for each in value):
@@ -171,8 +178,8 @@ def job_spec(
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
 ) -> JobSpec:
-    """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
-    settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
+    """A job that executes something on a run; its memory budget is in bytes. Raises `OptionError` out of range."""
+    settings = {"kind": kind, "device": text("`device`", device), "batch_size": batch_size}
     scale = {"processes": 1 if processes is None else processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
     return validated(JobSpec, settings | scale | permissions)
@@ -198,7 +205,7 @@ def permissions(
 
 
 def validated(record: type[R], settings: dict[str, Any]) -> R:
-    """What is asked, checked. Raises `OptionError` with one sentence."""
+    """A record made of settings. Raises `OptionError` with one sentence where one is out of range."""
     try:
         return writable(record.model_validate(settings))
     except ValidationError as error:
@@ -229,7 +236,7 @@ def _is_text(value: str) -> bool:
 
 
 def text(name: str, value: object) -> str:
-    """A name as text that can be written down. Raises `OptionError` for anything else."""
+    """A name or path as text that a file can hold. Raises `OptionError` for anything else."""
     if isinstance(value, PathLike):
         value = fspath(value)
     if not isinstance(value, str):
@@ -263,7 +270,7 @@ def sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
-    fields = [part for part in first["loc"] if isinstance(part, str)]
-    names = {each.path[-1]: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
-    option = f"`{names.get(fields[-1], fields[-1])}`" if fields else "The options"
+    path = tuple(part for part in first["loc"] if isinstance(part, str))
+    names = {each.path: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
+    option = f"`{names.get(path, path[-1])}`" if path else "The options"
     return f"{option}: found {quoted(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -117,9 +117,8 @@ class Executed(Allowed):
     run_dir: RunDir = None
 
     def job_options(self) -> dict[str, Any]:
-        """Those that the job has."""
-        permitted = {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
-        return {"device": self.device, **permitted}
+        """The same as options of a job."""
+        return {"device": self.device, **self.of_job()}
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class ExecutedInBatches(Executed):
     batch_size: BatchSize = None
 
     def job_options(self) -> dict[str, Any]:
-        """Those that the job has."""
+        """The same as options of a job."""
         return super().job_options() | {"batch_size": self.batch_size}
 
 
@@ -140,7 +139,7 @@ class ExecutedWithinMemory(ExecutedInBatches):
     memory_budget: MemoryBudget = None
 
     def job_options(self) -> dict[str, Any]:
-        """Those that the job has."""
+        """The same as options of a job."""
         return super().job_options() | {"memory_budget": as_bytes(self.memory_budget)}
 
 
@@ -162,10 +161,12 @@ class Written:
 class Healing:
     """How a model is healed."""
 
-    how: Annotated[
+    healing_method: Annotated[
         Literal["lora", "linear", "both"],
         typer.Option(
-            rich_help_panel=MEASURED, help="lora trains; linear refits a layer before each cut by least squares; both."
+            "--how",
+            rich_help_panel=MEASURED,
+            help="lora trains; linear refits a layer before each cut by least squares; both.",
         ),
     ] = "lora"
     source: Annotated[
@@ -196,7 +197,8 @@ class Healing:
 
     def settings(self) -> dict[str, Any]:
         """The same as fields of a request."""
-        return vars(self) | {"source": None if self.source is None else specs.absolute(self.source)}
+        settings = dict(vars(self), source=None if self.source is None else specs.absolute(self.source))
+        return settings | {"how": settings.pop("healing_method")}
 
 
 @grouped

@@ -16,29 +16,29 @@ _FLIPS_SHOWN = 12
 _CONTEXT = 6  # tokens before one that flipped
 
 
-def print_findings(found: Sequence[Finding]) -> None:
-    """All of them, the baseline before the shorter lists before the longer ones."""
-    for each in tables_of(found):
+def print_findings(findings: Sequence[Finding]) -> None:
+    """Print findings, the baseline before the shorter lists before the longer ones."""
+    for each in tables_of(findings):
         _titled(each.title, each.columns, each.rows)
         for note in (*each.notes, *(f"Written, and proven then: {folder}" for folder in each.folders)):
             put(printable(note))
-    _generations(of_kind(in_order(found), Generation))
+    _generations(of_kind(in_order(findings), Generation))
 
 
 def _titled(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A title above the table may be longer than the table is wide."""
+    """Print a table under a title, which may be longer than the table is wide."""
     put(f"\n{printable(title)}")
     table("", columns, rows)
 
 
-def _generations(found: Sequence[Generation]) -> None:
-    """What the unmodified model says stands once above what the lists say to the same prompt."""
-    for ask in dict.fromkeys(each.ask for each in found):
-        own = [each for each in found if each.ask == ask]
+def _generations(generations: Sequence[Generation]) -> None:
+    """Print what the baseline says once, above what the lists say to the same prompt."""
+    for ask in dict.fromkeys(each.ask for each in generations):
+        own = [each for each in generations if each.ask == ask]
         first = own[0]
         put(
             f"\nTo the prompt {printable(_quoted(ask.prompt))}\n\n"
-            f"The unmodified model ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
+            f"The baseline ({_spoken(len(first.baseline_tokens), first.baseline_seconds)}):\n"
             f"{printable(first.baseline_text)}"
         )
         for each in own:
@@ -46,18 +46,18 @@ def _generations(found: Sequence[Generation]) -> None:
                 _generation(each)
 
 
-def _generation(found: Generation) -> None:
-    without = ", ".join(map(str, found.removal_list))
+def _generation(generation: Generation) -> None:
+    without = ", ".join(map(str, generation.removal_list))
     put(
-        f"\nWithout {without} ({_spoken(len(found.tokens), found.list_seconds)}, {_parting(found)}):\n"
-        f"{printable(found.text)}"
+        f"\nWithout {without} ({_spoken(len(generation.tokens), generation.list_seconds)}, {_parting(generation)}):\n"
+        f"{printable(generation.text)}"
     )
-    share = f" ({len(found.flips) / found.compared:.0%})" if found.compared else ""
+    share = f" ({len(generation.flips) / generation.compared:.0%})" if generation.compared else ""
     title = (
-        f"{len(found.flips)} of {found.compared} predictions{share} on the unmodified model's text, prompt included, "
+        f"{len(generation.flips)} of {generation.compared} predictions{share} on the baseline's text, prompt included, "
         "are other tokens without these blocks"
     )
-    text = [*found.prompt_tokens, *found.baseline_tokens]
+    text = [*generation.prompt_tokens, *generation.baseline_tokens]
     rows = [
         (
             str(each.position),
@@ -65,19 +65,19 @@ def _generation(found: Generation) -> None:
             f"{_quoted(each.before)} {each.before_probability:.0%}",
             f"{_quoted(each.after)} {each.after_probability:.0%}",
         )
-        for each in found.flips[:_FLIPS_SHOWN]
+        for each in generation.flips[:_FLIPS_SHOWN]
     ]
     if not rows:
         put(f"\n{title}.")
         return
-    _titled(title, ("at", "after", "unmodified", "without"), rows)
-    if len(found.flips) > len(rows):
-        put(f"and {len(found.flips) - len(rows)} more; --json has all of them")
+    _titled(title, ("at", "after", "baseline", "without"), rows)
+    if len(generation.flips) > len(rows):
+        put(f"and {len(generation.flips) - len(rows)} more; --json has all of them")
 
 
-def _parting(found: Generation) -> str:
-    """How long both say the same."""
-    before, after = found.known_apart
+def _parting(generation: Generation) -> str:
+    """Where the two texts begin to differ, in words."""
+    before, after = generation.known_apart
     pairs = zip(before, after, strict=False)
     same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
     if same is None:

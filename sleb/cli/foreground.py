@@ -46,14 +46,14 @@ def execute_here(run: Run, job: JobSpec, permissions: Permissions, as_json: bool
         except (KeyboardInterrupt, Stopped) as stopped:
             now = run_folder.load(run.run_dir)
             count = len(now.trace.steps) if now.trace else 0
-            how = f"Go on with: sleb resume {run_folder.reference(run)}"
+            advice = f"Go on with: sleb resume {run_folder.reference(run)}"
             steps = "1 finished step" if count == 1 else f"{count} finished steps"
-            raise Stopped(f"Stopped after {steps}. {how}") from stopped
+            raise Stopped(f"Stopped after {steps}. {advice}") from stopped
         except BadInput:
             raise
         except SlebError as error:
-            how = f"Go on with: sleb resume {run_folder.reference(run)}"
-            raise type(error)(f"{error} {how}") from error
+            advice = f"Go on with: sleb resume {run_folder.reference(run)}"
+            raise type(error)(f"{error} {advice}") from error
         screen.end(done)
     return done
 
@@ -67,25 +67,25 @@ def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
 
 
 def print_all(run: Run, as_json: bool) -> None:
-    """Print a run with everything that was found about its lists."""
-    found = findings_folder.findings(run.run_dir)
+    """Print a run with all findings about its lists."""
+    findings = findings_folder.findings(run.run_dir)
     if as_json:
-        rows = [finding(each) for each in found]
+        rows = [finding(each) for each in findings]
         put(json.dumps(summary(run) | {"findings": rows}))
     else:
         print_run(run)
-        print_findings(found)
+        print_findings(findings)
 
 
 def execute_evaluation(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> None:
     """Execute a job that judges lists here, and print what answers it."""
     done = _evaluated(run, job, permissions, as_json)
-    found = request.answers(done)
+    answers = request.answers(done)
     if as_json:
-        rows = [finding(each) for each in found]
+        rows = [finding(each) for each in answers]
         put(json.dumps({"run_id": done.run_id, "run_dir": str(done.run_dir), "findings": rows}))
     else:
-        print_findings(found)
+        print_findings(answers)
 
 
 def _evaluated(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> Run:

@@ -17,7 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from sleb.formats import spelling
-from sleb.records.options import Setting, settings_of
+from sleb.records.options import EXECUTION, Setting, settings_of
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _in_order(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
-    """Options panel by panel, in the order in which the panels first appear; arguments keep their place."""
-    panels = [_panel(each) for each in parameters]
-    return [each for _, each in sorted(enumerate(parameters), key=lambda pair: panels.index(panels[pair[0]]))]
-
-
-def _panel(parameter: inspect.Parameter) -> str | None:
-    info = get_args(parameter.annotation)[-1]
-    return getattr(info, "rich_help_panel", None) or ""
+    """Options panel by panel, in the order in which the panels first appear, but how a job is executed comes last."""
+    panels = [getattr(get_args(each.annotation)[-1], "rich_help_panel", None) or "" for each in parameters]
+    ranks = [(panel == EXECUTION, panels.index(panel)) for panel in panels]
+    return [parameters[place] for place in sorted(range(len(parameters)), key=ranks.__getitem__)]
 
 
 def _field_options(hint: Any) -> FieldOptions | None:

@@ -22,12 +22,12 @@ Model = Annotated[
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run id (see sleb runs), a run folder, or a sample's name.")
 ]
-Run = Annotated[RunOptions, FieldOptions(RunSpec)]
+RunArguments = Annotated[RunOptions, FieldOptions(RunSpec)]
 """All options of a run, as one parameter of a command with groups; so are the next ones."""
-Analysis = Annotated[RunOptions, FieldOptions(RunSpec, search=False)]
-Execution = Annotated[JobOptions, FieldOptions(JobSpec)]
-ExecutionOfAnalysis = Annotated[JobOptions, FieldOptions(JobSpec, search=False)]
-ExecutionAsBefore = Annotated[
+AnalysisArguments = Annotated[RunOptions, FieldOptions(RunSpec, search=False)]
+JobArguments = Annotated[JobOptions, FieldOptions(JobSpec)]
+AnalysisJobArguments = Annotated[JobOptions, FieldOptions(JobSpec, search=False)]
+ResumingJobArguments = Annotated[
     JobOptions,
     FieldOptions(
         JobSpec,
@@ -91,11 +91,28 @@ Json = Annotated[bool, typer.Option("--json", help="One machine-readable object 
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What the command allows its job."""
+class AllowedCode:
+    """Code that the command allows its job to run."""
 
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False
+
+    def of_job(self) -> dict[str, bool]:
+        """The same as fields of a job."""
+        return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class NewRun(AllowedCode):
+    """Where a run will be kept, and what its job is allowed."""
+
+    run_dir: RunDir = None
+
+
+@dataclass(frozen=True)
+class Allowed(AllowedCode):
+    """What the command allows a job of a run that exists."""
+
     trust_paths: TrustPaths = False
 
 

@@ -42,7 +42,7 @@ def require_yes(question: str, otherwise: str, option: str) -> None:
         answer = sys.stdin.readline()
         if not answer:
             say("")  # under the question
-            raise Stopped(f"{otherwise}, for want of an answer. Answer y, or add {option}.")
+            raise Stopped(f"{otherwise}, without an answer. Answer y, or add {option}.")
         if answer.strip().lower() in ("y", "yes"):
             return
         if answer.strip().lower() in ("", "n", "no"):

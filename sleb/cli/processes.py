@@ -47,7 +47,7 @@ def work(
     permissions = allowed.permissions()
     directory = files.expanded(directory).absolute()
     if not directory.is_dir():
-        raise OptionError(f"There is no folder {directory}. Give a job's, as --prepare prints it, or a run's.")
+        raise OptionError(f"The folder {directory} does not exist. Give a job's, as --prepare prints it, or a run's.")
     rank = distributed.rank_here()
     if rank.size > 1 and directory.parent.name != "jobs":
         raise OptionError(f"Several processes need a job folder, as --prepare prints it; found {directory}.")
@@ -117,7 +117,7 @@ def _allowed(folder: Path) -> Path:
     """A folder that may be used, absolute and with its links followed."""
     absolute = files.expanded(folder).absolute()
     if not absolute.is_dir():
-        raise OptionError(f"There is no folder {absolute}; --allow-path takes one that exists.")
+        raise OptionError(f"The folder {absolute} does not exist; --allow-path takes one that does.")
     return absolute.resolve()
 
 

@@ -37,9 +37,9 @@ def runs(
     if as_json:
         errors = _print_json(listed)
     else:
-        found = listed.outlines()
-        print_runs([run for run in found if isinstance(run, Outline)], every)
-        errors = [each for each in found if isinstance(each, RunError)]
+        outlines = listed.outlines()
+        print_runs([run for run in outlines if isinstance(run, Outline)], every)
+        errors = [each for each in outlines if isinstance(each, RunError)]
     for error in errors:
         fail(str(error))
 
@@ -101,20 +101,20 @@ def cache(
     from sleb.analysis import cache_folder
 
     if clear is not None:
-        gone = cache_folder.clear(run_folder.home(), clear)
-        freed = sum(entry.bytes for entry in gone)
+        cleared = cache_folder.clear(run_folder.home(), clear)
+        freed = sum(entry.bytes for entry in cleared)
         if as_json:
-            put(json.dumps({"cleared": [entry.name for entry in gone], "bytes": freed}))
-        entries = "1 entry" if len(gone) == 1 else f"{len(gone)} entries"
-        say(f"Cleared {entries}, {freed / 1e6:,.0f} MB.")
+            put(json.dumps({"cleared": [entry.name for entry in cleared], "bytes": freed}))
+        counted = "1 entry" if len(cleared) == 1 else f"{len(cleared)} entries"
+        say(f"Cleared {counted}, {freed / 1e6:,.0f} MB.")
         return
-    found = cache_folder.usage(run_folder.home())
+    entries = cache_folder.usage(run_folder.home())
     if as_json:
-        rows = [{**asdict(entry), "path": str(entry.path)} for entry in found]
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
         put(json.dumps({"entries": rows}))
         return
     table(
         f"Cache in {run_folder.home() / 'cache'}",
         ("folder", "entry", "model", "MB", "last used"),
-        [(e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago") for e in found],
+        [(e.folder, e.name, e.model or "", f"{e.bytes / 1e6:,.0f}", f"{duration(e.age)} ago") for e in entries],
     )

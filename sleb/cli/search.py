@@ -12,18 +12,16 @@ from sleb.cli.foreground import confirm_names, execute_evaluation, execute_here,
 from sleb.cli.groups import grouped
 from sleb.cli.options import (
     AllowedAgain,
-    AllowPickle,
-    Analysis,
-    Execution,
-    ExecutionAsBefore,
-    ExecutionOfAnalysis,
+    AnalysisArguments,
+    AnalysisJobArguments,
+    JobArguments,
     Json,
     Model,
+    NewRun,
     Prepare,
-    Run,
-    RunDir,
+    ResumingJobArguments,
+    RunArguments,
     RunName,
-    TrustRemoteCode,
 )
 from sleb.cli.output import put
 from sleb.cli.terminal import table
@@ -38,11 +36,9 @@ from sleb.runtime.processes.progress import duration
 @grouped
 def search(
     model: Model,
-    options: Run,
-    execution_options: Execution,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
+    options: RunArguments,
+    job_options: JobArguments,
+    new_run: NewRun,
     prepare: Prepare = False,
     dry_run: Annotated[
         bool,
@@ -63,36 +59,34 @@ def search(
     **sleb search demo** takes a few minutes on two CPU cores.
     """
     spec = specs.run_spec(model, **options)
-    job = specs.job_spec("search", allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, **execution_options)
+    job = specs.job_spec("search", **new_run.of_job(), **job_options)
     if dry_run:
         _print_forecast(spec, job, execution.forecast(spec, job), as_json)
     elif prepare:
-        prepare_job(run_folder.create(spec, run_dir), job, as_json)
+        prepare_job(run_folder.create(spec, new_run.run_dir), job, as_json)
     else:
-        _start(spec, job, run_dir, as_json)
+        _start(spec, job, new_run.run_dir, as_json)
 
 
 @grouped
 def analyze(
     model: Model,
-    options: Analysis,
-    execution_options: ExecutionOfAnalysis,
-    run_dir: RunDir = None,
-    allow_pickle: AllowPickle = False,
-    trust_remote_code: TrustRemoteCode = False,
+    options: AnalysisArguments,
+    job_options: AnalysisJobArguments,
+    new_run: NewRun,
     as_json: Json = False,
 ) -> None:
     """Measure how similar the blocks' outputs are, and where the prediction is already decided."""
     options["held_out"] = 0
     spec = specs.run_spec(model, kind="analyze", **options)
-    job = specs.job_spec("analyze", allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, **execution_options)
-    _start(spec, job, run_dir, as_json)
+    job = specs.job_spec("analyze", **new_run.of_job(), **job_options)
+    _start(spec, job, new_run.run_dir, as_json)
 
 
 @grouped
 def resume(
     run: RunName,
-    execution_options: ExecutionAsBefore,
+    job_options: ResumingJobArguments,
     allowed: AllowedAgain,
     prepare: Prepare = False,
     as_json: Json = False,
@@ -119,7 +113,7 @@ def resume(
             raise RunError(f"Run {resumed.run_id} is finished; there is nothing to prepare.")
     else:
         confirm_names(resumed, allowed.trust_paths)
-        job = execution.resuming_job(resumed, execution_options, allowed.allow_pickle, allowed.trust_remote_code)
+        job = execution.resuming_job(resumed, job_options, allowed.allow_pickle, allowed.trust_remote_code)
         if prepare:
             prepare_job(resumed, job, as_json)
             return

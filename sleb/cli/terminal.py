@@ -29,7 +29,7 @@ MOST_SHOWN = 500
 
 
 class _Patient(Console):
-    """A console nobody may be reading any more: what it cannot print is lost, and the work goes on."""
+    """A console that may have lost its reader: what it cannot print is lost, and the work goes on."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, **options)
@@ -173,7 +173,7 @@ def describe(stack: StackDescription) -> str:
 
 
 def describe_baseline(baseline: Baseline) -> str:
-    """The head of the table of steps, and the unmodified model as its first row."""
+    """The head of the table of steps, and the baseline as its first row."""
     head = f"step {'remove':>8}  {'score':>8}  {'margin':>17}  {'perplexity':>10}  {'held-out':>9}"
     return f"\n[dim]{head}[/]\n" + _row("", "none", "", "", baseline.perplexity, baseline, baseline)
 
@@ -222,7 +222,7 @@ def _verdict(step: Step) -> str:
     if step.margin_standard_error is None:
         return "[dim]one sequence: no error[/]"
     if not step.tied:
-        return "[green]told apart[/]"
+        return "[green]significantly different[/]"
     more = f" and {len(step.tied) - _TIED_SHOWN} more" if len(step.tied) > _TIED_SHOWN else ""
     names = {candidate.block: _name(candidate) for candidate in step.candidates}
     return f"[yellow]tied with {', '.join(names[block] for block in step.tied[:_TIED_SHOWN])}{more}[/]"
@@ -261,7 +261,7 @@ def describe_end(run: Run) -> str:
     name = shown(run_folder.reference(run))
     lines = [
         f"[bold]Removal list: {list(run.removal_list)}[/]",
-        _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters gone; {shown(finished)}"),
+        _labelled("kept", f"{_ranges(run.kept_blocks)}; {share:.1%} of the parameters removed; {shown(finished)}"),
         _labelled("next", f"sleb evaluate {name}\nsleb export {name} --format hf --out FOLDER{_budget(run)}"),
     ]
     return "\n" + "\n".join(lines)
@@ -276,15 +276,15 @@ def _budget(run: Run) -> str:
 def print_run(run: Run, console: Console | None = None) -> None:
     """The whole run on stdout, or on another console."""
     console = console or _Patient()
-    kind = run.spec.what
+    kind = run.spec.method_or_kind
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({job_processes.state_of(run).value})"))
     refined = ", refined by swaps" if run.spec.refine == "swap" else ""
     console.print(_labelled("what", f"{kind} of {shown(run.spec.model)}{refined}"))
     last: dict[str, Job] = {job.spec.kind: job for job in job_processes.watched(run).jobs}  # earlier tries are history
     for job in last.values():
         if job.status.message or not (job.status.state is JobState.FINISHED or job_processes.is_active(job)):
-            said = shown(job_processes.last_word(job))
-            console.print(_labelled("", f"{job.name} {job.status.state.value}: {said}"))
+            last_word = shown(job_processes.last_word(job))
+            console.print(_labelled("", f"{job.name} {job.status.state.value}: {last_word}"))
     own = job_processes.own_job(run)
     attempt = own.attempt if own else None
     if attempt is not None:
@@ -301,9 +301,9 @@ def print_run(run: Run, console: Console | None = None) -> None:
         console.print(describe_end(run))
 
 
-def print_runs(found: Sequence[Outline], every: bool) -> None:
+def print_runs(runs: Sequence[Outline], every: bool) -> None:
     """A line a run, newest first; on a screen the newest only, unless all are asked for."""
-    shown_runs = found if every or not Console().is_terminal else found[:MOST_SHOWN]
+    shown_runs = runs if every or not Console().is_terminal else runs[:MOST_SHOWN]
     rows = []
     for run in shown_runs:
         rows.append(
@@ -311,18 +311,18 @@ def print_runs(found: Sequence[Outline], every: bool) -> None:
                 run.run_id,
                 run.state.value,
                 run.spec.model,
-                run.spec.what,
+                run.spec.method_or_kind,
                 str(list(run.removal_list)) if run.removal_list else "-",
                 " → ".join("-" if each is None else decimal(each.perplexity) for each in (run.baseline, run.last)),
             )
         )
     if not rows:
-        Console(stderr=True).print("There are no runs yet. Start one with: sleb search demo")
+        Console(stderr=True).print("No runs yet. Start one with: sleb search demo")
         return
     table("", ("run", "state", "model", "method", "removal list", "perplexity"), rows)
-    if len(rows) < len(found):
-        said = f"The newest {len(rows):,} of {len(found):,} runs. All of them: sleb runs --all"
-        Console(stderr=True, highlight=False).print(said)
+    if len(rows) < len(runs):
+        remark = f"The newest {len(rows):,} of {len(runs):,} runs. All of them: sleb runs --all"
+        Console(stderr=True, highlight=False).print(remark)
 
 
 def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

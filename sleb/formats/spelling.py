@@ -63,7 +63,7 @@ def blocks(text: str) -> tuple[int, ...] | None:
 
 
 def listed(indices: Sequence[int]) -> str:
-    """Blocks in a field of a form; `none` where there is no block in the list."""
+    """Blocks in a field of a form; `none` for an empty list."""
     return ", ".join(map(str, indices)) or "none"
 
 

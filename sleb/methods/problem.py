@@ -67,7 +67,16 @@ def protected_blocks(spec: RunSpec, num_blocks: int) -> tuple[int, ...]:
     if protected is None:
         protected = (0, num_blocks - 1) if spec.method.protects_ends else ()
     _require_within("protect", protected, num_blocks)
-    return tuple(sorted(set(protected)))
+    kept = set(protected)
+    if spec.candidates is not None:
+        _require_within("candidates", spec.candidates, num_blocks)
+        kept |= set(range(num_blocks)).difference(spec.candidates)
+        if len(kept) == num_blocks:
+            raise OptionError(
+                "`candidates` names no block that can be removed (those of `protect` are kept): name others, or "
+                "shorten `protect`."
+            )
+    return tuple(sorted(kept))
 
 
 def _require_within(option: str, blocks: Sequence[int], num_blocks: int) -> None:
@@ -102,7 +111,7 @@ def require_possible(method: Method, num_blocks: int, num_remove: int, protected
         if hit:
             raise OptionError(
                 f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Free it with an empty `protect`, or lower `remove`."
+                "Leave it out of `protect`, or lower `remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(

@@ -28,7 +28,6 @@ class JobSpec(Record):
             "Batch size",
             "Sequences at once; halved when memory runs out.",
             EXECUTION,
-            unit="sequences",
             otherwise="chosen for the device",
         ),
     ] = None
@@ -39,7 +38,6 @@ class JobSpec(Record):
             "Processes",
             "Processes that share the sequences; one GPU each if there are any.",
             EXECUTION,
-            details="On this machine.",
             in_form=False,
         ),
     ] = 1

@@ -33,7 +33,7 @@ class Option:
     label: str
     """Name on a screen, a few words."""
     help: str
-    """One or two sentences for every edge; the default and the range are added by whoever shows them."""
+    """One or two sentences for every edge; the default and the range are added where it is shown."""
     group: str
     name: str = ""
     """Parameter of a notebook, and flag of the command line, where the field is called otherwise."""
@@ -42,7 +42,7 @@ class Option:
     metavar: str | None = None
     """An example of what is typed, or a word for it."""
     unit: str = ""
-    """Of a number. `rise` and `bytes` are typed in a way of their own."""
+    """What a number counts. `rise` and `bytes` are typed in a way of their own."""
     usual: Any = None
     """The default that stands for None, where that depends on other options."""
     demo: Any = None
@@ -146,8 +146,8 @@ class Setting:
 @cache
 def settings_of(record: type[BaseModel], *, search: bool = True) -> tuple[Setting, ...]:
     """The options that a record describes, group by group; without those of a search where none is wanted."""
-    found = sorted(_settings(record, ()), key=lambda each: GROUPS.index(each.option.group))
-    return tuple(each for each in found if search or not each.option.search_only)
+    settings = sorted(_settings(record, ()), key=lambda each: GROUPS.index(each.option.group))
+    return tuple(each for each in settings if search or not each.option.search_only)
 
 
 def _settings(record: type[BaseModel], path: tuple[str, ...]) -> Iterator[Setting]:

@@ -145,7 +145,7 @@ class Run(Record):
         """The trace with at least one finished step. Raises `RunError` with the reason why there is none."""
         if self.spec.kind != "search":
             raise RunError(
-                f"Run {self.run_id} is an {self.spec.what} and chose no block; search {self.spec.model} first."
+                f"Run {self.run_id} is an {self.spec.method_or_kind} and chose no block; search {self.spec.model} first."
             )
         if self.stack is None or self.trace is None or not self.trace.steps:
             raise RunError(

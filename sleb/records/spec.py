@@ -130,14 +130,14 @@ class RunSpec(Record):
             "Share of the blocks",
             "Or which share, rounded up.",
             BLOCKS,
-            details="To whole blocks, as in the paper (4.1).",
+            details="Shares are of whole blocks, as in the paper (4.1).",
             usual=0.2,
             demo=0.1,
             percent=(1, 99),
             search_only=True,
         ),
     ] = None
-    """With neither a number nor a share, every block that can be removed is a candidate to the end."""
+    """Without a number or a share, every block that can be removed is a candidate to the end."""
     protected: Annotated[
         tuple[int, ...] | None,
         Option(
@@ -148,6 +148,18 @@ class RunSpec(Record):
             details="Early exit and best chunk protect none by themselves.",
             metavar="0,29",
             otherwise="first and last",
+            search_only=True,
+        ),
+    ] = None
+    candidates: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "Candidate blocks",
+            "Blocks that may be removed; all others are kept.",
+            BLOCKS,
+            details="Protected blocks are kept even where they are named here.",
+            metavar="8-20,22",
+            otherwise="all",
             search_only=True,
         ),
     ] = None
@@ -223,8 +235,8 @@ class RunSpec(Record):
     """Blocks removed in a run that searches nothing, in the order in which they were given."""
 
     @property
-    def what(self) -> str:
-        """One word for lists of runs: the method, or what else it is."""
+    def method_or_kind(self) -> str:
+        """The method, or the kind of a run without a search: one word for lists of runs."""
         return {"analyze": "analysis", "evaluate": "evaluation"}.get(self.kind, self.method.value)
 
     @property

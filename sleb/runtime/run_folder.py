@@ -292,5 +292,5 @@ def _sentence(directory: Path, *parts: str) -> str | None:
 def _new_run_id(spec: RunSpec) -> str:
     """Sortable by time, telling by name, unlikely to collide."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
-    what = spec.what
+    what = spec.method_or_kind
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{what}-{secrets.token_hex(2)}"

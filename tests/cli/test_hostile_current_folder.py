@@ -51,17 +51,17 @@ def test_of_commands_of_several_processes_and_of_the_proof(hostile: Path, words:
     assert not (tmp_path / "ran").exists()
 
 
-def test_of_a_detached_job_and_of_the_time_probe(
+def test_of_a_detached_job_and_of_the_timing_probe(
     hostile: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the dashboard starts, from a server that runs in that folder."""
     monkeypatch.chdir(hostile)
     text = words[2].partition("=")[2]
     spec = run_spec(words[1], calibration=text, sequences=2, sequence_length=16, remove=1, analysis=False)
-    probe = forecast_process.begin(spec, job_spec("search", "cpu"))
-    while (found := probe.poll()) is None:
+    timing = forecast_process.begin(spec, job_spec("search", "cpu"))
+    while (result := timing.poll()) is None:
         time.sleep(0.05)
-    assert isinstance(found, Forecast), found
+    assert isinstance(result, Forecast), result
     run = run_folder.create(spec)
     assert job_processes.start(job_folder.create_job(run.run_dir, job_spec("search", "cpu"))).wait(timeout=400) == 0
     assert sleb.load(run.run_id).trace is not None

@@ -32,42 +32,42 @@ def arguments(tiny_model: Path, text_file: Path) -> list[object]:
 
 def test_json_is_one_object_and_alone_on_stdout(arguments: list[object]) -> None:
     out, err = run(*arguments, "--remove", 2, "--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert out.count("\n") == 1
     assert "Step 1 of 2" in err
     assert "perplexity" in err
     assert {"run_id", "run_dir", "model", "num_blocks", "method", "removal_list", "kept_blocks", "baseline"} <= set(
-        found
+        result
     )
-    assert {"steps", "block_evaluations", "head_evaluations"} <= set(found)
-    assert set(found["baseline"]) == {"nll_sum", "token_count", "perplexity", "held_out_perplexity"}
-    step = found["steps"][0]
+    assert {"steps", "block_evaluations", "head_evaluations"} <= set(result)
+    assert set(result["baseline"]) == {"nll_sum", "token_count", "perplexity", "held_out_perplexity"}
+    step = result["steps"][0]
     assert {"number", "removed", "removal_list", "perplexity", "held_out_perplexity", "margin"} <= set(step)
     assert {"margin_standard_error", "tied", "candidates", "seconds"} <= set(step)
     assert {"block", "nll_sum", "token_count", "perplexity"} <= set(step["candidates"][0])
-    assert sorted(found["removal_list"] + found["kept_blocks"]) == list(range(6))
-    assert found["steps"][-1]["removal_list"] == found["removal_list"]
-    shown = json.loads(run("show", found["run_id"], "--json")[0])
-    resumed = json.loads(run("resume", found["run_dir"], "--json")[0])
-    assert shown == resumed == found
+    assert sorted(result["removal_list"] + result["kept_blocks"]) == list(range(6))
+    assert result["steps"][-1]["removal_list"] == result["removal_list"]
+    shown = json.loads(run("show", result["run_id"], "--json")[0])
+    resumed = json.loads(run("resume", result["run_dir"], "--json")[0])
+    assert shown == resumed == result
 
 
 def test_the_screen_shows_the_evidence(arguments: list[object]) -> None:
     out, _ = run(*arguments, "--remove", 2)
     table = [line.split() for line in out.splitlines()]
     assert ["step", "remove", "score", "margin", "perplexity", "held-out"] in table
-    found = sleb.runs()[0].trace
-    assert found is not None
-    for step in found.steps:
+    result = sleb.runs()[0].trace
+    assert result is not None
+    for step in result.steps:
         row = next(words for words in table if words[:2] == [str(step.number), str(step.removed[0])])
         assert f"{step.margin:.4f}" in row
         assert f"{step.margin_standard_error:.4f}" in row
         assert f"{step.perplexity:,.2f}" in row
         assert f"{step.held_out.perplexity:,.2f}" in row
-        assert " ".join(row).endswith("told apart") or f"tied with {', '.join(map(str, step.tied[:6]))}" in " ".join(
-            row
-        )
-    assert f"Removal list: {list(found.removal_list)}" in out
+        assert " ".join(row).endswith(
+            "significantly different"
+        ) or f"tied with {', '.join(map(str, step.tied[:6]))}" in " ".join(row)
+    assert f"Removal list: {list(result.removal_list)}" in out
     run_id = sleb.runs()[0].run_id
     shown, _ = run("show", run_id)
     for line in out.strip().splitlines():
@@ -127,7 +127,7 @@ def test_a_finished_run_has_nothing_to_prepare(arguments: list[object]) -> None:
         (["stop", "nothing"], "no run"),
         (["delete", "nothing"], "no run"),
         (["import", "/nothing"], "no run"),
-        (["work", "/nothing"], "no folder /nothing"),
+        (["work", "/nothing"], "/nothing does not exist"),
         (["export", "nothing"], "no run"),
         (["export", "nothing", "--format", "onnx"], "onnx"),
         (["cache", "--clear", "everything"], "everything"),
@@ -155,8 +155,8 @@ def test_what_a_method_must_remove_cannot_be_protected(arguments: list[object]) 
 
 
 def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
-    found = json.loads(run(*arguments, "--remove", 2, "--json")[0])
-    name, removal_list = found["run_id"], found["removal_list"]
+    result = json.loads(run(*arguments, "--remove", 2, "--json")[0])
+    name, removal_list = result["run_id"], result["removal_list"]
     assert json.loads(run("export", name, "--format", "list")[0]) == removal_list
     assert json.loads(run("export", name, "--format", "list", "--steps", 1)[0]) == removal_list[:1]
     assert json.loads(run("export", name)[0])["removal_list"] == removal_list
@@ -181,20 +181,20 @@ def test_exports_of_the_list(arguments: list[object], tmp_path: Path) -> None:
 
 def test_the_smaller_model_is_written_and_proved(arguments: list[object], tmp_path: Path) -> None:
     """The whole way: search, export, reload in a process of its own."""
-    found = json.loads(run(*arguments, "--remove", 2, "--json")[0])
-    out, _ = run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--json")
+    result = json.loads(run(*arguments, "--remove", 2, "--json")[0])
+    out, _ = run("export", result["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--json")
     proof = json.loads(out)
     assert proof["passed"]
-    assert proof["kept_blocks"] == found["kept_blocks"]
+    assert proof["kept_blocks"] == result["kept_blocks"]
     from transformers import AutoModelForCausalLM
 
     smaller = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert len(smaller.model.layers) == 4
     assert json.loads((tmp_path / "smaller" / "proof.json").read_text())["passed"]
     assert "removal" in (tmp_path / "smaller" / "README.md").read_text().lower()
-    _, err = run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", code=2)
+    _, err = run("export", result["run_id"], "--format", "hf", "--out", tmp_path / "smaller", code=2)
     assert "--replace" in err
-    run("export", found["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--steps", 1, "--replace")
+    run("export", result["run_id"], "--format", "hf", "--out", tmp_path / "smaller", "--steps", 1, "--replace")
     assert json.loads((tmp_path / "smaller" / "proof.json").read_text())["blocks_after"] == 5
 
 
@@ -223,14 +223,14 @@ def test_a_failed_job_keeps_its_sentence_and_its_log(tiny_model: Path, tmp_path:
     from sleb.runtime import run_folder
     from sleb.runtime.processes import job_processes
 
-    spec = specs.run_spec(str(tiny_model), calibration=str(tmp_path / "gone.txt"), sequence_length=16, remove=1)
+    spec = specs.run_spec(str(tiny_model), calibration=str(tmp_path / "absent.txt"), sequence_length=16, remove=1)
     made = run_folder.create(spec)
     job = job_processes.next_job(made, specs.job_spec("search"))
     assert job_processes.start(job).wait(timeout=400) == 2
     failed = sleb.load(made.run_id).jobs[0]
     assert failed.status.state == "failed"
-    assert "gone.txt" in failed.status.message
-    assert "gone.txt" in (job.directory / "log.txt").read_text()
+    assert "absent.txt" in failed.status.message
+    assert "absent.txt" in (job.directory / "log.txt").read_text()
 
 
 def test_analyze_prints_and_caches(tiny_model: Path, text_file: Path) -> None:
@@ -276,13 +276,13 @@ def test_names_are_shown_as_text(text_file: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_run_can_be_deleted_and_an_old_job_does_not_matter(arguments: list[object]) -> None:
-    found = json.loads(run(*arguments, "--remove", 1, "--json")[0])
-    folder = Path(found["run_dir"])
+    result = json.loads(run(*arguments, "--remove", 1, "--json")[0])
+    folder = Path(result["run_dir"])
     (folder / "jobs" / "1-search" / "status.json").write_text("{")
-    assert "damaged" in run("show", found["run_id"])[0]
+    assert "damaged" in run("show", result["run_id"])[0]
     (folder / "spec.json").write_text("{")
-    assert "damaged" in run("show", found["run_id"], code=2)[1]
-    run("delete", found["run_id"], "--yes")
+    assert "damaged" in run("show", result["run_id"], code=2)[1]
+    run("delete", result["run_id"], "--yes")
     assert not folder.exists()
 
 
@@ -324,7 +324,7 @@ def test_a_dashboard_that_cannot_listen_says_so(address: str, sentence: str) -> 
 
 
 def test_what_the_dashboard_may_is_handed_to_its_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its environment, and whatever the environment said before."""
+    """By its environment, over what the environment err before."""
     started: list[list[str]] = []
     monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
     for name in (dashboard_files.ALLOW_PATH, dashboard_files.READ_ONLY):
@@ -332,13 +332,13 @@ def test_what_the_dashboard_may_is_handed_to_its_server(tmp_path: Path, monkeypa
     (tmp_path / "a:b").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "a:b")
     port = f"--port={free_port()}"
-    run("dashboard", port, "--allow-path", tmp_path / "gone", code=2)
+    run("dashboard", port, "--allow-path", tmp_path / "absent", code=2)
     assert started == []
     run("dashboard", port, "--allow-path", tmp_path / "link", "--allow-path", tmp_path, "--read-only")
     assert json.loads(os.environ[dashboard_files.ALLOW_PATH]) == [str(tmp_path / "a:b"), str(tmp_path)]
     assert os.environ[dashboard_files.READ_ONLY] == "1"
-    _, said = run("dashboard", port, "--address=0.0.0.0", "--server.maxUploadSize=1")
-    assert "--allow-path DIR" in said
+    _, err = run("dashboard", port, "--address=0.0.0.0", "--server.maxUploadSize=1")
+    assert "--allow-path DIR" in err
     assert (os.environ[dashboard_files.ALLOW_PATH], os.environ[dashboard_files.READ_ONLY]) == ("[]", "0")
     assert started[1][-3:] == [port.replace("--", "--server."), "--server.address=0.0.0.0", "--server.maxUploadSize=1"]
     assert started[1][1:3] == ["-P", str(dashboard_files.SERVER)]
@@ -347,9 +347,9 @@ def test_what_the_dashboard_may_is_handed_to_its_server(tmp_path: Path, monkeypa
 def free_port() -> int:
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def test_a_report_is_written_once(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def question(text: Path, **settings: Any) -> EvaluateSpec:
 def test_what_it_names_is_shown_and_not_read_before_it_is_confirmed(model: Path, text: Path, tmp_path: Path) -> None:
     run = from_elsewhere(tmp_path / "theirs", model, text)
     for words in (["resume"], ["work"], ["generate", "--prompt=a", "--removal-list=[1]"], ["heal", "--removal-list=1"]):
-        said = command(words[0], run.run_dir, *words[1:], code=2)[1]
-        assert str(model) in said, words
-        assert "--trust-paths" in said
+        err = command(words[0], run.run_dir, *words[1:], code=2)[1]
+        assert str(model) in err, words
+        assert "--trust-paths" in err
     assert "--trust-paths" in command("export", run.run_dir, "--format=hf", f"--out={tmp_path / 'out'}", code=2)[1]
     assert not run_folder.load(run.run_dir).jobs
     command("resume", run.run_dir, "--trust-paths")
@@ -78,12 +78,12 @@ def test_its_code_does_not_run_because_its_job_says_so(model: Path, text: Path, 
 def test_a_broken_off_question_is_not_asked_again_with_its_permissions(model: Path, text: Path, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
     tasks.mkdir()
-    asked = question(text, tasks=["theirs"], task_folder=str(tasks))
-    job = JobSpec(kind="evaluate", ask=asked, trust_remote_code=True, allow_pickle=True)
+    request = question(text, tasks=["theirs"], task_folder=str(tasks))
+    job = JobSpec(kind="evaluate", ask=request, trust_remote_code=True, allow_pickle=True)
     run = from_elsewhere(tmp_path / "theirs", model, text, job, finished=True)
     _break_off(run)
-    said = command("resume", run.run_dir, "--trust-paths", code=2)[1]
-    assert f"--allow-pickle --trust-remote-code --task-folder {tasks}" in said
+    err = command("resume", run.run_dir, "--trust-paths", code=2)[1]
+    assert f"--allow-pickle --trust-remote-code --task-folder {tasks}" in err
     with pytest.raises(NotPermitted, match="--task-folder"):
         sleb.resume(run.run_dir, trust_paths=True, trust_remote_code=True, allow_pickle=True)
     assert len(run_folder.load(run.run_dir).jobs) == 1
@@ -95,8 +95,8 @@ def test_it_writes_nowhere_because_its_job_says_so(model: Path, text: Path, tmp_
     (precious / "proof.json").write_text("{}")
     ask = QuantizeSpec(lists=((1,),), texts=(), out=str(precious), replace=True)
     run = from_elsewhere(tmp_path / "theirs", model, text, JobSpec(kind="quantize", ask=ask), finished=True)
-    said = command("work", run.run_dir, "--trust-paths", code=2)[1]
-    assert f"--out {precious} --replace" in said
+    err = command("work", run.run_dir, "--trust-paths", code=2)[1]
+    assert f"--out {precious} --replace" in err
     assert "--replace" in command("work", run.run_dir, "--trust-paths", "--out", precious, code=2)[1]
     assert "--out" in command("work", run.run_dir, "--trust-paths", "--out", tmp_path, "--replace", code=2)[1]
     assert (precious / "proof.json").read_text() == "{}"
@@ -201,8 +201,8 @@ def test_the_revision_that_is_loaded_is_the_one_that_is_shown(model: Path, text:
 
 def test_a_search_in_a_run_that_searches_nothing_reads_no_text(text: Path, tmp_path: Path) -> None:
     run = from_elsewhere(tmp_path / "theirs", "demo", text, JobSpec(kind="search"), finished=True)
-    said = command("work", run.run_dir, "--trust-paths", code=2)[1]
-    assert "of another kind than its run" in said
+    err = command("work", run.run_dir, "--trust-paths", code=2)[1]
+    assert "of another kind than its run" in err
     assert not (run.run_dir / "stack.json").exists()
 
 
@@ -243,8 +243,8 @@ def test_a_small_file_takes_no_large_memory(model: Path, text: Path, tmp_path: P
 @pytest.mark.parametrize("dtype", ["float16\ntokenizer_source: base", "nope"])
 def test_a_type_of_weights_is_one_that_there_is(dtype: str, model: Path, text: Path, tmp_path: Path) -> None:
     run = from_elsewhere(tmp_path / "theirs", model, text)
-    found = json.loads(make_stack().model_dump_json()) | {"dtype": dtype}
-    (run.run_dir / "stack.json").write_text(json.dumps(found))
+    stack = json.loads(make_stack().model_dump_json()) | {"dtype": dtype}
+    (run.run_dir / "stack.json").write_text(json.dumps(stack))
     with pytest.raises(RunError, match="damaged: dtype"):
         sleb.load(run.run_dir)
 
@@ -258,9 +258,9 @@ def test_whoever_is_asked_sees_the_whole_name_and_stdout_stays_clean(
     secret.write_text(text.read_text())
     run = from_elsewhere(tmp_path / "theirs", model, secret)
     monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
-    out, said = command("resume", run.run_dir, "--prepare", code=1)
-    assert str(secret) in said
-    assert (out, said.splitlines()[-1]) == ("", "Go on? [y/N]: sleb: Nothing was read.")
+    out, err = command("resume", run.run_dir, "--prepare", code=1)
+    assert str(secret) in err
+    assert (out, err.splitlines()[-1]) == ("", "Go on? [y/N]: sleb: Nothing was read.")
     monkeypatch.setattr(sys, "stdin", _Terminal("y\n"))
     out, _ = command("resume", run.run_dir, "--prepare")
     assert Path(out.removesuffix("\n")).is_dir()
