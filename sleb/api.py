@@ -18,7 +18,6 @@ from sleb.records import (
     Finding,
     GenerateSpec,
     HealSpec,
-    JobSpec,
     Method,
     Permissions,
     Proof,
@@ -28,7 +27,7 @@ from sleb.records import (
 from sleb.runtime import files, findings_folder, run_folder
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Watcher
-from sleb.specs import job_spec, run_spec, validated
+from sleb.specs import job_spec, run_spec
 
 
 def search(
@@ -177,7 +176,7 @@ def resume(
         if unanswered is None:
             return found
         job_processes.require_allowed(unanswered, allowed)
-        return execute(found, unanswered.spec, watcher, allowed)
+        return execute(found, unanswered.require_spec(), watcher, allowed)
     processes, memory_budget = as_before(found, processes, memory_budget)
     job = job_spec(
         found.spec.kind, device, batch_size, allow_pickle, trust_remote_code, processes, memory_budget, speedups
@@ -209,13 +208,22 @@ def export_model(
     cannot express the removal, or the proof fails.
     """
     found = _found(run)
-    job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
     folder = str(files.expanded(Path(out)).absolute())
     if gguf is not None and format != "gguf":
         raise OptionError("--gguf names the file that --format gguf cuts; add that, or leave it out.")
     source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
-    what = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
-    job = validated(JobSpec, job.model_dump() | what)
+    job = job_spec(
+        "export",
+        device,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        memory_budget=memory_budget,
+        steps=steps,
+        out=folder,
+        format=format,
+        gguf=source,
+        replace=replace,
+    )
     done = execute(found, job, watcher, Permissions.of(job, trust_paths=trust_paths))
     return finished_exports.read_proof(done)
 

@@ -86,7 +86,7 @@ def work(job_dir: Path, watcher: Watcher | None = None, permissions: Permissions
         _assist(job_dir, permissions)
         return run_folder.load(job_dir.parent.parent)
     local = rank.local_size if rank.size > 1 else None
-    with job_processes.executing(job_dir, watcher.progress, local, partial(_require_model, job_dir)) as reporter:
+    with job_processes.executing(job_dir, watcher.waiting, local, partial(_require_model, job_dir)) as reporter:
         from sleb.worker import execute as execute_job  # torch: not before it is this job's turn
 
         execute_job(job_dir, reporter, watcher, permissions)

@@ -8,11 +8,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from sleb.errors import OptionError, quoted
-from sleb.records import CalibrationSpec, JobKind, JobSpec, Method, Record, RunSpec
+from sleb.records import JOB_SPEC, CalibrationSpec, JobKind, JobSpec, Method, Record, RunSpec
 from sleb.runtime import files
 
 R = TypeVar("R", bound=Record)
@@ -111,18 +111,23 @@ def job_spec(
     processes: int = 1,
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
+    **own: Any,
 ) -> JobSpec:
-    """How it is to be done; the memory budget is in bytes. Raises `OptionError` out of range."""
+    """A job with its settings, and the fields that only its kind has; the memory budget is in bytes.
+
+    Raises `OptionError` out of range.
+    """
     settings = {"kind": kind, "device": text("device", device), "batch_size": batch_size}
     scale = {"processes": processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    return validated(JobSpec, settings | scale | permissions)
+    return validated(JOB_SPEC, settings | scale | permissions | own)
 
 
-def validated(record: type[R], settings: dict[str, Any]) -> R:
+def validated(record: type[R] | TypeAdapter[R], settings: dict[str, Any]) -> R:
     """What is asked, checked. Raises `OptionError` with one sentence."""
     try:
-        return writable(record.model_validate(settings))
+        validate = record.validate_python if isinstance(record, TypeAdapter) else record.model_validate
+        return writable(validate(settings))
     except ValidationError as error:
         raise OptionError(sentence(error)) from error
 

@@ -16,7 +16,7 @@ import sleb
 from sleb.errors import BadInput, CalibrationError, ModelError, NotNumbers, OptionError, RunBusy, RunError
 from sleb.formats.run_json import summary
 from sleb.model.block_stack import BlockStack
-from sleb.records import JobSpec, JobState, Step
+from sleb.records import JobState, SearchJob, Step
 from sleb.runtime import job_folder, origin, trace_file
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
@@ -224,7 +224,7 @@ def test_a_run_whose_weights_or_text_changed_is_not_continued(
 
 
 def test_a_run_of_another_process_is_not_touched(run: sleb.Run) -> None:
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     with job_processes.executing(job.directory), pytest.raises(RunBusy):
         sleb.export_model(run, "anywhere")
 
@@ -284,7 +284,7 @@ def test_bad_options_are_sentences(
 def test_predictions_that_are_not_numbers_end_the_search_early(tmp_path: Path, text_file: Path) -> None:
     folder = tiny.save(tmp_path / "model")
     _change_weights(folder, "model.layers.2.mlp.down_proj.weight", float("nan"))
-    with pytest.raises(NotNumbers, match=r"^The unmodified model .*not numbers in float32\. Check the weights\.$"):
+    with pytest.raises(NotNumbers, match=r"^The baseline .*not numbers in float32\. Check the weights\.$"):
         sleb.search(str(folder), **options(text_file))
 
 

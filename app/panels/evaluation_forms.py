@@ -214,12 +214,7 @@ def which(run: Run, found: Curves, findings: Sequence[Finding], key: str, propos
 def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
     """Texts by name; files that were measured before are offered again."""
     known = {name: name for name in NAMED_TEXTS} | known_files(run)
-    last = [
-        each
-        for job in run.jobs
-        if job.spec.ask and job.spec.ask.kind != "benchmark"
-        for each in _texts_of(job.spec.ask)
-    ]
+    last = [each for job in run.jobs if job.ask and job.ask.kind != "benchmark" for each in _texts_of(job.ask)]
     return st.multiselect(
         label, list(known), [short(last[-1])] if last else ["wikitext2"], key=f"{key}-{run.run_id}",
         accept_new_options=True, placeholder="None",
@@ -267,7 +262,7 @@ def _protocol() -> dict[str, Any]:
 
 def known_files(*runs: Run) -> dict[str, str]:
     """Files that were asked for before, by name: findings do not say where a text lies."""
-    asked = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
+    asked = [each for run in runs for job in run.jobs if job.ask for each in _texts_of(job.ask)]
     return {short(each): each for each in asked if short(each) not in NAMED_TEXTS}
 
 

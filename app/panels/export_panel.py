@@ -20,7 +20,7 @@ from sleb.errors import OptionError, SlebError
 from sleb.export import gguf_plan
 from sleb.export.destination import Destination
 from sleb.export.finished_exports import Export, read_exports
-from sleb.records import Job, JobSpec, JobState, Run
+from sleb.records import ExportJob, Job, JobState, Run
 from sleb.report import build
 from sleb.runtime import files, job_folder
 from sleb.runtime.processes import job_processes
@@ -104,9 +104,8 @@ def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     """A process that exports, or the sentence that says why not."""
     try:
         folder = _checked_file(out, replace) if kind == GGUF else _checked(out, replace)
-        spec = data.job_spec("export", "cpu").model_dump()
-        spec |= {"steps": steps, "out": str(folder), "replace": replace, "format": kind}
-        foreign_names.go_on(run, JobSpec.model_validate(spec))
+        job = data.job_spec("export", "cpu", steps=steps, out=str(folder), replace=replace, format=kind)
+        foreign_names.go_on(run, job)
     except SlebError as error:
         st.error(plain(error))
         return
@@ -165,7 +164,7 @@ def _watch(run: Run) -> None:
             st.markdown(f"{plain(phase)} …")
             if started is not None:
                 st.caption(duration(max(0.0, time.time() - started)))
-        st.caption(f"{_removed(run, job)} blocks removed, into {plain(job.spec.out)}")
+        st.caption(f"{_removed(run, job)} blocks removed, into {plain(_out(job))}")
         if not access.rule().read_only and st.button(
             "Stop", icon=":material/stop:", help="Nothing is left behind: what is written appears at the end only."
         ):
@@ -244,9 +243,13 @@ def _proof_card(export: Export) -> None:
 def _removed(run: Run, job: Job) -> int | None:
     """Blocks that an export takes away: a swap is a step, and removes no more of them."""
     try:
-        return len(run.removal_list_after(job.spec.steps))
+        return len(run.removal_list_after(job.spec.steps)) if isinstance(job.spec, ExportJob) else None
     except SlebError:  # the trace was cut since
         return None
+
+
+def _out(job: Job) -> str | None:
+    return job.spec.out if isinstance(job.spec, ExportJob) else None
 
 
 def _all_exports(run: Run, exports: list[Job]) -> None:
@@ -256,7 +259,7 @@ def _all_exports(run: Run, exports: list[Job]) -> None:
                 {
                     "State": state_word(job.status.state),
                     "Removed": _removed(run, job),
-                    "Folder": job.spec.out,
+                    "Folder": _out(job),
                     "Said": job.status.message,
                 }
                 for job in reversed(exports)

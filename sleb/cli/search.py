@@ -259,9 +259,9 @@ def resume(
         if unanswered is not None:
             confirm_names(found, trust_paths, unanswered.name)
             if prepare:
-                prepare_job(found, unanswered.spec, as_json)
+                prepare_job(found, unanswered.require_spec(), as_json)
             else:
-                execute_evaluation(found, unanswered.spec, allowed, as_json)
+                execute_evaluation(found, unanswered.require_spec(), allowed, as_json)
             return
     if not execution.is_finished(found):
         confirm_names(found, trust_paths)

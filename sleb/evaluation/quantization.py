@@ -29,14 +29,15 @@ from sleb.export.removal import plan_removal
 from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack, find_stack
 from sleb.model.loading import quieten_torchao
-from sleb.records import EvaluatedText, Quantization, QuantizeSpec, RemovalList
+from sleb.records import EvaluatedText, Quantization, QuantizeJob, QuantizeSpec, RemovalList
 
 SMALLEST_GROUP = 16  # weights that share a scale
 _LEAST_SHARE = 0.5  # of the blocks' weights: below it the answer would be about something else
 
 
-def require(ask: QuantizeSpec) -> None:
+def require(job: QuantizeJob) -> None:
     """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    ask = job.ask
     if importlib.util.find_spec("torchao") is None:
         raise OptionError("Quantising weights needs torchao: pip install 'sleb[quantize]'.")
     if not ask.texts:

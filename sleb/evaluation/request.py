@@ -87,8 +87,7 @@ def lists_of(
 
 def job_of(ask: Ask, **how: Any) -> JobSpec:
     """A job that asks this. Raises `OptionError`."""
-    job = specs.job_spec(ask.kind, **how)
-    return JobSpec.model_validate(job.model_dump() | {"ask": ask})
+    return specs.job_spec(ask.kind, ask=ask, **how)
 
 
 def ask_of(record: type[Any], **settings: Any) -> Any:
@@ -98,7 +97,7 @@ def ask_of(record: type[Any], **settings: Any) -> Any:
 
 def answers(run: Run) -> list[Finding]:
     """What the newest judging job of a run was asked, in the order in which it was answered."""
-    own = [job for job in run.jobs if job.spec.ask is not None]
+    own = [job for job in run.jobs if job.ask is not None]
     if not own:
         return []
     questions = job_folder.read_result(own[-1].directory)["findings"]

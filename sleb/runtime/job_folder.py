@@ -1,4 +1,4 @@
-"""The job folders of a run: what a job is asked, its status, its attempt and its result."""
+"""The job folders of a run: a job's spec, its status, its attempt and its result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from sleb.errors import RunError
-from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
+from sleb.records import Attempt, Job, JobKind, JobSpec, JobState, JobStatus, UnreadableJob
 from sleb.runtime import origin
 from sleb.runtime.files import inside, open_regular, open_to_append, read_json_inside, replace_file, writing
-from sleb.runtime.record_files import read_record
+from sleb.runtime.record_files import read_job_spec, read_record
 from sleb.runtime.unfinished import names
 
 LOG, RESULT = "log.txt", "result.json"
@@ -58,18 +58,18 @@ def _numbered(directory: Path, partial: Path, kind: str) -> Path:
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
     """The run's jobs, oldest first, as they were written."""
-    found = []
+    jobs = []
     for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
             continue
         try:
-            found.append(load_job(job_dir))
+            jobs.append(load_job(job_dir))
         except RunError as error:  # an old job's file must not make the run unusable
-            kind: Any = job_dir.name.partition("-")[2]
-            kind = kind if kind in get_args(JobSpec.model_fields["kind"].annotation) else "search"
+            named: Any = job_dir.name.partition("-")[2]
+            spec = UnreadableJob(kind=named if named in get_args(JobKind) else "search")
             status = JobStatus(state=JobState.FAILED, message=str(error))
-            found.append(Job(name=job_dir.name, directory=job_dir, spec=JobSpec(kind=kind), status=status))
-    return tuple(found)
+            jobs.append(Job(name=job_dir.name, directory=job_dir, spec=spec, status=status))
+    return tuple(jobs)
 
 
 def load_job(directory: Path) -> Job:
@@ -79,7 +79,7 @@ def load_job(directory: Path) -> Job:
     return Job(
         name=directory.name,
         directory=directory,
-        spec=read_record(JobSpec, run_dir, *parts, "spec.json"),
+        spec=read_job_spec(run_dir, *parts, "spec.json"),
         status=read_record(JobStatus, run_dir, *parts, "status.json") if has_status else JobStatus(),
         attempt=read_record(Attempt, run_dir, *parts, "attempt.json") if has_attempt else None,
     )
@@ -119,17 +119,17 @@ def read_result(job_dir: Path) -> Any:
 
 
 def write_status(job_dir: Path, status: JobStatus) -> None:
-    """Only the holder of the run's lock calls this."""
+    """Write the state of a job; only the holder of the run's lock calls this."""
     replace_file(_file(job_dir, "status.json"), status.model_dump_json(indent=1), make_folder=False)
 
 
 def write_attempt(job_dir: Path, attempt: Attempt) -> None:
-    """How this try is made."""
+    """Write how this try of the job is executed."""
     replace_file(_file(job_dir, "attempt.json"), attempt.model_dump_json(indent=1), make_folder=False)
 
 
 def write_result(job_dir: Path, result: dict[str, Any]) -> None:
-    """What a job that is no search found."""
+    """Write the result of a job that is not a search."""
     replace_file(_file(job_dir, RESULT), json.dumps(result, indent=1))
 
 
@@ -143,10 +143,10 @@ def job_dirs(directory: Path) -> list[Path]:
     jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
-    found = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
-    return sorted(found, key=lambda each: number_of(each.name))
+    folders = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
+    return sorted(folders, key=lambda each: number_of(each.name))
 
 
 def number_of(job_name: str) -> int:
-    """By which a run's jobs are ordered."""
+    """The number by which a run's jobs are ordered."""
     return int(job_name.split("-")[0])

@@ -165,7 +165,7 @@ def read(directory: Path, now_ns: int) -> Reading:
 def _contents(directory: Path) -> tuple[Contents, str | None]:
     """What a list shows, and the name of the job whose state it is."""
     spec = record_files.read_spec(directory)
-    own = [job for job in job_folder.read_jobs(directory) if job.spec.is_own(spec)]
+    own = [job for job in job_folder.read_jobs(directory) if job.is_own(spec)]
     baseline, last, finished, seconds = _ends(directory)
     num_blocks = None
     with suppress(OSError, ValueError, KeyError, TypeError, RunError):

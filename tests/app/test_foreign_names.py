@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from app import actions, data
 from sleb.errors import UnconfirmedNames
 from sleb.evaluation import request
-from sleb.records import EvaluateSpec, JobSpec, JobState, JobStatus, Run
+from sleb.records import EvaluateSpec, JobState, JobStatus, Run, SearchJob
 from sleb.runtime import job_folder, origin, run_folder
 from tests.support.dashboard import open_page, press, words
 from tests.support.runs import judged
@@ -139,14 +139,14 @@ def test_the_folder_s_own_job_writes_nowhere_and_brings_no_task_files(
 def test_names_that_change_after_they_were_shown_are_asked_again(home: Path, executed: list[list[str]]) -> None:
     run = stopped(home)
     with pytest.raises(UnconfirmedNames):
-        actions.go_on(data.load("one"), JobSpec(kind="search"), again=True, seen=("another/model",))
+        actions.go_on(data.load("one"), SearchJob(), again=True, seen=("another/model",))
     assert origin.unconfirmed(run.run_dir) == (SHOWN,)
     assert executed == []
 
 
 def test_a_stranger_s_thousand_processes_are_not_started(home: Path, executed: list[list[str]]) -> None:
     run = write_run(home / "runs" / "one", 12, 4, model="demo", done=2, state=JobState.STOPPED)
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search", processes=4096))
+    job = job_folder.create_job(run.run_dir, SearchJob(processes=4096))
     job_folder.write_status(job.directory, JobStatus(state=JobState.STOPPED))
     foreign(run)
     press(open_page("runs", run="one"), "Resume")

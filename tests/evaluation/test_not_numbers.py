@@ -40,8 +40,8 @@ from tests.support.command import run as sleb_run
 from tests.support.runs import judged
 from tests.support.runs.stores import write_run
 
-UNMODIFIED = r"^The unmodified model gives predictions that are not numbers in float16. Use --dtype bfloat16 or "
-WITHOUT = r"^The model without blocks \[2\] gives predictions that are not numbers in float16. Use --dtype bfloat16 or "
+UNMODIFIED = r"^The baseline gives predictions that are not numbers in float16. Use `dtype=bfloat16` or "
+WITHOUT = r"^The model without blocks \[2\] gives predictions that are not numbers in float16. Use `dtype=bfloat16` or "
 BOTH = [(2,), (3,)]
 """Lists without numbers, and with."""
 
@@ -177,7 +177,7 @@ def test_a_chart_does_not_take_a_missing_number_for_a_large_one(tmp_path: Path) 
 
     voided = [found[0].model_copy(update={"measured": nothing["measured"]}), *found[1:]]  # as version 0.1.0 kept it
     assert [line.kind for line in list_curves.curves(run, voided).cost] == ["held-out", "calibration"]
-    assert list_curves.curves(run, voided).notes[0].startswith("The unmodified model gives predictions that are not")
+    assert list_curves.curves(run, voided).notes[0].startswith("The baseline gives predictions that are not")
 
 
 @pytest.mark.parametrize(("command", "kind"), [("generate", Generation), ("benchmark", Timing)])

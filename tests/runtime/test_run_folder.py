@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sleb.errors import RunBusy, RunError, StorageError
-from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
+from sleb.records import Baseline, JobState, JobStatus, Run, RunSpec, SearchJob
 from sleb.runtime import files, job_folder, origin, run_folder, trace_file
 from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack, make_step, measured
@@ -199,7 +199,7 @@ def test_scores_are_kept_beside_the_trace(run: Run) -> None:
 
 
 def test_jobs_are_numbered_and_an_interrupted_one_is_derived(run: Run) -> None:
-    jobs_made = [job_folder.create_job(run.run_dir, JobSpec(kind="search")) for _ in range(11)]
+    jobs_made = [job_folder.create_job(run.run_dir, SearchJob()) for _ in range(11)]
     assert [job.name for job in jobs_made][-1] == "11-search"
     assert [job.name for job in run_folder.load(run.run_id).jobs] == [f"{n}-search" for n in range(1, 12)]
     gone = subprocess.Popen([sys.executable, "-c", "pass"])
@@ -215,7 +215,7 @@ def test_jobs_are_numbered_and_an_interrupted_one_is_derived(run: Run) -> None:
 
 
 def test_two_workers_never_execute_the_same_run(run: Run) -> None:
-    first, second = (job_folder.create_job(run.run_dir, JobSpec(kind="search")) for _ in range(2))
+    first, second = (job_folder.create_job(run.run_dir, SearchJob()) for _ in range(2))
     with job_processes.executing(first.directory):
         assert job_processes.state_of(run_folder.load(run.run_id)) is JobState.QUEUED  # the newest job is the second
         with pytest.raises(RunBusy, match="being executed by process"):
@@ -241,7 +241,7 @@ except RunBusy as error:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sleb.records import JobSpec, RunSpec
+from sleb.records import RunSpec, SearchJob
 from sleb.runtime import files, job_folder, run_folder
 from sleb.runtime.processes import job_processes
 name, folder = sys.argv[1], Path(sys.argv[2])
@@ -249,7 +249,7 @@ files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if name == "run":
     run_folder.create(RunSpec(model="m", ratio=0.1), folder)
 elif name == "job":
-    job_folder.create_job(folder, JobSpec(kind="search"))
+    job_folder.create_job(folder, SearchJob())
 else:
     run_folder.shutil.rmtree = run_folder.os.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     from sleb.runtime.unfinished import workspaces
@@ -281,7 +281,7 @@ def test_a_job_whose_process_was_killed_before_it_was_written_is_none(run: Run) 
     killed("job", run.run_dir)
     assert run_folder.load(run.run_id).jobs == ()
     assert len(list((run.run_dir / "jobs").iterdir())) == 1
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     with job_processes.executing(job.directory):
         assert [each.name for each in (run.run_dir / "jobs").iterdir()] == ["1-search"]
 

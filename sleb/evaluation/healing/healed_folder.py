@@ -30,7 +30,7 @@ from sleb.formats.list_formats import display_name, in_words
 from sleb.formats.model_card import PAPER, accounted_for, base_model, code, escaped, front_matter, licence_line
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection import licence
-from sleb.records import Healing, Proof, RemovalList
+from sleb.records import ExportJob, Healing, Proof, RemovalList
 from sleb.runtime import origin
 
 
@@ -156,7 +156,8 @@ def _require_same(folder: Path, adapted: Any, smaller: nn.Module) -> None:
 def _exported(subject: Subject, removal: Removal) -> Path | None:
     """The newest folder that the run exported here without these blocks and that still exists."""
     for each in reversed(finished_exports.read_exports(subject.run)):
-        ours = origin.is_written_here(subject.run.run_dir, "jobs", each.job.name) and each.job.spec.out == str(each.out)
+        spec, ours = each.job.spec, origin.is_written_here(subject.run.run_dir, "jobs", each.job.name)
+        ours = ours and isinstance(spec, ExportJob) and spec.out == str(each.out)
         if ours and each.proof.kept_blocks == removal.kept and (each.out / proof_process.PROOF).is_file():
             return each.out
     return None

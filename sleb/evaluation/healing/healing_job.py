@@ -32,7 +32,7 @@ from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
-from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
+from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealJob, HealSpec, Measured, RemovalList
 from sleb.runtime.files import inside, replace_file
 from sleb.scoring.sweep import Scorer
 from sleb.text import calibration
@@ -44,8 +44,9 @@ _MOST_HELD_OUT = 32  # sequences
 _ENOUGH_TO_MEND = 65_536  # tokens, where a training on more of them follows
 
 
-def require(ask: HealSpec) -> None:
+def require(job: HealJob) -> None:
     """What can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    ask = job.ask
     if not ask.lists:
         raise OptionError(
             "There is nothing to heal in the unmodified model: give --removal-list some blocks, or --steps above 0."

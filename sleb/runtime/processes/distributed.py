@@ -26,7 +26,7 @@ from sleb.errors import OptionError, RankLost, SlebError, Stopped
 from sleb.records import Permissions
 from sleb.runtime import job_folder
 from sleb.runtime.processes import device_queue
-from sleb.runtime.processes.job_processes import own_command
+from sleb.runtime.processes.job_processes import work_command
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +285,7 @@ def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, li
         with job_folder.open_log(job_dir) as output:
             helpers.append(
                 subprocess.Popen(
-                    own_command("work", *permissions.arguments, "--", str(job_dir)),
+                    work_command(job_dir, permissions),
                     env=os.environ | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=output,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
-from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
+from sleb.records import ExportJob, Job, JobSpec, JobState, JobStatus, Permissions, Progress, QuestionJob, Run
 from sleb.runtime import files, job_folder, origin, record_files, run_folder
 from sleb.runtime.processes import device_queue
 
@@ -39,35 +39,42 @@ SILENCE_SECONDS = 60.0
 class Reporter:
     """Keeps a job's status file fresh from a thread of its own; the worker only says how far it is."""
 
-    def __init__(self, job_dir: Path) -> None:
+    def __init__(self, job_dir: Path, status: JobStatus) -> None:
         self.job_dir = job_dir
-        process = psutil.Process()
-        self._status = JobStatus(
+        self._status = status
+        self._progress: Progress | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    @classmethod
+    def started(cls, job_dir: Path) -> Reporter:
+        """Write that this process waits with the job, and go on writing that it lives."""
+        process, now = psutil.Process(), time.time()
+        status = JobStatus(
             state=JobState.QUEUED,
             pid=process.pid,
             host=socket.gethostname(),
             process_started=process.create_time(),
-            started=time.time(),
-            heartbeat=time.time(),
+            started=now,
+            heartbeat=now,
         )
-        self._progress: Progress | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        job_folder.write_status(job_dir, self._status)
-        self._thread.start()
+        reporter = cls(job_dir, status)
+        job_folder.write_status(job_dir, status)
+        reporter._thread.start()
+        return reporter
 
     def begin(self) -> None:
-        """The waiting is over."""
+        """Write that the waiting is over and the work begins."""
         self._status = self._status.model_copy(update={"state": JobState.RUNNING, "started": time.time()})
         self._progress = None
         job_folder.write_status(self.job_dir, self._now())
 
     def progress(self, progress: Progress) -> None:
-        """How far the job is; written with the next heartbeat."""
+        """Note how far the job is; it is written with the next heartbeat."""
         self._progress = progress
 
     def close(self, state: JobState, message: str = "") -> None:
-        """The last word on the job."""
+        """Write how the job ended, and no more after that."""
         self._done.set()
         self._thread.join()
         job_folder.write_status(self.job_dir, self._now().model_copy(update={"state": state, "message": message}))
@@ -105,37 +112,42 @@ def executing(
             raise RunBusy(_busy(run_dir)) from error
     try:
         run_folder.tidy(run_dir)
-        reporter = Reporter(job_dir)
-        spec = job_folder.load_job(job_dir).spec
-
-        def waiting(device: str, before: int) -> None:
-            ahead = f"{before} job{'s' if before > 1 else ''} before this one"
-            told = Progress(phase=f"Waiting for {device}", message=ahead)
-            reporter.progress(told)
-            watch(told)
-
-        try:
-            with stopping_on_sigterm(), contextlib.ExitStack() as stack:
-                require()
-                for device in device_queue.devices(
-                    spec.device, processes or spec.processes
-                ):  # all ask in the same order
-                    stack.enter_context(device_queue.turn(run_folder.home(), device, partial(waiting, device)))
-                reporter.begin()
-                yield reporter
-        except (Stopped, KeyboardInterrupt):
-            with _deaf():
-                reporter.close(JobState.STOPPED, "Stopped on request.")
-            raise
-        except SlebError as error:
-            _close_failed(reporter, str(error))
-            raise
-        except BaseException as error:
-            _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
-            raise
-        reporter.close(JobState.FINISHED)
+        reporter = Reporter.started(job_dir)
+        with _ending_recorded(reporter), stopping_on_sigterm(), contextlib.ExitStack() as stack:
+            spec = job_folder.load_job(job_dir).spec
+            require()
+            for device in device_queue.devices(spec.device, processes or spec.processes):  # all in the same order
+                waiting = partial(_report_waiting, reporter, watch, device)
+                stack.enter_context(device_queue.holding(run_folder.home(), device, waiting))
+            reporter.begin()
+            yield reporter
     finally:
         lock.release()
+
+
+def _report_waiting(reporter: Reporter, watch: Callable[[Progress], None], device: str, before: int) -> None:
+    ahead = f"{before} job{'s' if before > 1 else ''} before this one"
+    progress = Progress(phase=f"Waiting for {device}", message=ahead)
+    reporter.progress(progress)
+    watch(progress)
+
+
+@contextlib.contextmanager
+def _ending_recorded(reporter: Reporter) -> Iterator[None]:
+    """Whatever ends the job is the last word in its status."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        with _deaf():
+            reporter.close(JobState.STOPPED, "Stopped on request.")
+        raise
+    except SlebError as error:
+        _close_failed(reporter, str(error))
+        raise
+    except BaseException as error:
+        _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
+        raise
+    reporter.close(JobState.FINISHED)
 
 
 def _close_failed(reporter: Reporter, message: str) -> None:
@@ -155,7 +167,7 @@ def watched(run: Run) -> Run:
 
 def own_job(run: Run) -> Job | None:
     """The job whose state is the run's: its newest search or analysis, or of a run that searches nothing any job."""
-    own = [job for job in watched(run).jobs if job.spec.is_own(run.spec)]
+    own = [job for job in watched(run).jobs if job.is_own(run.spec)]
     return own[-1] if own else None
 
 
@@ -176,13 +188,13 @@ def unanswered(run: Run) -> Job | None:
 
     Of those that failed only the very last: what it failed of may be the question itself.
     """
-    own = [job for job in watched(run).jobs if job.spec.ask is not None]
-    answered = [job.spec.ask for job in own if job.status.state is JobState.FINISHED]
+    own = [job for job in watched(run).jobs if job.ask is not None]
+    answered = [job.ask for job in own if job.status.state is JobState.FINISHED]
     for job in reversed(own):
         broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED) or (
             job.status.state is JobState.QUEUED and not is_active(job)
         )
-        if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
+        if job.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
             return job
     return None
 
@@ -212,7 +224,7 @@ def require_allowed(job: Job, permissions: Permissions) -> None:
     """
     run_dir = job.directory.parent.parent
     permissions.granted(job.spec)
-    if job.spec.ask is None and job.spec.kind not in ("export", record_files.read_spec(run_dir).kind):
+    if not isinstance(job.spec, ExportJob | QuestionJob) and job.spec.kind != record_files.read_spec(run_dir).kind:
         raise RunError(f"Job {job.name} of {run_dir} is of another kind than its run; it is damaged. Delete it.")
     if not permissions.trust_paths:
         origin.require_confirmed(run_dir, job.name)
@@ -221,6 +233,20 @@ def require_allowed(job: Job, permissions: Permissions) -> None:
 def own_command(*words: str) -> list[str]:
     """This program as a process of its own: the one that is running here, whatever files the current folder holds."""
     return [sys.executable, "-P", "-m", "sleb", *words]
+
+
+def permission_options(permissions: Mapping[str, str | bool]) -> list[str]:
+    """Options of `sleb work` and `sleb resume` that give these permissions, by their names."""
+    options: list[str] = []
+    for name, value in permissions.items():
+        option = f"--{name.replace('_', '-')}"
+        options += [option] if value is True else [option, str(value)]
+    return options
+
+
+def work_command(job_dir: Path, permissions: Permissions) -> list[str]:
+    """This program as a process that executes a job with these permissions."""
+    return own_command("work", *permission_options(permissions.given), "--", str(job_dir))
 
 
 def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[bytes]:
@@ -233,7 +259,7 @@ def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[
     job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
     with files.writing(job.directory), job_folder.open_log(job.directory) as output:
         return subprocess.Popen(
-            own_command("work", *permissions.arguments, "--", str(job.directory)),
+            work_command(job.directory, permissions),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -18,7 +18,7 @@ import pytest
 
 from sleb.errors import RunError
 from sleb.formats import run_json
-from sleb.records import JobSpec, JobState, JobStatus, Run
+from sleb.records import JobState, JobStatus, Run, SearchJob
 from sleb.runtime import job_folder, run_folder, run_index
 from sleb.runtime.listing import index_file, run_list
 from sleb.runtime.run_index import Outline
@@ -153,9 +153,9 @@ def test_a_new_job_and_one_that_is_being_created_are_seen(home: Path) -> None:
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [state]
     (run.run_dir / "jobs" / "2-search").mkdir()  # a job without a spec is none yet
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [state]
-    (run.run_dir / "jobs" / "2-search" / "spec.json").write_text(JobSpec(kind="search").model_dump_json())
+    (run.run_dir / "jobs" / "2-search" / "spec.json").write_text(SearchJob().model_dump_json())
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [JobState.QUEUED]
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     job_folder.write_status(job.directory, JobStatus(state=JobState.FAILED))
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [JobState.FAILED]
 

@@ -18,7 +18,6 @@ from sleb.records import (
     Attempt,
     Baseline,
     CalibrationSpec,
-    JobSpec,
     JobState,
     JobStatus,
     Method,
@@ -26,6 +25,7 @@ from sleb.records import (
     PassageToken,
     Run,
     RunSpec,
+    SearchJob,
 )
 from sleb.runtime import job_folder, origin, record_files, run_folder, trace_file
 from tests.support.builders import make_stack
@@ -65,7 +65,7 @@ def write_run(
     stack = make_stack(
         num_blocks, protected=protected, num_remove=num_remove, sequence_length=LENGTH, sequences=SEQUENCES
     )
-    job = job_folder.create_job(folder, JobSpec(kind="search"))
+    job = job_folder.create_job(folder, SearchJob())
     origin.write_stack(folder, stack)
     _write_trace(folder, spec, stack.protected, num_blocks, num_remove if done is None else done, state, seed)
     if analysis:
