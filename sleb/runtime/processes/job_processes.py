@@ -1,7 +1,7 @@
 """Starting, stopping and watching the process that executes a run. No daemon: files, a lock and a pid.
 
 Only the holder of a run's lock writes a job's status. `interrupted` is derived: the status says running, but its
-process is gone (a pid means something on its own host only, and only with the time its process started).
+process has ended (a pid means something on its own host only, and only with the time its process started).
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def lock_of(run_dir: Path) -> FileLock:
 
 
 def watched(run: Run) -> Run:
-    """The run with the state of jobs whose process is gone derived."""
+    """The run with the state of jobs whose process has ended derived."""
     return run.model_copy(update={"jobs": tuple(derived(job) for job in run.jobs)})
 
 
@@ -293,7 +293,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 
 
 def _end(run: Run, pid: int, lock: FileLock, patience: float) -> None:
-    """Hold the run's lock, once the process that has it is gone. A folder from elsewhere can name any process."""
+    """Hold the run's lock, once the process that has it has ended. A folder from elsewhere can name any process."""
     with contextlib.suppress(Timeout):
         lock.acquire(timeout=0)  # nobody executes the run: there is no process to end, whatever its status says
         return
@@ -379,12 +379,12 @@ def _deaf() -> Iterator[None]:
 
 
 def derived(job: Job) -> Job:
-    """The job, interrupted if its status says that it runs or waits and its process is gone."""
+    """The job; interrupted, if its status says that it runs or waits and its process has ended."""
     status = derived_status(job.status)
     if status is job.status:
         return job
     if job.spec.kind == "export":  # which begins at its beginning
-        status = status.model_copy(update={"message": "Its process is gone; export once more."})
+        status = status.model_copy(update={"message": "Its process has ended; export again."})
     return job.model_copy(update={"status": status})
 
 
@@ -393,7 +393,7 @@ def derived_status(status: JobStatus) -> JobStatus:
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
         return status
-    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."})
+    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process has ended; resume it."})
 
 
 def _alive(status: JobStatus) -> bool:
