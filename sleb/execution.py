@@ -37,9 +37,9 @@ def start(
 def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
     """What a run will take: loads the model and times a few blocks. Writes nothing."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from sleb.forecast import probe
+    from sleb.forecast import timing_probe
 
-    return probe(spec, job or job_spec(spec.kind))
+    return timing_probe(spec, job or job_spec(spec.kind))
 
 
 def is_finished(run: Run) -> bool:

@@ -162,7 +162,7 @@ class Session:
         self.batch_size = scorer.batch_size
 
     def _require_same_baseline(self, problem: Problem, scorer: Scorer) -> None:
-        """What a run goes on from was scored by this model: its first sequence is scored again.
+        """Score the first sequence again: what a run goes on from must be of this model.
 
         A run by an earlier version, which recorded weights alone, says from then on of what model it is.
         """
@@ -176,11 +176,11 @@ class Session:
 
     @contextmanager
     def _faster(self, scorer: Scorer, ahead: float, known: tuple[str, ...] | None) -> Iterator[None]:
-        """Blocks run in ways that are faster here; those of a run that is resumed, and of all ranks, are the same."""
+        """Run blocks with the optimizations that help here; a resumed run, and all ranks, use the same ones."""
         if self.job.speedups == "off" or scorer.plain:
             yield
             return
-        self.meter.phase("Trying faster ways through the blocks")
+        self.meter.phase("Trying optimizations of the blocks")
 
         def sped_up(known: tuple[str, ...] | None) -> AbstractContextManager[tuple[str, ...]]:
             return speedups.sped_up(self.stack, self.text.ids, scorer.batch_size, ahead, known=known)
@@ -219,7 +219,7 @@ class Session:
         return first
 
     def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
-        """What makes a baseline not worth an hour of searching, with the likely cause."""
+        """Reasons why the baseline is not worth an hour of searching, with the likely cause."""
         token = self.loaded.tokenizer.bos_token_id
         if (
             not self.text.bos
@@ -236,7 +236,7 @@ class Session:
             if after < 0.8 * before:
                 yield (
                     f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "
-                    f"is {after:.1f} instead of {before:.1f}: search with --bos yes."
+                    f"is {after:.1f} instead of {before:.1f}: search with `bos=yes`."
                 )
         vocabulary = self.description.vocab_size
         if perplexity >= 0.5 * vocabulary:
@@ -247,7 +247,7 @@ class Session:
         elif perplexity > 1000:
             yield (
                 f"The baseline's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
-                "that the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
+                "that the text is in a language it was trained on, that the tokenizer is its own, and try `bos=yes`."
             )
 
     def _steps(self, problem: Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
@@ -303,7 +303,7 @@ class Session:
         trace_file.append_step(self.run.run_dir, step)
 
     def _held_out_error(self, problem: Problem, nats: np.ndarray) -> float | None:
-        """How sure the rise on the held-out sequences is, over the baseline on the same ones."""
+        """Standard error of the rise over the baseline on the held-out sequences, per token."""
         try:
             before = trace_file.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
         except (RunError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
@@ -313,7 +313,7 @@ class Session:
 
     def _analyze(self) -> None:
         self.meter.phase("Analyses")
-        found, sample = analyze(
+        analysis, sample = analyze(
             self.stack,
             self.loaded.tokenizer,
             self.text.ids[: self.text.sequences],
@@ -326,7 +326,7 @@ class Session:
             progress=self.meter.part,
         )
         token_sample.write(self.run.run_dir, sample)
-        record_files.write_analysis(self.run.run_dir, found)
+        record_files.write_analysis(self.run.run_dir, analysis)
 
 
 def _described(
@@ -396,7 +396,7 @@ def _number_to_remove(spec: RunSpec, num_blocks: int, num_candidates: int) -> in
 
 
 def _uncounted(scorer: Scorer, score: Score) -> Score:
-    """Scores that a resumed run takes once more, and that are on record as taken."""
+    """Scores that a resumed run takes again, without counting them a second time."""
 
     def again(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         before = scorer.block_evaluations, scorer.head_evaluations

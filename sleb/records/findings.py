@@ -272,7 +272,7 @@ class Generation(Finding):
 
     @property
     def known_apart(self) -> tuple[Sequence[Hashable], Sequence[Hashable]]:
-        """The tokens of both continuations as they are compared: by id, or by text where there are no ids.
+        """The tokens of both continuations as they are compared: by id, or by text without ids.
 
         Of a character in several tokens only the last has text.
         """

@@ -23,7 +23,7 @@ from sleb.runtime.files import inside, open_to_append, parse_json, read_regular,
 from sleb.runtime.record_files import other_version, require_run
 
 MOST_TRACE_BYTES = 512 << 20
-"""Of a trace: each swap of a long list brings thousands of candidates."""
+"""Size in bytes above which a trace is not read: each swap of a long list brings thousands of candidates."""
 
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:

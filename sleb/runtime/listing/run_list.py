@@ -77,7 +77,7 @@ class RunList:
             return [self._shown[name] for name in self._order]
 
     def summaries(self, make: Callable[[Run], str]) -> Iterator[tuple[Outline, str] | RunError]:
-        """The text that `make` gives for each run, newest first, one after the other; the error of one that cannot be read.
+        """The text that `make` gives for each run, newest first, one by one; the error of one that cannot be read.
 
         It is made of the whole run, and kept in the index for as long as no file of the run changes.
         """
@@ -169,7 +169,7 @@ class RunList:
             self._order = tuple(sorted(known, key=lambda name: (known[name].changed, name), reverse=True))
 
     def _looked_at(self, name: str, before: Reading | None) -> Reading | None:
-        """A run as it is now; None where there is no run of that name."""
+        """A run as it is now; None without a run of that name."""
         directory = f"{self._folder}/{name}"
         if before is not None and before.is_current(directory):
             return before

@@ -295,7 +295,7 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 def _end(run: Run, pid: int, lock: FileLock, patience: float) -> None:
     """Hold the run's lock, once the process that has it has ended. A folder from elsewhere can name any process."""
     with contextlib.suppress(Timeout):
-        lock.acquire(timeout=0)  # nobody executes the run: there is no process to end, whatever its status says
+        lock.acquire(timeout=0)  # nobody executes the run: whatever its status says, no process is to be ended
         return
     try:
         with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end meanwhile
@@ -410,6 +410,6 @@ def _silence(status: JobStatus) -> float:
 def _busy(run_dir: Path) -> str:
     run = run_folder.load(run_dir)
     job = active(run)
-    who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
-    how = f"sleb stop {run_folder.reference(run)}"
-    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: {how}"
+    holder = f"process {job.status.pid} on {job.status.host}" if job else "another process"
+    command = f"sleb stop {run_folder.reference(run)}"
+    return f"Run {run.run_id} is being executed by {holder}. Wait for it, or stop it with: {command}"
