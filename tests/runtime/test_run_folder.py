@@ -193,20 +193,20 @@ def test_replaced_files_are_whole_and_leave_no_litter(run: Run, monkeypatch: pyt
 def test_scores_are_kept_beside_the_trace(run: Run) -> None:
     nats = np.random.default_rng(0).random((4, 3))
     trace_file.write_scores(run.run_dir, "step-0001", nats=nats, blocks=np.arange(4))
-    found = trace_file.read_scores(run.run_dir, "step-0001")
-    np.testing.assert_array_equal(found["nats"], nats)
-    np.testing.assert_array_equal(found["blocks"], np.arange(4))
+    result = trace_file.read_scores(run.run_dir, "step-0001")
+    np.testing.assert_array_equal(result["nats"], nats)
+    np.testing.assert_array_equal(result["blocks"], np.arange(4))
 
 
 def test_jobs_are_numbered_and_an_interrupted_one_is_derived(run: Run) -> None:
     jobs_made = [job_folder.create_job(run.run_dir, SearchJob()) for _ in range(11)]
     assert [job.name for job in jobs_made][-1] == "11-search"
     assert [job.name for job in run_folder.load(run.run_id).jobs] == [f"{n}-search" for n in range(1, 12)]
-    gone = subprocess.Popen([sys.executable, "-c", "pass"])
-    gone.wait()
+    removed = subprocess.Popen([sys.executable, "-c", "pass"])
+    removed.wait()
     import socket
 
-    status = JobStatus(state=JobState.RUNNING, pid=gone.pid, host=socket.gethostname(), process_started=1.0)
+    status = JobStatus(state=JobState.RUNNING, pid=removed.pid, host=socket.gethostname(), process_started=1.0)
     job_folder.write_status(jobs_made[-1].directory, status)
     assert job_processes.state_of(run_folder.load(run.run_id)) is JobState.INTERRUPTED
     elsewhere = status.model_copy(update={"host": "another-host", "heartbeat": 0.0})
@@ -258,9 +258,9 @@ else:
 """
 
 
-def killed(what: str, folder: Path) -> None:
+def killed(kind: str, folder: Path) -> None:
     """A process that is killed while it makes a run or a job, or deletes a run."""
-    done = subprocess.run([sys.executable, "-c", KILLED, what, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(folder)], capture_output=True, text=True)
     assert done.returncode < 0, done.stderr
 
 

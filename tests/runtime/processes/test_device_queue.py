@@ -1,4 +1,4 @@
-"""Jobs wait for their device in the order of their tickets; whoever dies gives the turn back."""
+"""Jobs wait in the device queue in the order of arrival; a process that dies leaves it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_dead_process_gives_its_turn_back(home: Path) -> None:
         f"device_queue._enter(device_queue._folder(Path({str(home)!r}), 'cpu'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert len(list(next((home / "queue").iterdir()).glob("0*"))) == 1  # its ticket is still there
+    assert len(list(next((home / "queue").iterdir()).glob("0*"))) == 1  # its entry is still there
     with device_queue.holding(home, "cpu", pytest.fail):
         assert device_queue.queue(home, "cpu") == [os.getpid()]
 

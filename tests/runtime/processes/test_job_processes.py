@@ -65,8 +65,8 @@ def test_a_model_that_is_not_there_is_refused_without_waiting(name: str, home: P
         job = run_folder.load(tmp_path / "run").jobs[-1]
         assert job.status.state is JobState.FAILED
         assert "There is no" in job.status.message
-        _, told = command("search", model, "--device", "cpu", "--run-dir", tmp_path / "other", code=2)
-    assert "There is no" in told
+        _, message = command("search", model, "--device", "cpu", "--run-dir", tmp_path / "other", code=2)
+    assert "There is no" in message
     assert not (tmp_path / "other").exists()
 
 
