@@ -52,6 +52,7 @@ from sleb.errors import SlebError, Stopped
 from sleb.records import Baseline, Progress, Step
 from sleb.runtime.processes.progress import Watcher
 from tests.support import gguf_files, tiny
+from tests.support.runs.recorded import step_of
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__
 HOST = "recorded"
@@ -264,23 +265,6 @@ def write_expected() -> None:
             "exported": {each: command("export", folder.name, "--format", each) for each in formats},
         }
         (ROOT / "expected" / f"{folder.name}.json").write_text(json.dumps(expected) + "\n")
-
-
-def step_of(step: Step) -> dict[str, Any]:
-    """The evidence of one step that a reader must find again."""
-    return dict(
-        number=step.number,
-        removed=step.removed,
-        restored=step.restored,
-        removal_list=step.removal_list,
-        perplexity=step.perplexity,
-        held_out_perplexity=step.held_out.perplexity,
-        margin=step.margin,
-        margin_standard_error=step.margin_standard_error,
-        tied=step.tied,
-        improvement=step.improvement,
-        candidates=[[each.block, each.score_sum, each.sequences] for each in step.candidates],
-    )
 
 
 def tidy() -> None:

@@ -30,6 +30,7 @@ from sleb.records import Proof
 from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
 from tests.support.paths import DATA, ROOT
+from tests.support.runs.recorded import steps_of
 
 RECORDED = DATA / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"
@@ -124,26 +125,6 @@ def assert_says(result: Any, expected: Any, where: str = "", rel: float = 1e-9) 
         assert result == pytest.approx(expected, rel=rel, abs=rel), where
     else:
         assert result == expected, where
-
-
-def steps_of(run: sleb.Run) -> list[dict[str, Any]]:
-    """As `scripts/record_compatibility.py` wrote them down."""
-    return [
-        dict(
-            number=step.number,
-            removed=step.removed,
-            restored=step.restored,
-            removal_list=step.removal_list,
-            perplexity=step.perplexity,
-            held_out_perplexity=step.held_out.perplexity,
-            margin=step.margin,
-            margin_standard_error=step.margin_standard_error,
-            tied=step.tied,
-            improvement=step.improvement,
-            candidates=[[each.block, each.score_sum, each.sequences] for each in step.candidates],
-        )
-        for step in (run.trace.steps if run.trace else ())
-    ]
 
 
 def as_value(cell: str) -> Any:
@@ -275,7 +256,11 @@ def assert_ends_like(run: sleb.Run, reference: sleb.Run) -> None:
     assert run.removal_list == reference.removal_list
     assert run.trace.finished == reference.trace.finished
     assert run.trace.baseline.perplexity == pytest.approx(reference.trace.baseline.perplexity, rel=1e-4)
-    assert_says(as_json(steps_of(run)), as_json(steps_of(reference)), rel=1e-4)
+    assert_says(
+        as_json(steps_of(run)),
+        as_json(steps_of(reference)),
+        rel=1e-4,
+    )
     assert (run.analysis is None) is (reference.analysis is None)
     if run.analysis is not None and reference.analysis is not None:
         now, then = run.analysis, reference.analysis
