@@ -154,7 +154,7 @@ class StorageError(SlebError):
 
 
 class Stopped(SlebError):
-    """The job was asked to stop, and did."""
+    """The job was stopped on request."""
 
     exit_code = 130
 

@@ -95,7 +95,7 @@ class _Executor(Protocol[J, P]):
     """Executes jobs of one kind."""
 
     def prepare(self, run: Run, job: J, /) -> P:
-        """Refuse what can be refused before the model is loaded; what was found out in doing so."""
+        """Refuse what can be refused before the model is loaded, and return what `work` needs of it."""
 
     def work(self, execution: _Execution[J], prepared: P, /) -> None:
         """Load the model and do what the job says."""
@@ -129,7 +129,7 @@ class _Export:
 
 @dataclass(frozen=True)
 class _Answer(Generic[Q, A]):
-    """Answers one kind of question about removal lists, by the functions of the module that knows how."""
+    """Answers one kind of question about removal lists, by the functions of the module for it."""
 
     require: Callable[[Q], None]
     answer: Callable[[Subject, A], None]
@@ -178,7 +178,7 @@ def assist(job_dir: Path, permissions: Permissions) -> None:
 
 
 def _session(run: Run, job: JobSettings, group: distributed.Group, meter: Meter, watcher: Watcher) -> Session:
-    """The same on every rank: run and type of the first one, a device of its own."""
+    """Open the session of a rank: with run and type of the first one, on a device of its own."""
     run = group.share(lambda: run)
     device = distributed.device_of(group, job.device)
     loaded = load_run_model(run, job, device) if group.first else None
@@ -247,11 +247,11 @@ def versions() -> dict[str, str]:
 
 class _Log(logging.StreamHandler[TextIO]):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A log that cannot be written must not end the work it tells of."""
+        """Do nothing: a log that cannot be written must not end the work."""
 
 
 class _Printable(logging.Formatter):
-    """Lines of a log that steer no screen on which they are shown, whatever names from files are in them."""
+    """Writes lines that do not steer the screen on which they are shown, whatever names from files are in them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

@@ -27,7 +27,7 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk can refuse into one sentence; nothing already written is touched."""
+    """Turn what a disk can refuse into a `StorageError` of one sentence."""
     try:
         yield
     except OSError as error:

@@ -19,11 +19,11 @@ from sleb.runtime.unfinished import names
 
 LOG, RESULT = "log.txt", "result.json"
 MOST_JOBS = 999_999_999
-"""No job has a larger number, nor is one listed that has."""
+"""The largest number of a job; folders with larger ones are not listed."""
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
-    """The next numbered job folder of a run."""
+    """Make the next numbered job folder of a run."""
     jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
@@ -57,7 +57,7 @@ def _numbered(directory: Path, partial: Path, kind: str) -> Path:
 
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
-    """The run's jobs, oldest first, as they were written."""
+    """Read the run's jobs, oldest first, as they were written."""
     jobs = []
     for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
@@ -73,7 +73,7 @@ def read_jobs(directory: Path) -> tuple[Job, ...]:
 
 
 def load_job(directory: Path) -> Job:
-    """One job folder, read as it was written; `job_processes.watched` derives what a dead process could not write."""
+    """Read one job folder as it was written; `job_processes.watched` derives what a dead process could not write."""
     run_dir, parts = run_and_parts(directory)
     has_status, has_attempt = ((directory / name).exists() for name in ("status.json", "attempt.json"))
     return Job(
@@ -97,7 +97,7 @@ def _file(job_dir: Path, name: str) -> Path:
 
 
 def open_log(job_dir: Path) -> IO[bytes]:
-    """The job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
+    """Open the job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
     run_dir, parts = run_and_parts(job_dir)
     return open_to_append(run_dir, *parts, LOG)
 
@@ -113,7 +113,7 @@ def log_end(job_dir: Path, most_bytes: int = 200_000) -> str:
 
 
 def read_result(job_dir: Path) -> Any:
-    """What `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
+    """Read what `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
     run_dir, parts = run_and_parts(job_dir)
     return read_json_inside(run_dir, *parts, RESULT)
 
@@ -134,7 +134,7 @@ def write_result(job_dir: Path, result: dict[str, Any]) -> None:
 
 
 def withdraw_job(job: Job) -> None:
-    """Take back a job that never began."""
+    """Remove a job that never began."""
     shutil.rmtree(job.directory, ignore_errors=True)
 
 

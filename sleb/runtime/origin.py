@@ -56,7 +56,7 @@ def sign(folder: Path) -> None:
 
 
 def unconfirmed(run_dir: Path, *jobs: str) -> tuple[str, ...]:
-    """What a run and these jobs of it (names of job folders) would make this machine read or do, and nobody confirmed.
+    """Names of all that a run and these jobs of it would make this machine read or do, unless it was confirmed here.
 
     The model with its revision, texts, files, tasks, and more than one process. Empty where this machine wrote all of
     it. Raises `RunError` where a spec cannot be read.

@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def write_analysis(directory: Path, analysis: Analysis) -> None:
-    """Both analyses, as pages draw them."""
+    """Write both analyses, as pages draw them."""
     replace_file(inside(directory, "analysis", "analysis.json"), analysis.model_dump_json())
 
 
 def write_no_analysis(directory: Path, reason: str) -> None:
-    """Why this model cannot be analysed: the run is finished without."""
+    """Write why this model cannot be analysed: the run is finished without."""
     replace_file(inside(directory, "analysis", "unavailable.txt"), reason)
 
 

@@ -105,18 +105,18 @@ def locate(run: str | os.PathLike[str]) -> Path:
 
 
 def _sample(name: str) -> Path | None:
-    """The recorded sample of that name. Its copy in the runs folder has the same one, and is found before it."""
+    """The recorded sample of that name, if there is one. Its copy in the runs folder is looked up before it."""
     return SAMPLES / name if _RUN_ID.fullmatch(name) and (SAMPLES / name / "spec.json").is_file() else None
 
 
 def is_sample(directory: Path) -> bool:
-    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    """Whether a folder is a recorded sample, which is only read."""
     real = directory.resolve()
     return real.parent == SAMPLES and _RUN_ID.fullmatch(real.name) is not None
 
 
 def is_link(directory: Path) -> bool:
-    """Whether it is a link in the runs folder: what it leads to is not deleted with it."""
+    """Whether a path is a link in the runs folder: what it leads to is not deleted with it."""
     return directory.is_symlink() and directory.parent == runs_folder()
 
 
@@ -131,7 +131,7 @@ def refuse_sample(directory: Path) -> None:
 
 
 def load(run: str | os.PathLike[str]) -> Run:
-    """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
+    """Read a run folder. Raises `RunError` where it is missing, damaged or of another version."""
     directory = locate(run)
     jobs = read_jobs(directory)  # first: what a finished job wrote is then there to be read
     stack = read_record(StackDescription, directory, "stack.json") if (directory / "stack.json").exists() else None
@@ -186,13 +186,13 @@ def delete(directory: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """Remove what killed processes left in a run folder, and beside it where they made it."""
+    """Remove what killed processes left in a run folder, and beside it."""
     sweep_below(directory)
     sweep(home(), directory.parent)
 
 
 def delete_again(run: str) -> bool:
-    """Finish deleting a run, given by its id or its folder, of which the process was killed; whether there was one."""
+    """Finish a deletion that was killed, of a run given by its id or its folder; whether there was one."""
     folder = runs_folder() / run if _RUN_ID.fullmatch(run) else expanded(Path(run)).absolute()
     return any(names.becomes(path.name, folder.name) for path in sweep(home(), folder.parent))
 
@@ -290,7 +290,7 @@ def _sentence(directory: Path, *parts: str) -> str | None:
 
 
 def _new_run_id(spec: RunSpec) -> str:
-    """Sortable by time, telling by name, unlikely to collide."""
+    """An id that sorts by time, names the model and is unlikely to collide."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
     label = spec.what
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{label}-{secrets.token_hex(2)}"

@@ -61,7 +61,7 @@ class Outline:
     run_id: str
     run_dir: Path
     created: float
-    """Seconds since the epoch."""
+    """Time of creation in seconds since the epoch."""
     contents: Contents
     state: JobState
 
@@ -72,7 +72,7 @@ class Outline:
 
     @property
     def num_blocks(self) -> int | None:
-        """Blocks of the model; None until it has been opened."""
+        """Number of blocks of the model; None until it has been opened."""
         return self.contents.num_blocks
 
     @property
@@ -108,7 +108,7 @@ Stamps = dict[str, Stamp]
 _FILES = ("spec.json", "stack.json", "trace.jsonl", "jobs")
 _OF_A_JOB = ("spec.json", "status.json", "attempt.json")
 TICK_NS = 2 * 10**9
-"""Two changes within it may leave the same stamp: far above the clock of any file system."""
+"""Nanoseconds within which two changes may leave the same stamp: far above the clock of any file system."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Reading:
     """A run folder, read once: its contents, and the stamps of every file on which they depend."""
 
     stamps: Stamps
-    """Taken before anything was read."""
+    """Stamps of the files, taken before anything was read."""
     contents: Contents | RunError
     settled: bool
     """Whether all those files were older than a tick when they were read; else it may differ with equal stamps."""
@@ -240,7 +240,7 @@ def _seconds(line: bytes) -> float:
 
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, time and size of files."""
+"""Names, times and sizes of files."""
 
 
 def signature(directory: Path) -> Signature:

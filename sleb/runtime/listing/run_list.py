@@ -24,7 +24,7 @@ _AT_ONCE = 1000
 """Number of runs that are written to the index together: what was read before an interruption is kept."""
 _SUMMARIES_AT_ONCE = 100
 _ROUND_SECONDS = 30.0
-"""After so long without a look at every run, all are looked at again, however many they are."""
+"""Seconds without a look at every run after which all are read again, however many they are."""
 
 
 class _Kept(Record):
@@ -36,7 +36,7 @@ class _Kept(Record):
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Ten thousand records are made at once, and stay: looking for garbage among them takes longer than making them."""
+    """Switch garbage collection off while thousands of records are made that stay: it takes longer than making them."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STARTING_SECONDS = 30.0
-"""A job that was started may be without a process for so long: it is about to come."""
+"""Seconds for which a job that was started may be without a process."""
 SILENCE_SECONDS = 60.0
-"""A job on another host that has been silent for longer is taken for interrupted."""
+"""Seconds without a heartbeat after which a job on another host counts as interrupted."""
 
 
 class Reporter:
@@ -134,7 +134,7 @@ def _report_waiting(reporter: Reporter, watch: Callable[[Progress], None], devic
 
 @contextlib.contextmanager
 def _ending_recorded(reporter: Reporter) -> Iterator[None]:
-    """Whatever ends the job is the last word in its status."""
+    """Write whatever ends the job as the last word in its status."""
     try:
         yield
     except (Stopped, KeyboardInterrupt):
@@ -218,7 +218,7 @@ def require_idle(run: Run) -> None:
 
 
 def require_allowed(job: Job, permissions: Permissions) -> None:
-    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it.
+    """Raises `NotPermitted` where a job needs more than it is given, `UnconfirmedNames` where a stranger wrote it.
 
     Raises `RunError` for a search in a run that searches nothing, which would read what nobody was asked about.
     """
@@ -252,7 +252,7 @@ def work_command(job_dir: Path, permissions: Permissions) -> list[str]:
 def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[bytes]:
     """Execute a job in a process of its own that outlives this one; its output goes to the job's log.
 
-    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it asks for more.
+    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it needs more.
     """
     permissions = permissions or Permissions()
     require_allowed(job, permissions)
@@ -342,7 +342,7 @@ def bring_in(folder: Path) -> Run:
 
 
 def next_job(run: Run, spec: JobSpec) -> Job:
-    """A new job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
+    """Make a job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
     run_folder.refuse_sample(run.run_dir)
     require_idle(run)
     return job_folder.create_job(run.run_dir, spec)
@@ -350,7 +350,7 @@ def next_job(run: Run, spec: JobSpec) -> Job:
 
 @contextlib.contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """SIGTERM is `Stopped` within it."""
+    """Raise `Stopped` on SIGTERM within the context."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread; a notebook's worker thread is stopped by its caller
         return
@@ -367,7 +367,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """The last words are not interrupted by an impatient second Ctrl-C."""
+    """Ignore a second, impatient Ctrl-C while the last words are written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -389,7 +389,7 @@ def derived(job: Job) -> Job:
 
 
 def derived_status(status: JobStatus) -> JobStatus:
-    """The same of a status alone."""
+    """The status; interrupted, if it says that the job runs or waits and its process has ended."""
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
         return status
