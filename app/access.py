@@ -18,7 +18,17 @@ from pathlib import Path
 import streamlit as st
 
 from sleb.errors import OptionError, RunError, SlebError
-from sleb.records import NAMED_TEXTS, JobSpec, Run, RunSpec
+from sleb.records import (
+    NAMED_TEXTS,
+    EvaluateSpec,
+    ExportJob,
+    HealSpec,
+    JobSpec,
+    QuantizeSpec,
+    QuestionJob,
+    Run,
+    RunSpec,
+)
 from sleb.runtime import files, run_folder
 from sleb.runtime.dashboard_files import ALLOW_PATH, READ_ONLY, SAMPLES, is_local
 
@@ -129,18 +139,18 @@ def require_start(spec: RunSpec, job: JobSpec, run: Run | None = None) -> None:
             raise NotAllowed(f"The revision {revision[:200]!r} is not a branch, tag or commit.")
     if job.kind in ("search", "analyze"):
         _require_source(spec.calibration.source)
-    if job.gguf is not None:
-        _require_readable(job.gguf)
-    require_destination(job.out)
-    ask = job.ask
-    for name in getattr(ask, "texts", ()):
-        if name not in NAMED_TEXTS:
-            _require_source(name)
-    if (folder := getattr(ask, "task_folder", None)) is not None:
-        _require_readable(folder)
-    if (source := getattr(ask, "source", None)) is not None:
-        _require_source(source)
-    require_destination(getattr(ask, "out", None))
+    if isinstance(job, ExportJob):
+        if job.gguf is not None:
+            _require_readable(job.gguf)
+        require_destination(job.out)
+    if isinstance(job, QuestionJob):
+        for name in job.ask.sources:
+            if name not in NAMED_TEXTS:
+                _require_source(name)
+        if isinstance(job.ask, EvaluateSpec) and job.ask.task_folder is not None:
+            _require_readable(job.ask.task_folder)
+        if isinstance(job.ask, QuantizeSpec | HealSpec):
+            require_destination(job.ask.out)
 
 
 def require_destination(out: str | None) -> None:

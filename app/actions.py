@@ -5,11 +5,12 @@ Every function asks `access` first, so that no page, link or message of a browse
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from app import access, data
 from sleb.errors import NotPermitted, SlebError, UnconfirmedNames, printable
-from sleb.records import JobSpec, Permissions, Run, RunSpec
+from sleb.records import EvaluateSpec, ExportJob, JobSettings, JobSpec, Permissions, QuestionJob, Run, RunSpec
 from sleb.runtime import job_folder, origin, run_folder
 from sleb.runtime.processes import job_processes
 
@@ -39,9 +40,12 @@ def _strangers(run: Run, job: JobSpec) -> list[str]:
     ]
 
 
-def _names(job: JobSpec) -> set[str]:
-    named = (*getattr(job.ask, "texts", ()), *getattr(job.ask, "tasks", ()), getattr(job.ask, "source", None), job.gguf)
-    return {each for each in named if each is not None}
+def _names(job: JobSettings) -> set[str]:
+    if isinstance(job, ExportJob):
+        return {job.gguf} if job.gguf is not None else set()
+    if isinstance(job, QuestionJob):
+        return {*job.ask.sources, *(job.ask.tasks if isinstance(job.ask, EvaluateSpec) else ())}
+    return set()
 
 
 def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = ()) -> Run:
@@ -65,7 +69,8 @@ def go_on(run: Run, job: JobSpec, *, again: bool = False, seen: Sequence[str] = 
         job_processes.start(made, of_server if again else data.permissions_for(job))
     except NotPermitted as error:
         job_folder.withdraw_job(made)
-        command = printable(f"sleb resume {run_folder.reference(run)} {error.options}")
+        options = shlex.join(job_processes.permission_options(error.lacking))
+        command = printable(f"sleb resume {run_folder.reference(run)} {options}")
         raise access.NotAllowed(
             f"No page can allow what this job needs; continue it from a terminal: {command}"
         ) from error

@@ -11,7 +11,7 @@ import re
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import streamlit as st
@@ -152,10 +152,10 @@ def permissions_for(job: JobSpec, *, trust_paths: bool = False) -> Permissions:
     return Permissions.of(job, trust_paths=trust_paths).model_copy(update=permissions())
 
 
-def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None) -> JobSpec:
+def job_spec(kind: JobKind, device: str = "auto", batch_size: int | None = None, **own: Any) -> JobSpec:
     """The spec of a job with the server's permissions. Raises `OptionError` out of range."""
     allowed = permissions()
-    return specs.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"])
+    return specs.job_spec(kind, device, batch_size, allowed["allow_pickle"], allowed["trust_remote_code"], **own)
 
 
 def num_blocks_of(model: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import Literal
 from app import data
 from sleb.errors import respelled
 from sleb.formats.list_formats import display_name
-from sleb.records import Baseline, JobSpec, JobState, Run, RunSpec, Step
+from sleb.records import Baseline, JobSettings, JobState, Run, RunSpec, Step
 from sleb.records.options import settings_of
 from sleb.report.figures import style
 from sleb.report.summaries import numbers
@@ -56,7 +56,7 @@ def in_fields(error: object) -> str:
 def _field(name: str, value: str | None) -> str:
     if name in _SERVER_OPTIONS:
         return f"--{name.replace('_', '-')}"
-    settings = (*settings_of(RunSpec), *settings_of(JobSpec))
+    settings = (*settings_of(RunSpec), *settings_of(JobSettings))
     label = next((f"“{each.option.label}”" for each in settings if each.name == name), name.replace("_", " "))
     return label if value is None else f"{label} {value}"
 

@@ -26,7 +26,7 @@ from app.wording import (
 )
 from sleb import execution, specs
 from sleb.errors import RunError, SlebError
-from sleb.records import Job, JobSpec, JobState, Measured, Run, RunSpec
+from sleb.records import Job, JobSpec, JobState, Measured, Run, RunSpec, UnreadableJob
 from sleb.report.summaries.numbers import perplexity, search_seconds
 from sleb.runtime import origin
 from sleb.runtime.processes import job_processes
@@ -63,7 +63,8 @@ def act(action: str, run: Run) -> None:
             if not foreign_names.go_on(run, _as_before(run), again=True):
                 st.session_state["outside"] = True  # where the question is drawn
         elif action == "duplicate":
-            run_form.fill(run.spec, run.jobs[0].spec if run.jobs else None)
+            first = run.jobs[0].spec if run.jobs else None
+            run_form.fill(run.spec, None if isinstance(first, UnreadableJob) else first)
             st.session_state["form"] = st.session_state["outside"] = True
         elif action == "ask":
             st.session_state["deleting"] = run.run_id
@@ -81,7 +82,7 @@ def _as_before(run: Run) -> JobSpec:
     """The spec of the last attempt, with this server's permissions."""
     unanswered = job_processes.unanswered(run) if execution.is_finished(run) else None
     last = unanswered or job_processes.own_job(run)
-    if last is None:
+    if last is None or isinstance(last.spec, UnreadableJob):
         return data.job_spec(run.spec.kind)
     changes: dict[str, Any] = dict(data.permissions())
     if not origin.is_written_here(run.run_dir, "jobs", last.name):  # never start a stranger's thousand processes
@@ -286,7 +287,7 @@ def results(run: Run) -> None:
         fourth.metric("Search", duration(search_seconds(trace)), help="Time spent on the finished steps.")
     if run.removal_list:
         st.markdown(f"Removal list: `{list(run.removal_list)}`")
-    attempts = [job.attempt for job in run.jobs if job.spec.is_own(run.spec) and job.attempt is not None]
+    attempts = [job.attempt for job in run.jobs if job.is_own(run.spec) and job.attempt is not None]
     if attempts:
         st.caption(f"Searched {plain(attempts[-1].described)}.")
 

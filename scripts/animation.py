@@ -9,6 +9,7 @@ import io
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -28,19 +29,23 @@ MILLISECONDS = 1100
 def main() -> None:
     """Step through the sample at 1200 pixels, in light, and keep what the player shows."""
     frames = []
-    with tempfile.TemporaryDirectory() as home, browser.server(Path(home)) as address:
-        with browser.tab(address, viewport={"width": 1200, "height": 1000}, color_scheme="light") as tab:
-            tab.open("/steps?step=1")
-            player = tab.page.locator(".stepper").first
-            player.wait_for()
-            tab.page.wait_for_timeout(3000)  # charts and fonts
-            for _ in range(STEPS):
-                tab.page.mouse.move(0, 0)
-                tab.page.wait_for_timeout(700)  # the bars move to their places
-                box = player.bounding_box()
-                clip = {"x": box["x"] - EDGE, "y": box["y"] - EDGE, "width": box["width"] + 2 * EDGE, "height": HEIGHT}
-                frames.append(Image.open(io.BytesIO(tab.page.screenshot(clip=clip))).convert("RGB"))
-                player.get_by_role("button", name="Next").click()
+    look: dict[str, Any] = {"viewport": {"width": 1200, "height": 1000}, "color_scheme": "light"}
+    with (
+        tempfile.TemporaryDirectory() as home,
+        browser.server(Path(home)) as address,
+        browser.tab(address, **look) as tab,
+    ):
+        tab.open("/steps?step=1")
+        player = tab.page.locator(".stepper").first
+        player.wait_for()
+        tab.page.wait_for_timeout(3000)  # charts and fonts
+        for _ in range(STEPS):
+            tab.page.mouse.move(0, 0)
+            tab.page.wait_for_timeout(700)  # the bars move to their places
+            box = player.bounding_box()
+            clip = {"x": box["x"] - EDGE, "y": box["y"] - EDGE, "width": box["width"] + 2 * EDGE, "height": HEIGHT}
+            frames.append(Image.open(io.BytesIO(tab.page.screenshot(clip=clip))).convert("RGB"))
+            player.get_by_role("button", name="Next").click()
     colours = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE)  # one palette, so that nothing flickers
     drawn = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]
     durations = [MILLISECONDS] * (STEPS - 1) + [3 * MILLISECONDS]

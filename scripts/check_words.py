@@ -1,4 +1,4 @@
-"""Check that code and papers use the field's terms and plain English: `make lint` runs it. Prints each place, exits 1."""
+"""Check that code and papers use the field's terms and plain English: `make lint` runs it."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--repeatable", action="store_true", help="the same examples each time, as in the tests")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: Counter[str] = Counter()
+    result: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.target or TARGETS:
             start = time.monotonic()
@@ -47,14 +47,14 @@ def main() -> int:
             place.mkdir()
             bench = Bench(place)
             faulthandler.dump_traceback_later(3600, exit=True)  # not even an alarm is heard in a loop of C
-            fuzz(name, bench, options.examples, found=found, repeatable=options.repeatable)
+            fuzz(name, bench, options.examples, counts=result, repeatable=options.repeatable)
             counts = bench.sandbox.counts
             ends = ", ".join(f"{count} {end}" for end, count in counts.most_common())
             print(f"{name}: {sum(counts.values())} examples in {time.monotonic() - start:.0f} s ({ends})", flush=True)
-    for breach, count in found.most_common():
+    for breach, count in result.most_common():
         print(f"{count:>6}  {breach}")
-    print(f"{sum(found.values())} breaches of {len(found)} kinds")
-    return 1 if found else 0
+    print(f"{sum(result.values())} breaches of {len(result)} kinds")
+    return 1 if result else 0
 
 
 if __name__ == "__main__":

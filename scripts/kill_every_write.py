@@ -30,14 +30,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=300, help="All commands together, about.")
     parser.add_argument("--only", default="", metavar="WORDS", help="Commands whose name holds one, by commas.")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    chosen = [case for case in cases.CASES if any(word in case.name for word in asked.only.split(","))]
+    settings = parser.parse_args()
+    chosen = [case for case in cases.CASES if any(word in case.name for word in settings.only.split(","))]
     cases.preload()
-    draw = random.Random(asked.seed)
+    draw = random.Random(settings.seed)
     total = Count()
     for case in chosen:
         with tempfile.TemporaryDirectory(prefix="sleb-kills.") as folder:
-            _one(case, Path(folder), -(-asked.kills // len(chosen)), draw, total)
+            _one(case, Path(folder), -(-settings.kills // len(chosen)), draw, total)
     print(f"{total.kills} kills, {total.finished} commands done before theirs, {len(total.wrong)} things wrong")
     return 1 if total.wrong else 0
 

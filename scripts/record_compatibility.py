@@ -53,11 +53,11 @@ from sleb.records import Baseline, Progress, Step
 from sleb.runtime.processes.progress import Watcher
 from tests.support import gguf_files, tiny
 from tests.support.questions import multiple_choice
-from tests.support.recorded_steps import step_of
+from tests.support.runs.recorded import step_of
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__
 HOST = "recorded"
-"""In place of the machine's name: no machine has it, so that a process on it is gone after a minute of silence."""
+"""In place of the machine's name: no machine has it, so that its processes count as ended after a minute."""
 BEGINNING = 1_735_689_600.0
 """When the recording says that it began: in nobody's future, or what was interrupted would still count as running."""
 RUNS = HOME / "runs"
@@ -92,7 +92,7 @@ class Stop(Watcher):
         self.at_step, self.at_phase, self.crash = step, phase, crash
 
     def baseline(self, baseline: Baseline) -> None:
-        """The unmodified model has been scored."""
+        """The baseline has been scored."""
         self._now(self.at_step == 0)
 
     def step(self, step: Step, baseline: Baseline) -> None:
@@ -114,7 +114,7 @@ def main() -> None:
     """All of it, into a folder that is not there yet."""
     for folder in (TARGET, ROOT):
         if folder.exists():
-            sys.exit(f"{folder} is there already; what was recorded once is never recorded again.")
+            sys.exit(f"{folder} already exists; what was recorded once is never recorded again.")
     machine = socket.gethostname()
     socket.gethostname = lambda: HOST
     clock, offset = time.time, time.time() - BEGINNING
@@ -170,7 +170,7 @@ def record_searches() -> None:
 
 
 def record_findings() -> None:
-    """Of every kind, about a search; and a list from anywhere."""
+    """Findings of every kind, about a search and about a list from anywhere."""
     sleb.evaluate("metric3", all_steps=True, perplexity=[str(HELD)], **EVALUATION)
     tasks: dict[str, Any] = dict(tasks=["questions"], task_folder=TASKS)
     sleb.evaluate("metric3", steps=2, perplexity=[], **tasks, **EVALUATION)
@@ -273,9 +273,9 @@ def require_nameless(machine: str) -> None:
     words = [f'"{machine}"', str(REPOSITORY), str(Path.home()), sys.prefix, "/tmp/", "/home/"]
     for file in [*HOME.rglob("*"), *(ROOT / "expected").iterdir(), *TASKS.iterdir()]:
         content = file.read_bytes().replace(str(HOME).encode(), b"") if file.is_file() else b""
-        found = [word for word in words if word.encode() in content]
-        if found:
-            sys.exit(f"{file} holds {found[0]}.")
+        result = [word for word in words if word.encode() in content]
+        if result:
+            sys.exit(f"{file} holds {result[0]}.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 
 from sleb.cli.main import app
-from sleb.records import JobSpec, RunSpec
+from sleb.records import JobSettings, RunSpec
 from sleb.records.options import Setting, settings_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "command-line.md"
@@ -101,7 +101,7 @@ def _name(argument: Any) -> str:
 
 def _setting_of(parameter: Any) -> Setting | None:
     """The description from which the option was made."""
-    settings = (*settings_of(RunSpec), *settings_of(JobSpec))
+    settings = (*settings_of(RunSpec), *settings_of(JobSettings))
     own = next((each for each in settings if each.name == parameter.name), None)
     is_its = own is not None and own.option.group == getattr(parameter, "rich_help_panel", None)
     return own if is_its and own is not None and (parameter.help or "").startswith(own.option.help) else None

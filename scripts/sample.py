@@ -1,4 +1,4 @@
-"""Records the dashboard's sample runs anew: `make sample ARGS="--text wiki.test.raw"` (some 25 minutes on two cores).
+"""Records the dashboard's sample runs again: `make sample ARGS="--text wiki.test.raw"` (some 25 minutes on two cores).
 
 One search per method on the demo model, into `assets/sample/`, and what the lists of Metric3 cost and buy; what names
 the machine is taken out. `--findings` keeps the searches and records only that.
@@ -26,19 +26,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", default="wikitext2", help="of the findings: wikitext2, or wiki.test.raw as a file")
     parser.add_argument("--findings", action="store_true", help="keep the searches")
-    asked = parser.parse_args()
-    for each in [] if asked.findings else Method:
+    settings = parser.parse_args()
+    for each in [] if settings.findings else Method:
         print(f"Recording {each.value}", flush=True)
         record(each)
     target = folder(Method.METRIC3)
     copy = partial_of(target)  # a sample in its place is only read
     shutil.copytree(target, copy)
-    judge(copy, asked.text)
+    judge(copy, settings.text)
     put(copy, target)
 
 
 def folder(method: Method) -> Path:
-    """Of a method's sample."""
+    """The folder of a method's sample."""
     return SAMPLES / f"sample-smollm2-135m-{method.value}"
 
 
@@ -52,7 +52,7 @@ def record(method: Method) -> None:
 
 
 def partial_of(target: Path) -> Path:
-    """Where one is being made; what an earlier try left there is gone."""
+    """The folder where one is being made, without what an earlier try left there."""
     partial = target.with_name(f".{target.name}")
     shutil.rmtree(partial, ignore_errors=True)
     return partial
@@ -91,9 +91,9 @@ def tidy(run_dir: Path) -> None:
         if spec.get("ask") and "texts" in spec["ask"]:
             spec["ask"]["texts"] = [Path(text).name for text in spec["ask"]["texts"]]
             (job / "spec.json").write_text(json.dumps(spec, indent=1))
-    for found in findings_folder.of_kind(findings_folder.findings(run_dir), Timing):
-        (run_dir / findings_folder.FOLDER / f"{found.question}.json").unlink()
-        findings_folder.keep(run_dir, found.model_copy(update={"host": "recorded"}))
+    for result in findings_folder.of_kind(findings_folder.findings(run_dir), Timing):
+        (run_dir / findings_folder.FOLDER / f"{result.question}.json").unlink()
+        findings_folder.keep(run_dir, result.model_copy(update={"host": "recorded"}))
 
 
 if __name__ == "__main__":

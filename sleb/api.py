@@ -18,7 +18,6 @@ from sleb.records import (
     Finding,
     GenerateSpec,
     HealSpec,
-    JobSpec,
     Permissions,
     Proof,
     QuantizeSpec,
@@ -27,7 +26,7 @@ from sleb.records import (
 from sleb.runtime import files, findings_folder, run_folder
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Watcher
-from sleb.specs import JobOptions, RunOptions, SearchOptions, job_spec, validated, with_options
+from sleb.specs import JobOptions, RunOptions, SearchOptions, job_spec, with_options
 
 
 @with_options(RunOptions, JobOptions)
@@ -101,7 +100,7 @@ def resume(
         if unanswered is None:
             return resumed
         job_processes.require_allowed(unanswered, allowed)
-        return execute(resumed, unanswered.spec, watcher, allowed)
+        return execute(resumed, unanswered.require_spec(), watcher, allowed)
     job = resuming_job(resumed, options, allow_pickle, trust_remote_code)
     return execute(resumed, job, watcher, allowed)
 
@@ -130,13 +129,22 @@ def export_model(
     cannot express the removal, or the proof fails.
     """
     exported = _loaded(run)
-    job = job_spec("export", device, None, allow_pickle, trust_remote_code, memory_budget=memory_budget)
     folder = str(files.expanded(Path(out)).absolute())
     if gguf is not None and format != "gguf":
         raise OptionError("`gguf` names the file that `format=gguf` cuts; add that, or leave it out.")
     source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
-    settings = {"steps": steps, "replace": replace, "out": folder, "format": format, "gguf": source}
-    job = validated(JobSpec, job.model_dump() | settings)
+    job = job_spec(
+        "export",
+        device,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        memory_budget=memory_budget,
+        steps=steps,
+        out=folder,
+        format=format,
+        gguf=source,
+        replace=replace,
+    )
     done = execute(exported, job, watcher, Permissions.of(job, trust_paths=trust_paths))
     return finished_exports.read_proof(done)
 

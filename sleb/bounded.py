@@ -23,7 +23,7 @@ import psutil
 from sleb.errors import WorkEnded, excerpt
 
 SECONDS = 10.0
-"""Processor time that work on a few pages of text is given; it takes a hundredth."""
+"""Seconds of processor time for work on a few pages of text, which takes a hundredth of it."""
 MEMORY = 1 << 30
 """Bytes of address space beyond what the libraries take."""
 _STARTING_SECONDS = 60.0  # by the clock, for a machine with other things to do
@@ -52,7 +52,7 @@ def call(
         start_new_session=True,  # Ctrl-C is for us, who end it
     )
     try:
-        said, _ = child.communicate(given, timeout=_STARTING_SECONDS + 4 * seconds)
+        output, _ = child.communicate(given, timeout=_STARTING_SECONDS + 4 * seconds)
     except subprocess.TimeoutExpired as error:
         raise WorkEnded(f"it took more than {seconds:.0f} seconds") from error
     finally:
@@ -62,16 +62,18 @@ def call(
     if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         raise WorkEnded(f"it took more than {seconds:.0f} seconds, or more memory than there is")
     try:
-        found = json.loads(said)
+        reply = json.loads(output)
     except ValueError as error:
-        raise WorkEnded(f"its process ended with exit code {child.returncode}, perhaps for want of memory") from error
-    if "failed" in found:
-        raise WorkEnded(found["failed"])
-    return found["answer"]
+        raise WorkEnded(
+            f"its process ended with exit code {child.returncode}, perhaps without enough memory"
+        ) from error
+    if "failed" in reply:
+        raise WorkEnded(reply["failed"])
+    return reply["answer"]
 
 
 def _limit(seconds: float, memory: int) -> None:
-    """From here on; what the libraries took is not counted."""
+    """Limit what this process takes from here on; what the libraries took is not counted."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     used = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (used, used + 5))
@@ -82,7 +84,7 @@ def _limit(seconds: float, memory: int) -> None:
 def _answered(seconds: float, memory: int, most: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
     _limit(seconds, memory)
     try:
-        said = json.dumps({"answer": work(*arguments)}, ensure_ascii=False, default=str).encode(
+        reply = json.dumps({"answer": work(*arguments)}, ensure_ascii=False, default=str).encode(
             "utf-8", "surrogatepass"
         )
     except WorkEnded as error:
@@ -91,11 +93,11 @@ def _answered(seconds: float, memory: int, most: int, work: Callable[..., Any], 
         failed = f"it needed more than {memory / 1e9:.1f} GB of memory"
     except RecursionError:
         failed = _TOO_DEEP
-    except Exception as error:  # whatever a library makes of such data: it is told, and ends here
+    except Exception as error:  # whatever a library makes of such data is reported, and ends here
         failed = excerpt(f"{type(error).__name__}: {error}")
     else:
-        if len(said) <= most:
-            return said
+        if len(reply) <= most:
+            return reply
         failed = f"it gave more than {most / 1e6:.0f} MB"
     return json.dumps({"failed": failed}).encode()
 
@@ -103,7 +105,7 @@ def _answered(seconds: float, memory: int, most: int, work: Callable[..., Any], 
 def _main() -> None:
     """In the child: from a pickle of our own on its standard input to JSON on what was its standard output."""
     output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     output.write(_answered(*pickle.load(sys.stdin.buffer)))
     output.flush()
     os._exit(0)

@@ -8,13 +8,12 @@ Below the edges a message names a setting as Python spells it, in back quotes: "
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from reprlib import Repr
 
 MOST_CHARACTERS = 1000
-"""Of a message: what is longer echoes a file or an option that nobody wants to read whole."""
-_ECHO = Repr()
-_ECHO.maxstring = _ECHO.maxother = _ECHO.maxlong = 100
+"""Length of the longest message: a longer one echoes a file or an option that nobody wants to read in full."""
 
 
 def printable(text: str) -> str:
@@ -26,8 +25,10 @@ def printable(text: str) -> str:
 
 def quoted(value: object) -> str:
     """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    shortened = Repr()
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 100
     try:
-        return printable(_ECHO.repr(value))
+        return printable(shortened.repr(value))
     except ValueError:  # Python does not write out numbers of thousands of digits
         return f"a number of {type(value).__name__} that is too long to show"
 
@@ -53,15 +54,15 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-def excerpt(found: object, most: int = 200) -> str:
+def excerpt(quotation: object, most: int = 200) -> str:
     """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
-    text = str(found)[: 20 * most]
+    text = str(quotation)[: 20 * most]
     plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
 
 class SlebError(Exception):
-    """Whatever can go wrong that is not a bug. `exit_code` is what the command line returns."""
+    """Anything that can go wrong and is not a bug. `exit_code` is what the command line returns."""
 
     exit_code = 1
 
@@ -70,7 +71,7 @@ class SlebError(Exception):
 
 
 class BadInput(SlebError):
-    """What was asked for cannot be done as asked; nothing was lost."""
+    """The request cannot be carried out as it is; nothing was lost."""
 
     exit_code = 2
 
@@ -92,13 +93,14 @@ class RunError(BadInput):
 
 
 class NotPermitted(BadInput):
-    """A job asks for what only the command that executes it can allow; `options` are the ones to give."""
+    """A job needs permissions that only the command that executes it can give: `lacking`, by name."""
 
-    def __init__(self, kind: str, options: str) -> None:
-        self.options = options
+    def __init__(self, kind: str, lacking: Mapping[str, str | bool]) -> None:
+        self.kind, self.lacking = kind, dict(lacking)
+        settings = " ".join(f"`{name}={shlex.quote(str(value))}`" for name, value in lacking.items())
         super().__init__(
-            f"This {kind} job needs leave that no run folder can give by itself; if you agree, give the command again "
-            f"with: {options}"
+            f"This {kind} job needs permissions that no run folder can give by itself. If you agree, repeat the "
+            f"command with {settings}."
         )
 
 
@@ -111,8 +113,8 @@ class UnconfirmedNames(RunError):
         if len(listed) > 600:
             listed = f"{len(names)} names, too long for a sentence: see its spec.json"
         super().__init__(
-            f"{folder} was not written here, or was changed since, and asks for: {listed}. If you agree, confirm it "
-            "with --trust-paths (in a notebook: trust_paths=True)."
+            f"{folder} was not written here, or was changed since, and names: {listed}. If you agree, confirm it "
+            "with `trust_paths=True`."
         )
 
 
@@ -125,22 +127,22 @@ class ScoringError(SlebError):
 
 
 class NotNumbers(ScoringError, BadInput):
-    """Predictions are not numbers, so that nothing is found out from them; says whose, and what to do."""
+    """Predictions are not numbers, so that nothing can be measured with them; the message says whose they are."""
 
-    def __init__(self, whose: str, dtype: str, what: str = "predictions") -> None:
-        super().__init__(not_numbers(whose, dtype, what))
+    def __init__(self, whose: str, dtype: str, quantities: str = "predictions") -> None:
+        super().__init__(not_numbers(whose, dtype, quantities))
 
 
 def model_without(blocks: Sequence[int]) -> str:
-    """Whose predictions they are, as a sentence begins."""
-    return f"The model without blocks {sorted(blocks)}" if blocks else "The unmodified model"
+    """The model that a sentence begins with: the baseline, or the model without these blocks."""
+    return f"The model without blocks {sorted(blocks)}" if blocks else "The baseline"
 
 
-def not_numbers(whose: str, dtype: str, what: str = "predictions") -> str:
+def not_numbers(whose: str, dtype: str, quantities: str = "predictions") -> str:
     """The sentence about predictions that are not numbers: whose they are, in which type, and what to use."""
-    others = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
-    advice = f"Use --dtype {others}, or check the weights." if others else "Check the weights."
-    return f"{whose} gives {what} that are not numbers in {dtype}. {advice}"
+    others = {"float16": "`dtype=bfloat16` or float32", "bfloat16": "`dtype=float32`"}.get(dtype)
+    advice = f"Use {others}, or check the weights." if others else "Check the weights."
+    return f"{whose} gives {quantities} that are not numbers in {dtype}. {advice}"
 
 
 class ExportError(SlebError):
@@ -152,7 +154,7 @@ class StorageError(SlebError):
 
 
 class Stopped(SlebError):
-    """The job was asked to stop, and did."""
+    """The job was stopped on request."""
 
     exit_code = 130
 
@@ -162,4 +164,4 @@ class WorkEnded(BadInput):
 
 
 class RankLost(SlebError):
-    """One of several processes that share a run is gone."""
+    """One of several processes that share a run has ended."""

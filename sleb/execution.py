@@ -44,9 +44,9 @@ def start(
 def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
     """What a run will take: loads the model and times a few blocks. Writes nothing."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from sleb.forecast import probe
+    from sleb.forecast import timing_probe
 
-    return probe(spec, job or job_spec(spec.kind))
+    return timing_probe(spec, job or job_spec(spec.kind))
 
 
 def is_finished(run: Run) -> bool:
@@ -93,7 +93,7 @@ def work(job_dir: Path, watcher: Watcher | None = None, permissions: Permissions
         _assist(job_dir, permissions)
         return run_folder.load(job_dir.parent.parent)
     local = rank.local_size if rank.size > 1 else None
-    with job_processes.executing(job_dir, watcher.progress, local, partial(_require_model, job_dir)) as reporter:
+    with job_processes.executing(job_dir, watcher.waiting, local, partial(_require_model, job_dir)) as reporter:
         from sleb.worker import execute as execute_job  # torch: not before it is this job's turn
 
         execute_job(job_dir, reporter, watcher, permissions)

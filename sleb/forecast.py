@@ -1,4 +1,4 @@
-"""A look of a few seconds at a model, before a run: what the search will take. Writes nothing."""
+"""The timing probe of a model, which forecasts in a few seconds what a search will take. Writes nothing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
 from sleb.model.loading import load_model
 from sleb.model.stack_discovery import call_model
-from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.records import Forecast, JobSettings, RunSpec
 from sleb.scoring.scorer import Scorer
 from sleb.scoring.self_check import self_check
 
 SECONDS = 2.0
-"""For so long blocks are timed, at least once."""
+"""Seconds for which blocks are timed, at least once."""
 
 
 @torch.inference_mode()
-def probe(spec: RunSpec, job: JobSpec) -> Forecast:
+def timing_probe(spec: RunSpec, job: JobSettings) -> Forecast:
     """Load the model, time a few block evaluations on made-up tokens (times do not depend on them), and count.
 
-    The text is not read, and whether it is long enough is not known. Raises a `SlebError` in one sentence.
+    The text is not read, and whether it is long enough is unknown. Raises a `SlebError` in one sentence.
     """
     began = time.perf_counter()
     loaded = load_model(
@@ -44,34 +44,16 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
     )
     stack = BlockStack(loaded.model)
     loading = time.perf_counter() - began
-    config, count = stack.config, len(stack)
-    length = spec.calibration.sequence_length
+    config, count, length = stack.config, len(stack), spec.calibration.sequence_length
     require_positions(config, length)
     cost, removing = cost_of_spec(spec, count) if spec.kind == "search" else (None, 0)
-
-    batch = min(Scorer(stack, np.zeros((1, length), np.int64), batch_size=job.batch_size).batch_size, 64)
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (batch, length))
-    scorer = Scorer(stack, ids, batch_size=batch)
-    some = [(), *((block,) for block in range(1, count, max(1, count // 4)))]
-    if not np.isfinite(scorer.score([()], np.arange(batch))).any():  # the first pass allocates
+    ids = _made_up_tokens(stack, length, job.batch_size)
+    scorer = Scorer(stack, ids, batch_size=len(ids))
+    if not np.isfinite(scorer.score([()], np.arange(len(ids)))).any():  # the first pass allocates
         raise NotNumbers(model_without(()), loaded.dtype)
-    _settle(stack)
-    waited = stack.streamed.seconds_waited if stack.streamed else 0.0
-    blocks, heads, start = scorer.block_evaluations, scorer.head_evaluations, time.perf_counter()
-    while time.perf_counter() - start < SECONDS:
-        scorer.score(some, np.arange(batch))
-        _settle(stack)
-    elapsed = time.perf_counter() - start
-    units = scorer.block_evaluations - blocks + scorer.head_weight * (scorer.head_evaluations - heads)
-    if stack.streamed is not None:  # reading is counted by the pass below, not by the evaluation
-        elapsed = max(elapsed - (stack.streamed.seconds_waited - waited), 0.1 * elapsed)
-    per_unit = elapsed / units
-
-    start = time.perf_counter()
-    self_check(stack, list(range(min(2, count))), ids)
-    checking = (time.perf_counter() - start) / 2 * count
-    hidden = batch * length * config.hidden_size * torch.finfo(loaded.model.dtype).bits // 8
-    memory = _memory(stack) + count * hidden
+    per_unit = _seconds_per_unit(stack, scorer, len(ids))
+    checking = _checking_seconds(stack, ids)
+    memory = _memory(stack) + count * len(ids) * length * config.hidden_size * torch.finfo(stack.model.dtype).bits // 8
     analysing = 0.0
     if spec.kind == "analyze" or spec.analysis:
         tokens = min(block_output_cache.tokens_that_fit(count, config.hidden_size), spec.calibration.sequences * length)
@@ -96,8 +78,36 @@ def probe(spec: RunSpec, job: JobSpec) -> Forecast:
     )
 
 
+def _made_up_tokens(stack: BlockStack, length: int, batch_size: int | None) -> np.ndarray:
+    """Token ids (sequences, length): one batch of a search, of at most 64 sequences."""
+    one = Scorer(stack, np.zeros((1, length), np.int64), batch_size=batch_size)
+    return np.random.default_rng(0).integers(0, stack.config.vocab_size, (min(one.batch_size, 64), length))
+
+
+def _seconds_per_unit(stack: BlockStack, scorer: Scorer, sequences: int) -> float:
+    """Seconds for one block evaluation, measured on the baseline and a few candidates for `SECONDS`."""
+    some = [(), *((block,) for block in range(1, len(stack), max(1, len(stack) // 4)))]
+    _settle(stack)
+    waited = stack.streamed.seconds_waited if stack.streamed else 0.0
+    blocks, heads, start = scorer.block_evaluations, scorer.head_evaluations, time.perf_counter()
+    while time.perf_counter() - start < SECONDS:
+        scorer.score(some, np.arange(sequences))
+        _settle(stack)
+    elapsed = time.perf_counter() - start
+    if stack.streamed is not None:  # reading is counted by the pass, not by the evaluation
+        elapsed = max(elapsed - (stack.streamed.seconds_waited - waited), 0.1 * elapsed)
+    return elapsed / (scorer.block_evaluations - blocks + scorer.head_weight * (scorer.head_evaluations - heads))
+
+
+def _checking_seconds(stack: BlockStack, ids: np.ndarray) -> float:
+    """Seconds for the self-check of all blocks, from that of two."""
+    start = time.perf_counter()
+    self_check(stack, list(range(min(2, len(stack)))), ids)
+    return (time.perf_counter() - start) / 2 * len(stack)
+
+
 def _analysis_seconds(stack: BlockStack, sequences: float, per_unit: float, head_weight: float, length: int) -> float:
-    """One forward pass, a read-out after every block, and a short generation with the same read-outs."""
+    """Seconds for a forward pass and a short generation, both with the LM head applied after every block."""
     one = torch.zeros((PROMPTS, 1), dtype=torch.long, device=stack.device)
     call_model(stack.model, one)
     _settle(stack)
@@ -110,7 +120,7 @@ def _analysis_seconds(stack: BlockStack, sequences: float, per_unit: float, head
 
 
 def _passes(spec: RunSpec, scorer: Scorer, num_blocks: int, removing: int) -> float:
-    """How often a streamed search reads the model, about: each round of each step, as if no candidate ever left."""
+    """Passes in which a streamed search reads the model, about: each round of each step, as if no candidate left."""
     sequences = spec.calibration.sequences
     fits = scorer.round_size([(block,) for block in range(num_blocks)])
     ends = (*looks_of(sequences), sequences) if spec.races else (sequences,)
@@ -119,7 +129,7 @@ def _passes(spec: RunSpec, scorer: Scorer, num_blocks: int, removing: int) -> fl
 
 
 def _pass_seconds(stack: BlockStack) -> float:
-    """What reading all blocks once takes, as fast as it went so far."""
+    """Seconds for reading all blocks once, at the speed measured so far."""
     assert stack.streamed is not None
     total = sum(stack.streamed.block_bytes(block) for block in range(len(stack)))
     return total / max(stack.streamed.bytes_read, 1) * stack.streamed.seconds_read
@@ -131,7 +141,7 @@ def _settle(stack: BlockStack) -> None:
 
 
 def _memory(stack: BlockStack) -> int:
-    """Bytes in use now: of the GPU where there is one, else of this process."""
+    """Memory in use now in bytes, of the GPU where there is one, else of this process."""
     if stack.device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(stack.device))
     return int(psutil.Process().memory_info().rss)

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from sleb.model.generation import require_positions
 from sleb.model.identity import identity_of
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model, require_same_scoring
-from sleb.records import Baseline, JobSpec, Method, Run, StackDescription, Step, perplexity_of
+from sleb.records import Baseline, JobSettings, Method, Run, RunSpec, StackDescription, Step, perplexity_of
 from sleb.runtime import origin, record_files, run_folder, trace_file
 from sleb.runtime.processes.distributed import Group
 from sleb.runtime.processes.progress import Meter, Watcher
@@ -51,44 +50,60 @@ class Session:
     def __init__(
         self,
         run: Run,
-        job: JobSpec,
+        job: JobSettings,
+        loaded: LoadedModel,
+        stack: BlockStack,
+        text: calibration.CalibrationSet,
+        description: StackDescription,
+        meter: Meter,
+        watcher: Watcher,
+        group: Group,
+    ) -> None:
+        self.run, self.spec, self.loaded = run, run.spec, loaded
+        self.text, self.description = text, description
+        self.group = group
+        """The processes of the run: the first writes; all decide, on the same numbers."""
+        self.meter, self.watcher = meter, watcher
+        self.job = job
+        self.speedups: tuple[str, ...] = ()
+        """Names of the optimizations that are in use."""
+        self.batch_size = job.batch_size
+        """Sequences per batch; once the search is over, those that fitted."""
+        self.stack = stack
+
+    @classmethod
+    def opened(
+        cls,
+        run: Run,
+        job: JobSettings,
         loaded: LoadedModel,
         meter: Meter,
         watcher: Watcher,
         group: Group | None = None,
-    ) -> None:
-        self.run, self.spec, self.loaded = run, run.spec, loaded
-        self.group = group or Group()
-        """Of several, the first writes; all decide, on the same numbers."""
-        self.meter, self.watcher = meter, watcher
-        self.job = job
-        self.speedups: tuple[str, ...] = ()
-        """Names of the faster ways that are in use."""
-        self.batch_size = job.batch_size
-        """Sequences at once; what fitted, once the search is over."""
-        self.stack = BlockStack(self.loaded.model)
-        config = self.stack.config
-        require_positions(config, self.spec.calibration.sequence_length)
+    ) -> Session:
+        """Draw the calibration text, check model and text against the run, and describe both in it.
+
+        Raises a `SlebError` for what would only fail after the search.
+        """
+        group, spec, stack = group or Group(), run.spec, BlockStack(loaded.model)
+        config = stack.config
+        require_positions(config, spec.calibration.sequence_length)
         meter.phase("Reading the calibration text")
-        self.drawing = run.stack.drawing if run.stack else calibration.DRAWING
-        self.text = self.group.share(
+        drawing = run.stack.drawing if run.stack else calibration.DRAWING
+        text = group.share(
             lambda: calibration.build(
-                self.spec.calibration,
-                self.spec.held_out,
-                self.spec.seed,
-                self.loaded.tokenizer,
-                config.vocab_size,
-                drawing=self.drawing,
+                spec.calibration, spec.held_out, spec.seed, loaded.tokenizer, config.vocab_size, drawing=drawing
             )
         )
-        if self.spec.until_perplexity is not None and self.text.held_out == 0:
-            raise OptionError("--until-perplexity is judged on held-out sequences; --held-out must be at least 1.")
+        if spec.until_perplexity is not None and text.held_out == 0:
+            raise OptionError("`until_perplexity` is judged on held-out sequences; `held_out` must be at least 1.")
         block_output_cache.limit_bytes()  # refused now, not after the search
-        self.description = self.group.share(lambda: self._describe(config))
-        watcher.described(self.description)
+        description = group.share(lambda: _described(run, job, loaded, stack, text, drawing, meter))
+        watcher.described(description)
+        return cls(run, job, loaded, stack, text, description, meter, watcher, group)
 
     def go(self) -> None:
-        """Baseline, steps, analyses; whatever is there already is kept."""
+        """Score the baseline, take the steps, run the analyses; whatever exists already is kept."""
         if self.spec.kind == "search":
             self._search()
             if not self.group.first:
@@ -101,52 +116,6 @@ class Session:
                     record_files.write_no_analysis(self.run.run_dir, str(error))
         elif self.run.analysis is None and self.group.first:
             self._analyze()
-
-    def _describe(self, config: Any) -> StackDescription:
-        if self.run.stack is not None:
-            _require_same_text(self.run, self.text.tokens_hash)
-            require_same_model(self.run, self.job, self.loaded)
-            require_same_scoring(self.run)
-            return self.run.stack
-        count = len(self.stack)
-        kept = protected_blocks(self.spec, count)
-        candidates = [block for block in range(count) if block not in kept]
-        removing = self.spec.kind == "search"
-        if removing:
-            number_to_remove(count, len(candidates), self.spec.num_remove, self.spec.ratio)
-        self.meter.phase("Checking the sweep against plain forward passes")
-        check = self_check(self.stack, candidates, self.text.ids)
-        if check.reason and self.stack.streamed is not None:
-            raise ModelError(
-                f"{self.spec.model} cannot be streamed block by block ({check.reason}). Leave --memory-budget out, or "
-                "give one that holds the whole model."
-            )
-        if check.reason:
-            log.warning("Scoring the plain way: %s.", check.reason)
-        protected = tuple(sorted({*kept, *check.protected}))
-        for block, reason in check.protected.items():
-            log.warning("Block %d is protected: %s.", block, reason)
-        available = count - len(protected)
-        num_remove = 0
-        if removing:
-            num_remove = number_to_remove(count, available, self.spec.num_remove, self.spec.ratio)
-            require_possible(self.spec.method, count, num_remove, protected)
-        description = StackDescription(
-            **facts_of(self.stack, self.loaded),
-            tokens_hash=self.text.tokens_hash,
-            sequences=self.text.sequences,
-            held_out=self.text.held_out,
-            sequence_length=self.text.ids.shape[1],
-            bos=self.text.bos,
-            text=self.text.text,
-            drawing=self.drawing,
-            num_remove=num_remove,
-            protected=protected,
-            self_check=check,
-        )
-        repetition.keep_passages(self.run.run_dir, self.text.ids[: self.text.sequences])
-        origin.write_stack(self.run.run_dir, description)
-        return description
 
     def _search(self) -> None:
         description = self.description
@@ -194,11 +163,11 @@ class Session:
         self.batch_size = scorer.batch_size
 
     def _require_same_baseline(self, problem: Problem, scorer: Scorer) -> None:
-        """What a run goes on from was scored by this model: its first sequence is scored again.
+        """Score the first sequence again: what a run goes on from must be of this model.
 
         A run by an earlier version, which recorded weights alone, says from then on of what model it is.
         """
-        self.meter.phase("Comparing with the scores of the unmodified model")
+        self.meter.phase("Comparing with the scores of the baseline")
         then = self.group.share(lambda: recorded_baseline.recorded(self.run))
         recorded_baseline.require_same(self.run, scorer, then, len(problem.calibration))
         if self.description.identity is None:
@@ -208,7 +177,7 @@ class Session:
 
     @contextmanager
     def _faster(self, scorer: Scorer, ahead: float, known: tuple[str, ...] | None) -> Iterator[None]:
-        """Blocks run in ways that are faster here; those of a run that is resumed, and of all ranks, are the same."""
+        """Run blocks with the optimizations that help here; a resumed run, and all ranks, use the same ones."""
         if self.job.speedups == "off" or scorer.plain:
             yield
             return
@@ -221,7 +190,7 @@ class Session:
             yield
 
     def _baseline(self, problem: Problem, scorer: Scorer) -> Baseline:
-        self.meter.within("Scoring the unmodified model")
+        self.meter.within("Scoring the baseline")
         start = time.perf_counter()
         on_calibration, held_out, nats = baseline(problem, scorer.score)
         if not np.isfinite(nats).all():
@@ -247,7 +216,7 @@ class Session:
         return first
 
     def _doubts(self, perplexity: float, nats: np.ndarray) -> Iterator[str]:
-        """What makes a baseline not worth an hour of searching, with the likely cause."""
+        """Reasons why the baseline is not worth an hour of searching, with the likely cause."""
         token = self.loaded.tokenizer.bos_token_id
         if (
             not self.text.bos
@@ -263,18 +232,18 @@ class Session:
             if after < 0.8 * before:
                 yield (
                     f"With a BOS token at the head of each window the perplexity of the first {len(few)} sequences "
-                    f"is {after:.1f} instead of {before:.1f}: search with --bos yes."
+                    f"is {after:.1f} instead of {before:.1f}: search with `bos=yes`."
                 )
         vocabulary = self.description.vocab_size
         if perplexity >= 0.5 * vocabulary:
             yield (
-                f"The unmodified model's perplexity is {perplexity:,.0f}, no better than guessing among "
+                f"The baseline's perplexity is {perplexity:,.0f}, no better than guessing among "
                 f"{vocabulary:,} tokens: its weights are untrained or damaged, or the tokenizer is not its own."
             )
         elif perplexity > 1000:
             yield (
-                f"The unmodified model's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
-                "that the text is in a language it was trained on, that the tokenizer is its own, and try --bos yes."
+                f"The baseline's perplexity is {perplexity:,.0f}, which is absurd for text it knows: check "
+                "that the text is in a language it was trained on, that the tokenizer is its own, and try `bos=yes`."
             )
 
     def _steps(self, problem: Problem, scorer: Scorer, first: Baseline, steps: list[Step]) -> None:
@@ -330,7 +299,7 @@ class Session:
         trace_file.append_step(self.run.run_dir, step)
 
     def _held_out_error(self, problem: Problem, nats: np.ndarray) -> float | None:
-        """How sure the rise on the held-out sequences is, over the unmodified model on the same ones."""
+        """Standard error of the rise over the baseline on the held-out sequences, per token."""
         try:
             before = trace_file.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
         except (RunError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
@@ -340,7 +309,7 @@ class Session:
 
     def _analyze(self) -> None:
         self.meter.phase("Analyses")
-        found, sample = analyze(
+        analysis, sample = analyze(
             self.stack,
             self.loaded.tokenizer,
             self.text.ids[: self.text.sequences],
@@ -353,11 +322,67 @@ class Session:
             progress=self.meter.part,
         )
         token_sample.write(self.run.run_dir, sample)
-        record_files.write_analysis(self.run.run_dir, found)
+        record_files.write_analysis(self.run.run_dir, analysis)
+
+
+def _described(
+    run: Run,
+    job: JobSettings,
+    loaded: LoadedModel,
+    stack: BlockStack,
+    text: calibration.CalibrationSet,
+    drawing: int,
+    meter: Meter,
+) -> StackDescription:
+    """The description of model and text that the run has, once both are found to be the same; or a new one, written."""
+    if run.stack is not None:
+        _require_same_text(run, text.tokens_hash)
+        require_same_model(run, job, loaded)
+        require_same_scoring(run)
+        return run.stack
+    requested = protected_blocks(run.spec, len(stack))
+    candidates = [block for block in range(len(stack)) if block not in requested]
+    _number_to_remove(run.spec, len(stack), len(candidates))
+    meter.phase("Checking the sweep against plain forward passes")
+    check = self_check(stack, candidates, text.ids)
+    if check.reason and stack.streamed is not None:
+        raise ModelError(
+            f"{run.spec.model} cannot be streamed block by block ({check.reason}). Leave `memory_budget` out, or "
+            "give one that holds the complete model."
+        )
+    if check.reason:
+        log.warning("Scoring the plain way: %s.", check.reason)
+    protected = tuple(sorted({*requested, *check.protected}))
+    for block, reason in check.protected.items():
+        log.warning("Block %d is protected: %s.", block, reason)
+    num_remove = _number_to_remove(run.spec, len(stack), len(stack) - len(protected))
+    if run.spec.kind == "search":
+        require_possible(run.spec.method, len(stack), num_remove, protected)
+    description = StackDescription(
+        **facts_of(stack, loaded),
+        tokens_hash=text.tokens_hash,
+        sequences=text.sequences,
+        held_out=text.held_out,
+        sequence_length=text.ids.shape[1],
+        bos=text.bos,
+        text=text.text,
+        drawing=drawing,
+        num_remove=num_remove,
+        protected=protected,
+        self_check=check,
+    )
+    repetition.keep_passages(run.run_dir, text.ids[: text.sequences])
+    origin.write_stack(run.run_dir, description)
+    return description
+
+
+def _number_to_remove(spec: RunSpec, num_blocks: int, num_candidates: int) -> int:
+    """Number of blocks that the run removes; none where it only analyzes. Raises `OptionError`."""
+    return number_to_remove(num_blocks, num_candidates, spec.num_remove, spec.ratio) if spec.kind == "search" else 0
 
 
 def _uncounted(scorer: Scorer, score: Score) -> Score:
-    """Scores that a resumed run takes once more, and that are on record as taken."""
+    """Scores that a resumed run takes again, without counting them a second time."""
 
     def again(skip_sets: Sequence[SkipSet], sequences: np.ndarray) -> np.ndarray:
         with scorer.uncounted():

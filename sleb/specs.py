@@ -14,11 +14,11 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, get_args, get_type_hints
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from sleb.errors import OptionError, quoted
-from sleb.records import JobKind, JobSpec, Method, Permissions, Record, RunSpec
+from sleb.records import JOB_SPEC, JobKind, JobSettings, JobSpec, Method, Permissions, Record, RunSpec
 from sleb.records.options import Setting, settings_of
 from sleb.runtime import files
 
@@ -74,7 +74,7 @@ def with_options(
     Without `search`, those that only a search has are left out. The default of those `as_before` is what an earlier job
     had, and so None.
     """
-    records: dict[type, type[Record]] = {RunOptions: RunSpec, JobOptions: JobSpec}
+    records: dict[type, type[Record]] = {RunOptions: RunSpec, JobOptions: JobSettings}
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
@@ -177,12 +177,16 @@ def job_spec(
     processes: int | None = 1,
     memory_budget: int | None = None,
     speedups: Literal["auto", "off"] = "auto",
+    **own: Any,
 ) -> JobSpec:
-    """A job that executes something on a run; its memory budget is in bytes. Raises `OptionError` out of range."""
+    """A job with its settings, and the fields that only its kind has; the memory budget is in bytes.
+
+    Raises `OptionError` out of range.
+    """
     settings = {"kind": kind, "device": text("`device`", device), "batch_size": batch_size}
     scale = {"processes": 1 if processes is None else processes, "memory_budget": memory_budget, "speedups": speedups}
     permissions = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
-    return validated(JobSpec, settings | scale | permissions)
+    return validated(JOB_SPEC, settings | scale | permissions | own)
 
 
 def permissions(
@@ -204,10 +208,11 @@ def permissions(
     )
 
 
-def validated(record: type[R], settings: dict[str, Any]) -> R:
+def validated(record: type[R] | TypeAdapter[R], settings: dict[str, Any]) -> R:
     """A record made of settings. Raises `OptionError` with one sentence where one is out of range."""
     try:
-        return writable(record.model_validate(settings))
+        validate = record.validate_python if isinstance(record, TypeAdapter) else record.model_validate
+        return writable(validate(settings))
     except ValidationError as error:
         raise OptionError(sentence(error)) from error
 

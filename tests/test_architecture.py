@@ -62,12 +62,12 @@ def files(folder: Path) -> Iterator[Path]:
 
 def modules(*folders: str) -> dict[str, Path]:
     """Dotted name -> file, of everything below some folders of the checkout."""
-    found = {}
+    result = {}
     for folder in folders:
         for path in files(ROOT / folder):
             parts = path.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return result
 
 
 MODULES = modules("sleb", "app", "pages")
@@ -81,19 +81,19 @@ def package_of(module: str) -> str:
 
 def imports_of(name: str, path: Path) -> set[str]:
     """Modules of the program that a module imports: absolute or relative, at the top or inside a function."""
-    found: set[str] = set()
+    result: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
             base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
             source = ".".join(part for part in (base, node.module) if part)
             within = {f"{source}.{alias.name}" for alias in node.names}
-            found |= within & set(MODULES) or {source}
+            result |= within & set(MODULES) or {source}
             if within - set(MODULES):  # a name that the package itself gives
-                found.add(source)
-    return {each for each in found & set(MODULES) if each != name}
+                result.add(source)
+    return {each for each in result & set(MODULES) if each != name}
 
 
 GRAPH = {name: imports_of(name, path) for name, path in MODULES.items()}
@@ -124,12 +124,12 @@ def test_no_module_imports_itself_by_any_way_round() -> None:
         if name in done:
             return None
         for used in sorted(GRAPH[name]):
-            if found := circle(used, (*way, name)):
-                return found
+            if result := circle(used, (*way, name)):
+                return result
         done.add(name)
         return None
 
-    assert [found for name in sorted(GRAPH) if (found := circle(name, ()))] == []
+    assert [result for name in sorted(GRAPH) if (result := circle(name, ()))] == []
 
 
 def test_no_module_is_imported_by_a_string() -> None:
@@ -147,7 +147,7 @@ def test_no_module_is_imported_by_a_string() -> None:
 def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
     """The test of the test: each kind of import is found."""
     path = tmp_path / "module.py"
-    for line, found in (
+    for line, result in (
         ("import sleb.worker", "sleb.worker"),
         ("from sleb import worker", "sleb.worker"),
         ("from sleb.worker import execute", "sleb.worker"),
@@ -158,15 +158,15 @@ def test_the_rule_sees_what_it_forbids(tmp_path: Path) -> None:
         ("from sleb.records import Run", "sleb.records"),
     ):
         path.write_text(line)
-        assert found in imports_of("sleb.runtime.made_up", path), line
+        assert result in imports_of("sleb.runtime.made_up", path), line
 
 
 def test_no_folder_is_crowded() -> None:
     folders = {path.parent for top in ("sleb", "app", "pages", "tests") for path in files(ROOT / top)}
     crowded = {
-        str(folder.relative_to(ROOT)): len(found)
+        str(folder.relative_to(ROOT)): len(result)
         for folder in folders
-        if len(found := [each for each in folder.glob("*.py") if not each.name.startswith("__")]) > MOST_MODULES
+        if len(result := [each for each in folder.glob("*.py") if not each.name.startswith("__")]) > MOST_MODULES
     }
     assert not crowded
 

@@ -20,11 +20,11 @@ def test_an_answer_comes_back() -> None:
 
 
 def test_it_can_be_called_from_any_thread() -> None:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(bounded.call(operator.add, "a", "b")))
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(bounded.call(operator.add, "a", "b")))
     thread.start()
     thread.join()
-    assert found == ["ab"]
+    assert result == ["ab"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from sleb.records import Proof
 from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
 from tests.support.paths import DATA, ROOT
-from tests.support.recorded_steps import step_of
+from tests.support.runs.recorded import steps_of
 
 RECORDED = DATA / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"
@@ -56,7 +56,7 @@ def copied(to: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _command_line_built_once() -> Iterator[None]:
-    """Typer builds all commands anew for each call, which takes longer than most of what is called here."""
+    """Typer builds all commands again for each call, which takes longer than most of what is called here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
@@ -109,27 +109,22 @@ def expected_of(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / "expected" / f"{name}.json").read_bytes())
 
 
-def assert_says(found: Any, expected: Any, where: str = "", rel: float = 1e-9) -> None:
+def assert_says(result: Any, expected: Any, where: str = "", rel: float = 1e-9) -> None:
     """Everything that was said then is said now; more may be said, and the last digit of a number may be another."""
     if isinstance(expected, dict):
-        assert isinstance(found, dict), where
+        assert isinstance(result, dict), where
         for key, value in expected.items():
-            assert key in found, f"{where}.{key} is gone"
-            assert_says(found[key], value, f"{where}.{key}", rel)
+            assert key in result, f"{where}.{key} is missing"
+            assert_says(result[key], value, f"{where}.{key}", rel)
     elif isinstance(expected, list | tuple):
-        assert isinstance(found, list | tuple), where
-        assert len(found) == len(expected), where
-        for index, (each, value) in enumerate(zip(found, expected, strict=True)):
+        assert isinstance(result, list | tuple), where
+        assert len(result) == len(expected), where
+        for index, (each, value) in enumerate(zip(result, expected, strict=True)):
             assert_says(each, value, f"{where}[{index}]", rel)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=rel, abs=rel), where
+        assert result == pytest.approx(expected, rel=rel, abs=rel), where
     else:
-        assert found == expected, where
-
-
-def steps_of(run: sleb.Run) -> list[dict[str, Any]]:
-    """The steps as `scripts/record_compatibility.py` wrote them down."""
-    return [step_of(step) for step in (run.trace.steps if run.trace else ())]
+        assert result == expected, where
 
 
 def as_value(cell: str) -> Any:
@@ -182,21 +177,21 @@ def test_its_list_is_exported_as_it_was(name: str, recorded: Path) -> None:
         if name == "gguf" and format in ("mergekit", "sleb"):  # which cannot read it
             assert "is a GGUF file" in command("export", name, "--format", format, code=2)[1]
             continue
-        found, _ = command("export", name, "--format", format)
+        result, _ = command("export", name, "--format", format)
         if format == "json":  # travels: without the folders that it named then
             before = json.loads(text)
             before["model"] = Path(before["model"]).name
             before["calibration"]["source"] = Path(before["calibration"]["source"]).name
-            assert_says(json.loads(found), before)
+            assert_says(json.loads(result), before)
         elif format == "csv":
-            now, before = (list(csv.DictReader(io.StringIO(each))) for each in (found, text))
+            now, before = (list(csv.DictReader(io.StringIO(each))) for each in (result, text))
             rows = [[{key: as_value(cell) for key, cell in row.items()} for row in each] for each in (now, before)]
             assert_says(*rows)
         elif format == "mergekit":  # named the type of the search, which need not be the checkpoint's
-            assert_says(yaml.safe_load(found), {k: v for k, v in yaml.safe_load(text).items() if k != "dtype"})
-            assert "dtype" not in yaml.safe_load(found)
+            assert_says(yaml.safe_load(result), {k: v for k, v in yaml.safe_load(text).items() if k != "dtype"})
+            assert "dtype" not in yaml.safe_load(result)
         else:
-            assert found == text
+            assert result == text
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "-stopped" not in name or name.startswith("race")])
@@ -235,9 +230,9 @@ def test_the_dashboard_reads_them_without_torch(recorded: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert sorted(found) == NAMES
-    for name, seen in found.items():
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(result) == NAMES
+    for name, seen in result.items():
         expected = expected_of(recorded, name)
         assert seen["state"] == expected["state"]
         assert seen["removal_list"] == expected["removal_list"]
@@ -248,23 +243,27 @@ def test_the_dashboard_reads_them_without_torch(recorded: Path) -> None:
         if not expected["analysed"]:
             whole = dict.fromkeys(whole)
         assert {key: seen[key] for key in whole} == whole
-    assert found["metric3"]["rivals"] > 0
+    assert result["metric3"]["rivals"] > 0
 
 
 # --- going on
 
 
-def assert_ends_like(run: sleb.Run, twin: sleb.Run) -> None:
+def assert_ends_like(run: sleb.Run, reference: sleb.Run) -> None:
     """The same result as an undisturbed run that was recorded; another CPU rounds in another way."""
     assert run.trace is not None
-    assert twin.trace is not None
-    assert run.removal_list == twin.removal_list
-    assert run.trace.finished == twin.trace.finished
-    assert run.trace.baseline.perplexity == pytest.approx(twin.trace.baseline.perplexity, rel=1e-4)
-    assert_says(as_json(steps_of(run)), as_json(steps_of(twin)), rel=1e-4)
-    assert (run.analysis is None) is (twin.analysis is None)
-    if run.analysis is not None and twin.analysis is not None:
-        now, then = run.analysis, twin.analysis
+    assert reference.trace is not None
+    assert run.removal_list == reference.removal_list
+    assert run.trace.finished == reference.trace.finished
+    assert run.trace.baseline.perplexity == pytest.approx(reference.trace.baseline.perplexity, rel=1e-4)
+    assert_says(
+        as_json(steps_of(run)),
+        as_json(steps_of(reference)),
+        rel=1e-4,
+    )
+    assert (run.analysis is None) is (reference.analysis is None)
+    if run.analysis is not None and reference.analysis is not None:
+        now, then = run.analysis, reference.analysis
         assert_says(now.similarity.model_dump(mode="json"), then.similarity.model_dump(mode="json"), rel=1e-4)
         # Near-ties between tokens may fall otherwise.
         assert now.alignment.calibration.agreement == pytest.approx(then.alignment.calibration.agreement, abs=0.05)
@@ -272,7 +271,7 @@ def assert_ends_like(run: sleb.Run, twin: sleb.Run) -> None:
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_goes_on_to_what_an_undisturbed_one_found(name: str, resumed: Path) -> None:
-    twin = sleb.load(name.split("-stopped")[0].removesuffix("-interrupted").removesuffix("-queued"))
+    reference = sleb.load(name.split("-stopped")[0].removesuffix("-interrupted").removesuffix("-queued"))
     trace = resumed / "home" / "runs" / name / "trace.jsonl"
     whole = trace.read_bytes().rpartition(b"\n")[0] if trace.exists() else b""
     if name.endswith("-queued"):
@@ -282,7 +281,7 @@ def test_a_search_goes_on_to_what_an_undisturbed_one_found(name: str, resumed: P
     done = sleb.load(name)
     assert trace.read_bytes().startswith(whole)  # nothing that was known is found again
     assert done.jobs[-1].status.state.value == "finished"
-    assert_ends_like(done, twin)
+    assert_ends_like(done, reference)
 
 
 def test_a_run_of_a_version_that_signed_nothing_is_asked_about_once(fresh: Path) -> None:
@@ -307,10 +306,10 @@ def test_a_failed_run_fails_with_the_same_sentence(resumed: Path) -> None:
 
 def findings_by_question(name: str) -> dict[Any, dict[str, Any]]:
     """What a run knows, by what was asked."""
-    found = [each.model_dump(mode="json") for each in sleb.findings_of(name)]
+    result = [each.model_dump(mode="json") for each in sleb.findings_of(name)]
     return {
         (each["kind"], tuple(each["removal_list"]), each["text"]["name"] if "text" in each else each["task"]): each
-        for each in found
+        for each in result
     }
 
 
@@ -336,12 +335,12 @@ def test_a_stopped_evaluation_asks_only_what_is_not_known(
     command("resume", name, "--json", *allowed)
     assert sleb.load(name).jobs[-1].status.state.value == "finished"
     assert {key: value for key, value in files_of(folder).items() if key in before} == before
-    now, twin = findings_by_question(name), findings_by_question("evaluation")
+    now, reference = findings_by_question(name), findings_by_question("evaluation")
     assert now.keys() - known.keys()
-    assert now.keys() == {key for key in twin if name == "tasks-stopped" or key[0] == "perplexity"}
+    assert now.keys() == {key for key in reference if name == "tasks-stopped" or key[0] == "perplexity"}
     for key, each in now.items():
         wanted = ("measured", "rise", "rise_standard_error", "text", "metrics", "changes", "examples_hash")
-        assert_says(each, {part: twin[key][part] for part in wanted if part in twin[key]}, rel=1e-4)
+        assert_says(each, {part: reference[key][part] for part in wanted if part in reference[key]}, rel=1e-4)
 
 
 # --- what is known
@@ -355,34 +354,34 @@ def test_what_was_found_then_is_not_computed_again(
     healing = dict(source=str(resumed / "text.txt"), sequences=16, sequence_length=32, **on_text)
     before = files_of(resumed / "home" / "runs" / "metric3" / "evaluation")
     if kind == "evaluate":
-        found = sleb.evaluate("metric3", all_steps=True, perplexity=[str(resumed / "held.txt")], **ON_TEXT)
+        result = sleb.evaluate("metric3", all_steps=True, perplexity=[str(resumed / "held.txt")], **ON_TEXT)
     elif kind == "accuracy":
         pytest.importorskip("lm_eval", reason="needs the extra: pip install 'sleb[tasks]'")
         import datasets
 
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "data-sets"))
         tasks: dict[str, Any] = dict(tasks=["questions"], task_folder=resumed / "tasks")
-        found = sleb.evaluate("metric3", steps=2, perplexity=[], **tasks, **ON_TEXT)
+        result = sleb.evaluate("metric3", steps=2, perplexity=[], **tasks, **ON_TEXT)
     elif kind == "benchmark":
-        monkeypatch.setattr(socket, "gethostname", lambda: HOST)  # times of another machine are no answer
+        monkeypatch.setattr(socket, "gethostname", lambda: HOST)  # times of another machine do not answer
         shapes: dict[str, Any] = dict(prompt=(1, 16), generation=(2, 4), generation_prompt=8)
         repetitions: dict[str, Any] = dict(prompt_repetitions=3, generation_repetitions=2)
-        found = sleb.benchmark("metric3", steps=2, device="cpu", **shapes, **repetitions)
+        result = sleb.benchmark("metric3", steps=2, device="cpu", **shapes, **repetitions)
     elif kind == "generate":
-        found = sleb.generate("metric3", "the block of a model", steps=2, tokens=12, device="cpu")
+        result = sleb.generate("metric3", "the block of a model", steps=2, tokens=12, device="cpu")
     elif kind == "quantize":
         pytest.importorskip("torchao", reason="needs the extra: pip install 'sleb[quantize]'")
         pytest.importorskip("compressed_tensors", reason="needs the extra: pip install 'sleb[quantize]'")
-        found = sleb.quantize("metric3", schemes=("int8", "int4"), group_size=32, **on_text)
+        result = sleb.quantize("metric3", schemes=("int8", "int4"), group_size=32, **on_text)
     elif kind == "linear":
-        found = sleb.heal("metric3", how="linear", **healing)
+        result = sleb.heal("metric3", how="linear", **healing)
     else:
         pytest.importorskip("peft", reason="needs the extra: pip install 'sleb[heal]'")
-        found = sleb.heal("metric3", how="lora", rank=2, batch_sequences=4, learning_rate=1e-2, **healing)
+        result = sleb.heal("metric3", how="lora", rank=2, batch_sequences=4, learning_rate=1e-2, **healing)
     assert files_of(resumed / "home" / "runs" / "metric3" / "evaluation") == before  # times of finding included
     known = sleb.findings_of("metric3")
-    assert found
-    assert all(each in known for each in found)
+    assert result
+    assert all(each in known for each in result)
 
 
 def test_block_outputs_cached_then_are_read_and_made_anew_the_same(fresh: Path) -> None:
@@ -396,13 +395,13 @@ def test_block_outputs_cached_then_are_read_and_made_anew_the_same(fresh: Path) 
     rows = json.loads(command("cache", "--json")[0])["entries"]
     assert {each["name"] for each in rows} >= {key}
     shutil.rmtree(sleb.load("metric3").run_dir / "analysis")
-    found = sleb.resume("metric3", device="cpu").analysis
-    assert found is not None
-    assert not found.description.cached
-    now, before = (each.model_dump(mode="json", exclude={"description"}, exclude_unset=True) for each in (found, then))
+    result = sleb.resume("metric3", device="cpu").analysis
+    assert result is not None
+    assert not result.description.cached
+    now, before = (each.model_dump(mode="json", exclude={"description"}, exclude_unset=True) for each in (result, then))
     assert_says(now, before, rel=1e-5)
     assert {each.id for each in then.passage.tokens} == {None}  # which token it was, nobody wrote down then
-    assert None not in {each.id for each in found.passage.tokens}
+    assert None not in {each.id for each in result.passage.tokens}
 
 
 # --- the smaller model

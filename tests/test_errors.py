@@ -32,7 +32,7 @@ def test_what_somebody_gave_is_quoted_and_cut() -> None:
 
 
 def test_a_long_message_keeps_its_end_which_says_what_to_do() -> None:
-    said = str(SlebError(f"There is no {'x' * 5000}. Give another one."))
-    assert len(said) <= MOST_CHARACTERS
-    assert said.startswith("There is no xxx")
-    assert said.endswith("xxx. Give another one.")
+    output = str(SlebError(f"Nothing is called {'x' * 5000}. Give another one."))
+    assert len(output) <= MOST_CHARACTERS
+    assert output.startswith("Nothing is called xxx")
+    assert output.endswith("xxx. Give another one.")

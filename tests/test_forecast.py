@@ -1,4 +1,4 @@
-"""What a run will take: counted exactly, timed by a probe; and what a model's files say without loading it."""
+"""What a run will take: counted exactly, timed by a timing probe; and what a model's files say without loading it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def options(text_file: Path, **changes: object) -> dict[str, object]:
 def test_evaluations_are_counted_exactly_before_a_search(
     method: Method, objective: str, tiny_model: Path, text_file: Path
 ) -> None:
-    asked = options(text_file, method=method, objective=objective, remove=3, analysis=False)
-    spec = specs.run_spec(str(tiny_model), **asked)  # type: ignore[arg-type]
+    settings = options(text_file, method=method, objective=objective, remove=3, analysis=False)
+    spec = specs.run_spec(str(tiny_model), **settings)  # type: ignore[arg-type]
     cost, removing = cost_of_spec(spec, 6)
-    run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
+    run = sleb.search(str(tiny_model), **settings)  # type: ignore[arg-type]
     assert run.trace is not None
     assert removing == len(run.trace.steps) == 3
     assert (cost.block_evaluations, cost.head_evaluations) == (
@@ -67,19 +67,19 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tiny_model: Path, 
     arguments = ["search", str(tiny_model), "--calibration", str(text_file), "--sequences=4", "--sequence-length=32"]
     done = CliRunner().invoke(app, [*arguments, "--remove=2", "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     cost, _ = cost_of_spec(RunSpec(model="x", num_remove=2, calibration={"sequences": 4}), 6)  # type: ignore[arg-type]
-    assert (found["num_blocks"], found["num_remove"]) == (6, 2)
-    assert found["block_evaluations"] == cost.block_evaluations
+    assert (result["num_blocks"], result["num_remove"]) == (6, 2)
+    assert result["block_evaluations"] == cost.block_evaluations
     assert (
         0
-        < found["search_seconds"]
+        < result["search_seconds"]
         == pytest.approx(
-            (cost.block_evaluations + found["head_weight"] * cost.head_evaluations) * found["seconds_per_unit"]
+            (cost.block_evaluations + result["head_weight"] * cost.head_evaluations) * result["seconds_per_unit"]
         )
     )
-    assert found["loading_seconds"] > 0
-    assert found["analysis_seconds"] > 0
+    assert result["loading_seconds"] > 0
+    assert result["analysis_seconds"] > 0
     assert not (home / "runs").exists()
     shown = CliRunner().invoke(app, [*arguments, "--remove=2", "--dry-run"])
     assert "2 of 6 removed" in shown.stdout
@@ -104,7 +104,7 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "settings",
     [
         dict(model="demo"),
         dict(model="org/x", remove=3, method="best-chunk", protect=(), calibration="c4", chat=True, bos="no"),
@@ -116,8 +116,10 @@ def test_the_number_of_blocks_is_read_from_files(tmp_path: Path, tiny_model: Pat
         dict(model="org/x", kind="analyze", sequences=7, sequence_length=99),
     ],
 )
-def test_a_spec_as_a_command_line_asks_for_the_same(asked: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = specs.run_spec(**asked)  # type: ignore[arg-type]
+def test_a_spec_as_a_command_line_asks_for_the_same(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = specs.run_spec(**settings)  # type: ignore[arg-type]
     job = specs.job_spec(spec.kind, "cpu", 3)
     heard: list[object] = []
     monkeypatch.setattr(search, "_start", lambda *given: heard.extend(given))
@@ -130,17 +132,17 @@ def test_a_spec_as_a_command_line_asks_for_the_same(asked: dict[str, object], mo
 
 def test_an_outline_says_what_the_whole_run_does(tmp_path: Path) -> None:
     run = write_run(tmp_path / "whole", 12, 4)
-    found = run_index.outline(run.run_dir)
+    result = run_index.outline(run.run_dir)
     assert run.trace is not None
     last = run.trace.steps[-1]
-    assert found.last is not None
-    assert found.baseline is not None
-    for shown, whole in ((found.last, last), (found.baseline, run.trace.baseline)):
+    assert result.last is not None
+    assert result.baseline is not None
+    for shown, whole in ((result.last, last), (result.baseline, run.trace.baseline)):
         assert (shown.calibration, shown.held_out) == (whole.calibration, whole.held_out)
-    assert found.last.removal_list == found.removal_list == last.removal_list
-    assert found.last.held_out_standard_error == last.held_out_standard_error
-    assert (found.num_blocks, found.finished, found.state) == (12, True, JobState.FINISHED)
-    assert found.seconds == pytest.approx(2.0 + 4 * 1.5)
+    assert result.last.removal_list == result.removal_list == last.removal_list
+    assert result.last.held_out_standard_error == last.held_out_standard_error
+    assert (result.num_blocks, result.finished, result.state) == (12, True, JobState.FINISHED)
+    assert result.seconds == pytest.approx(2.0 + 4 * 1.5)
     stopped = run_index.outline(write_run(tmp_path / "part", 12, 4, done=2, state=JobState.STOPPED).run_dir)
     assert (len(stopped.removal_list), stopped.finished) == (2, False)
 
@@ -149,9 +151,9 @@ def test_outlines_are_newest_first_and_name_what_cannot_be_read(home: Path) -> N
     new = run_folder.create(RunSpec(model="demo"))
     broken = run_folder.create(RunSpec(model="demo"))
     (broken.run_dir / "spec.json").write_text("{")
-    found = run_list.list_outlines()
-    assert {type(each) for each in found} == {RunError, run_index.Outline}
-    assert [each.run_id for each in found if isinstance(each, run_index.Outline)] == [new.run_id]
+    result = run_list.list_outlines()
+    assert {type(each) for each in result} == {RunError, run_index.Outline}
+    assert [each.run_id for each in result if isinstance(each, run_index.Outline)] == [new.run_id]
 
 
 def test_a_signature_changes_with_every_file_that_is_read(tmp_path: Path) -> None:
@@ -195,8 +197,8 @@ def test_tokens_travel_with_a_run_to_five_decimals(tmp_path: Path) -> None:
 
 
 def test_the_held_out_rise_has_a_standard_error(tiny_model: Path, text_file: Path) -> None:
-    asked = options(text_file, remove=2, analysis=False, held_out=3)
-    run = sleb.search(str(tiny_model), **asked)  # type: ignore[arg-type]
+    settings = options(text_file, remove=2, analysis=False, held_out=3)
+    run = sleb.search(str(tiny_model), **settings)  # type: ignore[arg-type]
     before = trace_file.read_scores(run.run_dir, "baseline")["nats"][4:]
     assert run.trace is not None
     for step in run.trace.steps:
@@ -204,7 +206,7 @@ def test_the_held_out_rise_has_a_standard_error(tiny_model: Path, text_file: Pat
         assert now.sum() == pytest.approx(step.held_out.nll_sum)
         per_token = (now - before) / 31
         assert step.held_out_standard_error == pytest.approx(per_token.std(ddof=1) / np.sqrt(3))
-    alone = sleb.search(str(tiny_model), **(asked | {"held_out": 1}))  # type: ignore[arg-type]
+    alone = sleb.search(str(tiny_model), **(settings | {"held_out": 1}))  # type: ignore[arg-type]
     assert alone.trace is not None
     assert alone.trace.steps[0].held_out_standard_error is None
 
@@ -221,10 +223,8 @@ def test_a_run_keeps_tokens_of_its_own(tiny_model: Path, text_file: Path) -> Non
 def test_the_forecast_is_what_the_search_takes(
     tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that only work moves on. By one on the wall, whatever else the machine does takes part as well: that
-    is measured by benchmarks/search.py.
-    """
-    asked: dict[str, Any] = options(text_file, sequence_length=64, remove=2, analysis=False)
+    """The clock is one that only work moves on; benchmarks/search.py measures by one on the wall."""
+    settings: dict[str, Any] = options(text_file, sequence_length=64, remove=2, analysis=False)
     now = 0.0
     advance, logits = BlockStack.advance, BlockStack.logits
 
@@ -235,15 +235,15 @@ def test_the_forecast_is_what_the_search_takes(
 
     def read(stack: BlockStack, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         nonlocal now
-        now += 0.04 * head_weight(stack) * ids.numel() / asked["sequence_length"]
+        now += 0.04 * head_weight(stack) * ids.numel() / settings["sequence_length"]
         return logits(stack, hidden, ids)
 
     monkeypatch.setattr(BlockStack, "advance", advanced)
     monkeypatch.setattr(BlockStack, "logits", read)
     for measuring in (forecast, search_job):
         monkeypatch.setattr(measuring, "time", SimpleNamespace(perf_counter=lambda: now))
-    promised = execution.forecast(specs.run_spec(str(tiny_model), **asked))
-    run = sleb.search(str(tiny_model), **asked)
+    promised = execution.forecast(specs.run_spec(str(tiny_model), **settings))
+    run = sleb.search(str(tiny_model), **settings)
     assert run.trace is not None
     assert run.trace.block_evaluations == promised.block_evaluations
     searched = run.trace.baseline.seconds + sum(step.seconds for step in run.trace.steps)

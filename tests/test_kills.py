@@ -41,8 +41,8 @@ print("careless", *count.wrong, sep="|")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """From a process that forks: this one has threads."""
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The output of a process that forks: this one has threads."""
     folder = tmp_path_factory.mktemp("kills")
     command = [sys.executable, "-c", SAMPLE, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, cwd=ROOT)
@@ -51,15 +51,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_killed_commands_change_nothing_that_stood_before_and_the_next_one_leaves_nothing_behind(
-    told: list[str],
+    lines: list[str],
 ) -> None:
-    assert len(told) == 4
-    for line in told[:3]:
+    assert len(lines) == 4
+    for line in lines[:3]:
         _, kills, *wrong = line.split("|")
         assert wrong == []
         assert int(kills) >= 3
 
 
-def test_the_harness_sees_what_is_lost(told: list[str]) -> None:
+def test_the_harness_sees_what_is_lost(lines: list[str]) -> None:
     """The test of the test: a text that is removed before the new one has its name."""
-    assert "out/list.json is neither the old nor the new one" in told[-1]
+    assert "out/list.json is neither the old nor the new one" in lines[-1]

@@ -78,7 +78,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, no_path: None, monkey
     return tmp_path
 
 
-def said(folder: Path, *command: object) -> str:
+def output_of(folder: Path, *command: object) -> str:
     """What a command says on stdout, in a folder."""
     done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -108,8 +108,8 @@ def test_the_wheel_has_one_top_level_name_and_all_that_the_dashboard_needs(wheel
 def test_the_wheel_of_the_source_archive_is_the_same(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
     archive = next(tmp_path.glob("*.tar.gz"))
-    with tarfile.open(archive) as found:
-        names = {name.partition("/")[2] for name in found.getnames()}
+    with tarfile.open(archive) as result:
+        names = {name.partition("/")[2] for name in result.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "streamlit_config.toml", "tests/test_package.py"} <= names
     with zipfile.ZipFile(built(archive, tmp_path)) as again, zipfile.ZipFile(wheel) as first:
         assert {each.filename: each.CRC for each in again.infolist()} == {
@@ -118,20 +118,20 @@ def test_the_wheel_of_the_source_archive_is_the_same(wheel: Path, tmp_path: Path
 
 
 def test_the_command_is_the_installed_one_and_its_other_names_stay_inside(bin_folder: Path, tmp_path: Path) -> None:
-    assert said(tmp_path, bin_folder / "sleb", "--version") == f"sleb {sleb.__version__}"
+    assert output_of(tmp_path, bin_folder / "sleb", "--version") == f"sleb {sleb.__version__}"
     code = (
         "import sleb, sys, importlib.util as util\nfrom sleb.runtime import dashboard_files\n"
         "print(sleb.__file__, dashboard_files.ROOT, util.find_spec('app'), util.find_spec('pages'))"
     )
-    package, root, *others = said(tmp_path, bin_folder / "python", "-c", code).split()
+    package, root, *others = output_of(tmp_path, bin_folder / "python", "-c", code).split()
     assert Path(package).is_relative_to(bin_folder.parent)
     assert Path(root) == Path(package).parent / "_dashboard"
     assert others == ["None", "None"]
 
 
 def test_samples_are_shown_and_reported_from_anywhere(bin_folder: Path, folder: Path) -> None:
-    assert "Removal list: [" in said(folder, bin_folder / "sleb", "show", SAMPLE)
-    said(folder, bin_folder / "sleb", "report", SAMPLE, "--out", "report.html")
+    assert "Removal list: [" in output_of(folder, bin_folder / "sleb", "show", SAMPLE)
+    output_of(folder, bin_folder / "sleb", "report", SAMPLE, "--out", "report.html")
     assert "SmolLM2-135M" in (folder / "report.html").read_text()
 
 
@@ -144,7 +144,7 @@ def test_the_settings_are_in_force_from_anywhere(bin_folder: Path, folder: Path)
         "options = ('server.maxUploadSize', 'server.headless', 'server.address', 'theme.light.primaryColor')\n"
         "print(*(streamlit.get_option(each) for each in options))"
     )
-    assert said(folder, bin_folder / "python", "-P", "-c", code).split() == ["8", "True", "localhost", "#0b6aa8"]
+    assert output_of(folder, bin_folder / "python", "-P", "-c", code).split() == ["8", "True", "localhost", "#0b6aa8"]
 
 
 @browser.NEEDED

@@ -16,7 +16,7 @@ import sleb
 from sleb.errors import BadInput, CalibrationError, ModelError, NotNumbers, OptionError, RunBusy, RunError
 from sleb.formats.run_json import summary
 from sleb.model.block_stack import BlockStack
-from sleb.records import JobSpec, JobState, Step
+from sleb.records import JobState, SearchJob, Step
 from sleb.runtime import job_folder, origin, trace_file
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Meter, Watcher
@@ -224,7 +224,7 @@ def test_a_run_whose_weights_or_text_changed_is_not_continued(
 
 
 def test_a_run_of_another_process_is_not_touched(run: sleb.Run) -> None:
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     with job_processes.executing(job.directory), pytest.raises(RunBusy):
         sleb.export_model(run, "anywhere")
 
@@ -247,10 +247,10 @@ def test_ratio_until_and_protection(tiny_model: Path, text_file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        (dict(remove=7), OptionError, "Lower --remove"),
+        (dict(remove=7), OptionError, "Lower .{1,2}remove"),
         (dict(remove=5), OptionError, "2 protected"),
-        (dict(remove=None, ratio=1.5), OptionError, "--ratio"),
-        (dict(remove=0), OptionError, "--remove"),
+        (dict(remove=None, ratio=1.5), OptionError, "ratio"),
+        (dict(remove=0), OptionError, "remove"),
         (dict(remove=2, ratio=0.5), OptionError, "not both"),
         (dict(protect=list(range(6))), OptionError, "All 6 blocks are protected"),
         (dict(protect=[0, 6]), OptionError, "block 6"),
@@ -259,17 +259,17 @@ def test_ratio_until_and_protection(tiny_model: Path, text_file: Path) -> None:
         (dict(method="metric4"), OptionError, "metric3"),
         (dict(device="tpu"), OptionError, "device"),
         (dict(device="cuda:99"), OptionError, "CUDA devices"),
-        (dict(sequences=100_000), CalibrationError, "Lower --sequences"),
+        (dict(sequences=100_000), CalibrationError, "Lower .{1,2}sequences"),
         (dict(sequence_length=4096), CalibrationError, "128 positions"),
-        (dict(sequence_length=1), OptionError, "--sequence-length"),
-        (dict(sequences=0), OptionError, "--sequences"),
-        (dict(batch_size=0), OptionError, "--batch-size"),
-        (dict(confidence=1.0), OptionError, "--confidence"),
-        (dict(until_perplexity=0.1, held_out=0), OptionError, "--held-out"),
+        (dict(sequence_length=1), OptionError, "sequence.length"),
+        (dict(sequences=0), OptionError, "sequences"),
+        (dict(batch_size=0), OptionError, "batch.size"),
+        (dict(confidence=1.0), OptionError, "confidence"),
+        (dict(until_perplexity=0.1, held_out=0), OptionError, "held.out"),
         (dict(calibration="no/such.txt"), CalibrationError, "no file"),
         (dict(calibration="no-such-set-anywhere"), CalibrationError, "could not be loaded"),
         (dict(calibration="wikitext2"), CalibrationError, "network"),
-        (dict(chat=True), CalibrationError, "--chat"),
+        (dict(chat=True), CalibrationError, "chat"),
     ],
 )
 def test_bad_options_are_sentences(
@@ -284,7 +284,7 @@ def test_bad_options_are_sentences(
 def test_predictions_that_are_not_numbers_end_the_search_early(tmp_path: Path, text_file: Path) -> None:
     folder = tiny.save(tmp_path / "model")
     _change_weights(folder, "model.layers.2.mlp.down_proj.weight", float("nan"))
-    with pytest.raises(NotNumbers, match=r"^The unmodified model .*not numbers in float32\. Check the weights\.$"):
+    with pytest.raises(NotNumbers, match=r"^The baseline .*not numbers in float32\. Check the weights\.$"):
         sleb.search(str(folder), **options(text_file))
 
 
@@ -383,7 +383,7 @@ def test_a_missing_bos_is_noticed_by_measuring(tmp_path: Path, text_file: Path) 
         run = sleb.search(str(folder), **options(text_file, remove=1))
     finally:
         Scorer.score = honest  # type: ignore[method-assign]
-    assert any("--bos yes" in warning and "instead of" in warning for warning in run.trace.baseline.warnings)  # type: ignore[union-attr]
+    assert any("`bos=yes`" in warning and "instead of" in warning for warning in run.trace.baseline.warnings)  # type: ignore[union-attr]
 
 
 def test_plain_fallback_finishes_and_says_why(tmp_path: Path, text_file: Path) -> None:
@@ -468,11 +468,11 @@ def test_the_text_part_of_a_multimodal_model_is_searched(tmp_path: Path, text_fi
     assert config.vision_config.num_hidden_layers == 4  # as deep as the text was, and untouched
 
 
-def _assert_same(found: sleb.Run, expected: sleb.Run) -> None:
-    assert found.trace is not None
+def _assert_same(result: sleb.Run, expected: sleb.Run) -> None:
+    assert result.trace is not None
     assert expected.trace is not None
     free = {"seconds": 0.0, "block_evaluations": 0, "head_evaluations": 0}
-    assert [s.model_copy(update=free) for s in found.trace.steps] == [
+    assert [s.model_copy(update=free) for s in result.trace.steps] == [
         s.model_copy(update=free) for s in expected.trace.steps
     ]
 
@@ -491,8 +491,8 @@ def test_a_search_by_divergence_removes_what_changes_the_predictions_least(tiny_
             with stack.skipping(step.removal_list):
                 own = stack.forward(ids)[:, :-1].double().log_softmax(-1)
             plain = float(plain_nll(stack, step.removal_list, ids).sum())
-        twin = float(torch.nn.functional.kl_div(own, base, log_target=True, reduction="sum"))
-        assert lowest.score_sum == pytest.approx(twin, rel=1e-4)
+        reference = float(torch.nn.functional.kl_div(own, base, log_target=True, reduction="sum"))
+        assert lowest.score_sum == pytest.approx(reference, rel=1e-4)
         assert step.calibration.nll_sum == pytest.approx(plain, rel=1e-6)  # what it costs is a perplexity all the same
     with pytest.raises(OptionError, match="Metric1 compares hidden states"):
         sleb.search(str(tiny_model), **options(text_file, objective="kl", method="metric1"))

@@ -222,12 +222,7 @@ def which(run: Run, curves: Curves, findings: Sequence[Finding], key: str, propo
 def texts_control(run: Run, key: str, label: str = "Texts") -> list[str]:
     """Draw the choice of texts; files that were measured before are offered again."""
     known = {name: name for name in NAMED_TEXTS} | known_files(run)
-    last = [
-        each
-        for job in run.jobs
-        if job.spec.ask and job.spec.ask.kind != "benchmark"
-        for each in _texts_of(job.spec.ask)
-    ]
+    last = [each for job in run.jobs if job.ask and job.ask.kind != "benchmark" for each in _texts_of(job.ask)]
     return st.multiselect(
         label, list(known), [short(last[-1])] if last else ["wikitext2"], key=f"{key}-{run.run_id}",
         accept_new_options=True, placeholder="None",
@@ -275,7 +270,7 @@ def _protocol() -> dict[str, Any]:
 
 def known_files(*runs: Run) -> dict[str, str]:
     """Paths of texts that earlier jobs measured, by file name: findings keep the name only."""
-    names = [each for run in runs for job in run.jobs if job.spec.ask for each in _texts_of(job.spec.ask)]
+    names = [each for run in runs for job in run.jobs if job.ask for each in _texts_of(job.ask)]
     return {short(each): each for each in names if short(each) not in NAMED_TEXTS}
 
 

@@ -19,7 +19,7 @@ from sleb.errors import OptionError, SlebError
 from sleb.export import gguf_plan
 from sleb.export.destination import Destination
 from sleb.export.finished_exports import Export, read_exports
-from sleb.records import Job, JobSpec, JobState, Proof, Run
+from sleb.records import ExportJob, Job, JobState, Proof, Run
 from sleb.report.summaries import exported_model
 from sleb.runtime import files, job_folder
 from sleb.runtime.processes import job_processes
@@ -102,9 +102,9 @@ def _kind(run: Run, disabled: bool) -> str:
 def _start(run: Run, steps: int, out: str, replace: bool, kind: str) -> None:
     """Start an export, or show the sentence that says why not."""
     try:
-        spec = data.job_spec("export", "cpu").model_dump()
-        spec |= {"steps": steps, "out": str(_checked(out, replace, kind)), "replace": replace, "format": kind}
-        foreign_names.go_on(run, JobSpec.model_validate(spec))
+        path = str(_checked(out, replace, kind))
+        job = data.job_spec("export", "cpu", steps=steps, out=path, replace=replace, format=kind)
+        foreign_names.go_on(run, job)
     except SlebError as error:
         st.error(plain(in_fields(error)))
         return
@@ -143,7 +143,7 @@ def _watch(run: Run) -> None:
             st.markdown(f"{plain(phase)} …")
             if started is not None:
                 st.caption(duration(max(0.0, time.time() - started)))
-        st.caption(f"{_removed(run, job)} blocks removed, into {plain(job.spec.out)}")
+        st.caption(f"{_removed(run, job)} blocks removed, into {plain(_out(job))}")
         if not access.rule().read_only and st.button(
             "Stop", icon=":material/stop:", help="Leaves nothing behind: the export appears only at its end."
         ):
@@ -234,9 +234,13 @@ def _checks(proof: Proof) -> list[str]:
 def _removed(run: Run, job: Job) -> int | None:
     """Number of blocks that an export removes; None where the trace no longer has the step."""
     try:
-        return len(run.removal_list_after(job.spec.steps))
-    except SlebError:  # the trace was cut meanwhile
+        return len(run.removal_list_after(job.spec.steps)) if isinstance(job.spec, ExportJob) else None
+    except SlebError:  # the trace was cut since
         return None
+
+
+def _out(job: Job) -> str | None:
+    return job.spec.out if isinstance(job.spec, ExportJob) else None
 
 
 def _all_exports(run: Run, exports: list[Job]) -> None:
@@ -246,7 +250,7 @@ def _all_exports(run: Run, exports: list[Job]) -> None:
                 {
                     "State": state_word(job.status.state),
                     "Removed": _removed(run, job),
-                    "Folder": job.spec.out,
+                    "Folder": _out(job),
                     "Message": job.status.message,
                 }
                 for job in reversed(exports)

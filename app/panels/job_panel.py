@@ -52,7 +52,7 @@ def bar(run: Run) -> None:
     if job_processes.active(run) is not None:
         _watch(run)
         return
-    own = [job for job in run.jobs if job.spec.ask is not None]
+    own = [job for job in run.jobs if job.ask is not None]
     if own:
         _how_it_ended(run, own[-1])
 
@@ -82,7 +82,7 @@ def _watch(run: Run) -> None:
 
 
 def _about(job: Job) -> str:
-    ask = job.spec.ask
+    ask = job.ask
     if ask is None:
         return ""
     count = len(ask.lists)

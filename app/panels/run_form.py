@@ -18,7 +18,7 @@ from sleb import specs
 from sleb.errors import CalibrationError, SlebError
 from sleb.formats import command_line
 from sleb.methods.cost_forecast import cost_of_spec
-from sleb.records import Forecast, JobSpec, RunSpec
+from sleb.records import Forecast, JobSettings, JobSpec, RunSpec
 from sleb.records.options import Setting, settings_of
 from sleb.report.figures import style
 from sleb.runtime import files, run_folder
@@ -55,7 +55,7 @@ class RunRequest:
 
 def _settings() -> tuple[Setting, ...]:
     """The options that have a control each."""
-    offered = (*settings_of(RunSpec), *settings_of(JobSpec))
+    offered = (*settings_of(RunSpec), *settings_of(JobSettings))
     return tuple(each for each in offered if each.option.in_form and each.name not in (*_AMOUNTS, "calibration"))
 
 

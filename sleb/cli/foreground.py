@@ -61,7 +61,7 @@ def execute_here(run: Run, job: JobSpec, permissions: Permissions, as_json: bool
 def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
     """Write a job for `sleb work` to execute, and print its folder; what it needs to be allowed is said."""
     job = job_processes.next_job(run, spec)
-    if needed := Permissions.of(spec).arguments:
+    if needed := job_processes.permission_options(Permissions.of(spec).given):
         say(f"Give sleb work these options as well: {shlex.join(needed)}")
     put(json.dumps({"run_id": run.run_id, "job": str(job.directory)}) if as_json else str(job.directory))
 

@@ -11,7 +11,7 @@ import typer
 from sleb import specs
 from sleb.cli.groups import FieldOptions, field_option
 from sleb.formats import spelling
-from sleb.records import JobSpec, Permissions, RunSpec
+from sleb.records import JobSettings, JobSpec, Permissions, RunSpec
 from sleb.records.options import EXECUTION, settings_of
 from sleb.specs import JobOptions, RunOptions
 
@@ -131,5 +131,5 @@ class AllowedAgain(Allowed):
 
 def as_bytes(text: str | None) -> int | None:
     """`24GB` -> 24 billion. Raises `OptionError`."""
-    (setting,) = (each for each in settings_of(JobSpec) if each.name == "memory_budget")
+    (setting,) = (each for each in settings_of(JobSettings) if each.name == "memory_budget")
     return None if text is None else spelling.read(setting, text)

@@ -105,9 +105,9 @@ def resume(
         if unanswered is not None:
             confirm_names(resumed, allowed.trust_paths, unanswered.name)
             if prepare:
-                prepare_job(resumed, unanswered.spec, as_json)
+                prepare_job(resumed, unanswered.require_spec(), as_json)
             else:
-                execute_evaluation(resumed, unanswered.spec, permissions, as_json)
+                execute_evaluation(resumed, unanswered.require_spec(), permissions, as_json)
             return
         if prepare:
             raise RunError(f"Run {resumed.run_id} is finished; there is nothing to prepare.")

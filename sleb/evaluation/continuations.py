@@ -19,7 +19,7 @@ from sleb.evaluation.evaluated_model import Subject
 from sleb.model.generation import are_numbers, continued, numbers_only, positions_of, require_resident
 from sleb.model.out_of_memory import is_out_of_memory
 from sleb.model.token_text import UNFINISHED, token_text
-from sleb.records import Flip, GenerateSpec, Generation, RemovalList
+from sleb.records import Flip, GenerateJob, GenerateSpec, Generation, RemovalList
 from sleb.text import chat_template
 
 log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ class _Predictions:
     probabilities: torch.Tensor  # float32 (length - 1,)
 
 
-def require(ask: GenerateSpec) -> None:
+def require(job: GenerateJob) -> None:
     """Refuse what can be refused before minutes of loading. Raises `OptionError`."""
-    if not ask.prompt.strip():
+    if not job.ask.prompt.strip():
         raise OptionError("The prompt is empty; give some text to go on from with `prompt`.")
 
 
@@ -58,7 +58,6 @@ def work(subject: Subject, ask: GenerateSpec) -> None:
     `ModelError` where the family cannot generate, and `NotNumbers` where one of these models predicts no
     numbers; of a list, once the others are done.
     """
-    require(ask)
     require_resident(subject.stack.streamed, "generating")
     prompt = _prompt_ids(subject, ask)
     try:

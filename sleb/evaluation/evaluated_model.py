@@ -29,7 +29,7 @@ from sleb.records import (
     NAMED_TEXTS,
     SCORING_VERSION,
     Finding,
-    JobSpec,
+    JobSettings,
     RemovalList,
     Run,
     TextPerplexity,
@@ -62,7 +62,7 @@ class Subject:
     """The model of a run, and the place where findings about it are kept."""
 
     run: Run
-    job: JobSpec
+    job: JobSettings
     job_dir: Path
     loaded: LoadedModel
     stack: BlockStack

@@ -1,18 +1,16 @@
-"""The jobs that evaluate removal lists: which module does which, on which model."""
+"""The model on which a job answers its question: checks that it is the run's, and that the removal lists fit it."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from pathlib import Path
 
 from sleb.errors import CalibrationError, RunError
-from sleb.evaluation import continuations, perplexity_and_accuracy, quantization, timing
 from sleb.evaluation.evaluated_model import Subject
-from sleb.evaluation.healing import healing_job
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model
-from sleb.records import EvaluateSpec, Job, JobSpec, Run
+from sleb.records import QuestionJob, Run
 from sleb.runtime import origin
 from sleb.runtime.processes.progress import Meter, Watcher
 from sleb.scoring import recorded_baseline
@@ -22,36 +20,11 @@ from sleb.text import calibration
 
 log = logging.getLogger(__name__)
 
-EVALUATORS: dict[str, Any] = {
-    "evaluate": perplexity_and_accuracy,
-    "benchmark": timing,
-    "quantize": quantization,
-    "heal": healing_job,
-    "generate": continuations,
-}
-"""The module that answers each kind of question: `require` before the model is loaded, `work` with it."""
 
-
-def evaluator_of(job: JobSpec) -> Any:
-    """The module that answers what a job asks about removal lists; None where it asks nothing about them."""
-    if job.ask is None:
-        if job.kind in EVALUATORS:
-            raise RunError(f"The job's spec.json does not say what to {job.kind}; it is damaged.")
-        return None
-    return EVALUATORS[job.ask.kind]
-
-
-def require(job: JobSpec) -> None:
-    """Refuse what can be refused before minutes of loading; files of tasks may run code where the job may."""
-    if isinstance(job.ask, EvaluateSpec):
-        perplexity_and_accuracy.require(job.ask, job.trust_remote_code)
-    elif job.ask is not None:
-        evaluator_of(job).require(job.ask)
-
-
-def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: Watcher) -> Subject:
+def subject_of(
+    run: Run, job: QuestionJob, job_dir: Path, loaded: LoadedModel, meter: Meter, watcher: Watcher
+) -> Subject:
     """The model as it was searched, or, in a run that searches nothing, as it is now. Raises `RunError`."""
-    assert job.spec.ask is not None
     stack = BlockStack(loaded.model)
     if run.stack is None:
         if run.spec.kind != "evaluate":
@@ -62,11 +35,11 @@ def subject_of(run: Run, job: Job, loaded: LoadedModel, meter: Meter, watcher: W
         run = run.model_copy(update={"stack": described})
         watcher.described(described)
     else:
-        require_same_model(run, job.spec, loaded)
-    subject = Subject(run, job.spec, job.directory, loaded, stack, meter)
+        require_same_model(run, job, loaded)
+    subject = Subject(run, job, job_dir, loaded, stack, meter)
     if run.trace is not None and run.stack is not None and run.stack.identity is None:
         _adopt(subject)
-    subject.require_within(job.spec.ask.lists)
+    subject.require_within(job.ask.lists)
     return subject
 
 

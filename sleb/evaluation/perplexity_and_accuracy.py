@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sleb.evaluation import perplexity, task_accuracy
 from sleb.evaluation.evaluated_model import Subject
-from sleb.records import EvaluateSpec
+from sleb.records import EvaluateJob, EvaluateSpec
 
 
-def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
+def require(job: EvaluateJob) -> None:
     """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
-    perplexity.require_there(ask.texts)
-    if ask.tasks:
-        task_accuracy.require(ask, trust_remote_code)
+    perplexity.require_there(job.ask.texts)
+    if job.ask.tasks:
+        task_accuracy.require(job.ask, job.trust_remote_code)
 
 
 def work(subject: Subject, ask: EvaluateSpec) -> None:

@@ -30,14 +30,15 @@ from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection.library_errors import quieten_torchao
 from sleb.model.stack_discovery import find_stack
-from sleb.records import EvaluatedText, Quantization, QuantizeSpec, RemovalList
+from sleb.records import EvaluatedText, Quantization, QuantizeJob, QuantizeSpec, RemovalList
 
 SMALLEST_GROUP = 16  # weights that share a scale
 _LEAST_SHARE = 0.5  # of the blocks' weights: below it the answer would be about something else
 
 
-def require(ask: QuantizeSpec) -> None:
+def require(job: QuantizeJob) -> None:
     """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    ask = job.ask
     if importlib.util.find_spec("torchao") is None:
         raise OptionError("Quantising weights needs torchao: pip install 'sleb[quantize]'.")
     if not ask.texts:

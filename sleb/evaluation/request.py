@@ -86,8 +86,7 @@ def lists_of(
 
 def job_of(ask: Ask, **settings: Any) -> JobSpec:
     """A job that answers this question. Raises `OptionError`."""
-    job = specs.job_spec(ask.kind, **settings)
-    return JobSpec.model_validate(job.model_dump() | {"ask": ask})
+    return specs.job_spec(ask.kind, ask=ask, **settings)
 
 
 def ask_of(record: type[Any], **settings: Any) -> Any:
@@ -97,7 +96,7 @@ def ask_of(record: type[Any], **settings: Any) -> Any:
 
 def answers(run: Run) -> list[Finding]:
     """The findings of a run's newest evaluation job, in the order in which it answered. Raises `RunError`."""
-    own = [job for job in run.jobs if job.spec.ask is not None]
+    own = [job for job in run.jobs if job.ask is not None]
     if not own:
         return []
     questions = job_folder.read_result(own[-1].directory)["findings"]

@@ -24,7 +24,7 @@ from sleb.errors import ModelError, NotNumbers, OptionError, ScoringError, model
 from sleb.evaluation.evaluated_model import Subject
 from sleb.model.generation import cache_bytes, continued, numbers_only, positions_of, require_resident
 from sleb.model.out_of_memory import is_out_of_memory
-from sleb.records import BenchmarkSpec, RemovalList, Timing
+from sleb.records import BenchmarkJob, BenchmarkSpec, RemovalList, Timing
 
 T = TypeVar("T")
 
@@ -72,9 +72,9 @@ class _Timed:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def require(ask: BenchmarkSpec) -> None:
+def require(job: BenchmarkJob) -> None:
     """Refuse what can be refused before minutes of loading. Raises `OptionError`."""
-    if ask.prompt is None and ask.generation is None:
+    if job.ask.prompt is None and job.ask.generation is None:
         raise OptionError("Nothing to measure: give `prompt` or `generation` a shape such as 1x2048.")
 
 
@@ -85,7 +85,6 @@ def work(subject: Subject, ask: BenchmarkSpec) -> None:
     for, `ModelError` where the family cannot generate, `NotNumbers` where one of these models predicts no numbers; of a
     list, once the others are done.
     """
-    require(ask)
     require_resident(subject.stack.streamed, "timing it")
     shapes = _shapes(ask)
     for shape in shapes:

@@ -16,7 +16,7 @@ from sleb.model.inspection import licence
 from sleb.model.inspection.source_folder import source_folder
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import require_same_model
-from sleb.records import Job, JobSpec, Run
+from sleb.records import ExportJob, Run
 from sleb.runtime import findings_folder, job_folder
 from sleb.runtime.processes.progress import Meter
 
@@ -32,7 +32,7 @@ class Plan:
     gguf: Path | None
 
 
-def plan_of(run: Run, job: JobSpec) -> Plan:
+def plan_of(run: Run, job: ExportJob) -> Plan:
     """The plan of a job, checked before the model is loaded. Raises `OptionError`, `RunError`, `ExportError`."""
     if job.out is None:
         raise OptionError("An export needs a folder to write: name one with `out`.")
@@ -46,11 +46,10 @@ def plan_of(run: Run, job: JobSpec) -> Plan:
     return Plan(removal_list, out, source)
 
 
-def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
+def export(run: Run, job: ExportJob, job_dir: Path, plan: Plan, loaded: LoadedModel, meter: Meter) -> None:
     """Write the smaller model, prove it, and keep the proof with the job."""
-    spec = job.spec
-    if spec.gguf is None:
-        require_same_model(run, spec, loaded)
+    if job.gguf is None:
+        require_same_model(run, job, loaded)
         if run.stack is not None and run.stack.identity is None:
             log.warning("Run %s does not say with which config it began: only its weights were compared.", run.run_id)
     if plan.gguf is None:
@@ -63,15 +62,15 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             model_card(
                 run, plan.removal_list, licence=licence.of_model(run.spec.model, loaded.revision), findings=findings
             ),
-            allow_existing=spec.replace,
+            allow_existing=job.replace,
             progress=meter.phase,
             source=source_folder(loaded.name, loaded.revision),
             origin=Origin.of(run),
-            trust_remote_code=spec.trust_remote_code,
-            memory_budget=spec.memory_budget,
+            trust_remote_code=job.trust_remote_code,
+            memory_budget=job.memory_budget,
         )
     else:
-        if spec.gguf is not None:
+        if job.gguf is not None:
             gguf_file.require_same_model(run, plan.gguf, loaded.model)
         proof = gguf_file.export_gguf(
             loaded.model,
@@ -80,9 +79,9 @@ def export(run: Run, job: Job, plan: Plan, loaded: LoadedModel, meter: Meter) ->
             plan.removal_list,
             plan.out,
             run.run_id,
-            allow_existing=spec.replace,
+            allow_existing=job.replace,
             progress=meter.phase,
             origin=Origin.of(run),
-            trust_remote_code=spec.trust_remote_code,
+            trust_remote_code=job.trust_remote_code,
         )
-    job_folder.write_result(job.directory, {"out": spec.out, "proof": proof.model_dump(mode="json")})
+    job_folder.write_result(job_dir, {"out": job.out, "proof": proof.model_dump(mode="json")})

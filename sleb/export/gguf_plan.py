@@ -19,7 +19,7 @@ from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
 from sleb.model import demo
 from sleb.model.inspection import gguf_header
-from sleb.records import JobSpec, Run
+from sleb.records import ExportJob, Run
 from sleb.runtime import files
 
 REMOVAL_LIST = "sleb.removal_list"
@@ -81,7 +81,7 @@ class Cut:
         return sum(tensor.n_bytes for _, tensor in self.tensors)
 
 
-def source_of(run: Run, job: JobSpec) -> Path:
+def source_of(run: Run, job: ExportJob) -> Path:
     """The GGUF file that the job cuts: the one it names, or else the run's model. Raises `OptionError` without one."""
     if job.gguf is not None:
         path = files.expanded(Path(job.gguf))

@@ -7,12 +7,12 @@ from pathlib import Path
 from sleb.errors import RunError
 from sleb.model.identity import default_fields, identity_of, weights_hash
 from sleb.model.loading import LoadedModel, load_model
-from sleb.records import SCORING_VERSION, JobSpec, Run
+from sleb.records import SCORING_VERSION, ExportJob, JobSettings, Run
 
 _NAMED = 3  # changes in one sentence
 
 
-def require_same_model(run: Run, job: JobSpec, loaded: LoadedModel) -> None:
+def require_same_model(run: Run, job: JobSettings, loaded: LoadedModel) -> None:
     """A list found on another model proves nothing about this one.
 
     A run by an earlier version recorded weights alone, and the rest is unknown here. Raises `RunError`,
@@ -44,12 +44,12 @@ def require_same_scoring(run: Run) -> None:
         )
 
 
-def _searched_so(run: Run, job: JobSpec, loaded: LoadedModel) -> bool:
+def _searched_so(run: Run, job: JobSettings, loaded: LoadedModel) -> bool:
     """Whether the weights are the run's once loaded in its type: some families keep a few in float32 in any."""
     assert run.stack is not None
     if loaded.dtype == run.stack.dtype:
         return False
-    searched = load_run_model(run, job.model_copy(update={"kind": "search"}), job.device)
+    searched = load_run_model(run, job, job.device, dtype=run.stack.dtype)
     return weights_hash(searched.model) == run.stack.weights_hash
 
 
@@ -62,12 +62,16 @@ def _commits(run: Run, loaded: LoadedModel) -> str:
     return f" at commit {now or 'unknown'}" + ("" if began == now else f", which was {began or 'not recorded'},")
 
 
-def load_run_model(run: Run, job: JobSpec, device: str, gguf: Path | None = None) -> LoadedModel:
-    """The model of a run, or the GGUF file that an export cuts.
+def load_run_model(
+    run: Run, job: JobSettings, device: str, gguf: Path | None = None, dtype: str | None = None
+) -> LoadedModel:
+    """The model of a run, or the GGUF file that an export cuts; in `dtype`, if that is given.
 
     An export writes what the checkpoint holds; a resumed run keeps the type it began with.
     """
-    dtype = run.stack.dtype if run.stack else run.spec.dtype
+    if dtype is None:
+        dtype = run.stack.dtype if run.stack else run.spec.dtype
+        dtype = "checkpoint" if isinstance(job, ExportJob) else dtype
     name = run.spec.model
     revision = run.stack.revision if run.stack and run.stack.revision else run.spec.revision
     if gguf is not None:
@@ -75,7 +79,7 @@ def load_run_model(run: Run, job: JobSpec, device: str, gguf: Path | None = None
     return load_model(
         name,
         revision=revision,
-        dtype="checkpoint" if job.kind == "export" else dtype,
+        dtype=dtype,
         device=device,
         allow_pickle=job.allow_pickle,
         trust_remote_code=job.trust_remote_code,

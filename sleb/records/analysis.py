@@ -1,4 +1,4 @@
-"""What the two analyses found: similarity of block outputs, and where predictions are decided."""
+"""The results of the two analyses: similarity of block outputs, and where predictions are decided."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ class ExitStatistics(Record):
     """Where predictions are already decided, over `token_count` tokens (paper, Figure 5, Tables 5 and 6)."""
 
     source: str
-    """On which tokens: said in words."""
+    """The tokens that were counted, in words."""
     token_count: int
     agreement: tuple[float, ...]
-    """Per block: share of tokens whose top prediction after it equals the final one."""
+    """Share of tokens whose top prediction after each block equals the final one."""
     first_exit: tuple[int, ...]
-    """Per block: tokens for which it is the first that agrees (the paper's ideal exit)."""
+    """Tokens for which each block is the first that agrees (the paper's ideal exit)."""
     settled_exit: tuple[int, ...]
-    """Per block: tokens for which it is the one from which the prediction stays."""
+    """Tokens for which each block is the one from which the prediction stays."""
     skipped_share: dict[int, float]
     """Batch size -> share of blocks an ideal first exit skips, where the batch waits for its slowest token."""
     settled_skipped_share: dict[int, float]
@@ -35,7 +35,7 @@ class Alignment(Record):
     calibration: ExitStatistics
     generated: ExitStatistics | None
     generated_reason: str | None = None
-    """Why there are no generated tokens, if so."""
+    """The reason why no tokens were generated, if none were."""
 
 
 class Similarity(Record):
@@ -43,30 +43,30 @@ class Similarity(Record):
 
     token_count: int
     mean: tuple[tuple[float, ...], ...]
-    """(N+1) x (N+1), mean over the sampled calibration tokens."""
+    """Mean over the sampled calibration tokens, (N+1) x (N+1)."""
     mean_without_first: tuple[tuple[float, ...], ...]
     """The same without each sequence's first token, whose huge norm hides the rest."""
     random_token: tuple[tuple[float, ...], ...]
-    """The paper's own: one random token fed alone (3.1, Figure 6)."""
+    """Similarity for one random token fed alone, as in the paper (3.1, Figure 6)."""
     random_token_id: int
     metric1: tuple[float, ...]
-    """Per block, 1 - mean cosine of its input and output (paper, equation 3; elsewhere called Block Influence)."""
+    """One minus the mean cosine of each block's input and output (paper, equation 3; also called Block Influence)."""
     chunk_angular_distance: tuple[tuple[float | None, ...], ...]
-    """[length - 1][start]: mean angular distance, in [0, 1], between the input and the output of a chunk."""
+    """Mean angular distance, in [0, 1], between input and output of a chunk, as [length - 1][start]."""
 
 
 class PassageToken(Record):
-    """One token of the passage and what each block would have predicted after it."""
+    """One token of the passage, with what would be predicted after each block."""
 
     token: str
     top: tuple[tuple[tuple[str, float], ...], ...]
-    """Per block: the five most likely next tokens and their probabilities. Bytes that are no text are named."""
+    """The five most likely next tokens after each block, with probabilities. Bytes that are not text are named."""
     first_exit: int
     settled_exit: int
     id: int | None = None
-    """In the vocabulary; None in what was analysed by version 0.1.0. Different tokens may have the same text."""
+    """Index in the vocabulary; None in analyses by version 0.1.0. Different tokens may have the same text."""
     top_ids: tuple[tuple[int, ...], ...] = ()
-    """Of the tokens in `top`; none where `id` is None."""
+    """Indices of the tokens in `top`; none where `id` is None."""
 
     @model_validator(mode="after")
     def _known_alike(self) -> PassageToken:
@@ -83,7 +83,7 @@ class Passage(Record):
 
 
 class AnalysisDescription(Record):
-    """Which cache entry the analyses came from, and what they were made of."""
+    """The cache entry that the analyses came from, and the text they were computed on."""
 
     cache_key: str
     sequences: int
@@ -92,7 +92,7 @@ class AnalysisDescription(Record):
     seconds: float
     cached: bool
     versions: dict[str, str] = Field(default={})
-    """Of the libraries that computed the block outputs; empty in files of versions that did not say."""
+    """Versions of the libraries that computed the block outputs; empty in files that do not say."""
 
 
 class Analysis(Record):

@@ -15,51 +15,51 @@ from sleb.records.requests import GenerateSpec, HealSpec, RemovalList
 
 
 class Finding(Record):
-    """Something found about one removal list."""
+    """An answer about one removal list."""
 
     of: ClassVar[tuple[str, ...]] = ()
-    """Fields that make the question, besides list, model and dtype."""
+    """Fields that belong to the question, besides list, model and dtype."""
     kind: str
     removal_list: RemovalList
     dtype: str
     device: str
-    """As torch names it, or the GPU's name where time was measured."""
+    """The device in torch's spelling, or the GPU's name where time was measured."""
     seconds: float
-    """That it took to find."""
+    """Seconds that the answer took."""
     finished: float
-    """When: seconds since the epoch."""
+    """Time of the answer, in seconds since the epoch."""
     depends_on: str = ""
-    """Key of the model and of the code that found it; empty in files of versions that compared weights alone."""
+    """Key of the model and of the code that gave the answer; empty in files of versions that compared weights alone."""
 
     @property
     def question(self) -> str:
         """Equal for findings that answer the same question: the name of its file."""
-        asked = self.model_dump(mode="json", include={"removal_list", "dtype", *self.of})
-        text = json.dumps(asked, sort_keys=True)
+        question = self.model_dump(mode="json", include={"removal_list", "dtype", *self.of})
+        text = json.dumps(question, sort_keys=True)
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 class EvaluatedText(Record):
-    """Which text, cut how."""
+    """A text as it was cut for evaluation."""
 
     name: str
     """`wikitext2`, `c4`, or the file's name."""
     description: str
-    """In words."""
+    """The text in words; part of the question, and so of the name of a finding's file."""
     tokens_hash: str
-    """Of the token ids evaluated."""
+    """Hash of the token ids evaluated."""
     windows: Annotated[int, Field(ge=1)]
     of_windows: Annotated[int, Field(ge=1)]
-    """That the whole text gives: more than `windows` where it is an estimate."""
+    """Number of windows in the text: more than `windows` where the result is an estimate."""
     window: int
-    """Tokens each."""
+    """Length of each window in tokens."""
     bos: bool
 
     @property
     def overlap(self) -> str:
         """What it shares with the text that the blocks were chosen on, in words; empty where nothing is known."""
-        said = self.description.rpartition("; ")[2]
-        return said if "the blocks were chosen on" in said else ""
+        remark = self.description.rpartition("; ")[2]
+        return remark if "the blocks were chosen on" in remark else ""
 
     @property
     def is_whole(self) -> bool:
@@ -77,7 +77,7 @@ class TextPerplexity(Finding):
     rise: float | None = None
     """Mean paired difference to the baseline, nats per token; None for the baseline."""
     rise_standard_error: float | None = None
-    """Over windows, in pairs; None below two of them."""
+    """Standard error of the rise over windows, in pairs; None below two of them."""
 
 
 class TaskAccuracy(Finding):
@@ -87,62 +87,62 @@ class TaskAccuracy(Finding):
     kind: Literal["accuracy"] = "accuracy"
     task: str
     metrics: dict[str, float]
-    """`acc`, `acc_norm`, ...: shares, or whatever the task measures; with the filter of the answers where it has one
-    (`exact_match,strict-match`)."""
+    """Shares such as `acc` and `acc_norm`, or whatever the task measures; with the filter of the answers where it has
+    one (`exact_match,strict-match`)."""
     standard_errors: dict[str, float]
-    """Of those metrics that have one."""
+    """Standard errors of those metrics that have one."""
     higher_is_better: dict[str, bool]
     examples: int
     shots: int | None
     limit: int | None
     version: str
-    """Of the task, in lm-eval's words; and of lm-eval."""
+    """Version of the task, in lm-eval's words, and of lm-eval."""
     examples_hash: str = ""
-    """Of the examples and of how they are put and scored: an edited file is another question."""
+    """Hash of the examples and of their prompts and scoring: an edited file is another question."""
     changes: dict[str, float] = Field(default_factory=dict)
-    """Of those metrics against the baseline; empty for the baseline."""
+    """Differences of those metrics to the baseline's; empty for the baseline."""
     change_standard_errors: dict[str, float] = Field(default_factory=dict)
-    """Over examples, in pairs; of metrics that are a mean over them."""
+    """Standard errors over examples, in pairs, for metrics that are a mean over them."""
     subtasks: tuple[str, ...] = ()
-    """Of a group: the tasks that its metrics are taken over."""
+    """The tasks that the metrics of a group are taken over."""
     truncated: int | None = None
-    """Examples with a prompt longer than the model, of which only the end was read; None where nobody counted."""
+    """Number of examples whose prompt is too long for the model, so that only its end was read; None if not counted."""
     not_numbers: bool = False
-    """Whether the list's predictions were not numbers: then there are no metrics."""
+    """Whether the list's predictions were not numbers, so that it has no metrics."""
 
 
 class Timing(Finding):
-    """Seconds of one list and of the baseline, taken in turn on the same input."""
+    """Seconds of one list and of the baseline, measured alternately on the same input."""
 
     of = ("shape", "sequences", "tokens", "prompt_tokens", "device", "threads", "host")
     kind: Literal["timing"] = "timing"
     shape: Literal["prompt", "generation"]
     sequences: int
     tokens: int
-    """Each: read in a prompt, or generated."""
+    """Tokens of each sequence, read in a prompt or generated."""
     prompt_tokens: int = 0
-    """Each: what generation began from, whose reading is part of the time."""
+    """Tokens of each prompt that generation began from; reading them is part of the time."""
     baseline_times: tuple[float, ...]
     """Seconds of each repetition after the warm-up, in the order in which they were taken; those of the list beside
     them, and the same ones where the list is empty."""
     times: tuple[float, ...]
     threads: int | None
-    """Of a CPU."""
+    """Number of CPU threads; None on a GPU."""
     host: str
     baseline_peak_memory: int | None = None
-    """Bytes of the GPU: the model's own weights, and what came on top while it worked; None on a CPU, where it cannot
-    be told apart."""
+    """Peak GPU memory in bytes: the model's own weights, and what it took while it worked; None on a CPU, where it
+    cannot be separated."""
     peak_memory: int | None = None
     baseline_cache_bytes: int
-    """Of the KV cache at the end, or whatever state the family keeps in its place."""
+    """Size of the KV cache at the end, or of the state that the family keeps in its place."""
     cache_bytes: int
     baseline_parameters: int
     parameters: int
     proportional: float
-    """What the speedup would be were time proportional to blocks."""
+    """The speedup if time were proportional to blocks."""
     gone: bool = True
-    """Whether the blocks were really gone; else they were skipped, because the family's config cannot say that they
-    are, and memory and parameters are the unmodified model's."""
+    """Whether the blocks were really removed; else they were skipped, because the family's config cannot express the
+    removal, and memory and parameters are the baseline's."""
 
     @property
     def ratios(self) -> list[float]:
@@ -182,19 +182,19 @@ class Quantization(Finding):
     before: Measured
     measured: Measured
     change: float | None = None
-    """Mean paired difference measured - before, nats per token."""
+    """Mean paired difference `measured` - `before` in nats per token."""
     change_standard_error: float | None = None
     weight_bytes_before: int
-    """Of all weights of this list's model in its dtype."""
+    """Size of all weights of this list's model in its dtype."""
     weight_bytes: int
-    """The same with quantised weights packed, scales included: as a file holds them."""
+    """Size with quantised weights packed, scales included, as a file holds them."""
     quantised_share: float | None = None
-    """Of the weights of this list's model; the others (embeddings, head, norms) stay as they are."""
+    """Share of the weights that are quantised; the others (embeddings, head, norms) stay as they are."""
     group_sizes: tuple[int, ...] = ()
-    """Of int4: those that were used, since a group must divide its row."""
+    """Group sizes used for int4, since a group must divide its row."""
     library: str
     out: str | None = None
-    """Folder that was written."""
+    """The folder that was written, if one was."""
 
 
 class Healing(Finding):
@@ -203,53 +203,53 @@ class Healing(Finding):
     of = ("ask", "text", "healed_on")
     kind: Literal["healing"] = "healing"
     ask: HealSpec
-    """What bears on the weights alone: the same question whatever else was asked with it."""
+    """The settings that affect the weights: the question is the same whatever else was requested with it."""
     text: EvaluatedText
     baseline: Measured
     before: Measured
     after: Measured
-    """Of the merged weights."""
+    """Measured with the merged weights."""
     change: float | None = None
-    """Mean paired difference after - before, nats per token."""
+    """Mean paired difference `after` - `before` in nats per token."""
     change_standard_error: float | None = None
     healed_on: str = ""
-    """Hash of the token ids."""
+    """Hash of the token ids that it was healed on."""
     healing_text: str = ""
-    """In words."""
+    """The text that it was healed on, in words."""
     windows_healed_on: Annotated[int, Field(ge=0)] = 0
     """Evaluated windows that have half a window or more in common with a sequence that was healed on."""
     held_out_before: Measured | None = None
-    """Of sequences of the text to heal on that were not healed on (`linear` chooses its ridge by them)."""
+    """Measured on sequences of that text that were held out from healing (`linear` chooses its ridge by them)."""
     held_out_after: Measured | None = None
     trained_parameters: int = 0
-    """Of the adapters, or of the layers that were fitted anew."""
+    """Number of parameters of the adapters, or of the layers of the least-squares refit."""
     trained_tokens: int = 0
     losses: tuple[float, ...] = ()
-    """Of training, nats per token, over its course."""
+    """Training losses in nats per token."""
     out: str | None = None
-    """Folder that was written."""
+    """The folder that was written, if one was."""
 
 
 class Flip(Record):
-    """A place where the most likely next token is another one."""
+    """A place where the two models find different next tokens most likely."""
 
     position: int
-    """Of the predicted token in the baseline's text: prompt and continuation, from 0."""
+    """Index of the predicted token in the baseline's text, prompt and continuation, from 0."""
     before: str
-    """What the baseline finds most likely there: in the continuation, the token that is there."""
+    """The baseline's most likely token there: in the continuation, the token that it generated."""
     after: str
     before_probability: float
     after_probability: float
-    """Each model's own of its own token."""
+    """The probability that the list's model gives its own token."""
 
 
 class Generation(Finding):
-    """A continuation by the baseline and by one list, and where their predictions part on the baseline's text."""
+    """A continuation by the baseline and by one list, and where their predictions differ on the baseline's text."""
 
     of = ("ask",)
     kind: Literal["generation"] = "generation"
     ask: GenerateSpec
-    """Without lists: the same question whatever other lists were asked with it."""
+    """The request without its lists: the question is the same whatever other lists came with it."""
     prompt_tokens: tuple[str, ...]
     """The text each token stands for, special tokens and a chat template's turns included."""
     baseline_tokens: tuple[str, ...]
@@ -260,20 +260,21 @@ class Generation(Finding):
     text: str
     flips: tuple[Flip, ...]
     compared: int
-    """Predictions on the baseline's text that were compared: of all its tokens but the first."""
+    """Number of predictions compared on the baseline's text: for all its tokens but the first."""
     baseline_seconds: float
     list_seconds: float
     baseline_ids: tuple[int, ...] = ()
     """Token ids of the continuation."""
     ids: tuple[int, ...] = ()
     baseline_cached: bool = True
-    """Whether it was generated with a KV cache; else every token took a whole forward pass."""
+    """Whether it was generated with a KV cache; else every token took a full forward pass."""
     cached: bool = True
 
     @property
     def known_apart(self) -> tuple[Sequence[Hashable], Sequence[Hashable]]:
-        """What tells the tokens of both continuations apart: ids, since of a character in several tokens only the last
-        has text; texts where there are no ids.
+        """The tokens of both continuations as they are compared: by id, or by text without ids.
+
+        Of a character in several tokens only the last has text.
         """
         if len(self.baseline_ids) == len(self.baseline_tokens) and len(self.ids) == len(self.tokens):
             return self.baseline_ids, self.ids

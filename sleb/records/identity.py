@@ -1,4 +1,4 @@
-"""What a model is besides its weights, so that what was found on one model is never taken for another."""
+"""What a model is besides its weights, so that no result of one model is taken for another's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb.records.base import Record
 SCORING_VERSION = 1
 """Raised by hand when the same model and text give other scores: a run of another version is not resumed."""
 ANALYSIS_VERSION = 1
-"""Raised by hand when the same block outputs would be sampled or computed otherwise: cached ones are made anew."""
+"""Raised by hand when the same block outputs would be sampled or computed otherwise: cached ones are computed again."""
 EVALUATION_VERSION = 1
 """Raised by hand when the same list gets another answer: an earlier finding does not answer the question again."""
 
@@ -22,14 +22,14 @@ _LONGEST = 60  # characters of a name or a value in a sentence
 
 
 class ModelIdentity(Record):
-    """What the numbers of a model depend on besides its weights and their type."""
+    """Everything on which the numbers of a model depend, besides its weights and their type."""
 
     config: dict[str, JsonValue]
     """Fields of the loaded config that take part in computing and differ from the default of its class."""
     tokenizer: str
     """Hash of vocabulary, merges, normalisation and special tokens."""
     chat_template: str | None = None
-    """Hash; None where there is none."""
+    """Hash of the chat template; None without one."""
     end_tokens: tuple[int, ...] = ()
     """Token ids at which generation stops."""
     remote_code: str | None = None
@@ -41,21 +41,21 @@ class ModelIdentity(Record):
         return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, now: ModelIdentity, defaults: Mapping[str, Any] | None = None) -> list[str]:
-        """What is another one now, in words; empty where all is the same. `defaults`: the fields of its class."""
-        usual = dict(defaults or {})  # for whole fields: what one of them lacks inside is no default
+        """The differences to a model that is there now, in words. `defaults` are the fields of its config's class."""
+        usual = dict(defaults or {})  # for whole fields: a value that one of them lacks inside is not a default
         before, after = dict(_flat(usual | self.config)), dict(_flat(usual | now.config))
         names = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
         names.sort(key=lambda name: (name != "model_type", name))  # which explains the others
-        found = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
+        changes = [f"{name[:_LONGEST]} was {_shown(before, name)} and is {_shown(after, name)}" for name in names]
         if self.tokenizer != now.tokenizer:
-            found.append("the tokenizer is another one")
+            changes.append("the tokenizer is another one")
         if self.chat_template != now.chat_template:
-            found.append("the chat template is another one")
+            changes.append("the chat template is another one")
         if self.end_tokens != now.end_tokens:
-            found.append(f"the end-of-sequence tokens were {list(self.end_tokens)} and are {list(now.end_tokens)}")
+            changes.append(f"the end-of-sequence tokens were {list(self.end_tokens)} and are {list(now.end_tokens)}")
         if self.remote_code != now.remote_code:
-            found.append("the model's own code is another one")
-        return found
+            changes.append("the model's own code is another one")
+        return changes
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

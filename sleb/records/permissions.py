@@ -1,16 +1,18 @@
 """What the command or the server that acts now allows a job: code, pickles, task folders and destinations.
 
-A job's own file says what the job asks for. It lies in a run folder, and so may come from anybody: nothing in it is
+A job's own file says what the job needs. It lies in a run folder, and so may come from anybody: nothing in it is
 a permission.
 """
 
 from __future__ import annotations
 
-import shlex
+from typing import TypeVar
 
 from sleb.errors import NotPermitted
 from sleb.records.base import Record
-from sleb.records.job import JobSpec
+from sleb.records.job import JobSettings, QuestionJob
+
+J = TypeVar("J", bound=JobSettings)
 
 
 class Permissions(Record):
@@ -21,7 +23,7 @@ class Permissions(Record):
     trust_remote_code: bool = False
     """Code that comes with a model or with a task may run."""
     trust_paths: bool = False
-    """The model and texts that the run folder names may be read, whoever wrote it."""
+    """The model and texts that the run folder names may be read, no matter who wrote it."""
     task_folder: str | None = None
     """The folder whose task files may be read."""
     out: str | None = None
@@ -30,38 +32,26 @@ class Permissions(Record):
     """What an earlier job wrote there may be replaced."""
 
     @classmethod
-    def of(cls, job: JobSpec, *, trust_paths: bool = False) -> Permissions:
-        """What a job asks for, allowed by the command that asks for it; never for a job read from a run folder."""
-        return cls.model_validate(_asked(job) | {"trust_paths": trust_paths})
+    def of(cls, job: JobSettings, *, trust_paths: bool = False) -> Permissions:
+        """What a job needs, allowed by the command that makes it; never for a job read from a run folder."""
+        return cls.model_validate(_needed(job) | {"trust_paths": trust_paths})
 
     @property
-    def arguments(self) -> list[str]:
-        """Options of `sleb work` that allow the same."""
-        found: list[str] = []
-        for name, value in self.model_dump().items():
-            if value is not None and value is not False:
-                found += [_flag(name)] if value is True else [_flag(name), str(value)]
-        return found
+    def given(self) -> dict[str, str | bool]:
+        """The permissions that are given, by name."""
+        return {name: value for name, value in self if value not in (None, False)}
 
-    def granted(self, job: JobSpec) -> JobSpec:
-        """The job with what it may. Raises `NotPermitted`, naming the options to give, where it asks for more."""
-        asked = Permissions.model_validate(_asked(job))
-        lacking = {name: value for name, value in asked if value not in (None, False) and value != getattr(self, name)}
+    def granted(self, job: J) -> J:
+        """The job with what it is permitted. Raises `NotPermitted`, with what is lacking, where it needs more."""
+        needed = Permissions.model_validate(_needed(job)).given
+        lacking = {name: value for name, value in needed.items() if value != getattr(self, name)}
         if lacking:
-            raise NotPermitted(job.kind, shlex.join(Permissions.model_validate(lacking).arguments))
+            raise NotPermitted(job.kind, lacking)
         return job.model_copy(update={"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code})
 
 
-def _asked(job: JobSpec) -> dict[str, object]:
+def _needed(job: JobSettings) -> dict[str, object]:
     """The fields of a job, and of the question in it, that are permissions."""
-    found: dict[str, object] = {}
-    for source in (job, job.ask):
-        for name in Permissions.model_fields:
-            value = getattr(source, name, None)
-            if value not in (None, False):
-                found[name] = value
-    return found
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    records = (job, job.ask) if isinstance(job, QuestionJob) else (job,)
+    fields = {name: value for record in records for name, value in record if value not in (None, False)}
+    return {name: value for name, value in fields.items() if name in Permissions.model_fields}

@@ -1,4 +1,4 @@
-"""What the jobs that evaluate removal lists are asked."""
+"""The questions that a job can answer about removal lists."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from pydantic import Field, field_validator, model_validator
 from sleb.records.base import MOST, Record
 
 RemovalList = tuple[int, ...]
-"""Original, 0-based block indices in ascending order: the order of removal is nothing to a model."""
+"""Original, 0-based block indices in ascending order: the order of removal makes no difference to a model."""
 
 NAMED_TEXTS = ("wikitext2", "c4", "demo")
-"""Texts by name, whatever files of that name lie around: two with a published protocol, and the one that is there."""
+"""Texts by name, whatever files of that name there are: two with a published protocol, and the installed one."""
 
 
 class _Lists(Record):
-    """What a job judges: the baseline, and these lists beside it."""
+    """A question about the baseline and some removal lists."""
 
     lists: tuple[RemovalList, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Texts that the answer reads, by name or as files."""
+        return ()
 
     @model_validator(mode="after")
     def _ordered(self) -> _Lists:
@@ -36,25 +41,30 @@ class EvaluateSpec(_Lists):
     """`wikitext2` and `c4` by the published protocols, or files: `.raw` as WikiText rows, `.jsonl` and `.parquet` as
     documents, others as one text."""
     tasks: tuple[str, ...] = ()
-    """Of lm-eval, by name."""
+    """Tasks of lm-eval, by name."""
     task_folder: str | None = None
-    """With more tasks, in lm-eval's own YAML."""
+    """A folder with more tasks, in lm-eval's own YAML."""
     shots: Annotated[int, Field(ge=0, le=MOST, strict=True)] | None = None
     """Examples in a task's prompt; None is the task's own number."""
     limit: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
-    """At most so many windows of a text, evenly spread, and the first so many examples of a task: an estimate."""
+    """The most windows taken of a text, evenly spread, and examples of a task, the first ones: an estimate."""
     window: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
-    """Tokens; the published protocols have 2048."""
+    """Length of a window in tokens; the published protocols have 2048."""
     bos: Literal["auto", "yes", "no"] = "no"
     """BOS at the head of every window; the published protocols have none."""
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Texts that the answer reads, by name or as files."""
+        return self.texts
+
 
 Shape = tuple[Annotated[int, Field(ge=1, le=MOST, strict=True)], Annotated[int, Field(ge=1, le=MOST, strict=True)]]
-"""Sequences, and tokens each."""
+"""Number of sequences, and tokens in each."""
 
 
 class BenchmarkSpec(_Lists):
-    """Time of the baseline and of each list, in turn."""
+    """Latency and throughput of the baseline and of each list, measured alternately."""
 
     kind: Literal["benchmark"] = "benchmark"
     prompt: Shape | None = (1, 2048)
@@ -62,18 +72,18 @@ class BenchmarkSpec(_Lists):
     generation: Shape | None = (64, 128)
     """Sequences and generated tokens each; None leaves it out."""
     generation_prompt: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 64
-    """Tokens that generation begins from, each; 64 in the reference (latency_utils.py)."""
+    """Prompt tokens of each sequence that is generated; 64 in the reference (latency_utils.py)."""
     prompt_repetitions: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 50
     generation_repetitions: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 10
 
 
 class QuantizeSpec(_Lists):
-    """Perplexity of quantised weights, of the baseline and of each list; and one written, if `out` says so."""
+    """Perplexity of the quantised baseline and of each quantised list; the last one is written to `out`, if given."""
 
     kind: Literal["quantize"] = "quantize"
     schemes: tuple[Literal["int8", "int4"], ...] = ("int8",)
     group_size: Annotated[int, Field(ge=16, le=MOST, strict=True)] = 128
-    """Of int4: weights that share a scale."""
+    """Number of int4 weights that share a scale."""
     texts: tuple[str, ...] = ("wikitext2",)
     limit: Annotated[int, Field(ge=1, le=MOST, strict=True)] | None = None
     window: Annotated[int, Field(ge=2, le=MOST, strict=True)] = 2048
@@ -81,19 +91,24 @@ class QuantizeSpec(_Lists):
     """Folder for the last list in the last scheme."""
     replace: bool = False
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Texts that the answer reads, by name or as files."""
+        return self.texts
+
 
 class HealSpec(_Lists):
-    """A short fine-tuning of low-rank adapters on the last of `lists`, its cuts mended without training, or both."""
+    """A short LoRA training of the model without the last of `lists`, a least-squares refit at its cuts, or both."""
 
     kind: Literal["heal"] = "heal"
     how: Literal["lora", "linear", "both"] = "lora"
-    """`linear`: the last linear layer before each cut is fitted anew, by least squares; nothing is trained. `both`:
-    that first, and then adapters are trained on what it gives."""
+    """`linear`: a least-squares refit of the last linear layer before each cut, without training. `both`: that
+    first, and then LoRA training of the result."""
     source: str = "wikitext2"
     """Text to heal on, as for a search's calibration; conversations with `chat`."""
     chat: bool = False
     sequences: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 1024
-    """128 for `linear`, unless it is given."""
+    """Sequences of that text; 128 for `linear`, unless it is given."""
     sequence_length: Annotated[int, Field(ge=8, le=MOST, strict=True)] = 512
     epochs: Annotated[int, Field(ge=1, le=MOST, strict=True)] = 1
     rank: Annotated[int, Field(ge=1, le=8192, strict=True)] = 8
@@ -106,8 +121,13 @@ class HealSpec(_Lists):
     out: str | None = None
     """Folder to write; None keeps only what was measured."""
     adapter: bool = False
-    """The adapter alone, to load beside the streamlined model; else merged."""
+    """Whether the adapter is written alone, to load beside the streamlined model; else it is merged."""
     replace: bool = False
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Texts that the answer reads, by name or as files."""
+        return (*self.texts, self.source)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,7 +138,7 @@ class HealSpec(_Lists):
 
 
 class GenerateSpec(_Lists):
-    """What the baseline and each list say to a prompt."""
+    """Continuations of a prompt by the baseline and each list."""
 
     kind: Literal["generate"] = "generate"
     prompt: str
@@ -131,8 +151,8 @@ class GenerateSpec(_Lists):
     def _can_be_written(cls, prompt: str) -> str:
         try:
             prompt.encode()
-        except UnicodeEncodeError as error:  # bytes of a command line that are no UTF-8
-            raise ValueError(f"The prompt is no UTF-8 text (character {error.start})") from error
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8
+            raise ValueError(f"The prompt is not UTF-8 text (character {error.start})") from error
         return prompt
 
 

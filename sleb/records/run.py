@@ -1,4 +1,4 @@
-"""A run as it stands on disk: what was asked, what model it met, its trace, analyses and jobs."""
+"""A run as it stands on disk: its spec, the model it was opened with, its trace, analyses and jobs."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _DTYPE = r"^(float|bfloat)(16|32|64)$"
 
 
 class SelfCheck(Record):
-    """Every candidate, on one tiny batch: the sweep against a plain forward pass with the block skipped."""
+    """Comparison of the sweep with plain forward passes that skip a block, for every candidate on one tiny batch."""
 
     scoring: Literal["sweep", "plain"]
     reason: str | None = None
-    """Why the run fell back to plain scoring."""
+    """The reason why the run fell back to plain scoring, if it did."""
     candidates: int
     tokens: int
     max_difference: float | None
-    """Largest difference of a sequence's nll_sum, divided by its tokens: nats per token. None: nothing to compare."""
+    """Largest difference of a sequence's loss in nats per token; None where there was nothing to compare."""
     protected: dict[int, str] = Field(default={})
     """Blocks whose plain skip raises, with the reason."""
 
 
 class StackDescription(Record):
-    """The model as loaded, and what the run settled on with it. Written once, by the first job."""
+    """The model as loaded, and the choices that follow from it. Written once, by the first job."""
 
     format_version: int = FORMAT_VERSION
     model_class: str
@@ -49,25 +49,25 @@ class StackDescription(Record):
     checkpoint_dtype: Annotated[str, Field(pattern=_DTYPE)] | None = None
     """The type of the stored weights; None where they are packed, and in runs that did not look."""
     quantisation: str | None = None
-    """What the checkpoint is quantised with, in words."""
+    """The quantisation of the checkpoint, in words."""
     per_block_lists: tuple[Annotated[str, Field(pattern=r"^\w{1,80}$")], ...] | None = None
     """Lists in the model's config with an entry for each block; None in runs that did not look."""
     revision: str | None = None
     weights_hash: str
     identity: ModelIdentity | None = None
-    """None in files of versions that looked at weights alone."""
+    """The model besides its weights; None in files of versions that looked at weights alone."""
     scoring_version: int | None = None
     """`SCORING_VERSION` of the code that scores the run; None as above."""
     tokens_hash: str
-    """Of the calibration and held-out token ids: a resumed run must see the same text."""
+    """Hash of the calibration and held-out token ids: a resumed run must see the same text."""
     sequences: int
     held_out: int
     sequence_length: int
     bos: bool
     text: str
-    """Where the text came from and how much of it there was, in words."""
+    """Origin and length of the text, in words."""
     drawing: int = 1
-    """Version of how the text was drawn: a resumed run draws it in the same way."""
+    """Version of the drawing of the text: a resumed run draws it in the same way."""
     num_remove: int
     protected: tuple[int, ...]
     self_check: SelfCheck
@@ -91,35 +91,35 @@ class StackDescription(Record):
         return self.weights_hash == other.weights_hash and (None in keys or keys[0] == keys[1])
 
     def parameters_without(self, blocks: Iterable[int]) -> int:
-        """Parameters of the whole model without these blocks."""
+        """Number of parameters of the model without these blocks."""
         return self.total_parameters - sum(self.block_parameters[block] for block in blocks)
 
 
 class Forecast(Record):
-    """What a run will take, from a look of a few seconds at the model."""
+    """Time and memory that a run will take, from a timing probe of a few seconds."""
 
     num_blocks: int
     num_remove: int
     block_evaluations: int
-    """Blocks times sequences."""
+    """Number of blocks times sequences that are evaluated."""
     head_evaluations: int
-    """Skip sets times sequences."""
+    """Number of skip sets times sequences whose loss is computed."""
     head_weight: float
-    """What reading out one skip set costs, in block evaluations."""
+    """Cost of the LM head and the loss for one skip set, in block evaluations."""
     seconds_per_unit: float
-    """A unit is a block evaluation."""
+    """Seconds for each block evaluation."""
     loading_seconds: float
-    """The model, and the check of the sweep against plain forward passes."""
+    """Seconds for loading the model and for the check of the sweep against plain forward passes."""
     search_seconds: float
     analysis_seconds: float
     peak_memory: int
-    """Bytes: of the GPU where there is one, else of the process."""
+    """Peak memory in bytes, of the GPU where there is one, else of the process."""
     device: str
     dtype: str
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds for all of it."""
         return self.loading_seconds + self.search_seconds + self.analysis_seconds
 
 
@@ -133,7 +133,7 @@ class Run(Record):
     trace: Trace | None = None
     analysis: Analysis | None = None
     analysis_unavailable: str | None = None
-    """Why this model cannot be analysed, if so."""
+    """The reason why this model cannot be analysed, if it cannot."""
     jobs: tuple[Job, ...] = ()
 
     @property
@@ -145,28 +145,28 @@ class Run(Record):
         """The trace with at least one finished step. Raises `RunError` with the reason why there is none."""
         if self.spec.kind != "search":
             raise RunError(
-                f"Run {self.run_id} is an {self.spec.method_or_kind} and chose no block; search {self.spec.model} first."
+                f"Run {self.run_id} is an {self.spec.method_or_kind} and chose no block; search {self.spec.model}."
             )
         if self.stack is None or self.trace is None or not self.trace.steps:
             raise RunError(
-                f"Run {self.run_id} has no finished step, so there is no removal list yet; "
+                f"Run {self.run_id} has no finished step and therefore no removal list yet; "
                 f"continue it with `sleb resume {self.run_id}`."
             )
         return self.trace
 
     def steps_until(self, steps: int | None = None) -> tuple[Step, ...]:
-        """The first so many steps; None is all of them. Raises `OptionError`, or `RunError` where there are none."""
+        """The first `steps` steps; None is all of them. Raises `OptionError`, or `RunError` where there are none."""
         done = self.require_trace().steps
         if steps is None:
             return done
         if not 1 <= steps <= len(done):
             raise OptionError(
-                f"{steps} steps were asked for and run {self.run_id} has {len(done)} finished; give 1 to {len(done)}."
+                f"`steps={steps}` is not among the finished steps of run {self.run_id}; give 1 to {len(done)}."
             )
         return done[:steps]
 
     def removal_list_after(self, steps: int | None = None) -> tuple[int, ...]:
-        """Blocks in the order of removal after so many steps; None is all of them. Raises as `steps_until`."""
+        """Blocks in the order of removal after `steps` steps; None is all of them. Raises as `steps_until`."""
         return self.steps_until(steps)[-1].removal_list
 
     @property

@@ -1,4 +1,4 @@
-"""What a search found: the baseline, and one step for each decision with all its evidence."""
+"""The results of a search: the baseline, and one step for each decision with all its evidence."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sleb.records.base import Measured, Record
 class Candidate(Record):
     """A set of blocks that was scored: `score_sum` is what was compared, lowest first.
 
-    For the likelihood it equals `nll_sum`. For the divergence it is nats of Kullback-Leibler from the unmodified
-    model's predictions, for Metric1 the sum over tokens of 1 - cosine; then `nll_sum` is None.
+    For the likelihood it equals `nll_sum`. For the divergence it is nats of Kullback-Leibler from the
+    baseline's predictions, for Metric1 the sum over tokens of 1 - cosine; then `nll_sum` is None.
     """
 
     block: int
@@ -25,7 +25,7 @@ class Candidate(Record):
     nll_sum: float | None = None
     token_count: Annotated[int, Field(gt=0)]
     sequences: Annotated[int, Field(gt=0)] | None = None
-    """On how many calibration sequences it was scored: fewer than all where it left a race. None in older runs."""
+    """Number of calibration sequences it was scored on: fewer than all where it left a race. None in older runs."""
 
     @property
     def score(self) -> float | None:
@@ -54,17 +54,17 @@ class Step(Record):
     held_out: Measured
     """Sequences that took no part in the choice."""
     held_out_standard_error: Annotated[float, Field(ge=0, le=1000)] | None = None
-    """Of the mean rise over the baseline on the held-out sequences, per token, in pairs; None below two of them."""
+    """Standard error of the mean paired rise over the baseline on held-out sequences, per token; None below two."""
     margin: float | None
     """Mean paired difference of the runner-up's score to the winner's, per token; None without a runner-up."""
     margin_standard_error: float | None
-    """None where one sequence gives no spread."""
+    """Standard error of the margin; None where one sequence gives no spread."""
     tied: tuple[int, ...]
-    """Candidates (their `block`) whose paired difference to the winner cannot be told from zero."""
+    """Candidates (their `block`) that are statistically tied with the winner."""
     tied_restored: tuple[int, ...] = ()
-    """In a swap: the block that each of `tied` would have taken back. Empty elsewhere."""
+    """The block that each of `tied` would have taken back in a swap; empty in other steps."""
     improvement: float | None = None
-    """Of a swap: mean paired difference of the score before it to the score after it, per token. None elsewhere."""
+    """Mean paired difference of the scores before and after a swap, per token; None in other steps."""
     improvement_standard_error: float | None = None
     block_evaluations: int
     head_evaluations: int
@@ -83,7 +83,7 @@ class Step(Record):
 
     @property
     def perplexity(self) -> float | None:
-        """Of the calibration set after this step."""
+        """Perplexity of the calibration set after this step."""
         return self.calibration.perplexity
 
     @property
@@ -102,7 +102,7 @@ class Step(Record):
 
     @property
     def tied_candidates(self) -> tuple[Candidate, ...]:
-        """Those of `tied`: in a swap several candidates remove the same block."""
+        """The candidates in `tied`: in a swap several candidates remove the same block."""
         if not self.is_swap:
             return tuple(each for each in self.candidates if each.block in self.tied)
         tied = set(zip(self.tied, self.tied_restored, strict=True))
@@ -110,7 +110,7 @@ class Step(Record):
 
 
 class Baseline(Record):
-    """The unmodified model on the same text."""
+    """The baseline, the model with all its blocks, on the same text."""
 
     calibration: Measured
     held_out: Measured
@@ -119,11 +119,11 @@ class Baseline(Record):
     seconds: float
     warnings: tuple[str, ...] = ()
     speedups: tuple[str, ...] = ()
-    """Faster ways through the blocks that are in use, here and in the steps: they round differently."""
+    """Optimizations of the blocks in use, here and in the steps: they round differently."""
 
     @property
     def perplexity(self) -> float | None:
-        """Of the calibration set."""
+        """Perplexity of the calibration set."""
         return self.calibration.perplexity
 
 
@@ -133,7 +133,7 @@ class Trace(Record):
     baseline: Baseline
     steps: tuple[Step, ...] = ()
     finished: str | None = None
-    """Why the search ended, once it has."""
+    """The reason why the search ended, once it has."""
 
     @property
     def removal_list(self) -> tuple[int, ...]:
@@ -147,7 +147,7 @@ class Trace(Record):
 
     @property
     def removed_at(self) -> dict[int, int]:
-        """Removed block -> the step since which it is gone: best chunks are not nested, and a swap restores."""
+        """Removed block -> the step since which it is removed: best chunks are not nested, and a swap restores."""
         since: dict[int, int] = {}
         for step in self.steps:
             since = {block: since.get(block, step.number) for block in step.removal_list}
@@ -155,17 +155,17 @@ class Trace(Record):
 
     @property
     def block_evaluations(self) -> int:
-        """Blocks times sequences, the baseline and held-out sequences included."""
+        """Number of blocks times sequences evaluated, the baseline and held-out sequences included."""
         return self.baseline.block_evaluations + sum(step.block_evaluations for step in self.steps)
 
     @property
     def head_evaluations(self) -> int:
-        """Skip sets times sequences, the baseline and held-out sequences included."""
+        """Number of skip sets times sequences evaluated, the baseline and held-out sequences included."""
         return self.baseline.head_evaluations + sum(step.head_evaluations for step in self.steps)
 
 
 def steps_of_removal(steps: Sequence[Step]) -> dict[int, int]:
-    """Blocks that are removed after these steps -> the step in which each went (last, if it came back before)."""
+    """Block that is removed after these steps -> the last step that removed it."""
     removed: dict[int, int] = {}
     for step in steps:
         for block in step.restored:

@@ -13,6 +13,7 @@ from sleb.methods import step_evidence
 from sleb.methods.statistics import Comparison
 from sleb.records import (
     Baseline,
+    ExportJob,
     Finding,
     Generation,
     Measured,
@@ -308,7 +309,11 @@ def _exports(exports: Sequence[Export]) -> str:
             f"{each.proof.parameters_before:,} → {each.proof.parameters_after:,} "
             f"(−{1 - each.proof.parameters_after / each.proof.parameters_before:.1%})",
             f"{each.proof.bytes_after / 1e6:,.0f} MB, "
-            + ("copied from the GGUF file" if each.job.spec.format == "gguf" else each.proof.dtype),
+            + (
+                "copied from the GGUF file"
+                if isinstance(each.job.spec, ExportJob) and each.job.spec.format == "gguf"
+                else each.proof.dtype
+            ),
             f"{each.proof.max_logit_difference:.3g} ({each.proof.tolerance:.3g} allowed)",
         )
         for each in exports
@@ -328,7 +333,7 @@ def _versions(versions: dict[str, str]) -> str:
 
 
 def _method(run: Run, stack: StackDescription) -> str:
-    attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.spec.is_own(run.spec)]
+    attempts = [job.attempt for job in run.jobs if job.attempt is not None and job.is_own(run.spec)]
     made = [
         (
             "Perplexity",

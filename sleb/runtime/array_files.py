@@ -18,12 +18,12 @@ from sleb.runtime.files import inside, read_regular
 MOST_ARRAY_BYTES = 512 << 20
 """Size in bytes above which arrays are not read: the scores of a step take megabytes."""
 NO_ARRAYS = (OSError, ValueError, RunError, KeyError, TypeError)
-"""What reading an `.npz` file raises, and looking for a name or a type in it, where it is missing or damaged."""
+"""Exceptions of reading an `.npz` file, and of looking for a name or a type in it, if it is missing or damaged."""
 _DAMAGED = (
     KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError, SyntaxError,
     RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
-"""What reading one raises beside `ValueError` that is damaged, or was made to do damage."""
+"""Exceptions of reading one, besides `ValueError`, that is damaged or was made to do damage."""
 
 
 def read_arrays(root: Path, *parts: str, most: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:
@@ -44,7 +44,7 @@ def read_arrays(root: Path, *parts: str, most: int = MOST_ARRAY_BYTES) -> dict[s
 
 
 def _require_as_large_as_promised(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-    """Numpy allocates what an array's header promises before it reads what is there."""
+    """Raises `ValueError` for an array whose header promises more than there is: numpy would allocate that first."""
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

@@ -10,27 +10,27 @@ from pathlib import Path
 
 
 def _root() -> Path:
-    """The installed package has them in a folder of its own; in a checkout they lie beside the package."""
+    """The folder of the dashboard's files: inside an installed package, or the top of a checkout."""
     package = Path(sys.modules[__name__.partition(".")[0]].__path__[0]).resolve()
     installed = package / "_dashboard"
     return installed if installed.is_dir() else package.parent
 
 
 ROOT = _root()
-"""Holds `app/`, `pages/` and `assets/`: the top of a checkout, or a folder inside the installed package."""
+"""The folder with `app/`, `pages/` and `assets/`: the top of a checkout, or a folder inside the installed package."""
 MAIN = ROOT / "app" / "main.py"
-"""What Streamlit runs."""
+"""The script that Streamlit runs."""
 SERVER = ROOT / "app" / "serve.py"
-"""What starts Streamlit, without a look at the current folder's settings."""
+"""The script that starts Streamlit without reading the current folder's settings."""
 SAMPLES = ROOT / "assets" / "sample"
 """Recorded runs of a real model, made by the program itself; read-only."""
 
 ALLOW_PATH, READ_ONLY = "SLEB_DASHBOARD_ALLOW_PATH", "SLEB_DASHBOARD_READ_ONLY"
-"""Environment variables by which the server learns what it may: a list of folders as JSON, and 1 for only showing."""
+"""Environment variables with the server's permissions: a list of folders as JSON, and 1 for read-only."""
 
 
 def command(arguments: Sequence[str]) -> list[str]:
-    """What starts the dashboard: a Streamlit of this Python's own, with the absolute path of its entry.
+    """The command that starts the dashboard: this Python's own Streamlit, with the absolute path of its entry.
 
     The current folder is data: it stays off the import path (`-P`), and its settings are not read.
     """

@@ -27,7 +27,7 @@ _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what a disk can refuse into one sentence; nothing already written is touched."""
+    """Turn what a disk can refuse into a `StorageError` of one sentence."""
     try:
         yield
     except OSError as error:
@@ -37,7 +37,7 @@ def writing(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in _FORBIDDEN:
             raise StorageError(
-                f"{path} cannot be written ({error.strerror}). Choose another folder with --run-dir or SLEB_HOME."
+                f"{path} cannot be written ({error.strerror}). Choose another folder with `run_dir` or SLEB_HOME."
             ) from error
         raise StorageError(f"{path} could not be written: {error.strerror or error}.") from error
 
@@ -115,16 +115,16 @@ def read_json_inside(root: Path, *parts: str, most: int = MOST_BYTES) -> Any:
 def parse_json(data: bytes) -> Any:
     """JSON whose numbers are numbers and whose text is text. Raises `ValueError` for everything else."""
     try:
-        found = json.loads(data, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
+        value = json.loads(data, parse_constant=_refused, parse_float=_finite, parse_int=_bounded)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if b"\\ud" in data.lower():  # half a character, which no screen and no file takes
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _refused(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _finite(text: str) -> float:
@@ -137,8 +137,8 @@ def _bounded(text: str) -> int:
 
 
 def expanded(path: Path) -> Path:
-    """With `~` filled in. Raises `OptionError` for a user who is not there."""
+    """A path with `~` filled in. Raises `OptionError` for a user who does not exist."""
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise OptionError(f"{path} names a home folder that is not there.") from error
+        raise OptionError(f"{path} names a home folder that does not exist.") from error

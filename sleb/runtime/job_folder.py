@@ -1,4 +1,4 @@
-"""The job folders of a run: what a job is asked, its status, its attempt and its result."""
+"""The job folders of a run: a job's spec, its status, its attempt and its result."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import IO, Any, get_args
 
 from sleb.errors import RunError
-from sleb.records import Attempt, Job, JobSpec, JobState, JobStatus
+from sleb.records import Attempt, Job, JobKind, JobSpec, JobState, JobStatus, UnreadableJob
 from sleb.runtime import origin
 from sleb.runtime.files import inside, open_regular, open_to_append, read_json_inside, replace_file, writing
-from sleb.runtime.record_files import read_record
+from sleb.runtime.record_files import read_job_spec, read_record
 from sleb.runtime.unfinished import names
 
 LOG, RESULT = "log.txt", "result.json"
 MOST_JOBS = 999_999_999
-"""No job has a larger number, nor is one listed that has."""
+"""The largest number of a job; folders with larger ones are not listed."""
 
 
 def create_job(directory: Path, spec: JobSpec) -> Job:
-    """The next numbered job folder of a run."""
+    """Make the next numbered job folder of a run."""
     jobs = inside(directory, "jobs")
     with writing(jobs):
         jobs.mkdir(exist_ok=True)
@@ -57,29 +57,29 @@ def _numbered(directory: Path, partial: Path, kind: str) -> Path:
 
 
 def read_jobs(directory: Path) -> tuple[Job, ...]:
-    """The run's jobs, oldest first, as they were written."""
-    found = []
+    """Read the run's jobs, oldest first, as they were written."""
+    jobs = []
     for job_dir in job_dirs(directory):
         if not (job_dir / "spec.json").exists():  # a job being created is none yet
             continue
         try:
-            found.append(load_job(job_dir))
+            jobs.append(load_job(job_dir))
         except RunError as error:  # an old job's file must not make the run unusable
-            kind: Any = job_dir.name.partition("-")[2]
-            kind = kind if kind in get_args(JobSpec.model_fields["kind"].annotation) else "search"
+            named: Any = job_dir.name.partition("-")[2]
+            spec = UnreadableJob(kind=named if named in get_args(JobKind) else "search")
             status = JobStatus(state=JobState.FAILED, message=str(error))
-            found.append(Job(name=job_dir.name, directory=job_dir, spec=JobSpec(kind=kind), status=status))
-    return tuple(found)
+            jobs.append(Job(name=job_dir.name, directory=job_dir, spec=spec, status=status))
+    return tuple(jobs)
 
 
 def load_job(directory: Path) -> Job:
-    """One job folder, read as it was written; `job_processes.watched` derives what a dead process could not write."""
+    """Read one job folder as it was written; `job_processes.watched` derives what a dead process could not write."""
     run_dir, parts = run_and_parts(directory)
     has_status, has_attempt = ((directory / name).exists() for name in ("status.json", "attempt.json"))
     return Job(
         name=directory.name,
         directory=directory,
-        spec=read_record(JobSpec, run_dir, *parts, "spec.json"),
+        spec=read_job_spec(run_dir, *parts, "spec.json"),
         status=read_record(JobStatus, run_dir, *parts, "status.json") if has_status else JobStatus(),
         attempt=read_record(Attempt, run_dir, *parts, "attempt.json") if has_attempt else None,
     )
@@ -97,7 +97,7 @@ def _file(job_dir: Path, name: str) -> Path:
 
 
 def open_log(job_dir: Path) -> IO[bytes]:
-    """The job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
+    """Open the job's log, to be appended to. Raises `RunError` for a link, `StorageError`."""
     run_dir, parts = run_and_parts(job_dir)
     return open_to_append(run_dir, *parts, LOG)
 
@@ -113,28 +113,28 @@ def log_end(job_dir: Path, most_bytes: int = 200_000) -> str:
 
 
 def read_result(job_dir: Path) -> Any:
-    """What `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
+    """Read what `write_result` wrote. Raises `ValueError`, `OSError` or `RunError`."""
     run_dir, parts = run_and_parts(job_dir)
     return read_json_inside(run_dir, *parts, RESULT)
 
 
 def write_status(job_dir: Path, status: JobStatus) -> None:
-    """Only the holder of the run's lock calls this."""
+    """Write the state of a job; only the holder of the run's lock calls this."""
     replace_file(_file(job_dir, "status.json"), status.model_dump_json(indent=1), make_folder=False)
 
 
 def write_attempt(job_dir: Path, attempt: Attempt) -> None:
-    """How this try is made."""
+    """Write how this try of the job is executed."""
     replace_file(_file(job_dir, "attempt.json"), attempt.model_dump_json(indent=1), make_folder=False)
 
 
 def write_result(job_dir: Path, result: dict[str, Any]) -> None:
-    """What a job that is no search found."""
+    """Write the result of a job that is not a search."""
     replace_file(_file(job_dir, RESULT), json.dumps(result, indent=1))
 
 
 def withdraw_job(job: Job) -> None:
-    """Take back a job that never began."""
+    """Remove a job that never began."""
     shutil.rmtree(job.directory, ignore_errors=True)
 
 
@@ -143,10 +143,10 @@ def job_dirs(directory: Path) -> list[Path]:
     jobs = inside(directory, "jobs")
     if not jobs.is_dir():
         return []
-    found = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
-    return sorted(found, key=lambda each: number_of(each.name))
+    folders = [each for each in jobs.iterdir() if re.fullmatch(r"[0-9]{1,9}-[a-z]+", each.name)]
+    return sorted(folders, key=lambda each: number_of(each.name))
 
 
 def number_of(job_name: str) -> int:
-    """By which a run's jobs are ordered."""
+    """The number by which a run's jobs are ordered."""
     return int(job_name.split("-")[0])

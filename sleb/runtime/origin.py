@@ -1,6 +1,6 @@
-"""Whether this machine wrote what a run folder asks for, or somebody here confirmed it.
+"""Whether this machine wrote what a run folder names, or somebody here confirmed it.
 
-Whoever creates a run or a job here signs its `spec.json`, and later the run's `stack.json`, with a key that lies under
+Whatever creates a run or a job here signs its `spec.json`, and later the run's `stack.json`, with a key that lies under
 `SLEB_HOME`, never in a run folder: `spec.signature` is the HMAC of the file. A folder from elsewhere has no such
 signature, and neither has one whose file was changed since. What it names is not read before it was confirmed.
 """
@@ -16,22 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sleb.errors import RunError, StorageError, UnconfirmedNames
-from sleb.records import NAMED_TEXTS, JobSpec, RunSpec, StackDescription
+from sleb.records import NAMED_TEXTS, EvaluateSpec, ExportJob, JobSpec, QuestionJob, StackDescription
 from sleb.runtime import places
 from sleb.runtime.files import inside, read_regular, replace_file
-from sleb.runtime.record_files import read_record
+from sleb.runtime.record_files import read_job_spec, read_record, read_spec
 from sleb.runtime.unfinished import names
 
 log = logging.getLogger(__name__)
 
 SIGNED = ("spec.json", "stack.json")
-"""Files by which a run or job says what is read: what was asked, and which revision of the model was found."""
+"""Files that say what a run or job reads: its spec, and the revision of the model that was opened."""
 _TEXTS_BY_NAME = {*NAMED_TEXTS, "wikitext2-rows"}
 """Names that mean the same text on every machine; the demo model is the only model of that kind."""
 
 
 SIGNATURE = "spec.signature"
-"""The signature of what a run or a job was asked."""
+"""The signature of the spec of a run or a job."""
 
 
 def write_signed(folder: Path, name: str, content: str) -> None:
@@ -44,7 +44,7 @@ def write_signed(folder: Path, name: str, content: str) -> None:
 
 
 def write_stack(run_dir: Path, stack: StackDescription) -> None:
-    """What the run settled on with its model; written once."""
+    """Write the description of a run's opened model; written once."""
     write_signed(run_dir, "stack.json", stack.model_dump_json(indent=1))
 
 
@@ -56,18 +56,18 @@ def sign(folder: Path) -> None:
 
 
 def unconfirmed(run_dir: Path, *jobs: str) -> tuple[str, ...]:
-    """What a run and these jobs of it (names of job folders) would make this machine read or do, and nobody confirmed.
+    """Names of all that a run and these jobs of it would make this machine read or do, unless it was confirmed here.
 
     The model with its revision, texts, files, tasks, and more than one process. Empty where this machine wrote all of
     it. Raises `RunError` where a spec cannot be read.
     """
-    found: list[str] = []
+    unseen: list[str] = []
     if not is_written_here(run_dir):
-        found += _names_of_run(run_dir)
+        unseen += _names_of_run(run_dir)
     for job in jobs:
         if not is_written_here(run_dir, "jobs", job):
-            found += _names_of_job(read_record(JobSpec, run_dir, "jobs", job, "spec.json"))
-    return tuple(dict.fromkeys(found))
+            unseen += _names_of_job(read_job_spec(run_dir, "jobs", job, "spec.json"))
+    return tuple(dict.fromkeys(unseen))
 
 
 def require_confirmed(run_dir: Path, *jobs: str) -> None:
@@ -92,8 +92,8 @@ def is_written_here(run_dir: Path, *parts: str) -> bool:
 
 
 def _names_of_run(run_dir: Path) -> Iterator[str]:
-    spec, revision = read_record(RunSpec, run_dir, "spec.json"), None
-    if (run_dir / "stack.json").exists():  # the revision that was found is the one that is loaded again
+    spec, revision = read_spec(run_dir), None
+    if (run_dir / "stack.json").exists():  # the revision that was opened is the one that is loaded again
         revision = read_record(StackDescription, run_dir, "stack.json").revision
     revision = revision or spec.revision
     if spec.model != "demo":
@@ -103,11 +103,11 @@ def _names_of_run(run_dir: Path) -> Iterator[str]:
 
 
 def _names_of_job(job: JobSpec) -> Iterator[str]:
-    if job.gguf is not None:
+    if isinstance(job, ExportJob) and job.gguf is not None:
         yield job.gguf
-    texts = (*getattr(job.ask, "texts", ()), getattr(job.ask, "source", "demo"))
-    yield from (each for each in texts if each not in _TEXTS_BY_NAME)
-    yield from (f"task {each}" for each in getattr(job.ask, "tasks", ()))
+    if isinstance(job, QuestionJob):
+        yield from (each for each in job.ask.sources if each not in _TEXTS_BY_NAME)
+        yield from (f"task {each}" for each in (job.ask.tasks if isinstance(job.ask, EvaluateSpec) else ()))
     if job.processes > 1:
         yield f"{job.processes} processes"
 
@@ -126,7 +126,8 @@ def _sign(folder: Path, name: str, content: bytes) -> None:
 def _is_signed(folder: Path, name: str) -> bool:
     try:
         signature = read_regular(inside(folder, _signature_of(name)), 1000).decode()
-        return hmac.compare_digest(signature, _hmac(_key(), name, read_regular(inside(folder, name))))
+        key = _checked(_key_file())  # a look-up makes none: without a key nothing was signed here
+        return hmac.compare_digest(signature, _hmac(key, name, read_regular(inside(folder, name))))
     except (OSError, ValueError, StorageError):
         return False
 
@@ -135,9 +136,13 @@ def _hmac(key: bytes, name: str, content: bytes) -> str:
     return hmac.new(key, name.encode() + b"\0" + content, "sha256").hexdigest()
 
 
+def _key_file() -> Path:
+    return places.home() / "signing-key"
+
+
 def _key() -> bytes:
     """The key of this `SLEB_HOME`, made at its first use and readable by its owner only."""
-    path = places.home() / "signing-key"
+    path = _key_file()
     with contextlib.suppress(FileNotFoundError):
         return _checked(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from sleb.runtime.files import expanded
 
 
 def home() -> Path:
-    """Where runs and cache live: `SLEB_HOME`, or a per-user data folder."""
+    """The folder with runs and cache: `SLEB_HOME`, or a per-user data folder."""
     chosen = os.environ.get("SLEB_HOME")
     if chosen:
         return expanded(Path(chosen)).absolute()

@@ -3,48 +3,61 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from sleb.errors import RunError
-from sleb.records import FORMAT_VERSION, Analysis, RunSpec
+from sleb.records import FORMAT_VERSION, JOB_SPEC, Analysis, JobSpec, RunSpec
 from sleb.runtime.files import MOST_BYTES, inside, read_json_inside, replace_file
 
 _MOST_BYTES = 4 << 20
-"""Of a spec, a status and the like: parsed, JSON can take thirty times the memory of its file."""
+"""Size in bytes above which specs, statuses and the like are not read: JSON can take thirty times that in memory."""
 
 R = TypeVar("R", bound=BaseModel)
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
 def write_analysis(directory: Path, analysis: Analysis) -> None:
-    """Both analyses, as pages draw them."""
+    """Write both analyses, as pages draw them."""
     replace_file(inside(directory, "analysis", "analysis.json"), analysis.model_dump_json())
 
 
 def write_no_analysis(directory: Path, reason: str) -> None:
-    """Why this model cannot be analysed: the run is finished without."""
+    """Write why this model cannot be analysed: the run is finished without."""
     replace_file(inside(directory, "analysis", "unavailable.txt"), reason)
 
 
 def read_spec(directory: Path) -> RunSpec:
-    """What was asked. Raises `RunError` where it is damaged or of another version."""
+    """The spec of a run. Raises `RunError` where it is damaged or of another version."""
     return read_record(RunSpec, directory, "spec.json")
 
 
 def require_run(directory: Path) -> None:
-    """A run that was moved away must not be begun anew at its old place."""
+    """Raises `RunError` for a folder that was moved away: the run must not begin again at its old place."""
     if not (directory / "spec.json").is_file():
-        raise RunError(f"The run folder {directory} is gone: it was moved or deleted. Resume it where it is now.")
+        raise RunError(
+            f"The run folder {directory} no longer exists: it was moved or deleted. Resume it where it is now."
+        )
+
+
+def read_job_spec(root: Path, *parts: str) -> JobSpec:
+    """A job of any kind from its file in a run folder. Raises `RunError` as `read_record` does."""
+    return _read(JOB_SPEC.validate_python, _MOST_BYTES, root, *parts)
 
 
 def read_record(record: type[R], root: Path, *parts: str) -> R:
     """A record from its file in a run folder. Raises `RunError` where it is missing, damaged or of another version."""
+    return _read(record.model_validate, MOST_BYTES if record is Analysis else _MOST_BYTES, root, *parts)
+
+
+def _read(validate: Callable[[Any], T], most: int, root: Path, *parts: str) -> T:
     path = root.joinpath(*parts)
     try:
-        data = read_json_inside(root, *parts, most=MOST_BYTES if record is Analysis else _MOST_BYTES)
+        data = read_json_inside(root, *parts, most=most)
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -53,7 +66,7 @@ def read_record(record: type[R], root: Path, *parts: str) -> R:
     if version != FORMAT_VERSION:
         raise RunError(other_version(path, version))
     try:
-        return record.model_validate(data)
+        return validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -61,7 +74,7 @@ def read_record(record: type[R], root: Path, *parts: str) -> R:
 
 
 def read_record_or_none(record: type[R], root: Path, *parts: str) -> R | None:
-    """What can be made again is made again when it cannot be read."""
+    """A record that can be made again; None where it is missing or cannot be read."""
     try:
         return read_record(record, root, *parts) if root.joinpath(*parts).exists() else None
     except RunError as error:

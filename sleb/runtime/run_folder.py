@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 
 LOCK = ".lock"
-"""Who holds it executes the run."""
+"""The lock file, whose holder executes the run."""
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 
 
 def reference(run: Run) -> str:
-    """What to type to name the run: its id, or the folder it was given."""
+    """The name of a run on a command line, quoted: its id, or its folder where it was given one."""
     own = is_sample(run.run_dir) or (run.run_dir.parent == runs_folder() and _RUN_ID.fullmatch(run.run_id))
     return shlex.quote(run.run_id if own else str(run.run_dir))
 
@@ -47,14 +47,14 @@ def runs_folder() -> Path:
 
 
 def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
-    """A new run folder with what was asked. Raises `RunError` where the folder is taken."""
+    """Make a run folder with its spec. Raises `RunError` where the folder holds something already."""
     directory = expanded(run_dir or runs_folder() / _new_run_id(spec)).absolute()
     with writing(directory):
         if directory.exists() and not directory.is_dir():
-            raise RunError(f"{directory} is no folder. Name a new one with --run-dir.")
+            raise RunError(f"{directory} is not a folder. Name a new one with `run_dir`.")
         if directory.is_dir():
             sweep(home(), directory)
-        begun = (LOCK, origin.SIGNATURE)  # what a process had written that was killed before it wrote what was asked
+        begun = (LOCK, origin.SIGNATURE)  # what a process had written that was killed before it wrote the spec
         if directory.exists() and any(each.name not in begun for each in directory.iterdir()):
             raise RunError(
                 f"{directory} already holds something. Name a new folder, or continue the run there with: "
@@ -78,7 +78,7 @@ def create(spec: RunSpec, run_dir: Path | None = None) -> Run:
 
 
 def discard(directory: Path, *, keep_folder: bool) -> None:
-    """Take back a run that never began; a folder that somebody had made for it stays."""
+    """Remove a run that never began; a folder that somebody had made for it stays."""
     shutil.rmtree(directory, ignore_errors=True)
     if keep_folder:
         with suppress(OSError):
@@ -105,18 +105,18 @@ def locate(run: str | os.PathLike[str]) -> Path:
 
 
 def _sample(name: str) -> Path | None:
-    """The recorded sample of that name. Its copy in the runs folder has the same one, and is found before it."""
+    """The recorded sample of that name, if there is one. Its copy in the runs folder is looked up before it."""
     return SAMPLES / name if _RUN_ID.fullmatch(name) and (SAMPLES / name / "spec.json").is_file() else None
 
 
 def is_sample(directory: Path) -> bool:
-    """Whether it is a recorded sample: to be looked at, not to be changed."""
+    """Whether a folder is a recorded sample, which is only read."""
     real = directory.resolve()
     return real.parent == SAMPLES and _RUN_ID.fullmatch(real.name) is not None
 
 
 def is_link(directory: Path) -> bool:
-    """Whether it is a link in the runs folder: what it leads to is somebody else's to delete."""
+    """Whether a path is a link in the runs folder: what it leads to is not deleted with it."""
     return directory.is_symlink() and directory.parent == runs_folder()
 
 
@@ -131,7 +131,7 @@ def refuse_sample(directory: Path) -> None:
 
 
 def load(run: str | os.PathLike[str]) -> Run:
-    """A run folder, read. Raises `RunError` where it is missing, damaged or of another version."""
+    """Read a run folder. Raises `RunError` where it is missing, damaged or of another version."""
     directory = locate(run)
     jobs = read_jobs(directory)  # first: what a finished job wrote is then there to be read
     stack = read_record(StackDescription, directory, "stack.json") if (directory / "stack.json").exists() else None
@@ -159,19 +159,19 @@ def load(run: str | os.PathLike[str]) -> Run:
 
 def list_runs() -> list[Run | RunError]:
     """All runs of the runs folder, newest first; an unreadable one is its error, so that it can be shown."""
-    found: list[Run | RunError] = []
+    runs: list[Run | RunError] = []
     for directory in run_dirs():
         try:
-            found.append(load(directory))
+            runs.append(load(directory))
         except RunError as error:
-            found.append(error)
-    return found
+            runs.append(error)
+    return runs
 
 
 def delete(directory: Path) -> None:
     """Remove a run folder, readable or not, for good. The caller makes sure that no process is executing it.
 
-    In one move where that can be done; else what was asked goes last, so that the rest can be deleted again.
+    In one move where that can be done; else the spec is removed last, so that the rest can be deleted again.
     """
     with writing(directory):
         if directory.is_symlink():
@@ -186,13 +186,13 @@ def delete(directory: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """Remove what killed processes left in a run folder, and beside it where they made it."""
+    """Remove what killed processes left in a run folder, and beside it."""
     sweep_below(directory)
     sweep(home(), directory.parent)
 
 
 def delete_again(run: str) -> bool:
-    """Finish deleting a run, given by its id or its folder, of which the process was killed; whether there was one."""
+    """Finish a deletion that was killed, of a run given by its id or its folder; whether there was one."""
     folder = runs_folder() / run if _RUN_ID.fullmatch(run) else expanded(Path(run)).absolute()
     return any(names.becomes(path.name, folder.name) for path in sweep(home(), folder.parent))
 
@@ -205,9 +205,9 @@ def bring_in(folder: Path) -> Run:
     run = load(elsewhere(folder))
     target = runs_folder() / (run.run_id if _RUN_ID.fullmatch(run.run_id) else _new_run_id(run.spec))
     if target.exists():
-        how = f"delete it first: sleb delete {target.name}" if is_sample(run.run_dir) else "delete it first"
+        removal = f"delete it first: sleb delete {target.name}" if is_sample(run.run_dir) else "delete it first"
         instead = "Go on with that copy" if is_sample(run.run_dir) else f"Rename {folder}"
-        raise RunError(f"A run {target.name} already exists. {instead}, or {how}.")
+        raise RunError(f"A run {target.name} already exists. {instead}, or {removal}.")
     _require_plain_files(run.run_dir)
     with workspace(home(), target) as own, writing(target):
         _require_room(run.run_dir, own)
@@ -225,8 +225,8 @@ def _require_plain_files(directory: Path) -> None:
         for name in (*folders, *file_names):
             path = Path(folder, name)
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                what = "a link" if path.is_symlink() else "a pipe or a device"
-                raise RunError(f"{path} is {what}, and a run folder holds only files of its own. Delete it first.")
+                kind = "a link" if path.is_symlink() else "a pipe or a device"
+                raise RunError(f"{path} is {kind}, and a run folder holds only files of its own. Delete it first.")
 
 
 def _require_room(folder: Path, where: Path) -> None:
@@ -239,11 +239,11 @@ def _require_room(folder: Path, where: Path) -> None:
 
 def elsewhere(folder: Path) -> Path:
     """A run folder from elsewhere, absolute; or the recorded sample of that name, where no such folder holds a run."""
-    found = expanded(folder).absolute()
+    path = expanded(folder).absolute()
     with suppress(OSError, ValueError):  # names no file system takes
-        if (found / "spec.json").is_file():
-            return found
-    return _sample(str(folder)) or found
+        if (path / "spec.json").is_file():
+            return path
+    return _sample(str(folder)) or path
 
 
 def is_run_id(name: str) -> bool:
@@ -253,24 +253,24 @@ def is_run_id(name: str) -> bool:
 
 def run_dirs(folder: Path | None = None) -> list[Path]:
     """Run folders in a folder (by default the runs folder), newest first."""
-    found: list[tuple[float, Path]] = []
+    dated: list[tuple[float, Path]] = []
     with suppress(OSError):  # no runs folder, or none of ours
         for each in (folder or runs_folder()).iterdir():
             with suppress(OSError):  # one folder that cannot be read must not hide the others
                 if is_run_id(each.name):
-                    found.append(((each / "spec.json").stat().st_mtime, each))
-    return [each for _, each in sorted(found, reverse=True)]
+                    dated.append(((each / "spec.json").stat().st_mtime, each))
+    return [each for _, each in sorted(dated, reverse=True)]
 
 
 def _fitting(analysis: Analysis | None, stack: StackDescription | None, directory: Path) -> Analysis | None:
     """The analysis, if it is of a model with as many blocks."""
     if analysis is None or stack is None:
         return analysis
-    blocks, found, exits = stack.num_blocks, analysis.similarity, analysis.alignment
-    matrices = (found.mean, found.mean_without_first, found.random_token)
+    blocks, similarity, exits = stack.num_blocks, analysis.similarity, analysis.alignment
+    matrices = (similarity.mean, similarity.mean_without_first, similarity.random_token)
     sizes = [len(matrix) - 1 for matrix in matrices] + [len(row) - 1 for matrix in matrices for row in matrix]
-    sizes += [len(found.metric1), len(found.chunk_angular_distance)]
-    sizes += [len(row) for row in found.chunk_angular_distance]
+    sizes += [len(similarity.metric1), len(similarity.chunk_angular_distance)]
+    sizes += [len(row) for row in similarity.chunk_angular_distance]
     for each in (exits.calibration, exits.generated):
         sizes += [len(each.agreement), len(each.first_exit), len(each.settled_exit)] if each else []
     sizes += [len(token.top) for token in analysis.passage.tokens]
@@ -290,7 +290,7 @@ def _sentence(directory: Path, *parts: str) -> str | None:
 
 
 def _new_run_id(spec: RunSpec) -> str:
-    """Sortable by time, telling by name, unlikely to collide."""
+    """An id that sorts by time, names the model and is unlikely to collide."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", Path(spec.model).name or spec.model).strip("-").lower()[:32] or "model"
-    what = spec.method_or_kind
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{what}-{secrets.token_hex(2)}"
+    label = spec.method_or_kind
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{label}-{secrets.token_hex(2)}"

@@ -41,16 +41,16 @@ class Contents(Record):
     num_blocks: int | None
     baseline: Standing | None
     last: Standing | None
-    """After the newest finished step."""
+    """Perplexities after the newest finished step."""
     finished: bool
     seconds: float | None
-    """Spent on the search itself so far."""
+    """Seconds spent on the search itself so far."""
     status: JobStatus | None
-    """Of the newest search or analysis as it was written, without its message and progress."""
+    """Status of the newest search or analysis as it was written, without its message and progress."""
 
     @property
     def state(self) -> JobState:
-        """The state of the run now: a process may be gone without a word."""
+        """The state of the run now: a process may have been killed without writing one."""
         return job_processes.derived_status(self.status).state if self.status else JobState.QUEUED
 
 
@@ -61,18 +61,18 @@ class Outline:
     run_id: str
     run_dir: Path
     created: float
-    """Seconds since the epoch."""
+    """Time of creation in seconds since the epoch."""
     contents: Contents
     state: JobState
 
     @property
     def spec(self) -> RunSpec:
-        """What was asked."""
+        """The spec of the run."""
         return self.contents.spec
 
     @property
     def num_blocks(self) -> int | None:
-        """Blocks of the model; None until it has been opened."""
+        """Number of blocks of the model; None until it has been opened."""
         return self.contents.num_blocks
 
     @property
@@ -82,7 +82,7 @@ class Outline:
 
     @property
     def last(self) -> Standing | None:
-        """After the newest finished step."""
+        """Perplexities after the newest finished step."""
         return self.contents.last
 
     @property
@@ -92,7 +92,7 @@ class Outline:
 
     @property
     def seconds(self) -> float | None:
-        """Spent on the search itself so far."""
+        """Seconds spent on the search itself so far."""
         return self.contents.seconds
 
     @property
@@ -102,76 +102,76 @@ class Outline:
 
 
 Stamp = tuple[int, int, int] | None
-"""Times in ns at which the content and anything else of a file changed, and its size; None where there is no file."""
+"""Times in ns at which the content and anything else of a file changed, and its size; None where there is none."""
 Stamps = dict[str, Stamp]
-"""By path within a run folder."""
+"""Stamps of files by their path within a run folder."""
 _FILES = ("spec.json", "stack.json", "trace.jsonl", "jobs")
 _OF_A_JOB = ("spec.json", "status.json", "attempt.json")
 TICK_NS = 2 * 10**9
-"""Two changes within it may leave the same stamp: far above the clock of any file system."""
+"""Nanoseconds within which two changes may leave the same stamp: far above the clock of any file system."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A run folder, read once: what was found, and the stamps of every file on which that depends."""
+    """A run folder, read once: its contents, and the stamps of every file on which they depend."""
 
     stamps: Stamps
-    """Taken before anything was read."""
-    found: Contents | RunError
+    """Stamps of the files, taken before anything was read."""
+    contents: Contents | RunError
     settled: bool
     """Whether all those files were older than a tick when they were read; else it may differ with equal stamps."""
 
     @property
     def changed(self) -> int:
-        """When the run's spec was written, in ns since the epoch: the age of the run."""
+        """The time at which the run's spec was written, in ns since the epoch: the age of the run."""
         stamp = self.stamps["spec.json"]
         return stamp[0] if stamp else 0
 
     def is_current(self, directory: str) -> bool:
-        """Whether reading again would find the same. A few system calls."""
+        """Whether reading again would give the same; takes a few system calls."""
         return self.settled and all(_stamp(f"{directory}/{path}") == stamp for path, stamp in self.stamps.items())
 
     def outline(self, directory: Path) -> Outline | RunError:
         """The run with its state as it is now, or why it cannot be read."""
-        if isinstance(self.found, RunError):
-            return self.found
-        return Outline(directory.name, directory, self.changed / 1e9, self.found, self.found.state)
+        if isinstance(self.contents, RunError):
+            return self.contents
+        return Outline(directory.name, directory, self.changed / 1e9, self.contents, self.contents.state)
 
 
 def outline(directory: Path) -> Outline:
-    """One run folder. Raises `RunError` where it is damaged or of another version."""
-    found = read(directory, 0).outline(directory)
-    if isinstance(found, RunError):
-        raise found
-    return found
+    """Read what a list shows of one run folder. Raises `RunError` where it is damaged or of another version."""
+    result = read(directory, 0).outline(directory)
+    if isinstance(result, RunError):
+        raise result
+    return result
 
 
 def read(directory: Path, now_ns: int) -> Reading:
-    """One run folder, readable or not, at a time in ns since the epoch."""
+    """Read one run folder, readable or not, at a time in ns since the epoch."""
     stamps = {name: _stamp(f"{directory}/{name}") for name in _FILES}
     newest: str | None = None
-    found: Contents | RunError
+    contents: Contents | RunError
     try:
         for job_dir in job_folder.job_dirs(directory):
             stamps |= {f"jobs/{job_dir.name}/{name}": _stamp(f"{job_dir}/{name}") for name in _OF_A_JOB}
-        found, newest = _contents(directory)
+        contents, newest = _contents(directory)
     except RunError as error:
-        found = error
+        contents = error
     stamps = {path: stamp for path, stamp in stamps.items() if _matters(path, newest)}
     settled = all(stamp is None or stamp[1] < now_ns - TICK_NS for stamp in stamps.values())
-    return Reading(stamps, found, settled)
+    return Reading(stamps, contents, settled)
 
 
 def _contents(directory: Path) -> tuple[Contents, str | None]:
     """What a list shows, and the name of the job whose state it is."""
     spec = record_files.read_spec(directory)
-    own = [job for job in job_folder.read_jobs(directory) if job.spec.is_own(spec)]
+    own = [job for job in job_folder.read_jobs(directory) if job.is_own(spec)]
     baseline, last, finished, seconds = _ends(directory)
     num_blocks = None
     with suppress(OSError, ValueError, KeyError, TypeError, RunError):
         num_blocks = int(read_json_inside(directory, "stack.json")["num_blocks"])
     status = own[-1].status.model_copy(update={"message": "", "progress": None}) if own else None
-    found = Contents(
+    contents = Contents(
         spec=spec,
         num_blocks=num_blocks,
         baseline=baseline,
@@ -180,7 +180,7 @@ def _contents(directory: Path) -> tuple[Contents, str | None]:
         seconds=seconds,
         status=status,
     )
-    return found, own[-1].name if own else None
+    return contents, own[-1].name if own else None
 
 
 def _matters(path: str, newest: str | None) -> bool:
@@ -221,50 +221,50 @@ def _ends(directory: Path) -> tuple[Standing | None, Standing | None, bool, floa
     return _standing(baseline), _standing(last) if last else None, finished, baseline.seconds + seconds
 
 
-def _standing(found: Baseline | Step) -> Standing:
-    if isinstance(found, Baseline):
-        return Standing(calibration=found.calibration, held_out=found.held_out)
+def _standing(entry: Baseline | Step) -> Standing:
+    if isinstance(entry, Baseline):
+        return Standing(calibration=entry.calibration, held_out=entry.held_out)
     return Standing(
-        removal_list=found.removal_list,
-        calibration=found.calibration,
-        held_out=found.held_out,
-        held_out_standard_error=found.held_out_standard_error,
+        removal_list=entry.removal_list,
+        calibration=entry.calibration,
+        held_out=entry.held_out,
+        held_out_standard_error=entry.held_out_standard_error,
     )
 
 
 def _seconds(line: bytes) -> float:
-    """Of one step, the last of its fields, without reading the rest."""
+    """Seconds of one step, the last of its fields, without reading the rest."""
     with suppress(ValueError):
         return float(line.rpartition(b'"seconds":')[2].rstrip(b"}\n "))
     return 0.0
 
 
 Signature = tuple[tuple[str, int, int], ...]
-"""Name, time and size of files."""
+"""Names, times and sizes of files."""
 
 
 def signature(directory: Path) -> Signature:
     """Changes whenever a file that `run_folder.load` reads does, or a finding comes."""
-    found: list[tuple[str, int, int]] = []
+    files: list[tuple[str, int, int]] = []
     for folder in (directory, directory / "analysis"):
-        found += _files(folder)
-    found += findings_signature(directory)
+        files += _files(folder)
+    files += findings_signature(directory)
     with suppress(OSError):
         for job in sorted(os.scandir(directory / "jobs"), key=lambda each: each.name):
-            found += [(f"{job.name}/{name}", changed, size) for name, changed, size in _files(Path(job.path))]
-    return tuple(found)
+            files += [(f"{job.name}/{name}", changed, size) for name, changed, size in _files(Path(job.path))]
+    return tuple(files)
 
 
 def findings_signature(directory: Path) -> Signature:
-    """Changes whenever something was found about a list of the run."""
+    """Changes whenever a finding about a list of the run comes."""
     return tuple(each for each in _files(directory / findings_folder.FOLDER) if each[0].endswith(".json"))
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    found = []
+    files = []
     with suppress(OSError):
         for each in os.scandir(folder):
             if each.name.endswith((".json", ".jsonl", ".txt", ".npz")) and each.is_file() and each.name != "log.txt":
                 status = each.stat()
-                found.append((each.name, status.st_mtime_ns, status.st_size))
-    return sorted(found)
+                files.append((each.name, status.st_mtime_ns, status.st_size))
+    return sorted(files)

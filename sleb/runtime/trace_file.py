@@ -23,11 +23,11 @@ from sleb.runtime.files import inside, open_to_append, parse_json, read_regular,
 from sleb.runtime.record_files import other_version, require_run
 
 MOST_TRACE_BYTES = 512 << 20
-"""Of a trace: each swap of a long list brings thousands of candidates."""
+"""Size in bytes above which a trace is not read: each swap of a long list brings thousands of candidates."""
 
 
 def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
-    """Per-sequence sums of a step or of the baseline, beside the trace and before its line."""
+    """Write per-sequence sums of a step or of the baseline, before its line is added to the trace."""
     require_run(directory)
     path = inside(directory, "scores", f"{name}.npz")
     with writing(path):
@@ -39,7 +39,7 @@ def write_scores(directory: Path, name: str, **arrays: np.ndarray) -> None:
 
 
 def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
-    """What `write_scores` wrote. Raises `RunError` where it is missing or damaged."""
+    """Read what `write_scores` wrote. Raises `RunError` where it is missing or damaged."""
     try:
         return read_arrays(directory, "scores", f"{name}.npz")
     except NO_ARRAYS as error:
@@ -47,22 +47,22 @@ def read_scores(directory: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def append_baseline(directory: Path, baseline: Baseline) -> None:
-    """First line of the trace."""
+    """Write the first line of the trace."""
     _append(directory, {"format_version": FORMAT_VERSION, "baseline": baseline.model_dump(mode="json")})
 
 
 def append_step(directory: Path, step: Step) -> None:
-    """One more finished step."""
+    """Add a finished step to the trace."""
     _append(directory, {"step": step.model_dump(mode="json")})
 
 
 def append_finished(directory: Path, reason: str) -> None:
-    """The search is over, and why."""
+    """Add to the trace that the search is over, and why."""
     _append(directory, {"finished": reason})
 
 
 def read_trace(directory: Path) -> Trace | None:
-    """The trace as far as it was written; None before the baseline."""
+    """Read the trace as far as it was written; None before the baseline."""
     path = inside(directory, "trace.jsonl")
     try:
         data = read_regular(path, MOST_TRACE_BYTES)

@@ -12,7 +12,7 @@ from app.panels import forecast_process, run_form
 from sleb import specs
 from sleb.errors import RunError
 from sleb.evaluation import request
-from sleb.records import EvaluateSpec, HealSpec, JobSpec, QuantizeSpec, RunSpec
+from sleb.records import EvaluateSpec, ExportJob, HealSpec, JobSpec, QuantizeSpec, RunSpec, SearchJob
 from sleb.runtime import dashboard_files, run_folder
 from tests.support.dashboard import Allow, started_with
 from tests.support.runs.stores import write_run
@@ -44,7 +44,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def search(model: str, source: str = "demo", **changes: object) -> tuple[RunSpec, JobSpec]:
     spec = specs.run_spec("demo", calibration="demo").model_dump()
     spec["calibration"]["source"] = source
-    return RunSpec.model_validate(spec | {"model": model} | changes), JobSpec(kind="search")
+    return RunSpec.model_validate(spec | {"model": model} | changes), SearchJob()
 
 
 @pytest.mark.parametrize("address", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.9.1", "::1"])
@@ -191,17 +191,17 @@ def test_what_an_evaluation_reads_and_writes_is_below_the_folders(allow: Allow, 
     assert allowed(request.job_of(QuantizeSpec(lists=((1,),), out=str(inside / "new"))))
     assert not allowed(request.job_of(QuantizeSpec(lists=((1,),), out=str(outside / "new"))))
     assert not allowed(request.job_of(HealSpec(lists=((1,),), out=str(inside / "link" / "new"))))
-    assert allowed(JobSpec(kind="export", out=str(inside / "new"), gguf=str(inside / "model.gguf")))
-    assert not allowed(JobSpec(kind="export", out=str(outside / "new")))
-    assert not allowed(JobSpec(kind="export", out=str(run_folder.home() / "runs" / "new")))
-    assert not allowed(JobSpec(kind="export", out=str(inside / "new"), gguf=str(outside / "model.gguf")))
+    assert allowed(ExportJob(out=str(inside / "new"), gguf=str(inside / "model.gguf")))
+    assert not allowed(ExportJob(out=str(outside / "new")))
+    assert not allowed(ExportJob(out=str(run_folder.home() / "runs" / "new")))
+    assert not allowed(ExportJob(out=str(inside / "new"), gguf=str(outside / "model.gguf")))
 
 
 def test_a_run_that_names_a_model_elsewhere_cannot_go_on(allow: Allow, places: Path, home: Path) -> None:
     run = write_run(home / "runs" / "one", 12, 2, model=str(places / "other" / "owner" / "model"))
     allow(places / "allowed")
     with pytest.raises(access.NotAllowed, match="is not below"):
-        actions.go_on(run, JobSpec(kind="export", out=str(places / "allowed" / "new")))
+        actions.go_on(run, ExportJob(out=str(places / "allowed" / "new")))
     assert [job.spec.kind for job in data.load("one").jobs] == ["search"]
 
 

@@ -11,7 +11,8 @@ from streamlit.testing.v1 import AppTest
 
 from app import actions, data
 from sleb.errors import UnconfirmedNames
-from sleb.records import EvaluateSpec, JobSpec, JobState, JobStatus, Run
+from sleb.evaluation import request
+from sleb.records import EvaluateSpec, JobState, JobStatus, Run, SearchJob
 from sleb.runtime import job_folder, origin, run_folder
 from tests.support.dashboard import open_page, press, words
 from tests.support.runs import judged
@@ -102,8 +103,8 @@ def test_a_run_of_this_machine_and_a_sample_ask_nothing(home: Path, executed: li
 
 def test_a_text_that_only_the_folder_knows_is_shown_with_its_whole_path(home: Path, executed: list[list[str]]) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
-    job_folder.create_job(run.run_dir, request.job_of(request))
+    ask = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
+    job_folder.create_job(run.run_dir, request.job_of(ask))
     foreign(run)
     origin.confirm(run.run_dir)
     app = open_page("evaluate", run="one")
@@ -125,8 +126,8 @@ def test_the_folder_s_own_job_writes_nowhere_and_brings_no_task_files(
     home: Path, executed: list[list[str]], tmp_path: Path
 ) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
-    job = job_folder.create_job(run.run_dir, request.job_of(request, trust_remote_code=True))
+    ask = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
+    job = job_folder.create_job(run.run_dir, request.job_of(ask, trust_remote_code=True))
     job_folder.write_status(job.directory, JobStatus(state=JobState.STOPPED))
     app = open_page("runs", run="one")
     press(app, "Resume")
@@ -138,14 +139,14 @@ def test_the_folder_s_own_job_writes_nowhere_and_brings_no_task_files(
 def test_names_that_change_after_they_were_shown_are_asked_again(home: Path, executed: list[list[str]]) -> None:
     run = stopped(home)
     with pytest.raises(UnconfirmedNames):
-        actions.go_on(data.load("one"), JobSpec(kind="search"), again=True, seen=("another/model",))
+        actions.go_on(data.load("one"), SearchJob(), again=True, seen=("another/model",))
     assert origin.unconfirmed(run.run_dir) == (SHOWN,)
     assert executed == []
 
 
 def test_a_stranger_s_thousand_processes_are_not_started(home: Path, executed: list[list[str]]) -> None:
     run = write_run(home / "runs" / "one", 12, 4, model="demo", done=2, state=JobState.STOPPED)
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search", processes=4096))
+    job = job_folder.create_job(run.run_dir, SearchJob(processes=4096))
     job_folder.write_status(job.directory, JobStatus(state=JobState.STOPPED))
     foreign(run)
     press(open_page("runs", run="one"), "Resume")

@@ -125,7 +125,7 @@ def test_neither_a_search_nor_a_forecast_begins(always: Path, text_file: Path) -
         search(always, text_file)
     spec = specs.run_spec(str(always), dtype="float16", sequences=2, sequence_length=32)
     with pytest.raises(NotNumbers, match=BASELINE):
-        forecast.probe(spec, specs.job_spec("search", device="cpu"))
+        forecast.timing_probe(spec, specs.job_spec("search", device="cpu"))
     with pytest.raises(NotNumbers, match=r"^Block 0 gives outputs that are not numbers in float16"):
         sleb.analyze(str(always), calibration=str(text_file), sequences=2, sequence_length=32, dtype="float16")
 

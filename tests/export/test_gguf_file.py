@@ -23,7 +23,7 @@ from sleb.export import finished_exports, gguf_file, gguf_plan, proof_process, p
 from sleb.export.gguf_file import export_gguf, write_cut
 from sleb.export.gguf_plan import destination_of, plan_cut
 from sleb.model.loading import convert_gguf, load_model
-from sleb.records import Job, JobSpec, JobState, Proof
+from sleb.records import ExportJob, Job, JobState, Proof
 from sleb.report.summaries import exported_model
 from sleb.runtime import job_folder
 from sleb.runtime.processes import job_processes
@@ -414,7 +414,7 @@ def test_where_the_converter_would_lose_the_windows_it_says_so(model_class: str,
     assert run.stack is not None
     run = run.model_copy(update={"stack": run.stack.model_copy(update={"model_class": model_class})})
     with pytest.raises(OptionError, match="`format=hf`") as raised:
-        gguf_plan.source_of(run, JobSpec(kind="export", format="gguf"))
+        gguf_plan.source_of(run, ExportJob(format="gguf"))
     assert ("Beware of the converter" in str(raised.value)) is beware
 
 

@@ -132,7 +132,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _Guard.active:
         return
     if event in ("os.exec", "os.posix_spawn", "subprocess.Popen"):
-        raise SystemExit(0)  # what it would have started is no part of the example
+        raise SystemExit(0)  # what it would have started does not belong to the example
     if event == "open":
         path, _, flags = arguments
         if isinstance(flags, int) and flags & _WRITING:

@@ -58,7 +58,7 @@ class Bench:
         return gguf_files.write(self.sandbox.root / "original.gguf", num_blocks=2)
 
     def fresh_model(self) -> Path:
-        """A copy of the model's folder, to be damaged; the one of the example before is gone."""
+        """A copy of the model's folder, to be damaged; the one of the example before was removed."""
         folder = self.sandbox.root / "changed-model"
         shutil.rmtree(folder, ignore_errors=True)
         return shutil.copytree(self.model, folder)
@@ -120,7 +120,7 @@ def specs(data: values.Draws, bench: Bench) -> None:
     made: Any = data.draw(st.sampled_from((run_spec, job_spec, EvaluateSpec, BenchmarkSpec, QuantizeSpec, HealSpec,
                                            GenerateSpec)), label="spec")  # fmt: skip
     if made is run_spec or made is job_spec:
-        names = list(inspect.signature(made).parameters)
+        names = [name for name in inspect.signature(made).parameters if name != "own"]
         call = made
     else:
         names, call = list(made.model_fields), request.ask_of
@@ -229,7 +229,9 @@ TARGETS: dict[str, Target] = {
 """By name, as `scripts/fuzz.py` counts them."""
 
 
-def fuzz(name: str, bench: Bench, examples: int, *, found: Counter[str] | None = None, repeatable: bool = True) -> None:
+def fuzz(
+    name: str, bench: Bench, examples: int, *, counts: Counter[str] | None = None, repeatable: bool = True
+) -> None:
     """So many examples of a target. Raises `Breach` at the first that does what none may, or counts it in `found`."""
     watch_files()
 
@@ -247,13 +249,13 @@ def fuzz(name: str, bench: Bench, examples: int, *, found: Counter[str] | None =
         try:
             TARGETS[name](draws, bench)
         except Breach as breach:
-            if found is None:
+            if counts is None:
                 raise Breach(f"{breach} <- {draws.story}") from breach
             key = str(breach).partition("\n")[0][:160]
-            if not found[key]:
+            if not counts[key]:
                 print(f"{name}: {breach}\n    {str(draws.story)[:1500]}", flush=True)
                 _print_cause(breach)
-            found[key] += 1
+            counts[key] += 1
             bench.sandbox.counts["breaches"] += 1
 
     example()

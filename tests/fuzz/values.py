@@ -93,11 +93,11 @@ _raw = st.one_of(
 
 def paths_in(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something stands in JSON: keys and indices, the whole first."""
-    found = [at]
+    result = [at]
     items = value.items() if isinstance(value, dict) else enumerate(value[:8]) if isinstance(value, list) else ()
     for key, each in items:
-        found += paths_in(each, (*at, key))
-    return found
+        result += paths_in(each, (*at, key))
+    return result
 
 
 def changed(data: Draws, value: Any) -> Any:
@@ -108,12 +108,12 @@ def changed(data: Draws, value: Any) -> Any:
     inner = value
     for key in path[:-1]:
         inner = inner[key]
-    how = data.draw(st.sampled_from(("replace", "replace", "replace", "remove", "add", "double")), label="how")
-    if how == "remove":
+    change = data.draw(st.sampled_from(("replace", "replace", "replace", "remove", "add", "double")), label="how")
+    if change == "remove":
         del inner[path[-1]]
-    elif how == "double" and isinstance(inner, list):
+    elif change == "double" and isinstance(inner, list):
         inner += inner * data.draw(st.sampled_from((1, 50)), label="times")
-    elif how == "add" and isinstance(inner, dict):
+    elif change == "add" and isinstance(inner, dict):
         inner[data.draw(st.text(max_size=10), label="key")] = data.draw(json_values, label="what")
     else:
         inner[path[-1]] = data.draw(json_values, label="what")
@@ -122,32 +122,32 @@ def changed(data: Draws, value: Any) -> Any:
 
 def changed_bytes(data: Draws, content: bytes) -> bytes:
     """A file's content cut, overwritten in places, lengthened, or replaced."""
-    how = data.draw(st.sampled_from(("cut", "overwrite", "insert", "replace")), label="how")
+    change = data.draw(st.sampled_from(("cut", "overwrite", "insert", "replace")), label="how")
     place = data.draw(st.integers(0, max(len(content) - 1, 0)), label="at")
-    if how == "cut":
+    if change == "cut":
         return content[:place]
-    if how == "replace":
+    if change == "replace":
         return data.draw(_raw, label="what")
     piece = data.draw(st.one_of(st.binary(min_size=1, max_size=8), _raw), label="what")
-    return content[:place] + piece + content[place + (len(piece) if how == "overwrite" else 0) :]
+    return content[:place] + piece + content[place + (len(piece) if change == "overwrite" else 0) :]
 
 
 def change_file(data: Draws, path: Path, places: Path) -> None:
-    """A file changed in whatever way: as JSON, as bytes, or into what is no file."""
-    how = data.draw(st.sampled_from(("json",) * 5 + ("bytes",) * 3 + ("other",)), label="file changed as")
+    """A file changed in whatever way: as JSON, as bytes, or into something that is not a file."""
+    change = data.draw(st.sampled_from(("json",) * 5 + ("bytes",) * 3 + ("other",)), label="file changed as")
     content = path.read_bytes()
-    if how == "json" and path.suffix in (".json", ".jsonl"):
+    if change == "json" and path.suffix in (".json", ".jsonl"):
         lines = content.splitlines() if path.suffix == ".jsonl" else [content]
         number = data.draw(st.integers(0, len(lines) - 1), label="line")
         lines[number] = json.dumps(changed(data, json.loads(lines[number]))).encode()
         path.write_bytes(b"\n".join(lines) + b"\n" * (path.suffix == ".jsonl"))
-    elif how == "json" and path.suffix == ".npz":
+    elif change == "json" and path.suffix == ".npz":
         with np.load(path) as packed:
             arrays = dict(packed)
         name = data.draw(st.sampled_from(sorted(arrays)), label="array")
         arrays[name] = data.draw(st.sampled_from(_ARRAYS), label="becomes")
         np.savez(path, **arrays)
-    elif how == "other":
+    elif change == "other":
         path.unlink()
         become(data, path, places)
     else:
@@ -155,7 +155,7 @@ def change_file(data: Draws, path: Path, places: Path) -> None:
 
 
 def become(data: Draws, path: Path, places: Path) -> None:
-    """Something at a path that is no plain file with content, or a huge one."""
+    """Something at a path that is not a plain file with content, or a huge one."""
     kind = data.draw(st.sampled_from(("nothing", "folder", "pipe", "zero", "loop", "outside", "sparse")), label="kind")
     if kind == "folder":
         path.mkdir()
@@ -169,7 +169,7 @@ def become(data: Draws, path: Path, places: Path) -> None:
 
 
 def make_places(folder: Path) -> list[str]:
-    """Paths to point an option at: what is no file, what never ends, what has a name that no screen takes."""
+    """Paths to point an option at: what is not a file, what never ends, what has a name that no screen takes."""
     (folder / "file").write_text("text of no kind\n")
     (folder / "empty").touch()
     (folder / "folder").mkdir()
@@ -177,7 +177,7 @@ def make_places(folder: Path) -> list[str]:
     (folder / "full" / "file").write_text("mine")
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to(folder / "loop")
-    (folder / "dangling").symlink_to(folder / "gone")
+    (folder / "dangling").symlink_to(folder / "missing")
     (folder / "link").symlink_to(folder / "full")
     (folder / "\x1b[31m[bold]\u202ered").mkdir()
     (folder / os.fsdecode(b"latin-\xff\xe9")).write_text("bytes")

@@ -18,11 +18,11 @@ from sleb.evaluation import request
 from sleb.records import (
     BenchmarkSpec,
     EvaluateSpec,
+    ExportJob,
     GenerateSpec,
     Generation,
     HealSpec,
     Job,
-    JobSpec,
     JobState,
     JobStatus,
     Measured,
@@ -348,7 +348,7 @@ def test_how_the_last_job_ended_is_said(full: Run, state: JobState, message: str
 
 
 def test_an_export_that_failed_is_told_on_its_own_page(full: Run) -> None:
-    job = job_folder.create_job(full.run_dir, JobSpec(kind="export", out="/nowhere"))
+    job = job_folder.create_job(full.run_dir, ExportJob(out="/nowhere"))
     job_folder.write_status(job.directory, JobStatus(state=JobState.FAILED, message="The export broke."))
     assert opened(run="full").error.len == 0
 

@@ -24,7 +24,7 @@ from tests.support.runs.stores import write_run
 
 PAGES = ("runs", "similarity", "steps", "evaluate", "export")
 DIVERGED = "The training diverged at update 3; lower --learning-rate."
-ENDED = "Its process is gone; resume it."
+ENDED = "Its process has ended; resume it."
 NEVER = "No process has taken it up."
 ASKS: dict[str, Any] = {"heal": HealSpec(lists=((1, 2),)), "evaluate": EvaluateSpec(lists=((1, 2),), texts=("c4",))}
 

@@ -18,11 +18,11 @@ from sleb import specs
 from sleb.cli.main import app
 from sleb.errors import OptionError
 from sleb.formats import command_line, spelling
-from sleb.records import JobSpec, Method, RunSpec
+from sleb.records import JobSettings, JobSpec, Method, RunSpec
 from sleb.records.options import Setting, settings_of
 from tests.support.dashboard import open_page
 
-RUN, JOB = settings_of(RunSpec), settings_of(JobSpec)
+RUN, JOB = settings_of(RunSpec), settings_of(JobSettings)
 SETTINGS = {each.name: each for each in (*RUN, *JOB)}
 
 

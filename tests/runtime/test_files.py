@@ -45,7 +45,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not a regular file"):
             array_files.read_arrays(place)
     with pytest.raises(FileNotFoundError):
-        array_files.read_arrays(tmp_path / "gone")
+        array_files.read_arrays(tmp_path / "missing")
 
 
 def header(shape: str) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sleb.errors import RunBusy, RunError, StorageError
-from sleb.records import Baseline, JobSpec, JobState, JobStatus, Run, RunSpec
+from sleb.records import Baseline, JobState, JobStatus, Run, RunSpec, SearchJob
 from sleb.runtime import files, job_folder, origin, run_folder, trace_file
 from sleb.runtime.processes import job_processes
 from tests.support.builders import make_stack, make_step, measured
@@ -193,20 +193,20 @@ def test_replaced_files_are_whole_and_leave_no_litter(run: Run, monkeypatch: pyt
 def test_scores_are_kept_beside_the_trace(run: Run) -> None:
     nats = np.random.default_rng(0).random((4, 3))
     trace_file.write_scores(run.run_dir, "step-0001", nats=nats, blocks=np.arange(4))
-    found = trace_file.read_scores(run.run_dir, "step-0001")
-    np.testing.assert_array_equal(found["nats"], nats)
-    np.testing.assert_array_equal(found["blocks"], np.arange(4))
+    result = trace_file.read_scores(run.run_dir, "step-0001")
+    np.testing.assert_array_equal(result["nats"], nats)
+    np.testing.assert_array_equal(result["blocks"], np.arange(4))
 
 
 def test_jobs_are_numbered_and_an_interrupted_one_is_derived(run: Run) -> None:
-    jobs_made = [job_folder.create_job(run.run_dir, JobSpec(kind="search")) for _ in range(11)]
+    jobs_made = [job_folder.create_job(run.run_dir, SearchJob()) for _ in range(11)]
     assert [job.name for job in jobs_made][-1] == "11-search"
     assert [job.name for job in run_folder.load(run.run_id).jobs] == [f"{n}-search" for n in range(1, 12)]
-    gone = subprocess.Popen([sys.executable, "-c", "pass"])
-    gone.wait()
+    removed = subprocess.Popen([sys.executable, "-c", "pass"])
+    removed.wait()
     import socket
 
-    status = JobStatus(state=JobState.RUNNING, pid=gone.pid, host=socket.gethostname(), process_started=1.0)
+    status = JobStatus(state=JobState.RUNNING, pid=removed.pid, host=socket.gethostname(), process_started=1.0)
     job_folder.write_status(jobs_made[-1].directory, status)
     assert job_processes.state_of(run_folder.load(run.run_id)) is JobState.INTERRUPTED
     elsewhere = status.model_copy(update={"host": "another-host", "heartbeat": 0.0})
@@ -215,7 +215,7 @@ def test_jobs_are_numbered_and_an_interrupted_one_is_derived(run: Run) -> None:
 
 
 def test_two_workers_never_execute_the_same_run(run: Run) -> None:
-    first, second = (job_folder.create_job(run.run_dir, JobSpec(kind="search")) for _ in range(2))
+    first, second = (job_folder.create_job(run.run_dir, SearchJob()) for _ in range(2))
     with job_processes.executing(first.directory):
         assert job_processes.state_of(run_folder.load(run.run_id)) is JobState.QUEUED  # the newest job is the second
         with pytest.raises(RunBusy, match="being executed by process"):
@@ -241,7 +241,7 @@ except RunBusy as error:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from sleb.records import JobSpec, RunSpec
+from sleb.records import RunSpec, SearchJob
 from sleb.runtime import files, job_folder, run_folder
 from sleb.runtime.processes import job_processes
 name, folder = sys.argv[1], Path(sys.argv[2])
@@ -249,7 +249,7 @@ files.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if name == "run":
     run_folder.create(RunSpec(model="m", ratio=0.1), folder)
 elif name == "job":
-    job_folder.create_job(folder, JobSpec(kind="search"))
+    job_folder.create_job(folder, SearchJob())
 else:
     run_folder.shutil.rmtree = run_folder.os.unlink = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     from sleb.runtime.unfinished import workspaces
@@ -258,9 +258,9 @@ else:
 """
 
 
-def killed(what: str, folder: Path) -> None:
+def killed(kind: str, folder: Path) -> None:
     """A process that is killed while it makes a run or a job, or deletes a run."""
-    done = subprocess.run([sys.executable, "-c", KILLED, what, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, kind, str(folder)], capture_output=True, text=True)
     assert done.returncode < 0, done.stderr
 
 
@@ -281,7 +281,7 @@ def test_a_job_whose_process_was_killed_before_it_was_written_is_none(run: Run) 
     killed("job", run.run_dir)
     assert run_folder.load(run.run_id).jobs == ()
     assert len(list((run.run_dir / "jobs").iterdir())) == 1
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     with job_processes.executing(job.directory):
         assert [each.name for each in (run.run_dir / "jobs").iterdir()] == ["1-search"]
 

@@ -35,8 +35,8 @@ def unchanged() -> object:
     """Whatever a test does, the samples are what they were; a lock may be left by another."""
 
     def state() -> list[tuple[str, int, int]]:
-        found = (path for path in sorted(SAMPLES.rglob("*")) if path.is_file() and path.name != ".lock")
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
+        paths = (path for path in sorted(SAMPLES.rglob("*")) if path.is_file() and path.name != ".lock")
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     before = state()
     yield

@@ -15,7 +15,7 @@ from sleb.export import export_job
 from sleb.formats.list_formats import remarks, render
 from sleb.model.block_stack import BlockStack
 from sleb.model.loading import load_model
-from sleb.records import JobSpec
+from sleb.records import ExportJob
 from sleb.scoring.stack_description import facts_of
 from tests.support import gguf_files, quantised, tiny
 from tests.support.command import run as command
@@ -59,5 +59,5 @@ def test_a_gguf_file_may_become_a_folder_that_says_so(tmp_path: Path) -> None:
     run = searched(gguf_files.write(tmp_path / "model.gguf"))
     assert run.stack is not None
     assert run.stack.quantisation == "GGUF (Q8_0), dequantised while loading"
-    assert export_job.plan_of(run, JobSpec(kind="export", out=str(tmp_path / "out"), format="hf")).gguf is None
+    assert export_job.plan_of(run, ExportJob(out=str(tmp_path / "out"), format="hf")).gguf is None
     assert remarks(run, "llama-quantize") == ()

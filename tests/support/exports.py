@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from sleb.records import Job, JobSpec, JobState, JobStatus, Proof, Run
+from sleb.records import ExportJob, Job, JobState, JobStatus, Proof, Run
 from sleb.runtime import job_folder
 
 
 def export_job(run: Run, state: JobState, message: str = "", **spec: object) -> Job:
     """An export as its process left it."""
-    settings = {"kind": "export", "steps": 2, "out": str(run.run_dir / "out")} | spec
-    job = job_folder.create_job(run.run_dir, JobSpec.model_validate(settings))
+    settings = {"steps": 2, "out": str(run.run_dir / "out")} | spec
+    job = job_folder.create_job(run.run_dir, ExportJob.model_validate(settings))
     status = JobStatus(state=state, message=message, heartbeat=time.time(), started=time.time())
     job_folder.write_status(job.directory, status)
     return job

@@ -27,7 +27,7 @@ from sleb.export.removal import Removal, plan_removal, streamlined
 from sleb.formats.changed_weights_cards import Streamlined, adapter_card, base_card, healed_card
 from sleb.model.block_stack import BlockStack
 from sleb.model.inspection import licence
-from sleb.records import Healing, Proof, RemovalList
+from sleb.records import ExportJob, Healing, Proof, RemovalList
 from sleb.runtime import origin
 
 
@@ -160,7 +160,8 @@ def _require_same(folder: Path, adapted: Any, smaller: nn.Module) -> None:
 def _exported(subject: Subject, removal: Removal) -> Path | None:
     """The newest folder that the run exported here without these blocks and that still exists."""
     for each in reversed(finished_exports.read_exports(subject.run)):
-        ours = origin.is_written_here(subject.run.run_dir, "jobs", each.job.name) and each.job.spec.out == str(each.out)
+        spec, ours = each.job.spec, origin.is_written_here(subject.run.run_dir, "jobs", each.job.name)
+        ours = ours and isinstance(spec, ExportJob) and spec.out == str(each.out)
         if ours and each.proof.kept_blocks == removal.kept and (each.out / proof_process.PROOF).is_file():
             return each.out
     return None

@@ -31,7 +31,7 @@ from sleb.methods import statistics
 from sleb.model.block_stack import BlockStack
 from sleb.model.generation import require_positions
 from sleb.model.loading import forget_quantisation
-from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealSpec, Measured, RemovalList
+from sleb.records import CalibrationSpec, EvaluatedText, Healing, HealJob, HealSpec, Measured, RemovalList
 from sleb.runtime.files import inside
 from sleb.scoring.scorer import Scorer
 from sleb.text import calibration, repetition
@@ -44,8 +44,9 @@ _MOST_HELD_OUT = 32  # sequences
 _ENOUGH_TO_REFIT = 65_536  # tokens, where a training on more of them follows
 
 
-def require(ask: HealSpec) -> None:
+def require(job: HealJob) -> None:
     """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+    ask = job.ask
     if not ask.lists:
         raise OptionError(
             "There is nothing to heal in the baseline: give `removal_list` some blocks, or `steps` above 0."

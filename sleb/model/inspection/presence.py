@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError
-from sleb.records import JobSpec, Run
+from sleb.records import ExportJob, JobSettings, Run
 
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
 
-def require_there(run: Run, job: JobSpec) -> None:
+def require_there(run: Run, job: JobSettings) -> None:
     """Raises `ModelError` where the model that a job will load is neither here nor on the hub."""
-    name = job.gguf or run.spec.model
+    name = (job.gguf if isinstance(job, ExportJob) else None) or run.spec.model
     if name == "demo":
         return
     if name.lower().endswith(".gguf"):

@@ -1,7 +1,7 @@
-"""The index of runs: a file beside the runs that says again what their files said. Knows SQLite, and no run folder.
+"""The index of runs: a file beside the runs that repeats what their files say. Knows SQLite, and no run folder.
 
 It is a cache and never a truth. Whatever is wrong with the file (damaged, locked, of another version, on a disk that
-cannot be written), its readers get nothing, its writers keep nothing, and neither says a word.
+cannot be written), its readers get nothing, its writers keep nothing, and neither reports it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from urllib.parse import quote
 
 FORMAT = 1
-"""To be counted up whenever a text in the index would be another one for the same files."""
+"""Version of the index, raised whenever the same files would give another text in it."""
 _PATIENCE = 0.3
 """Seconds to wait for another process that writes: far longer than it takes."""
 _RESPITE = 10.0
-"""Seconds for which the file is let alone once it could not be used: not every one of thousands of calls is to wait."""
+"""Seconds for which the file is not used again after it could not be used: thousands of calls must not all wait."""
 _MOST_CHARACTERS = 10**6
-"""An outline has about a thousand."""
+"""Length of the longest text that is read back; an outline has about a thousand characters."""
 _NOT_NOW = {
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL,
     sqlite3.SQLITE_IOERR, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_INTERRUPT,
 }  # fmt: skip
-"""What is no fault of the file: it stays. After every other error it is made again."""
+"""Errors that are not the file's fault: it stays. After every other error it is made again."""
 _TABLES = """
     DROP TABLE IF EXISTS outlines;
     DROP TABLE IF EXISTS summaries;
@@ -44,7 +44,7 @@ class IndexFile:
         self._not_before = 0.0
 
     def outlines(self) -> dict[str, str]:
-        """Everything that was kept, or nothing."""
+        """The short text of each run that was kept, by name; nothing where the file cannot be used."""
         with suppress(sqlite3.Error), self._opened("ro") as index:
             query = "SELECT name, text, checksum FROM outlines WHERE length(text) < ?"
             rows = index.execute(query, (_MOST_CHARACTERS,)).fetchall()
@@ -65,10 +65,10 @@ class IndexFile:
         for _ in rest:
             yield None
 
-    def keep(self, outlines: dict[str, str], gone: Iterable[str] = ()) -> None:
-        """Write down what is known of some runs, and forget others."""
+    def keep(self, outlines: dict[str, str], removed: Iterable[str] = ()) -> None:
+        """Keep the short texts of some runs, and forget others."""
         rows = [(name, text, _checksum(name, text)) for name, text in outlines.items()]
-        names = [(name,) for name in gone]
+        names = [(name,) for name in removed]
 
         def write(index: sqlite3.Connection) -> None:
             index.executemany("REPLACE INTO outlines VALUES (?, ?, ?)", rows)
@@ -78,9 +78,9 @@ class IndexFile:
         if rows or names:
             self._write(write)
 
-    def keep_summaries(self, found: Iterable[tuple[str, str, str]]) -> None:
-        """Write down long texts: name, signature, text."""
-        rows = [(name, signature, text, _checksum(name + signature, text)) for name, signature, text in found]
+    def keep_summaries(self, summaries: Iterable[tuple[str, str, str]]) -> None:
+        """Keep long texts, each as name, signature and text."""
+        rows = [(name, signature, text, _checksum(name + signature, text)) for name, signature, text in summaries]
         if rows:
             self._write(lambda index: index.executemany("REPLACE INTO summaries VALUES (?, ?, ?, ?)", rows))
 

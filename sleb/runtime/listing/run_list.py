@@ -21,10 +21,10 @@ from sleb.runtime.listing.index_file import IndexFile
 from sleb.runtime.run_index import Contents, Outline, Reading, Stamps
 
 _AT_ONCE = 1000
-"""Runs that are written down together: what was read before an interruption is kept."""
+"""Number of runs that are written to the index together: what was read before an interruption is kept."""
 _SUMMARIES_AT_ONCE = 100
 _ROUND_SECONDS = 30.0
-"""After so long without a look at every run, all are looked at again, however many they are."""
+"""Seconds without a look at every run after which all are read again, however many they are."""
 
 
 class _Kept(Record):
@@ -36,7 +36,7 @@ class _Kept(Record):
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Ten thousand records are made at once, and stay: looking for garbage among them takes longer than making them."""
+    """Switch garbage collection off while thousands of records are made that stay: it takes longer than making them."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -60,16 +60,16 @@ class RunList:
         self._shown: dict[str, Outline | RunError] = {}
         self._order: tuple[str, ...] = ()
         self._live: set[str] = set()
-        """Names of runs with which something is going on, or was a moment ago."""
+        """Names of runs with which something is happening, or was a moment ago."""
         self._cursor = 0
-        """How many of the names were looked at in this round."""
+        """Number of names that were looked at in this round."""
         self._round_ended = -_ROUND_SECONDS
 
     def outlines(self, first: str | None = None, at_most: int | None = None) -> list[Outline | RunError]:
         """All runs, newest first; an unreadable one is its error.
 
-        `at_most`: how many of the runs that nothing is known to happen to are looked at again this time. Each has its
-        turn within a few calls, and at once after a pause. New, deleted and running runs and `first` are always seen.
+        `at_most` is how many of the runs with which nothing seems to happen are read again this time; all are within a
+        few calls, and at once after a pause. New, deleted and running runs and `first` are always seen.
         """
         with self._lock:
             names = self._names()
@@ -77,7 +77,7 @@ class RunList:
             return [self._shown[name] for name in self._order]
 
     def summaries(self, make: Callable[[Run], str]) -> Iterator[tuple[Outline, str] | RunError]:
-        """What `make` says of each run, newest first, one after the other; the error of one that cannot be read.
+        """The text that `make` gives for each run, newest first, one by one; the error of one that cannot be read.
 
         It is made of the whole run, and kept in the index for as long as no file of the run changes.
         """
@@ -86,17 +86,17 @@ class RunList:
         wanted = [(name, _signature(reading)) for name, reading in zip(self._order, readings, strict=True)]
         kept = self._index.summaries(iter(wanted)) if self._index else iter([None] * len(wanted))
         made: list[tuple[str, str, str]] = []
-        for found, reading, (name, signature), text in zip(outlines, readings, wanted, kept, strict=True):
-            if text is None or isinstance(found, RunError):
+        for outline, reading, (name, signature), text in zip(outlines, readings, wanted, kept, strict=True):
+            if text is None or isinstance(outline, RunError):
                 try:
                     text = make(run_folder.load(self._folder / name))
-                    found = run_index.outline(self._folder / name) if isinstance(found, RunError) else found
+                    outline = run_index.outline(self._folder / name) if isinstance(outline, RunError) else outline
                 except RunError as error:
                     yield error
                     continue
                 if reading.settled:
                     made.append((name, signature, text))
-            yield found, text
+            yield outline, text
             if self._index and len(made) >= _SUMMARIES_AT_ONCE:
                 self._index.keep_summaries(made)
                 made = []
@@ -104,17 +104,17 @@ class RunList:
             self._index.keep_summaries(made)
 
     def _names(self) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         with suppress(OSError), os.scandir(self._folder) as entries:
-            found = [
+            names = [
                 each.name
                 for each in entries
                 if run_folder.is_run_id(each.name) and (not each.is_symlink() or self._follows(Path(each.path)))
             ]
-        return found
+        return names
 
     def _readings(self) -> dict[str, Reading]:
-        """What is known; at first what the index says."""
+        """The readings in memory; at first those of the index."""
         if self._known is None:
             self._known = {}
             with _without_collection():
@@ -141,35 +141,35 @@ class RunList:
         """Look at some runs, and forget those whose names are no longer there."""
         known = self._readings()
         fresh: dict[str, str] = {}
-        gone = set(known) - set(names)
-        moved = bool(gone) or not self._order
+        removed = set(known) - set(names)
+        moved = bool(removed) or not self._order
         for name in due:
             before = known.get(name)
             reading = self._looked_at(name, before)
             if reading is None:
-                gone |= {name} & set(known)
+                removed |= {name} & set(known)
                 continue
             if reading is not before:
                 moved |= before is None or before.changed != reading.changed
                 known[name] = reading
-                if reading.settled and isinstance(reading.found, Contents):
-                    fresh[name] = _Kept(stamps=reading.stamps, contents=reading.found).model_dump_json()
+                if reading.settled and isinstance(reading.contents, Contents):
+                    fresh[name] = _Kept(stamps=reading.stamps, contents=reading.contents).model_dump_json()
             (self._live.add if _may_change(reading) else self._live.discard)(name)
             if reading is not before or name not in self._shown or name in self._live:
                 self._shown[name] = reading.outline(self._folder / name)
             if len(fresh) >= _AT_ONCE:
                 self._keep(fresh, ())
                 fresh = {}
-        for name in gone:
+        for name in removed:
             del known[name]
             self._shown.pop(name, None)
             self._live.discard(name)
-        self._keep(fresh, gone)
-        if moved or gone:
+        self._keep(fresh, removed)
+        if moved or removed:
             self._order = tuple(sorted(known, key=lambda name: (known[name].changed, name), reverse=True))
 
     def _looked_at(self, name: str, before: Reading | None) -> Reading | None:
-        """A run as it is now; None where there is no run of that name."""
+        """A run as it is now; None without a run of that name."""
         directory = f"{self._folder}/{name}"
         if before is not None and before.is_current(directory):
             return before
@@ -177,9 +177,9 @@ class RunList:
             return None
         return run_index.read(self._folder / name, time.time_ns())
 
-    def _keep(self, fresh: dict[str, str], gone: Iterable[str]) -> None:
+    def _keep(self, fresh: dict[str, str], removed: Iterable[str]) -> None:
         if self._index is not None:
-            self._index.keep(fresh, gone)
+            self._index.keep(fresh, removed)
 
 
 def list_outlines(folder: Path | None = None) -> list[Outline | RunError]:
@@ -193,12 +193,12 @@ def of_home(home: Path, follows: Callable[[Path], bool] = lambda link: True) -> 
 
 
 def _may_change(reading: Reading) -> bool:
-    """Whether something is going on with it, or was a moment ago."""
-    if not reading.settled or isinstance(reading.found, RunError) or reading.found.status is None:
+    """Whether something is happening with a run, or was a moment ago."""
+    if not reading.settled or isinstance(reading.contents, RunError) or reading.contents.status is None:
         return not reading.settled
-    return reading.found.status.state in (JobState.QUEUED, JobState.RUNNING)
+    return reading.contents.status.state in (JobState.QUEUED, JobState.RUNNING)
 
 
 def _signature(reading: Reading) -> str:
-    """Changes with any of the run's files from which a summary is made: those of an outline."""
+    """Equal while none of the run's files changes from which a summary is made: those of an outline."""
     return blake2b(repr(sorted(reading.stamps.items())).encode(), digest_size=16).hexdigest()

@@ -1,1 +1,1 @@
-"""Processes that execute jobs: started, stopped, watched, several together, and whose turn it is on a device."""
+"""Processes that execute jobs: started, stopped, watched, several together, and the device queue."""

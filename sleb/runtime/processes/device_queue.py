@@ -1,7 +1,7 @@
-"""Whose turn it is on a device: tickets in the order of arrival, no daemon. Knows files and processes; knows no run.
+"""The device queue: jobs use a device in the order of arrival, no daemon. Knows files and processes; knows no run.
 
-A ticket is an empty file whose name says everything: its number, and the process that waits or works. The lowest
-number whose process lives has the device, so a process that is killed gives its turn back by being gone.
+An entry of the queue is an empty file whose name says everything: its number, and the process that waits or works. The
+process of the lowest number that is alive has the device, so a process that is killed frees the device by ending.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 
-_TICKET = re.compile(r"(\d{9})-(\d+)-(\d+\.\d\d)")
+_ENTRY = re.compile(r"(\d{9})-(\d+)-(\d+\.\d\d)")
 
 
 def device_name(device: str) -> str:
@@ -52,83 +52,82 @@ def devices(device: str, processes: int) -> list[str]:
 
 
 @contextmanager
-def turn(home: Path, device: str, waiting: Callable[[int], None]) -> Iterator[None]:
+def holding(home: Path, device: str, waiting: Callable[[int], None]) -> Iterator[None]:
     """Hold the device, after everybody who came before. `waiting` hears how many those are, when it changes.
 
-    Where tickets cannot be written (a read-only home), nobody waits, and the log says so.
+    Where the queue cannot be written (a read-only home), nobody waits, and the log says so.
     """
     folder = _folder(home, device)
     try:
-        ticket = _draw(folder)
+        entry = _enter(folder)
     except OSError as error:
         log.warning("Jobs do not wait for each other: %s cannot be written (%s).", folder, error.strerror)
         yield
         return
     try:
-        told = 0
-        while before := _before(folder, ticket):
-            if before != told:
+        known = 0
+        while before := sum(each.name < entry.name for each in _living(folder)):
+            if before != known:
                 waiting(before)
-                told = before
+                known = before
             time.sleep(POLL_SECONDS)
         yield
     finally:
         with suppress(OSError):
-            ticket.unlink()
+            entry.unlink()
 
 
 def queue(home: Path, device: str) -> list[int]:
-    """Process ids in the order of their turns; the first one has the device."""
-    return [int(_parts(ticket)[1]) for ticket in _living(_folder(home, device))]
+    """Process ids in the order of the queue; the first one has the device."""
+    return [int(_parts(entry)[1]) for entry in _living(_folder(home, device))]
 
 
 def _folder(home: Path, device: str) -> Path:
-    """Of this host: a home may be shared by many."""
+    """The queue of a device of this host: a home may be shared by many hosts."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", f"{socket.gethostname()}-{device_name(device)}")
     return home / "queue" / name
 
 
-def _draw(folder: Path) -> Path:
+def _enter(folder: Path) -> Path:
+    """Join the queue at its end, and remove the entries of processes that have ended."""
     folder.mkdir(parents=True, exist_ok=True)
     process = psutil.Process()
     with FileLock(folder / ".lock"):
-        number = 1 + max((int(_parts(each)[0]) for each in _tickets(folder)), default=0)
-        ticket = folder / f"{number:09d}-{process.pid}-{process.create_time():.2f}"
-        ticket.touch()
-    return ticket
-
-
-def _before(folder: Path, ticket: Path) -> int:
-    return sum(each.name < ticket.name for each in _living(folder))
+        entries = _entries(folder)
+        number = 1 + max((int(_parts(each)[0]) for each in entries), default=0)
+        for each in entries:
+            if not _is_living(each):
+                with suppress(OSError):
+                    each.unlink()
+        entry = folder / f"{number:09d}-{process.pid}-{process.create_time():.2f}"
+        entry.touch()
+    return entry
 
 
 def _living(folder: Path) -> list[Path]:
-    """Tickets whose process is there, in order; the others are torn up."""
-    found = []
-    for ticket in sorted(_tickets(folder)):
-        _, pid, started = _parts(ticket)
-        if alive(int(pid), float(started)):
-            found.append(ticket)
-        else:
-            with suppress(OSError):
-                ticket.unlink()
-    return found
+    """Entries whose process is alive, in order."""
+    return [entry for entry in sorted(_entries(folder)) if _is_living(entry)]
 
 
-def _tickets(folder: Path) -> list[Path]:
+def _is_living(entry: Path) -> bool:
+    _, pid, started = _parts(entry)
+    return alive(int(pid), float(started))
+
+
+def _entries(folder: Path) -> list[Path]:
     try:
-        return [each for each in folder.iterdir() if _TICKET.fullmatch(each.name)]
+        return [each for each in folder.iterdir() if _ENTRY.fullmatch(each.name)]
     except FileNotFoundError:
         return []
 
 
-def _parts(ticket: Path) -> tuple[str, str, str]:
-    number, pid, started = ticket.name.split("-")
+def _parts(entry: Path) -> tuple[str, str, str]:
+    number, pid, started = entry.name.split("-")
     return number, pid, started
 
 
 def alive(pid: int, started: float, tolerance: float = 1.0) -> bool:
-    """Whether the process is there and is the one that began then, give or take: a process id may be reused."""
+    """Whether the process lives and began then, within `tolerance` seconds: a process id may be reused."""
     try:
         process = psutil.Process(pid)
         return abs(process.create_time() - started) < tolerance and process.status() != psutil.STATUS_ZOMBIE

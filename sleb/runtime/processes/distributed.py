@@ -1,7 +1,7 @@
-"""Several processes, one run: who they are, and what they tell each other. Nothing to do when alone; no torch then.
+"""Several processes for one run: their ranks, and what they exchange. A process alone exchanges nothing, without torch.
 
 Every process executes the same search on the same numbers: the sequences are split over the ranks inside `score`, and
-what each found is added up, so that all decide alike. The first one writes; the others only compute.
+their sums are added up, so that all decide alike. The first one writes; the others only compute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sleb.errors import OptionError, RankLost, SlebError, Stopped
 from sleb.records import Permissions
 from sleb.runtime import job_folder
 from sleb.runtime.processes import device_queue
-from sleb.runtime.processes.job_processes import own_command
+from sleb.runtime.processes.job_processes import work_command
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _HERE, _FAILED, _LEFT = "sleb-here", "sleb-failed", "sleb-left"  # what ranks sa
 
 @dataclass(frozen=True)
 class Rank:
-    """Which of how many processes this one is, on all hosts and on its own."""
+    """The number of this process and of all processes, over all hosts and on its own."""
 
     rank: int = 0
     size: int = 1
@@ -50,7 +50,7 @@ class Rank:
 
 
 def rank_here() -> Rank:
-    """As torchrun, or the first rank, told this process in its environment. Raises `OptionError` for nonsense."""
+    """The rank that torchrun, or the first rank, put into the environment. Raises `OptionError` for nonsense."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return Rank()
@@ -64,7 +64,7 @@ def rank_here() -> Rank:
 
 
 class Group:
-    """The processes of one run. One alone by default."""
+    """The processes of one run; by default this one alone."""
 
     def __init__(self, rank: Rank | None = None, patient: Any = None, store: Any = None) -> None:
         self.place = rank or Rank()
@@ -74,7 +74,7 @@ class Group:
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """Rank of this process, from 0."""
         return self.place.rank
 
     @property
@@ -88,7 +88,7 @@ class Group:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of `count` things are this rank's."""
+        """The slice of `count` things that belongs to this rank."""
         return slice(self.rank, count, self.size)
 
     def sum(self, own: np.ndarray) -> np.ndarray:
@@ -101,7 +101,7 @@ class Group:
         total = torch.from_numpy(np.ascontiguousarray(own, dtype=np.float64))
         with self._together():
             if dist.get_backend() == "nccl":
-                dist.monitored_barrier(self._patient)  # notices who is gone; NCCL would wait in silence
+                dist.monitored_barrier(self._patient)  # notices a lost rank; NCCL would wait in silence
                 total = total.cuda(self.place.local_rank)
                 dist.all_reduce(total)
             else:
@@ -109,56 +109,56 @@ class Group:
         return np.asarray(total.cpu().numpy())
 
     def share(self, make: Callable[[], Shared]) -> Shared:
-        """What `make()` gives on the first rank, on all of them. What it raises, the first one raises."""
+        """The result of `make()` on the first rank, shared with all. What it raises, the first one raises."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
 
         box: list[Any] = [None]
         if self.first:
-            box = [make()]  # should it raise, the others find this process gone
+            box = [make()]  # should it raise, the others find that this process has ended
         with self._together():
             dist.broadcast_object_list(box, src=0, group=self._patient)
         return cast(Shared, box[0])
 
     def meet(self) -> None:
-        """Learn who the others are, to find out later who is gone."""
+        """Learn the processes of all ranks, to find out later which have ended."""
         if self.size == 1:
             return
         import torch.distributed as dist
 
         process = psutil.Process()
-        found: list[Any] = [None] * self.size
+        peers: list[Any] = [None] * self.size
         with self._together():
-            dist.all_gather_object(found, (socket.gethostname(), process.pid, process.create_time()), self._patient)
-        self._peers = found
+            dist.all_gather_object(peers, (socket.gethostname(), process.pid, process.create_time()), self._patient)
+        self._peers = peers
 
-    def gone(self) -> list[int]:
-        """Ranks of this host whose process is no more, and did not say that it was asked to stop."""
+    def lost_ranks(self) -> list[int]:
+        """Ranks of this host whose process has ended, and did not say that it was told to stop."""
         here = socket.gethostname()
         return [
             rank
             for rank, (host, pid, started) in enumerate(self._peers)
-            if host == here and not device_queue.alive(pid, started) and self._said(_LEFT, rank) is None
+            if host == here and not device_queue.alive(pid, started) and self._message(_LEFT, rank) is None
         ]
 
     def leave(self, reason: str | None) -> None:
-        """Say why this process ends before the others: `None` if it was asked to."""
+        """Tell the others why this process ends before them: `None` if it was told to."""
         with suppress(RuntimeError, AttributeError):
             self._store.set(f"{_LEFT if reason is None else _FAILED}-{self.rank}", reason or "")
 
     def lost(self) -> RankLost:
-        """The sentence for a group that is no longer whole."""
+        """The error for a group that has lost a rank."""
         for rank in range(self.size):
-            reason = self._said(_FAILED, rank)
+            reason = self._message(_FAILED, rank)
             if reason:
                 return RankLost(f"Process {rank + 1} of {self.size} failed: {reason}")
-        gone = self.gone()
-        who = f"Process {gone[0] + 1} of {self.size}" if gone else f"One of {self.size} processes"
-        return RankLost(f"{who} is gone (killed, out of memory, or its machine lost); what was finished is kept.")
+        ranks = self.lost_ranks()
+        which = f"Process {ranks[0] + 1} of {self.size}" if ranks else f"One of {self.size} processes"
+        return RankLost(f"{which} was lost (killed, out of memory, or its machine lost); what was finished is kept.")
 
-    def _said(self, what: str, rank: int) -> str | None:
-        name = f"{what}-{rank}"
+    def _message(self, topic: str, rank: int) -> str | None:
+        name = f"{topic}-{rank}"
         with suppress(RuntimeError, AttributeError):
             if self._store.check([name]):
                 return str(self._store.get(name).decode())
@@ -175,34 +175,54 @@ class Group:
 
 @contextmanager
 def joined(job_dir: Path, processes: int, device: str, permissions: Permissions) -> Iterator[Group]:
-    """The processes of a job, met. The first rank starts the others, unless torchrun did.
+    """The processes of a job, once they have met. The first rank starts the others, unless torchrun did.
 
-    Raises `RankLost` where one of them is gone, `OptionError` for a device that they cannot share.
+    Raises `RankLost` where one of them is lost, `OptionError` for a device that they cannot share.
     """
     rank = rank_here()
     if rank.size == 1 and processes == 1:
         yield Group()
         return
     if device not in ("auto", "cuda", "cpu"):
-        raise OptionError(f"--device {device} names one device; with several processes use auto or cpu.")
-    helpers: list[subprocess.Popen[bytes]] = []
+        raise OptionError(f"`device={device}` names one device; with several processes use auto or cpu.")
     if rank.size == 1:
         rank = Rank(0, processes, 0, processes)
-    import torch
-    import torch.distributed as dist
+    with (
+        _share_of_machine(rank, device) as backend,
+        _meeting(rank, backend, job_dir, permissions) as group,
+        _departure_announced(group),
+    ):
+        yield group
 
-    on_gpus = device != "cpu" and torch.cuda.is_available()
+
+@contextmanager
+def _share_of_machine(rank: Rank, device: str) -> Iterator[str]:
+    """Give this process a GPU of its own, or its share of the CPU's threads; the backend by which it talks."""
+    import torch
+
     threads = torch.get_num_threads()
+    on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus:
         if rank.local_size > torch.cuda.device_count():
             raise OptionError(
-                f"Asked for {rank.local_size} processes; this machine has {torch.cuda.device_count()} CUDA devices."
+                f"`processes={rank.local_size}` needs as many CUDA devices; this machine has "
+                f"{torch.cuda.device_count()}."
             )
         torch.cuda.set_device(rank.local_rank)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_size))
-    backend = "nccl" if on_gpus else "gloo"
-    group = Group(rank)
+    try:
+        yield "nccl" if on_gpus else "gloo"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _meeting(rank: Rank, backend: str, job_dir: Path, permissions: Permissions) -> Iterator[Group]:
+    """The group of all processes; those that this one started end when it is left. Raises `RankLost`."""
+    import torch.distributed as dist
+
+    helpers: list[subprocess.Popen[bytes]] = []
     try:
         try:
             if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -216,26 +236,31 @@ def joined(job_dir: Path, processes: int, device: str, permissions: Permissions)
             group.meet()
         except RuntimeError as error:
             raise RankLost(f"The {rank.size} processes could not meet ({str(error).splitlines()[0]}).") from error
-        try:
-            yield group
-        except Stopped as stopped:
-            if group.gone():  # whoever started us ends the rest when one dies
-                raise group.lost() from stopped
-            group.leave(None)
-            raise
-        except SlebError as error:
-            if not isinstance(error, RankLost):
-                group.leave(str(error))
-            raise
+        yield group
     except BaseException:
         _end(helpers, patience=0.0)
         raise
     else:
         _end(helpers, patience=LEAVING_SECONDS)
     finally:
-        torch.set_num_threads(threads)
         with suppress(RuntimeError, AssertionError, ValueError):
             dist.destroy_process_group()
+
+
+@contextmanager
+def _departure_announced(group: Group) -> Iterator[None]:
+    """Tell the others why this process leaves before them. Raises `RankLost` where another one was lost first."""
+    try:
+        yield
+    except Stopped as stopped:
+        if group.lost_ranks():  # what started us ends the rest when one dies
+            raise group.lost() from stopped
+        group.leave(None)
+        raise
+    except SlebError as error:
+        if not isinstance(error, RankLost):
+            group.leave(str(error))
+        raise
 
 
 def device_of(group: Group, device: str) -> str:
@@ -248,7 +273,7 @@ def device_of(group: Group, device: str) -> str:
 
 
 def die_with_the_first() -> None:
-    """A process that the first rank started ends when that one does, whatever it is doing."""
+    """End a process that the first rank started when that one ends, whatever it is doing."""
     parent = os.environ.get(_PARENT)
     if parent is None:
         return
@@ -262,7 +287,7 @@ def die_with_the_first() -> None:
 
 
 def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, list[subprocess.Popen[bytes]]]:
-    """Where the processes of one host find each other; the first one opens it, and starts the others."""
+    """The store by which the processes of one host find each other; the first one opens it, and starts the others."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     if rank.rank:
@@ -273,7 +298,7 @@ def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, li
     store = TCPStore("127.0.0.1", 0, rank.size, is_master=True, timeout=MEETING, wait_for_workers=False)
     helpers = []
     for other in range(1, rank.size):
-        told = {
+        environment = {
             "RANK": other,
             "WORLD_SIZE": rank.size,
             "LOCAL_RANK": other,
@@ -285,8 +310,8 @@ def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, li
         with job_folder.open_log(job_dir) as output:
             helpers.append(
                 subprocess.Popen(
-                    own_command("work", *permissions.arguments, "--", str(job_dir)),
-                    env=os.environ | {name: str(value) for name, value in told.items()},
+                    work_command(job_dir, permissions),
+                    env=os.environ | {name: str(value) for name, value in environment.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
@@ -297,7 +322,7 @@ def _store(rank: Rank, job_dir: Path, permissions: Permissions) -> tuple[Any, li
 
 
 def _await(store: Any, helpers: list[subprocess.Popen[bytes]]) -> None:
-    """Until all helpers are there. One that cannot start would be waited for in vain."""
+    """Wait until all helpers are there. Raises `RankLost` for one that ended as it started."""
     for number, helper in enumerate(helpers, start=1):
         while not store.check([f"{_HERE}-{number}"]):
             if helper.poll() is not None:

@@ -1,7 +1,7 @@
 """Starting, stopping and watching the process that executes a run. No daemon: files, a lock and a pid.
 
 Only the holder of a run's lock writes a job's status. `interrupted` is derived: the status says running, but its
-process is gone (a pid means something on its own host only, and only with the time its process started).
+process has ended (a pid means something on its own host only, and only with the time its process started).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from sleb.errors import RunBusy, RunError, SlebError, Stopped, StorageError
-from sleb.records import Job, JobSpec, JobState, JobStatus, Permissions, Progress, Run
+from sleb.records import ExportJob, Job, JobSpec, JobState, JobStatus, Permissions, Progress, QuestionJob, Run
 from sleb.runtime import files, job_folder, origin, record_files, run_folder
 from sleb.runtime.processes import device_queue
 
@@ -31,43 +31,50 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 STARTING_SECONDS = 30.0
-"""A job that was started may be without a process for so long: it is about to come."""
+"""Seconds for which a job that was started may be without a process."""
 SILENCE_SECONDS = 60.0
-"""A job on another host that has been silent for longer is taken for interrupted."""
+"""Seconds without a heartbeat after which a job on another host counts as interrupted."""
 
 
 class Reporter:
     """Keeps a job's status file fresh from a thread of its own; the worker only says how far it is."""
 
-    def __init__(self, job_dir: Path) -> None:
+    def __init__(self, job_dir: Path, status: JobStatus) -> None:
         self.job_dir = job_dir
-        process = psutil.Process()
-        self._status = JobStatus(
+        self._status = status
+        self._progress: Progress | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    @classmethod
+    def started(cls, job_dir: Path) -> Reporter:
+        """Write that this process waits with the job, and go on writing that it lives."""
+        process, now = psutil.Process(), time.time()
+        status = JobStatus(
             state=JobState.QUEUED,
             pid=process.pid,
             host=socket.gethostname(),
             process_started=process.create_time(),
-            started=time.time(),
-            heartbeat=time.time(),
+            started=now,
+            heartbeat=now,
         )
-        self._progress: Progress | None = None
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        job_folder.write_status(job_dir, self._status)
-        self._thread.start()
+        reporter = cls(job_dir, status)
+        job_folder.write_status(job_dir, status)
+        reporter._thread.start()
+        return reporter
 
     def begin(self) -> None:
-        """The waiting is over."""
+        """Write that the waiting is over and the work begins."""
         self._status = self._status.model_copy(update={"state": JobState.RUNNING, "started": time.time()})
         self._progress = None
         job_folder.write_status(self.job_dir, self._now())
 
     def progress(self, progress: Progress) -> None:
-        """How far the job is; written with the next heartbeat."""
+        """Note how far the job is; it is written with the next heartbeat."""
         self._progress = progress
 
     def close(self, state: JobState, message: str = "") -> None:
-        """The last word on the job."""
+        """Write how the job ended, and no more after that."""
         self._done.set()
         self._thread.join()
         job_folder.write_status(self.job_dir, self._now().model_copy(update={"state": state, "message": message}))
@@ -105,37 +112,42 @@ def executing(
             raise RunBusy(_busy(run_dir)) from error
     try:
         run_folder.tidy(run_dir)
-        reporter = Reporter(job_dir)
-        spec = job_folder.load_job(job_dir).spec
-
-        def waiting(device: str, before: int) -> None:
-            ahead = f"{before} job{'s' if before > 1 else ''} before this one"
-            told = Progress(phase=f"Waiting for {device}", message=ahead)
-            reporter.progress(told)
-            watch(told)
-
-        try:
-            with stopping_on_sigterm(), contextlib.ExitStack() as stack:
-                require()
-                for device in device_queue.devices(
-                    spec.device, processes or spec.processes
-                ):  # all ask in the same order
-                    stack.enter_context(device_queue.turn(run_folder.home(), device, partial(waiting, device)))
-                reporter.begin()
-                yield reporter
-        except (Stopped, KeyboardInterrupt):
-            with _deaf():
-                reporter.close(JobState.STOPPED, "Stopped on request.")
-            raise
-        except SlebError as error:
-            _close_failed(reporter, str(error))
-            raise
-        except BaseException as error:
-            _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
-            raise
-        reporter.close(JobState.FINISHED)
+        reporter = Reporter.started(job_dir)
+        with _ending_recorded(reporter), stopping_on_sigterm(), contextlib.ExitStack() as stack:
+            spec = job_folder.load_job(job_dir).spec
+            require()
+            for device in device_queue.devices(spec.device, processes or spec.processes):  # all in the same order
+                waiting = partial(_report_waiting, reporter, watch, device)
+                stack.enter_context(device_queue.holding(run_folder.home(), device, waiting))
+            reporter.begin()
+            yield reporter
     finally:
         lock.release()
+
+
+def _report_waiting(reporter: Reporter, watch: Callable[[Progress], None], device: str, before: int) -> None:
+    ahead = f"{before} job{'s' if before > 1 else ''} before this one"
+    progress = Progress(phase=f"Waiting for {device}", message=ahead)
+    reporter.progress(progress)
+    watch(progress)
+
+
+@contextlib.contextmanager
+def _ending_recorded(reporter: Reporter) -> Iterator[None]:
+    """Write whatever ends the job as the last word in its status."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt):
+        with _deaf():
+            reporter.close(JobState.STOPPED, "Stopped on request.")
+        raise
+    except SlebError as error:
+        _close_failed(reporter, str(error))
+        raise
+    except BaseException as error:
+        _close_failed(reporter, f"A bug: {type(error).__name__}: {error}")
+        raise
+    reporter.close(JobState.FINISHED)
 
 
 def _close_failed(reporter: Reporter, message: str) -> None:
@@ -149,13 +161,13 @@ def lock_of(run_dir: Path) -> FileLock:
 
 
 def watched(run: Run) -> Run:
-    """The run with the state of jobs whose process is gone derived."""
+    """The run with the state of jobs whose process has ended derived."""
     return run.model_copy(update={"jobs": tuple(derived(job) for job in run.jobs)})
 
 
 def own_job(run: Run) -> Job | None:
     """The job whose state is the run's: its newest search or analysis, or of a run that searches nothing any job."""
-    own = [job for job in watched(run).jobs if job.spec.is_own(run.spec)]
+    own = [job for job in watched(run).jobs if job.is_own(run.spec)]
     return own[-1] if own else None
 
 
@@ -176,13 +188,13 @@ def unanswered(run: Run) -> Job | None:
 
     Of those that failed only the very last: what it failed of may be the question itself.
     """
-    own = [job for job in watched(run).jobs if job.spec.ask is not None]
-    answered = [job.spec.ask for job in own if job.status.state is JobState.FINISHED]
+    own = [job for job in watched(run).jobs if job.ask is not None]
+    answered = [job.ask for job in own if job.status.state is JobState.FINISHED]
     for job in reversed(own):
         broken_off = job.status.state in (JobState.STOPPED, JobState.INTERRUPTED) or (
             job.status.state is JobState.QUEUED and not is_active(job)
         )
-        if job.spec.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
+        if job.ask not in answered and (broken_off or (job is own[-1] and job.status.state is JobState.FAILED)):
             return job
     return None
 
@@ -206,13 +218,13 @@ def require_idle(run: Run) -> None:
 
 
 def require_allowed(job: Job, permissions: Permissions) -> None:
-    """Raises `NotPermitted` where a job asks for more than it may, `UnconfirmedNames` where a stranger wrote it.
+    """Raises `NotPermitted` where a job needs more than it is given, `UnconfirmedNames` where a stranger wrote it.
 
     Raises `RunError` for a search in a run that searches nothing, which would read what nobody was asked about.
     """
     run_dir = job.directory.parent.parent
     permissions.granted(job.spec)
-    if job.spec.ask is None and job.spec.kind not in ("export", record_files.read_spec(run_dir).kind):
+    if not isinstance(job.spec, ExportJob | QuestionJob) and job.spec.kind != record_files.read_spec(run_dir).kind:
         raise RunError(f"Job {job.name} of {run_dir} is of another kind than its run; it is damaged. Delete it.")
     if not permissions.trust_paths:
         origin.require_confirmed(run_dir, job.name)
@@ -223,17 +235,31 @@ def own_command(*words: str) -> list[str]:
     return [sys.executable, "-P", "-m", "sleb", *words]
 
 
+def permission_options(permissions: Mapping[str, str | bool]) -> list[str]:
+    """Options of `sleb work` and `sleb resume` that give these permissions, by their names."""
+    options: list[str] = []
+    for name, value in permissions.items():
+        option = f"--{name.replace('_', '-')}"
+        options += [option] if value is True else [option, str(value)]
+    return options
+
+
+def work_command(job_dir: Path, permissions: Permissions) -> list[str]:
+    """This program as a process that executes a job with these permissions."""
+    return own_command("work", *permission_options(permissions.given), "--", str(job_dir))
+
+
 def start(job: Job, permissions: Permissions | None = None) -> subprocess.Popen[bytes]:
     """Execute a job in a process of its own that outlives this one; its output goes to the job's log.
 
-    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it asks for more.
+    Without `permissions` it has none. Raises `NotPermitted` or `UnconfirmedNames` where it needs more.
     """
     permissions = permissions or Permissions()
     require_allowed(job, permissions)
     job_folder.write_status(job.directory, JobStatus(heartbeat=time.time()))  # nobody holds the run yet
     with files.writing(job.directory), job_folder.open_log(job.directory) as output:
         return subprocess.Popen(
-            own_command("work", *permissions.arguments, "--", str(job.directory)),
+            work_command(job.directory, permissions),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -267,9 +293,9 @@ def stop(run: Run, *, patience: float = 20.0) -> Job:
 
 
 def _end(run: Run, pid: int, lock: FileLock, patience: float) -> None:
-    """Hold the run's lock, once the process that has it is gone. A folder from elsewhere can name any process."""
+    """Hold the run's lock, once the process that has it has ended. A folder from elsewhere can name any process."""
     with contextlib.suppress(Timeout):
-        lock.acquire(timeout=0)  # nobody executes the run: there is no process to end, whatever its status says
+        lock.acquire(timeout=0)  # nobody executes the run: whatever its status says, no process is to be ended
         return
     try:
         with contextlib.suppress(psutil.NoSuchProcess):  # it came to its end meanwhile
@@ -316,7 +342,7 @@ def bring_in(folder: Path) -> Run:
 
 
 def next_job(run: Run, spec: JobSpec) -> Job:
-    """A new job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
+    """Make a job folder, once nobody executes the run. Raises `RunError` for a recorded sample."""
     run_folder.refuse_sample(run.run_dir)
     require_idle(run)
     return job_folder.create_job(run.run_dir, spec)
@@ -324,7 +350,7 @@ def next_job(run: Run, spec: JobSpec) -> Job:
 
 @contextlib.contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """SIGTERM is `Stopped` within it."""
+    """Raise `Stopped` on SIGTERM within the context."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals belong to the main thread; a notebook's worker thread is stopped by its caller
         return
@@ -341,7 +367,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """The last words are not interrupted by an impatient second Ctrl-C."""
+    """Ignore a second, impatient Ctrl-C while the last words are written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -353,21 +379,21 @@ def _deaf() -> Iterator[None]:
 
 
 def derived(job: Job) -> Job:
-    """The job, interrupted if its status says that it runs or waits and its process is gone."""
+    """The job; interrupted, if its status says that it runs or waits and its process has ended."""
     status = derived_status(job.status)
     if status is job.status:
         return job
     if job.spec.kind == "export":  # which begins at its beginning
-        status = status.model_copy(update={"message": "Its process is gone; export once more."})
+        status = status.model_copy(update={"message": "Its process has ended; export again."})
     return job.model_copy(update={"status": status})
 
 
 def derived_status(status: JobStatus) -> JobStatus:
-    """The same of a status alone."""
+    """The status; interrupted, if it says that the job runs or waits and its process has ended."""
     waiting = status.state is JobState.QUEUED and status.pid is not None
     if not (waiting or status.state is JobState.RUNNING) or _alive(status):
         return status
-    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process is gone; resume it."})
+    return status.model_copy(update={"state": JobState.INTERRUPTED, "message": "Its process has ended; resume it."})
 
 
 def _alive(status: JobStatus) -> bool:
@@ -384,6 +410,6 @@ def _silence(status: JobStatus) -> float:
 def _busy(run_dir: Path) -> str:
     run = run_folder.load(run_dir)
     job = active(run)
-    who = f"process {job.status.pid} on {job.status.host}" if job else "another process"
-    how = f"sleb stop {run_folder.reference(run)}"
-    return f"Run {run.run_id} is being executed by {who}. Wait for it, or stop it with: {how}"
+    holder = f"process {job.status.pid} on {job.status.host}" if job else "another process"
+    command = f"sleb stop {run_folder.reference(run)}"
+    return f"Run {run.run_id} is being executed by {holder}. Wait for it, or stop it with: {command}"

@@ -1,4 +1,4 @@
-"""How far a job is, and who wants to hear of it. Knows work done and clocks; knows no model and no screen."""
+"""How far a job is, and what wants to hear of it. Knows work done and clocks; knows no model and no screen."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from sleb.records import Attempt, Baseline, Progress, StackDescription, Step
 
 
 class Watcher:
-    """Told what happens while it happens; the command line draws it. Does nothing by itself."""
+    """Hears what happens while it happens; the command line draws it. Does nothing by itself."""
+
+    def waiting(self, progress: Progress) -> None:
+        """Called when the number of jobs that hold or await the device before this one changes."""
+        self.progress(progress)
 
     def progress(self, progress: Progress) -> None:
-        """How far the job is; at most a few times a second."""
+        """Called with how far the job is; at most a few times a second."""
 
     def described(self, stack: StackDescription) -> None:
-        """The model is open, the text is cut, the self-check is done."""
+        """Called when the model is open, the text is cut and the self-check is done."""
 
     def attempt(self, attempt: Attempt) -> None:
-        """The model is loaded: where, by how many processes, streamed or not."""
+        """Called when the model is loaded: where, by how many processes, streamed or not."""
 
     def baseline(self, baseline: Baseline) -> None:
-        """The unmodified model has been scored."""
+        """Called when the baseline has been scored."""
 
     def step(self, step: Step, baseline: Baseline) -> None:
-        """A block has been chosen and written down."""
+        """Called when a step has been decided and written."""
 
 
 class WaitingWatcher(Watcher):
-    """For callers that draw nothing, such as a notebook: says on stderr for whom a job waits, and nothing else."""
+    """For callers that draw nothing, such as a notebook: prints on stderr what a job waits for, and nothing else."""
 
-    def progress(self, progress: Progress) -> None:
-        if progress.phase.startswith("Waiting for"):
-            print(f"{progress.phase}: {progress.message}", file=sys.stderr, flush=True)
+    def waiting(self, progress: Progress) -> None:
+        """Print what the job waits for."""
+        print(f"{progress.phase}: {progress.message}", file=sys.stderr, flush=True)
 
 
 class Meter:
@@ -46,35 +50,35 @@ class Meter:
         self._start = self._told = 0.0
 
     def phase(self, name: str) -> None:
-        """A phase whose length is not known."""
+        """Begin a phase of unknown length."""
         self._start = time.perf_counter()
         self._tell(Progress(phase=name), force=True)
 
     def within(self, name: str) -> None:
-        """A part of the search that is no step, or none of those that were asked for."""
+        """Begin a part of the search that is not one of the requested steps."""
         self._tell(self._progress.model_copy(update={"phase": name, "step": 0}), force=True)
 
     def expect(self, units: float, finished_steps: int, steps: int) -> None:
-        """The search is about to start, with so much work ahead."""
+        """Begin the search, with `units` of work ahead."""
         self._total, self._done, self._start = max(units, 1.0), 0.0, time.perf_counter()
         self._progress = Progress(phase="Searching", step=finished_steps, steps=steps)
 
     def revise(self, ahead: float) -> None:
-        """So much work is left as it was forecast; what is done tells how far off the forecast was."""
+        """Correct the forecast: `ahead` is left of it, and the work done shows how far off it was."""
         forecast = self._total - ahead
         if forecast > 0:
             self._total = self._done + ahead * self._done / forecast
 
     def extend(self, ahead: float) -> None:
-        """So much work is left, none of which was forecast."""
+        """Add `ahead` units of work that were not in the forecast."""
         self._total = max(self._done, self._total) + ahead
 
     def step(self, number: int) -> None:
-        """Step `number` begins."""
+        """Begin step `number`."""
         self._tell(self._progress.model_copy(update={"phase": "Searching", "step": number}), force=True)
 
     def advance(self, units: float, where: str) -> None:
-        """So much work has been done, and where it is."""
+        """Add `units` of work that were done, and say where the work is."""
         self._done += units
         if time.perf_counter() - self._told < 0.2 or not self._total:
             return
@@ -83,7 +87,7 @@ class Meter:
         self._tell(self._progress.model_copy(update={"fraction": fraction, "eta_seconds": eta, "message": where}))
 
     def part(self, fraction: float, message: str) -> None:
-        """How far a phase without units of its own is."""
+        """Say how far a phase without units of its own is."""
         passed = time.perf_counter() - self._start
         eta = passed * (1 - fraction) / fraction if fraction > 0.02 else None
         self._tell(self._progress.model_copy(update={"fraction": fraction, "message": message, "eta_seconds": eta}))

@@ -19,10 +19,10 @@ import psutil
 from sleb.runtime.processes.device_queue import alive
 
 FOREIGN_SECONDS = 24 * 3600.0
-"""What another host's writer has not touched for so long is abandoned: its process cannot be asked."""
+"""Seconds without a change after which the unfinished file of another host, whose process is unknown, is abandoned."""
 
 CLOCK_SECONDS = 600.0
-"""By so much the clock can be set while a writer lives, whose beginning it tells: that makes nobody dead."""
+"""Seconds by which the clock can be set while a writer lives: the start of its process is compared within them."""
 
 SUFFIX = ".partial"
 _MOST_BYTES = 80  # of the name it will have: file systems take 255 for all
@@ -49,17 +49,17 @@ def is_unfinished(name: str) -> bool:
 
 def becomes(name: str, target: str) -> bool:
     """Whether the name is that of something unfinished that is to be called `target`, or was."""
-    found = _NAME.fullmatch(name)
-    return found is not None and found["target"] == _shown(target)
+    match = _NAME.fullmatch(name)
+    return match is not None and match["target"] == _shown(target)
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether it has such a name, and the process that it names is gone."""
-    found = _NAME.fullmatch(path.name)
-    if found is None:
+    """Whether it has such a name, and the process that it names has ended."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
         return False
-    if found["host"] == _host():
-        return not alive(int(found["pid"]), int(found["started"]) / 100, CLOCK_SECONDS)
+    if match["host"] == _host():
+        return not alive(int(match["pid"]), int(match["started"]) / 100, CLOCK_SECONDS)
     try:
         return time.time() - path.lstat().st_mtime > FOREIGN_SECONDS
     except OSError:
@@ -72,7 +72,7 @@ def _shown(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _own(pid: int) -> str:
-    """Of this process; by its id, since a forked one inherits what is cached."""
+    """The part of a name that says whose it is, by process id: a forked process inherits what is cached."""
     return f"{_host()}-{pid}-{round(psutil.Process(pid).create_time() * 100)}"
 
 

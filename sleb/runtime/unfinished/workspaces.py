@@ -2,7 +2,7 @@
 
 Each is registered in `<home>/partial/` before it exists, so that it is found wherever it is. What the register says is
 believed only as far as the name goes: a path is removed if its own name is that of an unfinished one whose process is
-gone (`names`), and never a link.
+dead (`names`), and never a link.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEW = "new"
 
 @contextmanager
 def workspace(home: Path, target: Path) -> Iterator[Path]:
-    """A folder beside `target`, on its file system; gone afterwards, whatever happens, and what it still holds with it.
+    """A folder beside `target`, on its file system, which is removed afterwards with all that it still holds.
 
     What killed writers left is removed first. Raises `StorageError`.
     """
@@ -58,22 +58,22 @@ def remove(home: Path, target: Path) -> None:
 
 def abandoned(home: Path) -> list[Path]:
     """What killed writers left: what is registered, and what lies in the folders of `home`."""
-    found = dict.fromkeys(path for _, path in _registered(home))
+    paths = dict.fromkeys(path for _, path in _registered(home))
     for folder in (home, home / "runs", home / "uploads", home / "cache", *_folders(home / "cache")):
-        found |= dict.fromkeys(_within(folder))
-    return [path for path in found if names.is_abandoned(path) and os.path.lexists(path) and not path.is_symlink()]
+        paths |= dict.fromkeys(_within(folder))
+    return [path for path in paths if names.is_abandoned(path) and os.path.lexists(path) and not path.is_symlink()]
 
 
 def sweep(home: Path, *folders: Path) -> list[Path]:
     """Remove what killed writers left, anywhere that is known and in these folders; what was moved away is put back."""
-    found = dict.fromkeys(abandoned(home))
+    paths = dict.fromkeys(abandoned(home))
     for folder in folders:
-        found |= dict.fromkeys(path for path in _within(folder) if names.is_abandoned(path))
-    gone = [path for path in found if discard(path)]
+        paths |= dict.fromkeys(path for path in _within(folder) if names.is_abandoned(path))
+    removed = [path for path in paths if discard(path)]
     for entry, path in _registered(home):
         if names.is_abandoned(path) and not os.path.lexists(path):
             _unlink(entry)
-    return gone
+    return removed
 
 
 def sweep_below(folder: Path) -> None:
@@ -85,7 +85,7 @@ def sweep_below(folder: Path) -> None:
 
 
 def discard(path: Path) -> bool:
-    """Remove an abandoned file or workspace; whether it is gone. What was on its way elsewhere is put back first."""
+    """Remove an abandoned file or workspace; whether that worked. What was being replaced is put back first."""
     if path.is_symlink() or not _put_back(path):
         return False
     log.info("Removing %s, which a killed process left.", path)
@@ -134,7 +134,7 @@ def _register(home: Path, folder: Path) -> Path | None:
 
 def _registered(home: Path) -> list[tuple[Path, Path]]:
     """Entries of the register and the paths they name; one that names what has another name counts for itself."""
-    found = []
+    entries = []
     for entry in _within(home / "partial"):
         own = entry.name.removesuffix(".json")
         if not names.is_unfinished(own):
@@ -143,8 +143,8 @@ def _registered(home: Path) -> list[tuple[Path, Path]]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             named = Path(read_json(entry)["path"])
             path = named if named.name == own and named.is_absolute() else path
-        found.append((entry, path))
-    return found
+        entries.append((entry, path))
+    return entries
 
 
 def _forget(folder: Path, entry: Path | None) -> None:

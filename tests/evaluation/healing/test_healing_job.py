@@ -19,7 +19,7 @@ from sleb.evaluation.healing import healed_folder, healing_job, least_squares, l
 from sleb.export.removal import streamlined
 from sleb.model.block_stack import BlockStack
 from sleb.model.identity import weights_hash
-from sleb.records import Healing, HealSpec
+from sleb.records import Healing, HealJob, HealSpec
 from sleb.runtime.findings_folder import of_kind
 from sleb.scoring.scorer import Scorer
 from sleb.text import calibration
@@ -493,5 +493,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(
 def test_without_peft_the_extra_is_named(monkeypatch: Any, text_file: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"needs peft: pip install 'sleb\[heal\]'"):
-        healing_job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),)))
-    healing_job.require(HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),), how="linear"))
+        healing_job.require(HealJob(ask=HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),))))
+    healing_job.require(
+        HealJob(ask=HealSpec(lists=(LIST,), source=str(text_file), texts=(str(text_file),), how="linear"))
+    )

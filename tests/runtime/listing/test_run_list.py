@@ -18,7 +18,7 @@ import pytest
 
 from sleb.errors import RunError
 from sleb.formats import run_json
-from sleb.records import JobSpec, JobState, JobStatus, Run
+from sleb.records import JobState, JobStatus, Run, SearchJob
 from sleb.runtime import job_folder, run_folder, run_index
 from sleb.runtime.listing import index_file, run_list
 from sleb.runtime.run_index import Outline
@@ -51,14 +51,14 @@ def index_of(home: Path) -> Path:
     return home / "cache" / "run-index.sqlite"
 
 
-def said(found: list[Outline | RunError]) -> list[object]:
+def shown(rows: list[Outline | RunError]) -> list[object]:
     """As values that can be compared."""
-    return [str(each) if isinstance(each, RunError) else each for each in found]
+    return [str(each) if isinstance(each, RunError) else each for each in rows]
 
 
 def plain(runs: Path) -> list[object]:
     """The list without any index."""
-    return said(run_list.list_outlines(runs))
+    return shown(run_list.list_outlines(runs))
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -81,10 +81,10 @@ def test_the_index_answers_as_the_files_do_and_they_are_not_read_again(
     assert len(expected) == len(list(runs.iterdir()))
     assert [type(each) for each in expected].count(str) == 1
     read = counted(monkeypatch)
-    assert said(run_list.list_outlines()) == expected
+    assert shown(run_list.list_outlines()) == expected
     assert len(read) == len(expected)
     read.clear()
-    assert said(run_list.list_outlines()) == expected
+    assert shown(run_list.list_outlines()) == expected
     assert read == ["damaged"]  # an error is never kept
 
 
@@ -136,15 +136,15 @@ def test_a_change_of_any_file_is_seen(file: str, change: Callable[[Path], None],
     path = runs / "metric3" / file
     if file.endswith("status.json"):
         path.write_bytes(path.read_bytes().replace(b'"finished"', b'"finished" '))
-    before = said(run_list.list_outlines())
+    before = shown(run_list.list_outlines())
     kept = run_list.of_home(home)
-    assert said(kept.outlines()) == before == plain(runs)
+    assert shown(kept.outlines()) == before == plain(runs)
     if file.endswith("status.json"):
         change = rewrite(b'"finished" ', b'"stopped"  ')
     change(path)
     after = plain(runs)
     assert after != before
-    assert said(run_list.list_outlines()) == said(kept.outlines()) == after
+    assert shown(run_list.list_outlines()) == shown(kept.outlines()) == after
 
 
 def test_a_new_job_and_one_that_is_being_created_are_seen(home: Path) -> None:
@@ -153,9 +153,9 @@ def test_a_new_job_and_one_that_is_being_created_are_seen(home: Path) -> None:
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [state]
     (run.run_dir / "jobs" / "2-search").mkdir()  # a job without a spec is none yet
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [state]
-    (run.run_dir / "jobs" / "2-search" / "spec.json").write_text(JobSpec(kind="search").model_dump_json())
+    (run.run_dir / "jobs" / "2-search" / "spec.json").write_text(SearchJob().model_dump_json())
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [JobState.QUEUED]
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     job_folder.write_status(job.directory, JobStatus(state=JobState.FAILED))
     assert [each.state for each in run_list.list_outlines() if isinstance(each, Outline)] == [JobState.FAILED]
 
@@ -179,9 +179,9 @@ def test_whether_a_process_is_there_is_never_kept(home: Path) -> None:
     )
     job_folder.write_status(run.jobs[0].directory, status)
     listed = run_list.of_home(home)
-    (found,) = listed.outlines()
-    assert isinstance(found, Outline)
-    assert found.state is JobState.RUNNING
+    (result,) = listed.outlines()
+    assert isinstance(result, Outline)
+    assert result.state is JobState.RUNNING
     job_folder.write_status(run.jobs[0].directory, status.model_copy(update={"process_started": 1.0}))
     for _ in range(2):
         for each in (*listed.outlines(None, 1), *run_list.list_outlines()):
@@ -196,8 +196,8 @@ def test_deleted_runs_go_from_the_list_and_from_the_index(runs: Path, home: Path
     listed.outlines()
     shutil.rmtree(runs / "metric3")
     (runs / "swap" / "spec.json").unlink()  # no run any more, though the folder is there
-    for found in (listed.outlines(), run_list.list_outlines()):
-        assert said(found) == plain(runs)
+    for result in (listed.outlines(), run_list.list_outlines()):
+        assert shown(result) == plain(runs)
     assert {"metric3", "swap"} & set(index_file.IndexFile(index_of(home)).outlines()) == set()
     with sqlite3.connect(index_of(home)) as index:
         assert index.execute("SELECT count(*) FROM summaries WHERE name IN ('metric3', 'swap')").fetchone() == (0,)
@@ -258,22 +258,22 @@ def test_an_index_that_is_no_good_is_made_again_without_a_word(
     assert command("runs") == screen
     assert command("runs", "--json") == objects
     read = counted(monkeypatch)
-    assert said(run_list.list_outlines()) == plain(runs)
+    assert shown(run_list.list_outlines()) == plain(runs)
     assert read[0] == "damaged"
     assert len(read) == 1 + len(list(runs.iterdir()))  # the one, and all by `plain`
 
 
-@pytest.mark.parametrize("how", ["folder", "locked", "no room"])
-def test_without_an_index_everything_is_said_all_the_same(how: str, runs: Path, home: Path) -> None:
+@pytest.mark.parametrize("obstacle", ["folder", "locked", "no room"])
+def test_without_an_index_everything_is_said_all_the_same(obstacle: str, runs: Path, home: Path) -> None:
     screen, objects = command("runs"), command("runs", "--json")
     path = index_of(home)
-    if how == "folder":
+    if obstacle == "folder":
         a_folder(path)
-    elif how == "no room":
+    elif obstacle == "no room":
         path.unlink()
         path.parent.rmdir()
         path.parent.write_text("a file where the folder should be")
-    other = sqlite3.connect(path if how == "locked" else ":memory:", isolation_level=None)
+    other = sqlite3.connect(path if obstacle == "locked" else ":memory:", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     assert command("runs", "--json") == objects
     assert command("runs") == screen
@@ -292,14 +292,14 @@ def listing(home: str, number: int) -> int:
 def test_several_processes_list_at_once(runs: Path, home: Path) -> None:
     with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as pool:
         assert sorted(pool.map(listing, [str(home)] * 3, range(3))) == [0, 1, 2]
-    assert said(run_list.list_outlines()) == plain(runs)
+    assert shown(run_list.list_outlines()) == plain(runs)
 
 
 def test_of_many_runs_a_few_are_looked_at_each_time_and_all_in_turn(
     runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = run_list.of_home(home)
-    expected = said(listed.outlines())
+    expected = shown(listed.outlines())
     read = counted(monkeypatch)
     os.utime(runs / "metric3" / "spec.json", (1, 1))
     os.utime(runs / "swap" / "spec.json", (2, 2))
@@ -307,13 +307,13 @@ def test_of_many_runs_a_few_are_looked_at_each_time_and_all_in_turn(
     assert "new" in {each.run_id for each in listed.outlines("swap", 1) if isinstance(each, Outline)}
     assert {"new", "swap"} <= set(read)
     for _ in range(10):
-        found = said(listed.outlines(None, 1))
-    assert found == plain(runs) != expected
+        result = shown(listed.outlines(None, 1))
+    assert result == plain(runs) != expected
     assert read.count("metric3") - 1 == 1  # once more by `plain`
 
 
 def test_what_is_kept_has_a_number_that_goes_with_its_form(home: Path) -> None:
-    """Whoever changes what a list or `--json` says of the same files counts up `index_file.FORMAT`."""
+    """Any change of what a list or `--json` says of the same files raises `index_file.FORMAT`."""
     run = write_run(home / "runs" / "run", 12, 2)
     summary = run_json.summary(run)
     names = [*summary, *summary["baseline"], *summary["steps"][0], *summary["steps"][0]["candidates"][0]]

@@ -1,4 +1,4 @@
-"""Jobs wait for their device in the order of their tickets; whoever dies gives the turn back."""
+"""Jobs wait in the device queue in the order of arrival; a process that dies leaves it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_turns_come_in_the_order_of_arrival(home: Path, monkeypatch: pytest.Monk
     leave = threading.Event()
 
     def work(number: int) -> None:
-        with device_queue.turn(home, "cpu", heard[number].append):
+        with device_queue.holding(home, "cpu", heard[number].append):
             order.append(number)
             inside.set()
             if number == 0:
@@ -53,18 +53,18 @@ def test_turns_come_in_the_order_of_arrival(home: Path, monkeypatch: pytest.Monk
 
 
 def test_devices_do_not_wait_for_each_other(home: Path) -> None:
-    with device_queue.turn(home, "cuda:0", pytest.fail), device_queue.turn(home, "cuda:1", pytest.fail):
+    with device_queue.holding(home, "cuda:0", pytest.fail), device_queue.holding(home, "cuda:1", pytest.fail):
         assert device_queue.queue(home, "cuda:0") == device_queue.queue(home, "cuda") == [os.getpid()]
 
 
 def test_a_dead_process_gives_its_turn_back(home: Path) -> None:
     code = (
         "from pathlib import Path\nfrom sleb.runtime.processes import device_queue\n"
-        f"device_queue._draw(device_queue._folder(Path({str(home)!r}), 'cpu'))"
+        f"device_queue._enter(device_queue._folder(Path({str(home)!r}), 'cpu'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert len(list(next((home / "queue").iterdir()).glob("0*"))) == 1  # its ticket is still there
-    with device_queue.turn(home, "cpu", pytest.fail):
+    assert len(list(next((home / "queue").iterdir()).glob("0*"))) == 1  # its entry is still there
+    with device_queue.holding(home, "cpu", pytest.fail):
         assert device_queue.queue(home, "cpu") == [os.getpid()]
 
 
@@ -76,7 +76,7 @@ def test_a_reused_process_id_is_somebody_else() -> None:
 
 def test_where_tickets_cannot_be_written_nobody_waits(home: Path) -> None:
     (home / "queue").write_text("a file where the folder should be")
-    with device_queue.turn(home, "cpu", pytest.fail):
+    with device_queue.holding(home, "cpu", pytest.fail):
         pass
 
 
@@ -91,7 +91,7 @@ def test_auto_without_a_gpu_is_the_cpu(visible: str, expected: str, monkeypatch:
 def test_a_job_waits_without_torch_and_can_be_stopped_while_it_does(tiny_model: Path, text_file: Path) -> None:
     spec = specs.run_spec(str(tiny_model), calibration=str(text_file), sequences=4, sequence_length=32, remove=1)
     run = run_folder.create(spec)
-    with device_queue.turn(run_folder.home(), "cpu", pytest.fail):
+    with device_queue.holding(run_folder.home(), "cpu", pytest.fail):
         process = job_processes.start(job_folder.create_job(run.run_dir, specs.job_spec("search", "cpu")))
         assert job_processes.active(run_folder.load(run.run_id)) is not None  # from the moment it was started
         limit = time.monotonic() + 120
@@ -113,7 +113,7 @@ def test_a_job_waits_without_torch_and_can_be_stopped_while_it_does(tiny_model: 
 def test_a_queued_job_goes_on_when_the_device_is_free(tiny_model: Path, text_file: Path) -> None:
     spec = specs.run_spec(str(tiny_model), calibration=str(text_file), sequences=4, sequence_length=32, remove=1)
     runs = [run_folder.create(spec) for _ in range(2)]
-    with device_queue.turn(run_folder.home(), "cpu", pytest.fail):
+    with device_queue.holding(run_folder.home(), "cpu", pytest.fail):
         processes = []
         for number, run in enumerate(runs):
             processes.append(job_processes.start(job_folder.create_job(run.run_dir, specs.job_spec("search", "cpu"))))

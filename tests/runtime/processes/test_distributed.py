@@ -49,8 +49,8 @@ def test_every_sequence_belongs_to_one_rank() -> None:
 
 
 def test_one_process_alone_talks_to_nobody() -> None:
-    group, found = Group(), np.arange(3.0)
-    assert group.sum(found) is found
+    group, result = Group(), np.arange(3.0)
+    assert group.sum(result) is result
     assert group.share(lambda: "text") == "text"
     assert group.first
 
@@ -109,13 +109,13 @@ def test_a_process_that_dies_ends_the_job_with_a_sentence_and_the_run_resumes(mo
     job = prepared(spec, processes=2)
     first, second = started(job, steps=1)
     second.kill()
-    _, said = first.communicate(timeout=400)
+    _, output = first.communicate(timeout=400)
     assert first.returncode == 1
-    assert b"Process 2 of 2 is gone" in said
-    assert b"Traceback" not in said
+    assert b"Process 2 of 2 was lost" in output
+    assert b"Traceback" not in output
     run = sleb.load(job.directory.parent.parent)
     assert run.jobs[-1].status.state is JobState.FAILED
-    assert "Process 2 of 2 is gone" in run.jobs[-1].status.message
+    assert "Process 2 of 2 was lost" in run.jobs[-1].status.message
     assert 1 <= len(run.trace.steps) < 7
     resumed = sleb.resume(run)
     assert resumed.trace.removal_list == execution.start(spec, specs.job_spec("search")).trace.removal_list

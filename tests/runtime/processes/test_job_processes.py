@@ -15,7 +15,7 @@ import pytest
 import sleb
 from sleb import execution
 from sleb.errors import ModelError, RunBusy
-from sleb.records import JobSpec, JobState, JobStatus, Run, RunSpec
+from sleb.records import JobState, JobStatus, Run, RunSpec, SearchJob
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import device_queue, job_processes
 from tests.support.command import run as command
@@ -27,7 +27,7 @@ def run() -> Run:
 
 
 def with_status(run: Run, **status: object) -> Run:
-    job = job_folder.create_job(run.run_dir, JobSpec(kind="search"))
+    job = job_folder.create_job(run.run_dir, SearchJob())
     job_folder.write_status(job.directory, JobStatus.model_validate(status))
     return run_folder.load(run.run_id)
 
@@ -59,20 +59,20 @@ def test_stopping_ends_no_process_that_does_not_hold_the_run(run: Run) -> None:
 @pytest.mark.parametrize("name", ["{}/nothing", "{}/nothing.gguf", "somebody/no-such-model"])
 def test_a_model_that_is_not_there_is_refused_without_waiting(name: str, home: Path, tmp_path: Path) -> None:
     model = name.format(tmp_path)
-    with device_queue.turn(home, "cpu", lambda _: None):  # for as long as this test: who waits never comes to an end
+    with device_queue.holding(home, "cpu", lambda _: None):  # for as long as this test: who waits never comes to an end
         with pytest.raises(ModelError, match="There is no"):
             sleb.search(model, device="cpu", run_dir=tmp_path / "run")
         job = run_folder.load(tmp_path / "run").jobs[-1]
         assert job.status.state is JobState.FAILED
         assert "There is no" in job.status.message
-        _, told = command("search", model, "--device", "cpu", "--run-dir", tmp_path / "other", code=2)
-    assert "There is no" in told
+        _, message = command("search", model, "--device", "cpu", "--run-dir", tmp_path / "other", code=2)
+    assert "There is no" in message
     assert not (tmp_path / "other").exists()
 
 
 def test_a_call_from_a_notebook_says_that_it_waits(home: Path, tiny_model: Path) -> None:
     code = f"import sleb; sleb.search({str(tiny_model)!r}, device='cpu')"
-    with device_queue.turn(home, "cpu", lambda _: None):
+    with device_queue.holding(home, "cpu", lambda _: None):
         waiting = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
         try:
             assert waiting.stderr is not None

@@ -79,11 +79,11 @@ class Bench:
         self.before = snapshot(self.work)
         self.unit_before = {unit: digest(self.work / unit) for unit in case.units}
         began = time.perf_counter()
-        status, told = run(self._filled(case.command), self.work, count=True)
+        status, message = run(self._filled(case.command), self.work, count=True)
         self.seconds = time.perf_counter() - began
         if status:
-            raise RuntimeError(f"{case.name} failed: {told}")
-        self.operations = int(told)
+            raise RuntimeError(f"{case.name} failed: {message}")
+        self.operations = int(message)
         self.after = digest(self.work, measured=case.measured)
         self.unit_after = {unit: digest(self.work / unit) for unit in case.units}
 
@@ -98,9 +98,9 @@ class Bench:
         count.wrong += [f"{where}: {each}" for each in self._changed()]
         following = self.case.again(self.work) or (self.case.command if killed else None)
         if following is not None:
-            status, told = run(self._filled(following), self.work)
+            status, message = run(self._filled(following), self.work)
             if status:
-                count.wrong.append(f"{where}: the next command failed: {told}")
+                count.wrong.append(f"{where}: the next command failed: {message}")
                 return
         left = [str(path) for path in self.work.rglob("*") if is_unfinished(path.name.removesuffix(".json"))]
         count.wrong += [f"{where}: {path} is left" for path in left]
@@ -134,9 +134,9 @@ class Bench:
         return [word.replace("{}", str(self.work)) for word in command]
 
     def _must(self, command: Sequence[str]) -> None:
-        status, told = run(command, self.work)
+        status, message = run(command, self.work)
         if status:
-            raise RuntimeError(f"{' '.join(command)} failed: {told}")
+            raise RuntimeError(f"{' '.join(command)} failed: {message}")
 
 
 def kill_some(case: Case, folder: Path, kills: int, draw: random.Random, base: Callable[[Path], None]) -> Count:
@@ -171,17 +171,17 @@ def run(
     child = os.fork()
     if child == 0:
         os.close(reader)
-        code, told = 1, ""
+        code, message = 1, ""
         try:
-            code, told = _in_child(command, watched, operation, seconds, count)
+            code, message = _in_child(command, watched, operation, seconds, count)
         finally:
-            os.write(writer, told.encode()[-4000:])
+            os.write(writer, message.encode()[-4000:])
             os._exit(code)
     os.close(writer)
     with open(reader, "rb") as pipe:
-        told = pipe.read().decode(errors="replace")
+        message = pipe.read().decode(errors="replace")
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), told
+    return os.waitstatus_to_exitcode(status), message
 
 
 def _in_child(
@@ -239,17 +239,17 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def digest(path: Path, *, measured: bool = False) -> dict[str, str]:
     """What every file below says, without what differs from one time to the next."""
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    found = {}
+    result = {}
     for each in files:
         name = str(each.relative_to(path)) if each != path else each.name
         parts = Path(name).parts
         if not each.is_file() or set(parts) & PASSING or each.name.endswith(".lock") or any(map(is_unfinished, parts)):
             continue
-        found[name] = "there" if measured and each.suffix == ".json" else _said(each)
-    return found
+        result[name] = "there" if measured and each.suffix == ".json" else _content(each)
+    return result
 
 
-def _said(path: Path) -> str:
+def _content(path: Path) -> str:
     data = path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
         lines = data.splitlines() if path.suffix == ".jsonl" else [data]

@@ -11,10 +11,10 @@ from typing import Any
 from tests.support import gguf_files, tiny
 from tests.support.killing.bench import Case
 
-HOW = ("--calibration", "{}/text.txt", "--sequences", "4", "--sequence-length", "24", "--dtype", "float32")
-SEARCH = ("search", "{}/model", *HOW, "--no-analysis", "--remove", "2", "--device", "cpu")
+OPTIONS = ("--calibration", "{}/text.txt", "--sequences", "4", "--sequence-length", "24", "--dtype", "float32")
+SEARCH = ("search", "{}/model", *OPTIONS, "--no-analysis", "--remove", "2", "--device", "cpu")
 NEW = (*SEARCH, "--run-dir", "{}/new")
-ANALYZE = ("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/new")
+ANALYZE = ("analyze", "{}/model", *OPTIONS, "--device", "cpu", "--run-dir", "{}/new")
 SEARCHED = (*SEARCH, "--run-dir", "{}/run")
 TEXT = ("--perplexity", "{}/text.txt", "--window", "32", "--limit", "4", "--device", "cpu")
 LISTED = ("--steps", "2")
@@ -39,7 +39,7 @@ def base(folder: Path) -> None:
 
 
 def prove_here() -> None:
-    """Have models proven in the process that wrote them: loading the libraries anew takes seconds each time."""
+    """Have models proven in the process that wrote them: loading the libraries again takes seconds each time."""
     from sleb.export import proof_process, proven_folder
     from sleb.records import Proof
 
@@ -173,7 +173,7 @@ CASES = [
     Case("delete", (SEARCHED,), ("delete", "{}/run", "--yes"), units=("run",), again=_deleted),
     Case(
         "cache --clear",
-        (("analyze", "{}/model", *HOW, "--device", "cpu", "--run-dir", "{}/run"),),
+        (("analyze", "{}/model", *OPTIONS, "--device", "cpu", "--run-dir", "{}/run"),),
         ("cache", "--clear", "all"),
         units=("home/cache/block-outputs",),
     ),

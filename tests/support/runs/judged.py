@@ -29,8 +29,24 @@ from sleb.runtime import findings_folder
 BASE = {"wikitext2": 12.7, "c4": 19.3, "wiki.valid.raw": 13.4}
 TASKS = {"piqa": 0.68, "winogrande": 0.53, "hellaswag": 0.43, "arc_easy": 0.58, "arc_challenge": 0.29}
 PROMPT = ("The", " capital", " of", " France", " is")
-SAID = (" Paris", ",", " a", " city", " of", " light", " and", " of", " <b>", "bridges", "</b>", ".", "\n", "It", " is")
-SAID_BY_LIST = (" Paris", ".", "\n", "The", " city", " of", " light", " is", " old", ".")
+CONTINUATION = (
+    " Paris",
+    ",",
+    " a",
+    " city",
+    " of",
+    " light",
+    " and",
+    " of",
+    " <b>",
+    "bridges",
+    "</b>",
+    ".",
+    "\n",
+    "It",
+    " is",
+)
+CONTINUATION_BY_LIST = (" Paris", ".", "\n", "The", " city", " of", " light", " is", " old", ".")
 
 
 def lists_of(run: Run) -> list[RemovalList]:
@@ -63,10 +79,10 @@ def perplexity(
     run: Run, blocks: RemovalList, rise: float, error: float | None = 0.01, **of_text: Any
 ) -> TextPerplexity:
     """Of one list, so many nats over the baseline's."""
-    found = text(**of_text)
-    tokens = found.windows * (found.window - 1)
+    result = text(**of_text)
+    tokens = result.windows * (result.window - 1)
     return TextPerplexity(
-        **facts(run, blocks), text=found, measured=nats(BASE.get(found.name, 15.0) * math.exp(rise), tokens),
+        **facts(run, blocks), text=result, measured=nats(BASE.get(result.name, 15.0) * math.exp(rise), tokens),
         rise=rise if blocks else None, rise_standard_error=error if blocks else None,
     )  # fmt: skip
 
@@ -111,11 +127,11 @@ def quantization(run: Run, blocks: RemovalList, scheme: str = "int8", before: fl
     )  # fmt: skip
 
 
-def healing(run: Run, blocks: RemovalList, how: str = "lora") -> Healing:
+def healing(run: Run, blocks: RemovalList, method: str = "lora") -> Healing:
     """Of one list."""
-    trained = how == "lora"
+    trained = method == "lora"
     return Healing(
-        **facts(run, blocks, seconds=214.0), ask=HealSpec(lists=(blocks,), how=how), text=text(),
+        **facts(run, blocks, seconds=214.0), ask=HealSpec(lists=(blocks,), how=method), text=text(),
         baseline=nats(12.7, 1000),
         before=nats(16.0, 1000), after=nats(14.2 if trained else 15.4, 1000), change=-0.1193 if trained else -0.0382,
         change_standard_error=0.0041, trained_parameters=620_000 if trained else 0, trained_tokens=524_288,
@@ -126,8 +142,8 @@ def healing(run: Run, blocks: RemovalList, how: str = "lora") -> Healing:
 def generation(run: Run, blocks: RemovalList, prompt: str = "The capital of France is", **changes: Any) -> Generation:
     """Two continuations that part after a token, and two flips."""
     settings: dict[str, Any] = dict(
-        ask=GenerateSpec(lists=(blocks,), prompt=prompt, tokens=16), prompt_tokens=PROMPT, baseline_tokens=SAID,
-        tokens=SAID_BY_LIST, baseline_text="".join(SAID), text="".join(SAID_BY_LIST),
+        ask=GenerateSpec(lists=(blocks,), prompt=prompt, tokens=16), prompt_tokens=PROMPT, baseline_tokens=CONTINUATION,
+        tokens=CONTINUATION_BY_LIST, baseline_text="".join(CONTINUATION), text="".join(CONTINUATION_BY_LIST),
         flips=(
             Flip(position=6, before=",", after=".", before_probability=0.41, after_probability=0.33),
             Flip(position=13, before=" <b>", after=" <i>", before_probability=0.2, after_probability=0.7),
@@ -146,24 +162,24 @@ def keep(run: Run, findings: Sequence[Finding]) -> None:
 
 def everything(run: Run, *, worse: float = 0.035) -> list[Finding]:
     """All kinds, for the baseline and every list of the run; `worse` nats a block at first."""
-    found: list[Finding] = []
+    result: list[Finding] = []
     for count, blocks in enumerate([(), *lists_of(run)]):
         rise = worse * count * (1 + 0.12 * count)
-        found += [
+        result += [
             perplexity(run, blocks, rise, 0.004 * count),
             perplexity(run, blocks, 1.15 * rise, 0.01, name="c4", of_windows=256, windows=8),
         ]
-        found += [
+        result += [
             accuracy(run, blocks, name, 0.25 + (share - 0.25) * math.exp(-0.09 * count))
             for name, share in TASKS.items()
         ]
         if blocks:
-            found += [
+            result += [
                 timing(run, blocks, "prompt", 1 + 0.031 * count),
                 timing(run, blocks, "generation", 1 + 0.036 * count),
             ]
     if len(blocks):
-        found += [quantization(run, each, scheme) for each in ((), blocks) for scheme in ("int8", "int4")]
-        found += [healing(run, blocks), healing(run, blocks, "linear")]
-        found += [generation(run, blocks, "Write a list of <i>five</i> fruits."), generation(run, blocks)]
-    return found
+        result += [quantization(run, each, scheme) for each in ((), blocks) for scheme in ("int8", "int4")]
+        result += [healing(run, blocks), healing(run, blocks, "linear")]
+        result += [generation(run, blocks, "Write a list of <i>five</i> fruits."), generation(run, blocks)]
+    return result

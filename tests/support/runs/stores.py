@@ -18,7 +18,6 @@ from sleb.records import (
     Attempt,
     Baseline,
     CalibrationSpec,
-    JobSpec,
     JobState,
     JobStatus,
     Method,
@@ -26,6 +25,7 @@ from sleb.records import (
     PassageToken,
     Run,
     RunSpec,
+    SearchJob,
 )
 from sleb.runtime import job_folder, origin, record_files, run_folder, trace_file
 from tests.support.builders import make_stack
@@ -65,7 +65,7 @@ def write_run(
     stack = make_stack(
         num_blocks, protected=protected, num_remove=num_remove, sequence_length=LENGTH, sequences=SEQUENCES
     )
-    job = job_folder.create_job(folder, JobSpec(kind="search"))
+    job = job_folder.create_job(folder, SearchJob())
     origin.write_stack(folder, stack)
     _write_trace(folder, spec, stack.protected, num_blocks, num_remove if done is None else done, state, seed)
     if analysis:
@@ -81,7 +81,7 @@ def write_run(
 def _write_trace(
     folder: Path, spec: RunSpec, protected: tuple[int, ...], num_blocks: int, done: int, state: JobState, seed: int
 ) -> None:
-    """The real search over a made-up score: each block costs something, neighbours of what is gone cost more."""
+    """The real search over a made-up score: each block costs something, neighbours of removed ones cost more."""
     draw = np.random.default_rng(seed)
     hard = draw.normal(3.0, 0.3, SEQUENCES + HELD_OUT)
     cost = 0.05 + 0.3 * np.abs(np.linspace(-1, 1, num_blocks)) ** 2 + draw.uniform(0, 0.05, num_blocks)
@@ -158,7 +158,7 @@ def write_analysis(folder: Path, num_blocks: int, words: tuple[str, ...], seed: 
     statistics = prediction_alignment.exit_statistics(
         kept.predictions, f"{count} tokens of the calibration text (4 sequences)"
     )
-    found = Analysis(
+    result = Analysis(
         description=AnalysisDescription(
             cache_key="0" * 32, sequences=4, sequence_length=LENGTH, token_count=count, seconds=1.0, cached=False
         ),
@@ -167,7 +167,7 @@ def write_analysis(folder: Path, num_blocks: int, words: tuple[str, ...], seed: 
         passage=Passage(tokens=tuple(shown)),
     )
     token_sample.write(folder, kept)
-    record_files.write_analysis(folder, found)
+    record_files.write_analysis(folder, result)
 
 
 def write_many(runs_folder: Path, count: int, num_blocks: int = 30, num_remove: int = 6) -> None:

@@ -1,14 +1,14 @@
-"""A step of a search as the fixture of `tests/test_compatibility.py` has it on record."""
+"""What is recorded of a run, and compared with it when a later version reads it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sleb.records import Step
+from sleb.records import Run, Step
 
 
 def step_of(step: Step) -> dict[str, Any]:
-    """The evidence of one step that every later version must read again."""
+    """The evidence of one step that a reader must find again."""
     return dict(
         number=step.number,
         removed=step.removed,
@@ -22,3 +22,8 @@ def step_of(step: Step) -> dict[str, Any]:
         improvement=step.improvement,
         candidates=[[each.block, each.score_sum, each.sequences] for each in step.candidates],
     )
+
+
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    """The evidence of all steps of a run."""
+    return [step_of(step) for step in (run.trace.steps if run.trace else ())]
