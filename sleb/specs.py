@@ -53,7 +53,7 @@ class RunOptions(TypedDict, total=False):
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of the job that executes a run; what each is, its fields say (`JobSpec`)."""
+    """Options of the job that executes a run; what each is, its fields say (`JobSettings`)."""
 
     device: str
     batch_size: int | None
@@ -276,6 +276,6 @@ def sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."
     path = tuple(part for part in first["loc"] if isinstance(part, str))
-    names = {each.path: each.name for record in (RunSpec, JobSpec) for each in settings_of(record)}
+    names = {each.path: each.name for record in (RunSpec, JobSettings) for each in settings_of(record)}
     option = f"`{names.get(path, path[-1])}`" if path else "The options"
     return f"{option}: found {quoted(first['input'])}; {first['msg'][0].lower()}{first['msg'][1:]}."

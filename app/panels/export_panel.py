@@ -24,7 +24,7 @@ from sleb.report.summaries import exported_model
 from sleb.runtime import files, job_folder
 from sleb.runtime.processes import job_processes
 
-FOLDER, GGUF = "hf", "gguf"  # as `JobSpec.format` has them
+FOLDER, GGUF = "hf", "gguf"  # as `ExportJob.format` has them
 _ABOUT = {
     FOLDER: "Writes safetensors without the blocks, reloads them in a fresh process with plain transformers, and "
     "compares them with the baseline that skips the same blocks. The folder appears only when this proof has passed.",

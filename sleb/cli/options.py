@@ -11,7 +11,7 @@ import typer
 from sleb import specs
 from sleb.cli.groups import FieldOptions, field_option
 from sleb.formats import spelling
-from sleb.records import JobSettings, JobSpec, Permissions, RunSpec
+from sleb.records import JobSettings, Permissions, RunSpec
 from sleb.records.options import EXECUTION, settings_of
 from sleb.specs import JobOptions, RunOptions
 
@@ -25,12 +25,12 @@ RunName = Annotated[
 RunArguments = Annotated[RunOptions, FieldOptions(RunSpec)]
 """All options of a run, as one parameter of a command with groups; so are the next ones."""
 AnalysisArguments = Annotated[RunOptions, FieldOptions(RunSpec, search=False)]
-JobArguments = Annotated[JobOptions, FieldOptions(JobSpec)]
-AnalysisJobArguments = Annotated[JobOptions, FieldOptions(JobSpec, search=False)]
+JobArguments = Annotated[JobOptions, FieldOptions(JobSettings)]
+AnalysisJobArguments = Annotated[JobOptions, FieldOptions(JobSettings, search=False)]
 ResumingJobArguments = Annotated[
     JobOptions,
     FieldOptions(
-        JobSpec,
+        JobSettings,
         changes={
             "processes": {"help": "As for search.", "otherwise": "as in the last try"},
             "memory_budget": {"otherwise": "as in the last try"},
@@ -41,9 +41,9 @@ Seed = Annotated[int, field_option(RunSpec, "seed")]
 Chat = Annotated[bool, field_option(RunSpec, "chat")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], field_option(RunSpec, "dtype")]
 Revision = Annotated[str | None, field_option(RunSpec, "revision")]
-Device = Annotated[str, field_option(JobSpec, "device")]
-BatchSize = Annotated[int | None, field_option(JobSpec, "batch_size")]
-MemoryBudget = Annotated[str | None, field_option(JobSpec, "memory_budget")]
+Device = Annotated[str, field_option(JobSettings, "device")]
+BatchSize = Annotated[int | None, field_option(JobSettings, "batch_size")]
+MemoryBudget = Annotated[str | None, field_option(JobSettings, "memory_budget")]
 Prepare = Annotated[
     bool,
     typer.Option(

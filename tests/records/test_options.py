@@ -18,7 +18,7 @@ from sleb import specs
 from sleb.cli.main import app
 from sleb.errors import OptionError
 from sleb.formats import command_line, spelling
-from sleb.records import JobSettings, JobSpec, Method, RunSpec
+from sleb.records import JobSettings, Method, RunSpec
 from sleb.records.options import Setting, settings_of
 from tests.support.dashboard import open_page
 
@@ -26,7 +26,7 @@ RUN, JOB = settings_of(RunSpec), settings_of(JobSettings)
 SETTINGS = {each.name: each for each in (*RUN, *JOB)}
 
 
-@pytest.mark.parametrize(("record", "options"), [(RunSpec, specs.RunOptions), (JobSpec, specs.JobOptions)])
+@pytest.mark.parametrize(("record", "options"), [(RunSpec, specs.RunOptions), (JobSettings, specs.JobOptions)])
 def test_the_types_that_editors_read_are_those_of_the_fields(record: type[BaseModel], options: type) -> None:
     hints = get_type_hints(options)
     assert set(hints) == {each.name for each in settings_of(record)}
