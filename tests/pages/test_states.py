@@ -15,7 +15,7 @@ import pytest
 
 from app.wording import in_fields, plain
 from sleb import api
-from sleb.records import EvaluateSpec, HealSpec, JobKind, JobSpec, JobState, JobStatus, RunSpec
+from sleb.records import JOB_SPEC, EvaluateSpec, HealSpec, JobKind, JobState, JobStatus, RunSpec
 from sleb.runtime import job_folder, run_folder
 from sleb.runtime.processes import job_processes
 from tests.support.command import run as sleb_run
@@ -64,7 +64,7 @@ def job(kind: JobKind, state: JobState, message: str = "", *, alive: bool = Fals
 
     def add(folder: Path) -> None:
         own = psutil.Process()
-        made = job_folder.create_job(folder, JobSpec(kind=kind, ask=ASKS.get(kind)))
+        made = job_folder.create_job(folder, JOB_SPEC.validate_python({"kind": kind, "ask": ASKS.get(kind)}))
         status = JobStatus(
             state=state, message=message, started=time.time(), heartbeat=time.time() - (0 if alive else 3600),
             host=socket.gethostname() if pid else None, pid=(os.getpid() if alive else 2**22 - 3) if pid else None,
