@@ -302,7 +302,7 @@ def test_outputs_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     stack = BlockStack(model)
     with torch.no_grad():
         stack.blocks[3].mlp.down_proj.weight.fill_(torch.nan)  # type: ignore[union-attr,operator]
-    with pytest.raises(ScoringError, match=r"^Block 3 .*not numbers in float16\. Use --dtype bfloat16 or"):
+    with pytest.raises(ScoringError, match=r"^Block 3 .*not numbers in float16\. Use `dtype=bfloat16` or"):
         run(stack, token_ids(model, batch=2, length=8), tmp_path, dtype="float16")
     assert cache_folder.usage(tmp_path) == []
 

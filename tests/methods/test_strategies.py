@@ -173,7 +173,7 @@ def test_candidates_whose_predictions_are_not_numbers_never_win() -> None:
     assert step.removed == (2,)
     assert step.candidates[1].nll_sum is None
     assert step.candidates[1].perplexity is None
-    with pytest.raises(NotNumbers, match=r"^Every candidate of step 1 .* not numbers in float16\. Use --dtype bfloat"):
+    with pytest.raises(NotNumbers, match=r"^Every candidate of step 1 .* not numbers in float16\. Use `dtype=bfloat"):
         run(Method.METRIC3, problem(dtype="float16"), lambda skipped, sequence: math.nan)
 
 

@@ -320,7 +320,7 @@ def test_what_does_not_fit_or_cannot_be_streamed_is_said(tmp_path: Path) -> None
     assert streamed_blocks(load_model(str(folder), dtype="float32", memory_budget=int(enough)).model) is not None
     assert streamed_blocks(load_model(str(folder), dtype="float32", memory_budget=10**9).model) is None
     for more in ({"processes": 2}, {"memory_budget": 10**9}):
-        with pytest.raises(OptionError, match="--device all keeps one whole model"):
+        with pytest.raises(OptionError, match="`device=all` keeps one complete model"):
             sleb.search(str(folder), device="all", **more)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises((OptionError, ModelError)):
