@@ -32,7 +32,7 @@ class FieldOptions:
     default is put in words (`otherwise`), an option that is not given is left out."""
 
     def settings(self) -> tuple[Setting, ...]:
-        """Their descriptions."""
+        """The descriptions of the options, with the changes."""
         return tuple(
             replace(
                 each,
