@@ -50,7 +50,7 @@ Subject = Annotated[
 ]
 RemovalListOption = Annotated[
     str | None,
-    typer.Option(metavar="'[14, 23]'", rich_help_panel=LIST, help="These blocks; '[]' for the baseline only."),
+    typer.Option(metavar="'[14, 23]'", rich_help_panel=LIST, help="Blocks to remove; '[]' for the baseline only."),
 ]
 Steps = Annotated[
     int | None,
@@ -75,7 +75,9 @@ Limit = Annotated[
         min=1, rich_help_panel=MEASURED, help="At most so many windows of a text and examples of a task: an estimate."
     ),
 ]
-Window = Annotated[int, typer.Option(min=2, rich_help_panel=MEASURED, help="Tokens; published numbers have 2048.")]
+Window = Annotated[
+    int, typer.Option(min=2, rich_help_panel=MEASURED, help="Tokens of a window; published numbers have 2048.")
+]
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Texts:
     window: Window = 2048
 
     def settings(self) -> dict[str, Any]:
-        """The same as fields of a request."""
+        """The options as fields of a request."""
         return dict(texts=_texts(self.perplexity), limit=self.limit, window=self.window)
 
 
@@ -117,29 +119,29 @@ class Executed(Allowed):
     run_dir: RunDir = None
 
     def job_options(self) -> dict[str, Any]:
-        """The same as options of a job."""
+        """The options that the job has."""
         return {"device": self.device, **self.of_job()}
 
 
 @dataclass(frozen=True)
 class ExecutedInBatches(Executed):
-    """The same, for a job that computes several sequences at once."""
+    """How the model is opened for a job that computes several sequences at once."""
 
     batch_size: BatchSize = None
 
     def job_options(self) -> dict[str, Any]:
-        """The same as options of a job."""
+        """The options that the job has."""
         return super().job_options() | {"batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
 class ExecutedWithinMemory(ExecutedInBatches):
-    """The same, for a job that can read blocks from disk."""
+    """How the model is opened for a job that can read blocks from disk."""
 
     memory_budget: MemoryBudget = None
 
     def job_options(self) -> dict[str, Any]:
-        """The same as options of a job."""
+        """The options that the job has."""
         return super().job_options() | {"memory_budget": as_bytes(self.memory_budget)}
 
 
@@ -153,7 +155,7 @@ class Written:
     ] = False
 
     def settings(self) -> dict[str, Any]:
-        """The same as fields of a request."""
+        """The options as fields of a request."""
         return dict(out=specs.path_name(self.out), replace=self.replace)
 
 
@@ -196,7 +198,7 @@ class Healing:
     seed: Seed = 0
 
     def settings(self) -> dict[str, Any]:
-        """The same as fields of a request."""
+        """The options as fields of a request."""
         settings = dict(vars(self), source=None if self.source is None else specs.absolute(self.source))
         return settings | {"how": settings.pop("healing_method")}
 

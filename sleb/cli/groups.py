@@ -32,7 +32,7 @@ class FieldOptions:
     default is put in words (`otherwise`), an option that is not given is left out."""
 
     def settings(self) -> tuple[Setting, ...]:
-        """Their descriptions."""
+        """The descriptions of the options, with the changes."""
         return tuple(
             replace(
                 each,
@@ -63,9 +63,11 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def with_groups(**values: Any) -> None:
-        for name, own in groups.items():
-            values[name] = _gathered(hints[name], {each.name: values.pop(each.name) for each in own})
-        command(**values)
+        gathered = {
+            name: _gathered(hints[name], {each.name: values.pop(each.name) for each in own})
+            for name, own in groups.items()
+        }
+        command(**values, **gathered)
 
     with_groups.__signature__ = inspect.Signature(_in_order(parameters))  # type: ignore[attr-defined]
     with_groups.__annotations__ = {each.name: each.annotation for each in parameters}

@@ -98,7 +98,7 @@ class AllowedCode:
     trust_remote_code: TrustRemoteCode = False
 
     def of_job(self) -> dict[str, bool]:
-        """The same as fields of a job."""
+        """What is allowed, as fields of a job."""
         return {"allow_pickle": self.allow_pickle, "trust_remote_code": self.trust_remote_code}
 
 
@@ -125,7 +125,7 @@ class AllowedAgain(Allowed):
     task_folder: JobTaskFolder = None
 
     def permissions(self) -> Permissions:
-        """The same as a record."""
+        """What is allowed, as a record."""
         return specs.permissions(**vars(self))
 
 

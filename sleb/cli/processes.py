@@ -69,7 +69,7 @@ def work(
 
 def dashboard(
     context: typer.Context,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of the page.")] = 8501,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 8501,
     address: Annotated[
         str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
     ] = "localhost",

@@ -51,7 +51,7 @@ def shown(text: str) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """The same where no markup is read."""
+    """A name from anywhere on one line, for where no markup is read."""
     return printable(text).replace("\n", " ")
 
 
@@ -83,7 +83,7 @@ class Screen:
         self.bar.stop()
 
     def watcher(self) -> Watcher:
-        """What the worker tells, drawn here."""
+        """A watcher that draws what the worker reports."""
         screen = self
 
         class Drawing(Watcher):
@@ -105,27 +105,27 @@ class Screen:
         return Drawing()
 
     def begin(self, run: Run) -> None:
-        """Says where the run is."""
+        """Say where the run is."""
         self.note(_labelled("run", f"[dim]{shown(str(run.run_dir))}[/]"))
 
     def end(self, run: Run) -> None:
-        """What the analyses found, the list, and what to do with it."""
+        """Print the analyses, the removal list, and what to do with it."""
         if run.analysis and run.trace:
             self.print(_describe_analysis(run))
         self.print(describe_end(run))
 
     def print(self, text: str) -> None:
-        """A result."""
+        """Print a result on stdout, or beside the one object of `--json`."""
         self.bar.stop()
         self.results.print(text)
         self.bar.start()
 
     def note(self, text: str) -> None:
-        """Not a result."""
+        """Print a remark on stderr."""
         self.errors.print(text)
 
     def draw(self, progress: Done) -> None:
-        """How far it is, with the time left."""
+        """Draw how far the job is, with the time left."""
         text = progress.phase
         if progress.steps and progress.step:
             text = f"Step {progress.step} of {progress.steps}"
@@ -268,7 +268,7 @@ def describe_end(run: Run) -> str:
 
 
 def _budget(run: Run) -> str:
-    """What did not fit into memory in the search does not when it is written either."""
+    """The budget of the search: what did not fit into memory then does not when it is written either."""
     budgets = [job.spec.memory_budget for job in run.jobs if job.spec.kind == "search"]
     return f" --memory-budget {math.ceil(budgets[-1] / 1e6)}MB" if budgets and budgets[-1] is not None else ""
 

@@ -21,7 +21,7 @@ def arguments(spec: RunSpec, job: JobSpec | None = None) -> list[str]:
 
 
 def command_line(spec: RunSpec, job: JobSpec | None = None) -> str:
-    """The same, as a line for a shell."""
+    """A line for a shell that asks for the same run."""
     return shlex.join(["sleb", *arguments(spec, job)])
 
 

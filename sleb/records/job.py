@@ -53,9 +53,9 @@ class JobSettings(Record):
         Annotated[int, Field(ge=1, le=MOST, strict=True)] | None,
         Option(
             "Memory budget",
-            "For weights and hidden states; blocks that do not fit are read from disk when they are needed.",
+            "Memory for weights and hidden states; blocks that do not fit are read from disk when they are needed.",
             EXECUTION,
-            details="Of each process: of its GPU's memory, or of RAM where there is no GPU.",
+            details="Of each process: of its GPU's memory, or of RAM without a GPU.",
             metavar="24GB",
             unit="bytes",
             in_form=False,

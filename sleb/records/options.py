@@ -80,12 +80,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Parameter in a notebook."""
+        """The parameter in a notebook."""
         return self.option.name or self.path[-1]
 
     @property
     def flag(self) -> str:
-        """Name on the command line."""
+        """The flag on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
@@ -136,7 +136,7 @@ class Setting:
         return words if self.option.demo is None else f"{words}; {self.option.demo} for demo"
 
     def value_in(self, record: BaseModel) -> Any:
-        """Its value in a record of this type."""
+        """The value of the option in a record of this type."""
         value: Any = record
         for name in self.path:
             value = getattr(value, name)
@@ -176,7 +176,7 @@ def _setting(option: Option, path: tuple[str, ...], field: FieldInfo) -> Setting
 
 
 def _without_marks(annotation: Any) -> tuple[Any, list[Any]]:
-    """The type of a value that is there, and what else the annotation says."""
+    """The type of a value that is not None, and what else the annotation says."""
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
         plain, more = _without_marks(inner)

@@ -88,7 +88,11 @@ class RunSpec(Record):
     revision: Annotated[str | None, Option("Revision", "Branch, tag or commit on the hub.", EXECUTION)] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
-        Option("Computed in", "auto is what is fast on the device (16 bits where it can).", EXECUTION),
+        Option(
+            "Computed in",
+            "Type the model computes in; auto is what is fast on the device (16 bits where it can).",
+            EXECUTION,
+        ),
     ] = "auto"
     calibration: CalibrationSpec = CalibrationSpec()
     held_out: Annotated[
@@ -128,7 +132,7 @@ class RunSpec(Record):
         Annotated[float, Field(gt=0, lt=1)] | None,
         Option(
             "Share of the blocks",
-            "Or which share, rounded up.",
+            "Share of the blocks to remove, rounded up.",
             BLOCKS,
             details="Shares are of whole blocks, as in the paper (4.1).",
             usual=0.2,
@@ -167,7 +171,7 @@ class RunSpec(Record):
         Annotated[float, Field(ge=0, allow_inf_nan=False)] | None,
         Option(
             "Rise of perplexity",
-            "Stop before the held-out perplexity rises more.",
+            "Stop before the held-out perplexity rises by more than this.",
             BLOCKS,
             metavar="+10%",
             unit="rise",
@@ -183,7 +187,7 @@ class RunSpec(Record):
             "Confidence",
             "Confidence of the interval that calls candidates tied, and of a race.",
             BLOCKS,
-            details="In each step of a race, the best candidate is lost at most as often as this leaves.",
+            details="A race loses the best candidate in at most the rest of its steps.",
             percent=(50, 99),
             search_only=True,
         ),
@@ -192,7 +196,7 @@ class RunSpec(Record):
         Literal["nll", "kl"],
         Option(
             "Objective",
-            "What is lowest: nll of the text (the paper), or kl, the divergence from the model's own predictions.",
+            "Score to minimize: nll of the text (the paper), or kl, the divergence from the baseline's predictions.",
             BLOCKS,
             details="As in EvoPress (arXiv 2410.14649). Metric1 has a measure of its own.",
             search_only=True,
@@ -229,7 +233,8 @@ class RunSpec(Record):
         Option("Seed", "Seed of everything that is drawn.", TEXT),
     ] = 0
     analysis: Annotated[
-        bool, Option("Analyses too", "Similarity and alignment as well.", EXECUTION, search_only=True)
+        bool,
+        Option("Analyses too", "Measure similarity and prediction alignment as well.", EXECUTION, search_only=True),
     ] = True
     given: tuple[int, ...] | None = None
     """Blocks removed in a run that searches nothing, in the order in which they were given."""

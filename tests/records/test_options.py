@@ -90,8 +90,8 @@ def test_the_command_shown_for_a_run_asks_for_the_same(monkeypatch: pytest.Monke
 
     assert set(OTHERS) | {"remove"} == {each.name for each in RUN}
     assert set(JOB_OTHERS) == {each.name for each in JOB}
-    asked: list[Any] = []
-    monkeypatch.setattr(commands, "_start", lambda spec, job, *rest: asked.append((spec, job)))
+    started: list[Any] = []
+    monkeypatch.setattr(commands, "_start", lambda spec, job, *rest: started.append((spec, job)))
     for options, job_options in (
         (OTHERS, JOB_OTHERS),
         ({}, {}),
@@ -101,7 +101,7 @@ def test_the_command_shown_for_a_run_asks_for_the_same(monkeypatch: pytest.Monke
         line = command_line.command_line(spec, job)
         done = CliRunner().invoke(app, shlex.split(line)[1:])
         assert done.exit_code == 0, (line, done.output)
-        assert asked.pop() == (spec, job)
+        assert started.pop() == (spec, job)
     assert "--memory-budget=24GB" in command_line.arguments(spec, specs.job_spec("search", **JOB_OTHERS))
     assert command_line.arguments(specs.run_spec("demo")) == [
         "search", "--calibration=demo", "--sequences=16", "--sequence-length=256", "--ratio=0.1", "demo"
