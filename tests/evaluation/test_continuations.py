@@ -223,7 +223,7 @@ def folder(tmp_path: Path) -> Path:
         ({"prompt": " \n"}, r"The prompt is empty"),
         ({"prompt": "x" * 100, "tokens": 29}, r"has 100 tokens, 29 more .* 128 positions; give --tokens 28 or less"),
         ({"prompt": "x" * 128, "tokens": 1}, r"has 128 tokens, 1 more .* 128 positions; shorten the prompt"),
-        ({"chat": True}, r"--chat: this model's tokenizer has no chat template"),
+        ({"chat": True}, r"`chat`: this model's tokenizer has no chat template"),
         ({"prompt": "a\udcffb"}, r"The prompt is no UTF-8 text \(character 1\)"),
         ({"tokens": 0}, r"--tokens: found 0"),
     ],
