@@ -41,7 +41,7 @@ NAMES = {
     "reach": "half_width",
 }
 """Names of variables, parameters, functions and fields that say too little, and what they might be instead."""
-FRAGMENT = re.compile(r"(?:Of|From|By|As|Per|And|Or|Else|With|Than|So|To) |\\w+(?: \\w+)?\\.$")
+FRAGMENT = re.compile(r"(?:Of|From|By|As|Per|And|Or|Else|With|Than|So|To) |\w+(?: \w+)?\.$")
 """How the docstring of a function or class begins that does not stand alone: "Of a training.", "Bytes."."""
 ALLOWED = {
     ("scripts/check_words.py", ""),  # the list itself

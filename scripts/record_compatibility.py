@@ -52,8 +52,8 @@ from sleb.errors import SlebError, Stopped
 from sleb.records import Baseline, Progress, Step
 from sleb.runtime.processes.progress import Watcher
 from tests.support import gguf_files, tiny
-from tests.support.questions import multiple_choice
-from tests.support.runs.recorded import step_of
+from tests.support.recorded.questions import multiple_choice
+from tests.support.recorded.steps import step_of
 
 TARGET = REPOSITORY / "tests" / "data" / "compatibility" / sleb.__version__
 HOST = "recorded"

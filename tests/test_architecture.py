@@ -41,6 +41,7 @@ TORCH_FREE_MODULES = (
     "sleb.model.inspection.presence",
     "sleb.scoring.sweep_plan",
     "sleb.analysis.block_output_cache",
+    "sleb.analysis.cache_folder",
     "sleb.analysis.prediction_alignment",
     "sleb.analysis.similarity",
     "sleb.analysis.token_sample",

@@ -30,7 +30,7 @@ from sleb.records import Proof
 from sleb.runtime import origin, run_folder
 from tests.support.command import run as command
 from tests.support.paths import DATA, ROOT
-from tests.support.runs.recorded import steps_of
+from tests.support.recorded.steps import steps_of
 
 RECORDED = DATA / "compatibility" / "0.1.0"
 TOKEN = b"/compatibility"

@@ -247,7 +247,7 @@ def test_ratio_until_and_protection(tiny_model: Path, text_file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        (dict(remove=7), OptionError, "Lower .{1,2}remove"),
+        (dict(remove=7), OptionError, "Lower `remove`"),
         (dict(remove=5), OptionError, "2 protected"),
         (dict(remove=None, ratio=1.5), OptionError, "ratio"),
         (dict(remove=0), OptionError, "remove"),
@@ -259,7 +259,7 @@ def test_ratio_until_and_protection(tiny_model: Path, text_file: Path) -> None:
         (dict(method="metric4"), OptionError, "metric3"),
         (dict(device="tpu"), OptionError, "device"),
         (dict(device="cuda:99"), OptionError, "CUDA devices"),
-        (dict(sequences=100_000), CalibrationError, "Lower .{1,2}sequences"),
+        (dict(sequences=100_000), CalibrationError, "Lower `sequences`"),
         (dict(sequence_length=4096), CalibrationError, "128 positions"),
         (dict(sequence_length=1), OptionError, "sequence.length"),
         (dict(sequences=0), OptionError, "sequences"),
@@ -269,7 +269,7 @@ def test_ratio_until_and_protection(tiny_model: Path, text_file: Path) -> None:
         (dict(calibration="no/such.txt"), CalibrationError, "no file"),
         (dict(calibration="no-such-set-anywhere"), CalibrationError, "could not be loaded"),
         (dict(calibration="wikitext2"), CalibrationError, "network"),
-        (dict(chat=True), CalibrationError, "chat"),
+        (dict(chat=True), CalibrationError, "`chat`"),
     ],
 )
 def test_bad_options_are_sentences(

@@ -204,12 +204,8 @@ def _decide(
     counts = problem.token_counts[problem.calibration]
     score_counts = counts + 1 if objective == "metric1" else counts  # hidden states exist for the last token too
     result = compare(scores, score_counts, problem.confidence, seen)
-    taken = np.ones(scores.shape, dtype=bool) if seen is None else seen
     chosen = skip_sets[result.winner]
-    candidates = tuple(
-        _candidate(block, skipped, measured(row[own], score_counts[own]), int(own.sum()), objective)
-        for block, skipped, row, own in zip(blocks, skip_sets, scores, taken, strict=True)
-    )
+    candidates = _candidates(blocks, skip_sets, scores, seen, score_counts, objective)
     if candidates[result.winner].score_sum is None:
         raise NotNumbers(f"Every candidate of step {number}", problem.dtype)
     removal_list = (*before, *chosen) if alone else chosen
@@ -241,13 +237,28 @@ def _difference(blocks: SkipSet, others: SkipSet) -> SkipSet:
     return tuple(block for block in blocks if block not in others)
 
 
-def _candidate(block: int, skipped: SkipSet, total: Measured, sequences: int, objective: Objective) -> Candidate:
-    return Candidate(
-        block=block,
-        skipped=skipped,
-        objective=objective,
-        score_sum=total.nll_sum,
-        nll_sum=total.nll_sum if objective == "nll" else None,
-        token_count=total.token_count,
-        sequences=sequences,
-    )
+def _candidates(
+    blocks: Sequence[int],
+    skip_sets: Sequence[SkipSet],
+    scores: np.ndarray,
+    seen: np.ndarray | None,
+    token_counts: np.ndarray,
+    objective: Objective,
+) -> tuple[Candidate, ...]:
+    """The records of candidates, each with the sum over the sequences on which it was scored."""
+    taken = np.ones(scores.shape, dtype=bool) if seen is None else seen
+    candidates = []
+    for block, skipped, row, own in zip(blocks, skip_sets, scores, taken, strict=True):
+        total = measured(row[own], token_counts[own])
+        candidates.append(
+            Candidate(
+                block=block,
+                skipped=skipped,
+                objective=objective,
+                score_sum=total.nll_sum,
+                nll_sum=total.nll_sum if objective == "nll" else None,
+                token_count=total.token_count,
+                sequences=int(own.sum()),
+            )
+        )
+    return tuple(candidates)

@@ -34,7 +34,7 @@ from tests.support import tiny
 from tests.support.command import run as sleb_run
 from tests.support.families import build
 from tests.support.paths import DATA, ROOT
-from tests.support.questions import multiple_choice
+from tests.support.recorded.questions import multiple_choice
 from tests.support.streamed import saved, tight
 
 BLOCKS = [1, 4]

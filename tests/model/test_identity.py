@@ -280,7 +280,7 @@ def test_a_run_without_identity_is_refused_where_its_baseline_differs(
         lambda: sleb.resume(run.run_dir, device="cpu"),
         lambda: sleb.evaluate(run.run_dir, perplexity=[str(tmp_path / "text.txt")], window=32, device="cpu"),
     ):
-        with pytest.raises(RunError, match=r"scores \d\.\d+ nats per token .* has \d\.\d+: its config"):
+        with pytest.raises(RunError, match=r"scores \d\.\d+ nats per token .* has \d\.\d+: the model's config"):
             refused()
     assert (run.run_dir / "trace.jsonl").read_bytes() == before
     assert sleb.load(run.run_dir).stack.model_key is None  # type: ignore[union-attr]

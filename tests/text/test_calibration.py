@@ -285,7 +285,7 @@ def test_a_folder_of_a_data_sets_name_is_not_taken_for_it(source: str, data_sets
 def test_a_reader_of_the_current_folder_is_no_data_set(reader: str, data_sets: Path) -> None:
     for name in ("train.txt", "train.jsonl", "train.pkl"):
         Path(name).write_text(json.dumps({"text": tiny.text(3000)}))
-    with pytest.raises(CalibrationError, match=f"'{reader}' is a reader of files, no data set"):
+    with pytest.raises(CalibrationError, match=f"'{reader}' is a reader of files, not a data set"):
         build(f"{reader}:::text")
 
 

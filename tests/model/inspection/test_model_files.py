@@ -94,8 +94,8 @@ def test_a_model_of_the_hub_with_an_adapter_beside_it_is_refused(
     ("name", "content", "words"),
     [
         ("config.json", DEEP, "nested too deeply"),
-        ("config.json", "[1]", "no JSON object"),
-        ("config.json", "NaN", "no JSON object"),
+        ("config.json", "[1]", "not a JSON object"),
+        ("config.json", "NaN", "not a JSON object"),
         ("config.json", '{"a": 1, "a": 2}', "model_type"),
         ("generation_config.json", DEEP, "RecursionError"),
         ("tokenizer.json", DEEP, "nested too deeply"),
@@ -119,7 +119,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(
 def test_a_file_without_an_end_is_refused(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     os.mkfifo(model / "tokenizer.json")
-    refused(model, "no regular file")
+    refused(model, "not a regular file")
     (model / "tokenizer.json").unlink()
     with open(model / "vocab.txt", "wb") as file:
         file.truncate(1 << 40)
@@ -136,7 +136,7 @@ def test_a_file_without_an_end_is_refused(model: Path) -> None:
 def test_a_pickle_that_cannot_be_read_is_refused(model: Path, damage: Callable[[], bytes]) -> None:
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(damage())
-    refused(model, "--allow-pickle")
+    refused(model, "`allow_pickle=True`")
     refused(model, "cannot be loaded", allow_pickle=True)
 
 
