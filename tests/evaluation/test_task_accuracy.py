@@ -365,7 +365,7 @@ def refusals() -> list[tuple[str, Callable[[Path], EvaluateSpec], str]]:
         return made
 
     return [
-        ("folder", lambda folder: ask("questions", folder=folder / "none"), "no task folder .*none"),
+        ("folder", lambda folder: ask("questions", folder=folder / "none"), "task folder .*none does not exist"),
         ("twice", lambda folder: ask("questions", "both", folder=folder), "'questions' is asked for twice.*'both'"),
         ("files", with_task({"dataset_kwargs": {"data_files": {"test": "/no/x.json"}}}, "questions"), "no/x.json"),
         ("split", with_task({"test_split": "tests"}, "questions"), "'questions' cannot be loaded"),
@@ -414,10 +414,10 @@ def test_lm_eval_is_imported_where_it_is_used() -> None:
     users = set()
     for path in files:
         tree = ast.parse(path.read_text())
-        findings = {node: name for node in ast.walk(tree) for name in imported(node) if name.split(".")[0] == "lm_eval"}
-        assert not set(findings) & set(tree.body), path
-        users |= {path.stem} if findings else set()
-    assert users == {"lm_eval_tasks", "task_accuracy", "task_files"}
+        imports = {node: name for node in ast.walk(tree) for name in imported(node) if name.split(".")[0] == "lm_eval"}
+        assert not set(imports) & set(tree.body), path
+        users |= {path.stem} if imports else set()
+    assert users == {"lm_eval_library", "lm_eval_tasks", "task_accuracy", "task_files"}
 
 
 def imported(node: ast.AST) -> list[str]:
