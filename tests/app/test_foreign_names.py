@@ -102,8 +102,8 @@ def test_a_run_of_this_machine_and_a_sample_ask_nothing(home: Path, executed: li
 
 def test_a_text_that_only_the_folder_knows_is_shown_with_its_whole_path(home: Path, executed: list[list[str]]) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
-    job_folder.create_job(run.run_dir, request.job_of(request))
+    spec = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=("/home/me/secret/c4", "/home/me/.ssh/id_rsa"))
+    job_folder.create_job(run.run_dir, request.job_of(spec))
     foreign(run)
     origin.confirm(run.run_dir)
     app = open_page("evaluate", run="one")
@@ -125,8 +125,8 @@ def test_the_folder_s_own_job_writes_nowhere_and_brings_no_task_files(
     home: Path, executed: list[list[str]], tmp_path: Path
 ) -> None:
     run = write_run(home / "runs" / "one", 12, 3, model="demo")
-    request = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
-    job = job_folder.create_job(run.run_dir, request.job_of(request, trust_remote_code=True))
+    spec = EvaluateSpec(lists=judged.lists_of(run)[:1], texts=(), tasks=("evil",), task_folder=str(tmp_path))
+    job = job_folder.create_job(run.run_dir, request.job_of(spec, trust_remote_code=True))
     job_folder.write_status(job.directory, JobStatus(state=JobState.STOPPED))
     app = open_page("runs", run="one")
     press(app, "Resume")
