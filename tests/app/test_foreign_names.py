@@ -11,6 +11,7 @@ from streamlit.testing.v1 import AppTest
 
 from app import actions, data
 from sleb.errors import UnconfirmedNames
+from sleb.evaluation import request
 from sleb.records import EvaluateSpec, JobSpec, JobState, JobStatus, Run
 from sleb.runtime import job_folder, origin, run_folder
 from tests.support.dashboard import open_page, press, words
