@@ -20,7 +20,7 @@ WORDS = {
     r"\btwins?\b": "reference implementation",
     r"\btickets?\b|\bwhose turn\b|\b(?:its|their) turn\b|\bturn has come\b": "device queue",
     r"\bpeek(?:s|ed|ing)?\b|(?<!timing )(?<!timing_)\bprob(?:e|es|ing)\b": "inspect; timing probe",
-    r"(?<!there )\b(?:is|are) no (?!longer\b|more\b|less\b|better\b|worse\b|faster\b|slower\b|larger\b|smaller\b)": "is not a",
+    r"(?<!there )\b(?:is|are) no (?!(?:longer|more|less|better|worse|faster|slower|larger|smaller)\b)": "is not a",
     r"\bthere already\b|\balready there\b": "already exists",
     r"\bmay go\b": "can be removed",
     r"\banew\b": "again",

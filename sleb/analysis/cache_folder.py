@@ -87,10 +87,12 @@ def clear(home: Path, target: str) -> list[CacheEntry]:
 
 
 def root_of(home: Path) -> Path:
+    """The folder that holds the cache."""
     return home / "cache" / FOLDER
 
 
 def lock_of(home: Path) -> FileLock:
+    """The lock that a process holds while it changes the cache."""
     return FileLock(root_of(home) / ".lock", timeout=_LOCK_SECONDS)
 
 
@@ -104,6 +106,7 @@ def remove(path: Path) -> None:
 
 
 def describe(path: Path, folder: str) -> CacheEntry:
+    """The size and the last use of what lies at a path, as `sleb cache` lists it."""
     files = list(_files_under(path))
     meta = path / META
     model = None

@@ -120,10 +120,12 @@ def device_of(model: Any) -> torch.device:
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states with which a block was called, (batch, sequence, hidden)."""
     return args[0] if args else kwargs[HIDDEN]
 
 
 def first(output: Any) -> Any:
+    """The hidden states of a block's output, which may come with others in a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
 
 

@@ -215,14 +215,14 @@ def test_other_tokens_and_the_other_measure(runs: Path) -> None:
     assert run.analysis is not None
     app = open_page("similarity", run="one")
     app.toggle(key="skip-first").set_value(True).run()
-    assert "Mean over 124 of the 128 tokens" in words(app)
+    assert "Mean over 124 of the 128 analysed tokens" in words(app)
     expected = data.similarity_over(run, TokenChoice(without_first=True))
     assert expected is not None
     assert array(charts(app)[0]["data"][0]["z"]) == pytest.approx(expected.mean, abs=1e-6)
     app.selectbox(key="sequence").select("2").run()
     app.slider(key="positions").set_value((4, 11)).run()
     app.segmented_control(key="measure").set_value("angular").run()
-    assert "Mean over 8 of the 128 tokens" in words(app)
+    assert "Mean over 8 of the 128 analysed tokens" in words(app)
     expected = data.similarity_over(run, TokenChoice((2,), 4, 12, True))
     assert expected is not None
     heatmap, _, chunks = charts(app)

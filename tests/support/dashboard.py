@@ -14,10 +14,35 @@ import pytest
 from streamlit import config
 from streamlit.testing.v1 import AppTest
 
+from sleb.records import Job
 from sleb.runtime import dashboard_files
+from sleb.runtime.processes import job_processes
+from tests.support import browser
 from tests.support.paths import ROOT
 
 config.set_option("server.address", "localhost")  # as `streamlit_config.toml` has it; no server runs here
+
+
+@pytest.fixture
+def runs(home: Path) -> Path:
+    """The folder of runs that the pages show."""
+    return home / "runs"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Jobs that would have been started: their process is tested elsewhere."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(job_processes, "start", lambda job, permissions: jobs.append(job))
+    return jobs
+
+
+@pytest.fixture
+def tab(address: str) -> Iterator[browser.Tab]:
+    """A tab on the module's server; its console has to stay silent."""
+    with browser.tab(address) as tab:
+        yield tab
+        assert tab.said == []
 
 
 def open_page(name: str, **query: str) -> AppTest:

@@ -28,7 +28,7 @@ def words(shown: Bars, confidence: float) -> str:
     if len(others) == len(step.candidates) - 1 and step.margin_standard_error is None:
         return f"{text}: {_margin(shown, confidence)} better than the next best, but one sequence distinguishes none."
     if not others:
-        return f"{text}: {_margin(shown, confidence)} better than the next best, significantly different."
+        return f"{text}, significantly different from all others: the next best is {_margin(shown, confidence)} behind."
     if len(others) > 8:
         return f"{text}, statistically tied with {len(others)} others: any of them might as well have been removed."
     return f"{text}, statistically tied with {listed(others)}: the next best is {_margin(shown, confidence)} behind."
@@ -46,7 +46,7 @@ def _words_of_swap(shown: Bars, confidence: float) -> str:
         return f"{text}; the only swap{'' if len(step.candidates) == 1 else ' whose predictions are numbers'}."
     if shown.tied:
         return f"{text}; statistically tied with {swaps_in_words(len(shown.tied))}."
-    return f"{text}; {_margin(shown, confidence)} better than the next best swap, significantly different."
+    return f"{text}; significantly different from all others: the next best is {_margin(shown, confidence)} behind."
 
 
 def _margin(shown: Bars, confidence: float) -> str:
