@@ -162,7 +162,7 @@ def switch(tab: browser.Tab, name: str) -> None:
 
 
 def timed(act: Callable[[], object]) -> float:
-    """Seconds."""
+    """Seconds that the page took."""
     began = time.perf_counter()
     act()
     return time.perf_counter() - began

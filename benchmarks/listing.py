@@ -66,7 +66,7 @@ print(first, statistics.median(taken))
 
 
 def main() -> None:
-    """Everything once."""
+    """Measure everything once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--without-plain", action="store_true", help="the simple way takes minutes")

@@ -253,7 +253,7 @@ def report(
     best: dict[str, float],
     measured: dict[str, list[Parts]],
 ) -> None:
-    """The tables."""
+    """Print the tables of one measurement."""
     stack, (batch, length) = scorer.stack, scorer.ids.shape
     giga = stack.device.type == "cpu"
     unit, scale = ("GFLOP/s", 1e9) if giga else ("TFLOP/s", 1e12)

@@ -16,7 +16,7 @@ WORDS = {
     r"\btells? (?:\w+ ){0,3}apart\b|\btold (?:\w+ ){0,3}apart\b": "significantly different, distinguishes",
     r"\bmend(?:s|ed|ing)?\b|\bremed(?:y|ies)\b|\bfitted anew\b": "repair; least-squares refit, refit",
     r"\bsped up\b|\bworth trying\b": "optimizations",
-    r"\bgone\b": "removed, missing",
+    r"(?<!\.)\bgone\b(?![=:])": "removed, missing",
     r"\btwins?\b": "reference implementation",
     r"\btickets?\b|\bwhose turn\b|\b(?:its|their) turn\b|\bturn has come\b": "device queue",
     r"\bpeek(?:s|ed|ing)?\b|(?<!timing )(?<!timing_)\bprob(?:e|es|ing)\b": "inspect; timing probe",
@@ -49,6 +49,7 @@ ALLOWED = {
     ("CHANGELOG.md", ""),
     ("sleb/records/findings.py", "gone: bool"),  # names on disk
     ("sleb/records/requests.py", "how: Literal"),
+    ("sleb/evaluation/healing/healing_job.py", "mended.safetensors"),
 }
 """Beginnings of paths, and parts of lines there, where a word stands for a reason."""
 

@@ -23,6 +23,7 @@ from sleb.errors import printable
 from sleb.evaluation import continuations, evaluation_job, perplexity_and_accuracy, quantization, timing
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.healing import healing_job
+from sleb.evaluation.lm_eval_tasks import Tasks
 from sleb.export import export_job
 from sleb.model.loading import LoadedModel
 from sleb.model.model_of_run import load_run_model
@@ -31,6 +32,7 @@ from sleb.records import (
     AnalyzeJob,
     Ask,
     Attempt,
+    EvaluateJob,
     ExportJob,
     JobKind,
     JobSettings,
@@ -90,6 +92,10 @@ class _Execution(Generic[J]):
         self.attempt.loaded(loaded)
         return loaded
 
+    def subject(self: _Execution[Q]) -> Subject:
+        """The opened model of the run, about which a question is answered."""
+        return evaluation_job.subject_of(self.run, self.job, self.job_dir, self.loaded(), self.meter, self.watcher)
+
 
 class _Executor(Protocol[J, P]):
     """Executes jobs of one kind."""
@@ -138,18 +144,24 @@ class _Answer(Generic[Q, A]):
         self.require(job)
 
     def work(self, execution: _Execution[Q], prepared: None) -> None:
-        job, loaded = execution.job, execution.loaded()
-        subject = evaluation_job.subject_of(
-            execution.run, job, execution.job_dir, loaded, execution.meter, execution.watcher
-        )
-        self.answer(subject, cast(A, job.ask))
+        self.answer(execution.subject(), cast(A, execution.job.ask))
+
+
+class _Evaluate:
+    """Measures perplexity and accuracy."""
+
+    def prepare(self, run: Run, job: EvaluateJob) -> Tasks | None:
+        return perplexity_and_accuracy.prepare(job)
+
+    def work(self, execution: _Execution[EvaluateJob], prepared: Tasks | None) -> None:
+        perplexity_and_accuracy.work(execution.subject(), execution.job.ask, prepared)
 
 
 EXECUTORS: Mapping[JobKind, _Executor[Any, Any]] = {
     "search": _Search(),
     "analyze": _Search(),
     "export": _Export(),
-    "evaluate": _Answer(perplexity_and_accuracy.require, perplexity_and_accuracy.work),
+    "evaluate": _Evaluate(),
     "benchmark": _Answer(timing.require, timing.work),
     "quantize": _Answer(quantization.require, quantization.work),
     "heal": _Answer(healing_job.require, healing_job.work),

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from sleb.evaluation import perplexity, task_accuracy
+from sleb.evaluation import lm_eval_tasks, perplexity, task_accuracy
 from sleb.evaluation.evaluated_model import Subject
 from sleb.records import EvaluateJob, EvaluateSpec
 
 
-def require(job: EvaluateJob) -> None:
-    """Refuse what can be refused before minutes of loading. Raises `CalibrationError`, `OptionError`."""
+def prepare(job: EvaluateJob) -> lm_eval_tasks.Tasks | None:
+    """Refuse what can be refused before minutes of loading the model, and load the tasks; None where none are asked.
+
+    Raises `CalibrationError`, `OptionError`.
+    """
     perplexity.require_there(job.ask.texts)
-    if job.ask.tasks:
-        task_accuracy.require(job.ask, job.trust_remote_code)
+    return lm_eval_tasks.load(job.ask, job.trust_remote_code) if job.ask.tasks else None
 
 
-def work(subject: Subject, ask: EvaluateSpec) -> None:
+def work(subject: Subject, ask: EvaluateSpec, tasks: lm_eval_tasks.Tasks | None) -> None:
     """Evaluate all texts, then all tasks; known answers are not computed again."""
     for name in ask.texts:
         subject.perplexities(subject.windows(name, window=ask.window, bos=ask.bos, limit=ask.limit), ask.lists)
-    if ask.tasks:
-        task_accuracy.work(subject, ask)
+    if tasks is not None:
+        task_accuracy.work(subject, ask, tasks)

@@ -25,7 +25,7 @@ import torch
 from sleb.errors import NotNumbers, OptionError, ScoringError, model_without
 from sleb.evaluation.evaluated_model import Subject
 from sleb.evaluation.lm_eval_library import apart, failures, seeded
-from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, as_sentences, load
+from sleb.evaluation.lm_eval_tasks import Leaf, Tasks, as_sentences
 from sleb.methods.statistics import mean_and_error
 from sleb.model.generation import numbers_only
 from sleb.model.out_of_memory import is_out_of_memory
@@ -39,24 +39,13 @@ log = logging.getLogger(__name__)
 _BOOTSTRAPS = 100_000  # lm-eval's own number, for metrics whose standard error has no formula
 _SKETCH = 256  # tokens that an example is taken for where memory is short
 
-_ready: dict[tuple[EvaluateSpec, bool], Tasks] = {}
-"""What `require` has loaded, until `work` takes it: reading some tasks' examples takes a minute."""
 
-
-def require(ask: EvaluateSpec, trust_remote_code: bool = False) -> None:
-    """Load the tasks, so that a missing one is refused before minutes of loading the model. Raises `OptionError`."""
-    _ready.clear()
-    _ready[ask, trust_remote_code] = load(ask, trust_remote_code)
-
-
-def work(subject: Subject, ask: EvaluateSpec) -> None:
+def work(subject: Subject, ask: EvaluateSpec, tasks: Tasks) -> None:
     """Evaluate every task and group, for the baseline and the lists; each finding is kept as soon as it is made.
 
     A list whose predictions are not numbers has no metrics. Raises `NotNumbers` where the baseline's are
     none.
     """
-    trusted = subject.job.trust_remote_code
-    tasks = _ready.pop((ask, trusted), None) or load(ask, trusted)
     with tasks.files.as_data():
         _Evaluation(subject, ask, tasks).run()
 

@@ -213,10 +213,10 @@ def test_quantised_weights_follow_their_list(once: Path, text_file: Path) -> Non
     ]
 
 
-@pytest.mark.parametrize("how", ["lora", "linear", "both"])
-def test_what_has_no_numbers_is_not_healed(once: Path, text_file: Path, how: str) -> None:
+@pytest.mark.parametrize("kind", ["lora", "linear", "both"])
+def test_what_has_no_numbers_is_not_healed(once: Path, text_file: Path, kind: str) -> None:
     with pytest.raises(NotNumbers, match=WITHOUT):
-        COMMANDS["heal"](once, text_file, removal_list=[2], dtype="float16", how=how)
+        COMMANDS["heal"](once, text_file, removal_list=[2], dtype="float16", how=kind)
     assert not list(api.runs()[0].run_dir.glob("healing/*"))
 
 

@@ -293,9 +293,9 @@ def test_model_tokenizer_and_process_are_left_as_they_were(
             [(each.handlers, each.propagate) for each in map(logging.getLogger, ("lm_eval", "transformers"))],
         ]  # fmt: skip
 
-    def watched(subject: Any, spec: EvaluateSpec) -> None:
+    def watched(subject: Any, spec: EvaluateSpec, tasks: Any) -> None:
         before = state(subject)
-        own(subject, spec)
+        own(subject, spec, tasks)
         seen.append((before, state(subject)))
 
     monkeypatch.setattr(task_accuracy, "work", watched)
@@ -350,9 +350,9 @@ def test_json_is_alone_on_stdout_and_the_table_groups(tiny_model: Path, folder: 
 
 def test_nearest_names_and_a_hub_out_of_reach_are_one_sentence(folder: Path) -> None:
     with pytest.raises(OptionError, match=r"No task is called 'arc_eazy'.*arc_easy.*List all with: lm-eval ls tasks$"):
-        task_accuracy.require(ask("arc_eazy"))
+        lm_eval_tasks.load(ask("arc_eazy"))
     with pytest.raises(OptionError, match=r"examples of task 'piqa' could not be fetched .*hub") as refused:
-        task_accuracy.require(ask("piqa"))
+        lm_eval_tasks.load(ask("piqa"))
     assert "\n" not in str(refused.value)
 
 
@@ -381,7 +381,7 @@ def test_what_cannot_be_loaded_is_refused_in_a_sentence(
     made: Callable[[Path], EvaluateSpec], sentence: str, folder: Path
 ) -> None:
     with pytest.raises(OptionError, match=sentence) as refused:
-        task_accuracy.require(made(folder))
+        lm_eval_tasks.load(made(folder))
     assert "\n" not in str(refused.value)
 
 
@@ -390,7 +390,7 @@ def test_a_file_that_lm_eval_passes_over_is_named(folder: Path, monkeypatch: pyt
     alone = lm_eval_tasks._manager(("says",), folder)
     monkeypatch.setattr(lm_eval_tasks, "_manager", lambda *_: alone)  # lm-eval's own tasks take four seconds
     with pytest.raises(OptionError, match=r"No task is called 'questions'.*questions\.yaml is not YAML"):
-        task_accuracy.require(ask("questions", folder=folder))
+        lm_eval_tasks.load(ask("questions", folder=folder))
 
 
 def test_a_task_that_the_model_cannot_answer_is_a_sentence(tiny_model: Path, folder: Path) -> None:
@@ -404,7 +404,7 @@ def test_a_task_that_the_model_cannot_answer_is_a_sentence(tiny_model: Path, fol
 def test_without_lm_eval_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(OptionError, match=r"needs lm-eval: pip install 'sleb\[tasks\]'"):
-        task_accuracy.require(ask("questions", folder=folder))
+        lm_eval_tasks.load(ask("questions", folder=folder))
 
 
 def test_lm_eval_is_imported_where_it_is_used() -> None:

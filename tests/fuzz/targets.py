@@ -199,7 +199,7 @@ _TASK = {
 
 def task_files(data: values.Draws, bench: Bench) -> None:
     """Asking for a task whose file was changed: what is known before any model is opened."""
-    from sleb.evaluation import task_accuracy
+    from sleb.evaluation import lm_eval_tasks
 
     folder = bench.sandbox.root / "tasks"
     shutil.rmtree(folder, ignore_errors=True)
@@ -214,7 +214,7 @@ def task_files(data: values.Draws, bench: Bench) -> None:
     else:
         (folder / "task.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     ask = EvaluateSpec(texts=(), tasks=("made_up",), task_folder=str(folder), limit=1)
-    bench.sandbox.call(task_accuracy.require, ask)
+    bench.sandbox.call(lm_eval_tasks.load, ask)
 
 
 TARGETS: dict[str, Target] = {

@@ -285,7 +285,7 @@ class _Cursor:
                 raise _Refused(f"the tensor {excerpt(tensor.name)!r} ends {end - room:,} bytes behind the file's end")
 
     def number(self, letter: str) -> Any:
-        """One scalar."""
+        """The next scalar of the header."""
         form = self.order + letter
         (number,) = struct.unpack_from(form, self.data, self.place)
         self.place += struct.calcsize(form)

@@ -152,7 +152,7 @@ class _Trial:
 
     @property
     def ids(self) -> torch.Tensor:
-        """The batch."""
+        """Token ids of the batch on which optimizations are tried."""
         return self.scorer.ids[: self.scorer.batch_size].to(self.stack.device)
 
     @property
