@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from record import record
 
 import sleb
 from sleb import execution, specs
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--no-forecast", action="store_true", help="leave out the three short searches at the end")
+    parser.add_argument("--record", type=Path, help="keep the ratio in this file, and say what it held before")
     args = parser.parse_args()
 
     loaded = load_model(args.model, dtype=args.dtype)
@@ -96,12 +99,17 @@ def main() -> None:
     for name, times in seconds.items():
         spread = f"{min(times) / per_round:.2f} to {max(times) / per_round:.2f}"
         print(f"  {name:20} {statistics.median(times) / per_round:6.2f} s a sequence ({spread})")
+    settings = f"{args.model}, {args.sequences} x {args.sequence_length} tokens, {args.rounds} rounds"
     for name in ("plain", "plain, whole logits"):
         ratios = [slow / fast for slow, fast in zip(seconds[name], seconds["sweep"], strict=True)]
-        print(f"{name} / sweep: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})")
+        middle, lowest, highest = statistics.median(ratios), min(ratios), max(ratios)
+        print(f"{name} / sweep: {middle:.2f} (rounds {lowest:.2f} to {highest:.2f})")
+        if args.record and name == "plain":
+            print(f"  {record(args.record, f'{name} / sweep', middle, lowest, highest, settings)}")
     print(f"ceiling on this model: {ceiling:.2f} (logits cost {head / block:.1f} blocks)")
     print(f"largest difference of a score: {largest:.3g} nats")
-    _forecasts(args.model, args.dtype)
+    if not args.no_forecast:
+        _forecasts(args.model, args.dtype)
 
 
 def _forecasts(model: str, dtype: str) -> None:

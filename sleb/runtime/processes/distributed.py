@@ -210,7 +210,7 @@ def _share_of_machine(rank: Rank, device: str) -> Iterator[str]:
             )
         torch.cuda.set_device(rank.local_rank)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // rank.local_size))
+        torch.set_num_threads(max(1, _cores() // rank.local_size))
     try:
         yield "nccl" if on_gpus else "gloo"
     finally:
@@ -218,6 +218,11 @@ def _share_of_machine(rank: Rank, device: str) -> Iterator[str]:
 
 
 @contextmanager
+def _cores() -> int:
+    """Processor cores that this process may use; macOS does not say which, and so all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _meeting(rank: Rank, backend: str, job_dir: Path, permissions: Permissions) -> Iterator[Group]:
     """The group of all processes; those that this one started end when it is left. Raises `RankLost`."""
     import torch.distributed as dist
