@@ -217,12 +217,12 @@ def _share_of_machine(rank: Rank, device: str) -> Iterator[str]:
         torch.set_num_threads(threads)
 
 
-@contextmanager
 def _cores() -> int:
     """Processor cores that this process may use; macOS does not say which, and so all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
 def _meeting(rank: Rank, backend: str, job_dir: Path, permissions: Permissions) -> Iterator[Group]:
     """The group of all processes; those that this one started end when it is left. Raises `RankLost`."""
     import torch.distributed as dist
