@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sleb.scoring.sweep import Scorer
+from sleb.scoring.scorer import Scorer
 
 
 @pytest.fixture
