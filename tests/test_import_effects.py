@@ -21,13 +21,11 @@ DECORATORS = {
     *("cache", "lru_cache", "cached_property", "classmethod", "property", "staticmethod", "contextmanager"),
     *("contextlib.contextmanager", "dataclass", "field_validator", "model_validator", "runtime_checkable"),
     *("torch.inference_mode", "torch.no_grad", "st.cache_data", "st.cache_resource", "st.dialog", "st.fragment"),
+    *("with_options",),  # writes a signature
 }
 """Decorators that only wrap what they decorate."""
 EXCEPTIONS = {
-    "app.components": "Streamlit knows a component from the time at which its module is imported",
     "sleb.runtime.dashboard_files": "whether this is a checkout or an installed package does not change",
-    "sleb.scoring.packed_linear": "an operator of torch is registered once",
-    "sleb.model.token_text": "the table of an alphabet is computed",
     "sleb.model.inspection.stored_tensors": "a table is put together",
     "sleb.text.chat_template": "a table is put together",
 }

@@ -84,7 +84,7 @@ def test_no_text_below_the_edges_names_an_option(package: str) -> None:
 @cache
 def settings() -> frozenset[str]:
     """All that a message can name: parameters of public functions, fields of what is asked, and permissions."""
-    names = {each.name for record in (specs.RunSpec, specs.JobSpec) for each in settings_of(record)}
+    names = {each.name for record in (specs.RunSpec, specs.JobSettings) for each in settings_of(record)}
     names |= set(Permissions.model_fields)
     for name in sleb.__all__:
         function = getattr(sleb, name)

@@ -18,7 +18,7 @@ from app.panels.forecast_worker import ForecastAnswer, ForecastRequest
 from sleb.records import Forecast, JobSpec, RunSpec
 
 PATIENCE_SECONDS = 900.0
-_PROGRAM = str(Path(forecast_worker.__file__).resolve())
+_PROGRAM = str(Path(forecast_worker.__file__))
 
 
 @dataclass

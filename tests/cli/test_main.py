@@ -137,7 +137,7 @@ def test_a_finished_run_has_nothing_to_prepare(arguments: list[object]) -> None:
         (["search", "x" * 5000], "no model"),
         (["search", "~no-such-user/model"], "home folder"),
         (["search", "demo", "--run-dir", "~no-such-user/run"], "home folder"),
-        (["search", "demo", "--run-dir", "/dev/null"], "no folder"),
+        (["search", "demo", "--run-dir", "/dev/null"], "not a folder"),
     ],
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(words: list[str], sentence: str) -> None:
