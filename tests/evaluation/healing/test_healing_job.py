@@ -477,8 +477,8 @@ def test_without_a_number_of_sequences_each_way_has_its_own() -> None:
         ({"removal_list": [9]}, "names block 9; the model has blocks 0 to 5"),
         ({"rank": 0}, "rank"),
         ({"rank": 999_999_999_999}, "rank"),
-        ({"learning_rate": 1e99}, "learning-rate"),
-        ({"learning_rate": float("nan")}, "learning-rate"),
+        ({"learning_rate": 1e99}, "learning.rate"),
+        ({"learning_rate": float("nan")}, "learning.rate"),
         ({"how": "bias"}, "how"),
     ],
 )
