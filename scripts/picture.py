@@ -1,6 +1,6 @@
 """Draws the README's picture: a finished run as the terminal shows it.
 
-python docs/picture.py [RUN]        # without RUN, searches the demo model first (some minutes)
+python scripts/picture.py [RUN]        # without RUN, searches the demo model first (some minutes)
 """
 
 from __future__ import annotations

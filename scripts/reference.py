@@ -32,7 +32,8 @@ everything else that fails 1.
 `MODEL` is a Hugging Face name, a local folder, a `.gguf` file or `demo`. `RUN` is a run id, a run folder or a sample's
 name. Blocks are original, 0-based indices: `0,29`, a range such as `8-20`, both, or `none`. A rise is `+10%` or `0.1`;
 a size is `24GB`, `500MB` or `16GiB`. The options of a search have the same names in a notebook, with underscores:
-`sleb.search("demo", sequence_length=512)`; there blocks are lists, rises are shares, and sizes are bytes.
+`sleb.search("demo", sequence_length=512)`; there blocks are lists, rises are shares, sizes are bytes, and
+`--no-speedups` is `speedups="off"`.
 
 """
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")

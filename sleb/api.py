@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack
 
 from sleb import specs
 from sleb.errors import OptionError
-from sleb.evaluation.request import RunOrModel, answers, ask_of, job_of, lists_of, subject_run, text_name
+from sleb.evaluation.request import RunOrModel, answers, ask_of, job_of, lists_of, subject_run, text_name, usual_text
 from sleb.execution import execute, is_finished, resuming_job, start
 from sleb.export import finished_exports
 from sleb.records import (
@@ -169,7 +169,7 @@ def evaluate(
     removal_list: Sequence[int] | None = None,
     steps: int | None = None,
     all_steps: bool = False,
-    perplexity: Sequence[str] = ("wikitext2",),
+    perplexity: Sequence[str] | None = None,
     tasks: Sequence[str] = (),
     task_folder: str | PathLike[str] | None = None,
     shots: int | None = None,
@@ -186,6 +186,7 @@ def evaluate(
         removal_list, steps, all_steps: these blocks; the run's list after so many steps; or after each number of
             removals. Default: the run's last list.
         perplexity: `wikitext2`, `c4`, or files (`.raw` as WikiText rows, `.jsonl` as documents, others as one text).
+            Default: `wikitext2`; for the demo model `demo`, the text that comes with it. `()` measures none.
         tasks: of lm-eval, by name; `task_folder` adds some in lm-eval's own YAML. `shots` in the prompt.
         limit: at most so many windows of each text and examples of each task: an estimate.
         options: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
@@ -195,7 +196,7 @@ def evaluate(
     """
     folder = specs.path_name(task_folder)
     settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
-    ask = dict(settings, texts=tuple(text_name(name) for name in perplexity))
+    ask = dict(settings, texts=_texts(subject, perplexity))
     return _judged(EvaluateSpec, ask, subject, removal_list, steps, all_steps, watcher, options)
 
 
@@ -234,7 +235,7 @@ def quantize(
     removal_list: Sequence[int] | None = None,
     steps: int | None = None,
     schemes: Sequence[str] = ("int8",),
-    perplexity: Sequence[str] = ("wikitext2",),
+    perplexity: Sequence[str] | None = None,
     limit: int | None = None,
     window: int = 2048,
     group_size: int = 128,
@@ -249,7 +250,7 @@ def quantize(
     """
     ask = dict(
         schemes=tuple(schemes),
-        texts=tuple(text_name(name) for name in perplexity),
+        texts=_texts(subject, perplexity),
         limit=limit,
         window=window,
         group_size=group_size,
@@ -264,7 +265,7 @@ def heal(
     *,
     removal_list: Sequence[int] | None = None,
     steps: int | None = None,
-    perplexity: Sequence[str] = ("wikitext2",),
+    perplexity: Sequence[str] | None = None,
     out: str | PathLike[str] | None = None,
     watcher: Watcher | None = None,
     **settings: Any,
@@ -276,9 +277,8 @@ def heal(
     `out` is a folder for the healed model, or for its adapter with `adapter=True`.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}
-    if "source" in own:
-        own["source"] = specs.absolute(own["source"])
-    ask = dict(own, texts=tuple(text_name(name) for name in perplexity), out=specs.path_name(out))
+    own["source"] = specs.absolute(own["source"]) if "source" in own else usual_text(subject)
+    ask = dict(own, texts=_texts(subject, perplexity), out=specs.path_name(out))
     return _judged(HealSpec, ask, subject, removal_list, steps, False, watcher, settings)
 
 
@@ -302,6 +302,11 @@ def generate(
 def findings_of(run: str | PathLike[str] | Run) -> list[Finding]:
     """All findings about a run's lists, oldest first."""
     return findings_folder.findings(_loaded(run).run_dir)
+
+
+def _texts(subject: RunOrModel, perplexity: Sequence[str] | None) -> tuple[str, ...]:
+    """Texts as a request has them: those named, or the usual one of the model."""
+    return tuple(text_name(name) for name in ((usual_text(subject),) if perplexity is None else perplexity))
 
 
 def _judged(

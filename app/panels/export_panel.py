@@ -176,7 +176,9 @@ def _proof_card(export: Export) -> None:
                 color="green" if proof.passed else "red",
             )
             removed = proof.blocks_before - proof.blocks_after
-            st.caption(f"{removed} blocks removed; checked in {duration(proof.seconds)}")
+            st.caption(
+                f"{removed} {'block' if removed == 1 else 'blocks'} removed; checked in {duration(proof.seconds)}"
+            )
         for reason in proof.reasons:
             st.error(plain(in_fields(reason)))
         with st.container(horizontal=True, gap="large"):
@@ -251,7 +253,7 @@ def _all_exports(run: Run, exports: list[Job]) -> None:
                     "State": state_word(job.status.state),
                     "Removed": _removed(run, job),
                     "Folder": _out(job),
-                    "Message": job.status.message,
+                    "Message": in_fields(job.status.message or ""),
                 }
                 for job in reversed(exports)
             ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -27,7 +26,7 @@ from sleb.cli.options import (
     Seed,
     as_bytes,
 )
-from sleb.errors import BadInput, OptionError, RunBusy, RunError, quoted
+from sleb.errors import BadInput, OptionError, RunBusy, quoted
 from sleb.evaluation import request
 from sleb.formats import spelling
 from sleb.records import BenchmarkSpec, EvaluateSpec, GenerateSpec, HealSpec, Permissions, QuantizeSpec
@@ -46,37 +45,48 @@ class Scheme(StrEnum):
 
 Subject = Annotated[
     str,
-    typer.Argument(metavar="MODEL|RUN", help="A run, or a model: a Hugging Face name, a folder, a .gguf file, demo."),
+    typer.Argument(
+        metavar="MODEL|RUN", help="A run, or a model: a Hugging Face name, a local folder, a .gguf file, or **demo**."
+    ),
 ]
 RemovalListOption = Annotated[
     str | None,
-    typer.Option(metavar="'[14, 23]'", rich_help_panel=LIST, help="Blocks to remove; '[]' for the baseline only."),
+    typer.Option(
+        metavar="'[14, 23]'",
+        rich_help_panel=LIST,
+        help="Blocks to remove; '[]' measures the baseline only.",
+    ),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=0, rich_help_panel=LIST, help="The run's list after so many steps. [default: the last]"),
+    typer.Option(
+        min=0, rich_help_panel=LIST, help="Take the run's list as it was after this many steps. [default: the last]"
+    ),
 ]
 AllSteps = Annotated[
-    bool, typer.Option("--all-steps", rich_help_panel=LIST, help="The run's list after each number of removals.")
+    bool, typer.Option("--all-steps", rich_help_panel=LIST, help="Take the run's list after each number of removals.")
 ]
 Perplexity = Annotated[
     str | None,
     typer.Option(
         metavar="TEXTS",
         rich_help_panel=MEASURED,
-        help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl and "
-        ".parquet (FILE:COLUMN) as documents, any other as one text; demo, the text that is there; none for none. "
+        help="Texts, separated by commas: wikitext2 and c4 (published protocols), demo (comes with the installation), "
+        "or files: .raw is read as WikiText rows, .jsonl and .parquet (FILE:COLUMN) as documents, any other as one "
+        "text; none measures no text. "
         "[default: wikitext2; demo for the demo model]",
     ),
 ]
 Limit = Annotated[
     int | None,
     typer.Option(
-        min=1, rich_help_panel=MEASURED, help="At most so many windows of a text and examples of a task: an estimate."
+        min=1,
+        rich_help_panel=MEASURED,
+        help="Take at most this many windows of each text and examples of each task, which gives an estimate.",
     ),
 ]
 Window = Annotated[
-    int, typer.Option(min=2, rich_help_panel=MEASURED, help="Tokens of a window; published numbers have 2048.")
+    int, typer.Option(min=2, rich_help_panel=MEASURED, help="Tokens of each window; published numbers use 2048.")
 ]
 
 
@@ -149,10 +159,8 @@ class ExecutedWithinMemory(ExecutedInBatches):
 class Written:
     """Where a model is written."""
 
-    out: Annotated[Path | None, typer.Option(help="A folder for the model that comes out; proven.")] = None
-    replace: Annotated[
-        bool, typer.Option("--replace", help="What an earlier command left at --out can be replaced.")
-    ] = False
+    out: Annotated[Path | None, typer.Option(help="Write the resulting model to this folder, with its proof.")] = None
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what an earlier command left at --out.")] = False
 
     def settings(self) -> dict[str, Any]:
         """The options as fields of a request."""
@@ -168,7 +176,8 @@ class Healing:
         typer.Option(
             "--how",
             rich_help_panel=MEASURED,
-            help="lora trains; linear refits a layer before each cut by least squares; both.",
+            help="lora trains adapters; linear refits a layer before each cut by least squares; both does one after "
+            "the other.",
         ),
     ] = "lora"
     source: Annotated[
@@ -176,24 +185,31 @@ class Healing:
         typer.Option(
             metavar="SPEC",
             rich_help_panel=MEASURED,
-            help="Text to heal on, as --calibration of search. [default: wikitext2; demo for the demo model]",
+            help="Text to heal on; it takes what --calibration of sleb search takes. "
+            "[default: wikitext2; demo for the demo model]",
         ),
     ] = None
     chat: Chat = False
     sequences: Annotated[
         int | None,
-        typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences of that text. [default: 1024; linear 128]"),
+        typer.Option(
+            min=1,
+            rich_help_panel=MEASURED,
+            help="How many sequences of that text to heal on. [default: 1024; 128 for linear]",
+        ),
     ] = None
     sequence_length: Annotated[int, typer.Option(min=8, rich_help_panel=MEASURED, help="Tokens of each sequence.")] = (
         512
     )
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Epochs of lora.")] = 1
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Rank of lora's adapters.")] = 8
+    epochs: Annotated[
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="How often LoRA training sees each sequence.")
+    ] = 1
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Rank of the LoRA adapters.")] = 8
     learning_rate: Annotated[
-        float, typer.Option(rich_help_panel=MEASURED, help="Learning rate of lora, at its highest.")
+        float, typer.Option(rich_help_panel=MEASURED, help="Highest learning rate of LoRA training.")
     ] = 1e-4
     batch_sequences: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences of lora, per update.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences per update of LoRA training.")
     ] = 8
     seed: Seed = 0
 
@@ -213,19 +229,29 @@ def evaluate(
         typer.Option(
             metavar="NAMES",
             rich_help_panel=MEASURED,
-            help="Tasks of lm-eval: piqa,winogrande,hellaswag,arc_easy,arc_challenge … All of them: lm-eval ls tasks",
+            help="Tasks of lm-eval, separated by commas, such as piqa,winogrande,hellaswag,arc_easy,arc_challenge; "
+            "lm-eval ls tasks lists all.",
         ),
     ] = None,
     task_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", rich_help_panel=MEASURED, help="More tasks, in lm-eval's own YAML.")
+        Path | None,
+        typer.Option(metavar="DIR", rich_help_panel=MEASURED, help="A folder with more tasks, in lm-eval's own YAML."),
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=0, rich_help_panel=MEASURED, help="Examples in the prompt. [default: the task's own]"),
+        typer.Option(
+            min=0,
+            rich_help_panel=MEASURED,
+            help="How many solved examples stand in the prompt of each task. [default: the task's own]",
+        ),
     ] = None,
     bos: Annotated[
         str,
-        typer.Option(rich_help_panel=MEASURED, help="BOS at the head of each window: no (published), yes, or auto."),
+        typer.Option(
+            rich_help_panel=MEASURED,
+            help="Whether each window begins with a BOS token: no (as published), yes, or auto, which follows the "
+            "tokenizer.",
+        ),
     ] = "no",
     as_json: Json = False,
 ) -> None:
@@ -247,20 +273,31 @@ def benchmark(
     executed: Executed,
     prompt: Annotated[
         str,
-        typer.Option(metavar="1x2048", rich_help_panel=MEASURED, help="Sequences x tokens of a prompt; none for none."),
+        typer.Option(
+            metavar="1x2048",
+            rich_help_panel=MEASURED,
+            help="Sequences x tokens of the prompt that is timed; none skips it.",
+        ),
     ] = "1x2048",
     generation: Annotated[
         str,
-        typer.Option(metavar="64x128", rich_help_panel=MEASURED, help="Sequences x tokens generated; none for none."),
+        typer.Option(
+            metavar="64x128",
+            rich_help_panel=MEASURED,
+            help="Sequences x tokens whose generation is timed; none skips it.",
+        ),
     ] = "64x128",
     generation_prompt: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Tokens that generation begins from, each.")
+        int,
+        typer.Option(
+            min=1, rich_help_panel=MEASURED, help="Tokens of the prompt from which each sequence is generated."
+        ),
     ] = 64,
     prompt_repetitions: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Repetitions of the prompt, after one warm-up.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="How often the prompt is timed, after one warm-up.")
     ] = 50,
     generation_repetitions: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Repetitions of the generation, after one warm-up.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="How often the generation is timed, after one warm-up.")
     ] = 10,
     as_json: Json = False,
 ) -> None:
@@ -288,12 +325,17 @@ def quantize(
     written: Written,
     scheme: Annotated[
         list[Scheme],
-        typer.Option(rich_help_panel=MEASURED, help="Weight-only, by torchao; may be given twice."),
+        typer.Option(
+            rich_help_panel=MEASURED,
+            help="Type in which weights are stored (weight-only, by torchao); may be given twice.",
+        ),
     ] = [Scheme.INT8],  # noqa: B006
     group_size: Annotated[
         int,
         typer.Option(
-            min=16, rich_help_panel=MEASURED, help="Weights that share an int4 scale; halved until it divides a row."
+            min=16,
+            rich_help_panel=MEASURED,
+            help="How many weights share an int4 scale; halved until it divides a row.",
         ),
     ] = 128,
     as_json: Json = False,
@@ -318,7 +360,7 @@ def heal(
     executed: Executed,
     written: Written,
     adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write the adapter alone, and the streamlined folder it needs.")
+        bool, typer.Option("--adapter", help="Write the adapter and the smaller model apart, instead of merging them.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -335,8 +377,10 @@ def generate(
     lists: Lists,
     executed: Executed,
     prompt: Annotated[str, typer.Option(help="Text that both models continue.")],
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="How many tokens.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="As a user's message in the model's chat template.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="At most how many tokens each model generates.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Give the prompt as a user's message in the model's chat template.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the baseline and the smaller model side by side, and show which predictions flipped."""
@@ -347,7 +391,7 @@ def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, execut
     """Find or make the run, execute the job here, print what answers it."""
     for name in ("source", "texts"):
         if settings.get(name, "") is None:
-            usual = _usual_text(lists.subject)
+            usual = request.usual_text(lists.subject)
             settings[name] = usual if name == "source" else (usual,)
     request.ask_of(record, **settings)  # refused before a run is made
     options = executed.job_options()
@@ -368,13 +412,6 @@ def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, execut
         if is_new and not findings_folder.findings(run.run_dir):
             job_processes.delete(run.run_dir, keep_folder=had_folder)  # it never began: there is nothing to keep
         raise
-
-
-def _usual_text(subject: str) -> str:
-    """The demo model comes with a text; the others' is fetched from the hub."""
-    with suppress(RunError):
-        subject = run_folder.load(subject).spec.model
-    return "demo" if subject == "demo" else "wikitext2"
 
 
 def _blocks(text: str | None) -> list[int] | None:

@@ -29,17 +29,24 @@ def export(
     allowed: Allowed,
     format: Annotated[
         Format,
-        typer.Option("--format", "-f", help="hf and gguf write the smaller model and prove it; the others, the list."),
+        typer.Option(
+            "--format",
+            "-f",
+            help="What to write: hf and gguf are the smaller model, with its proof; the others are the list.",
+        ),
     ] = "json",
-    steps: Annotated[int | None, typer.Option(min=1, help="The list after so many steps. [default: all]")] = None,
-    out: Annotated[Path | None, typer.Option(help="File, or folder for hf. [default: stdout]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Take the list as it was after this many steps. [default: all]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write, or for hf the folder. [default: stdout]")] = None,
     gguf: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A GGUF file of the model, for gguf. [default: the model, if it is one]"),
+        typer.Option(
+            metavar="FILE",
+            help="The GGUF file out of which --format gguf cuts the blocks. [default: the model, if it is one]",
+        ),
     ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="What an earlier export left at --out can be replaced.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what an earlier export left at --out.")] = False,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
@@ -125,8 +132,10 @@ def _print_proof(proof: Proof, out: Path) -> None:
 def report(
     run: RunName,
     out: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="The list after so many steps. [default: all]")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="A file that already exists can be replaced.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Take the list as it was after this many steps. [default: all]")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a file that already exists at --out.")] = False,
 ) -> None:
     """Write a run as one HTML file to hand to a colleague: evidence, charts, list; needs no network to be read."""
     reported = api.load(run)

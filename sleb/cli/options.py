@@ -32,7 +32,7 @@ ResumingJobArguments = Annotated[
     FieldOptions(
         JobSettings,
         changes={
-            "processes": {"help": "As for search.", "otherwise": "as in the last try"},
+            "processes": {"otherwise": "as in the last try"},
             "memory_budget": {"otherwise": "as in the last try"},
         },
     ),
@@ -49,7 +49,7 @@ Prepare = Annotated[
     typer.Option(
         "--prepare",
         rich_help_panel=EXECUTION,
-        help="Only write the job and print its folder, for sleb work or torchrun.",
+        help="Only write the job and print its folder, to be executed by sleb work, under torchrun if you like.",
     ),
 ]
 RunDir = Annotated[
@@ -58,12 +58,16 @@ RunDir = Annotated[
 ]
 AllowPickle = Annotated[
     bool,
-    typer.Option("--allow-pickle", rich_help_panel=EXECUTION, help="Read weights that can run code when read."),
+    typer.Option(
+        "--allow-pickle",
+        rich_help_panel=EXECUTION,
+        help="Also read pickled weights, which can run code when they are read.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", rich_help_panel=EXECUTION, help="Run code that comes with the model, or with tasks."
+        "--trust-remote-code", rich_help_panel=EXECUTION, help="Run code that comes with the model or with tasks."
     ),
 ]
 TrustPaths = Annotated[
@@ -71,7 +75,7 @@ TrustPaths = Annotated[
     typer.Option(
         "--trust-paths",
         rich_help_panel=EXECUTION,
-        help="Read the model and texts that a run folder from elsewhere names.",
+        help="Read the model and texts that the run names, though it comes from elsewhere.",
     ),
 ]
 JobOut = Annotated[
@@ -80,14 +84,19 @@ JobOut = Annotated[
 JobReplace = Annotated[
     bool,
     typer.Option(
-        "--replace", rich_help_panel=EXECUTION, help="Allow the job to replace what an earlier one left there."
+        "--replace", rich_help_panel=EXECUTION, help="Allow the job to replace what an earlier one left at --out."
     ),
 ]
 JobTaskFolder = Annotated[
     Path | None,
-    typer.Option("--task-folder", metavar="DIR", rich_help_panel=EXECUTION, help="Allow the job these task files."),
+    typer.Option(
+        "--task-folder",
+        metavar="DIR",
+        rich_help_panel=EXECUTION,
+        help="Allow the job to read task files in this folder.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable object on stdout.")]
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,9 @@ def work(
 
 def dashboard(
     context: typer.Context,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the page.")] = 8501,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port at which the dashboard is served.")] = 8501,
     address: Annotated[
-        str, typer.Option(help="Who may reach it: localhost, or 0.0.0.0 for the whole network, without a password.")
+        str, typer.Option(help="Address to listen on: localhost, or 0.0.0.0 for the whole network, without a password.")
     ] = "localhost",
     allow_path: Annotated[
         list[Path] | None,

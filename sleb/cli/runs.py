@@ -29,7 +29,10 @@ def show(run: RunName, as_json: Json = False) -> None:
 
 
 def runs(
-    every: Annotated[bool, typer.Option("--all", help=f"On a screen, too: not only the newest {MOST_SHOWN}.")] = False,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help=f"List all runs on a terminal, too, which otherwise shows the newest {MOST_SHOWN}."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List all runs, newest first."""
@@ -62,7 +65,7 @@ def _print_json(listed: run_list.RunList) -> list[RunError]:
 
 def delete(
     run: RunName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
     """Delete a run folder for good."""
     try:
@@ -93,7 +96,10 @@ def bring_in(
 
 def cache(
     clear: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="Delete: all, block-outputs, demo, partial.")
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="What to delete: block-outputs, demo, partial (what killed processes left), or all."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from sleb.cli.output import with_flags
 from sleb.errors import printable
 from sleb.formats.findings_tables import decimal
 from sleb.records import Attempt, Baseline, Candidate, Job, JobState, Run, StackDescription, Step
@@ -283,7 +284,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
     last: dict[str, Job] = {job.spec.kind: job for job in job_processes.watched(run).jobs}  # earlier tries are history
     for job in last.values():
         if job.status.message or not (job.status.state is JobState.FINISHED or job_processes.is_active(job)):
-            last_word = shown(job_processes.last_word(job))
+            last_word = shown(with_flags(job_processes.last_word(job)))
             console.print(_labelled("", f"{job.name} {job.status.state.value}: {last_word}"))
     own = job_processes.own_job(run)
     attempt = own.attempt if own else None
@@ -359,7 +360,7 @@ def _describe_analysis(run: Run) -> str:
     exits = alignment.generated or alignment.calibration
     shares = [(size, exits.skipped_share[size]) for size in (1, 4, 16) if size in exits.skipped_share]
     batches = ", ".join(f"{share:.1%} at batch {size} ({exits.speedup(share):.2f}x)" for size, share in shares)
-    similar = f"least changed inputs, Metric1 over {similarity.token_count:,} tokens: {least}"
+    similar = f"that change their input least, by Metric1 over {similarity.token_count:,} tokens: {least}"
     early = f"an ideal early exit skips {batches}\n[dim]on {shown(exits.source)}[/]"
     return "\n" + _labelled("blocks", similar) + "\n" + _labelled("exits", early)
 

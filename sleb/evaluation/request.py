@@ -7,6 +7,7 @@ searches nothing keeps the findings, and the next question about the same list i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,15 @@ def _list(removal_list: Sequence[int]) -> tuple[int, ...]:
     if twice:
         raise OptionError(f"The removal list names block {twice[0]} twice.")
     return blocks
+
+
+def usual_text(subject: RunOrModel) -> str:
+    """The text where none is named: the demo model comes with one; the others' is fetched from the hub."""
+    model = subject.spec.model if isinstance(subject, Run) else str(subject)
+    if not isinstance(subject, Run):
+        with suppress(RunError):
+            model = run_folder.load(subject).spec.model
+    return "demo" if model == "demo" else "wikitext2"
 
 
 def text_name(name: str) -> str:

@@ -248,7 +248,7 @@ def _quantizations(findings: Sequence[Quantization]) -> Iterator[Table]:
         for each in findings
     ]
     if rows:
-        columns = ("removed", "scheme", "text", "before", "after", "nats over before", "all weights, packed")
+        columns = ("removed", "scheme", "text", "before", "after", "change, nats per token", "all weights, packed")
         title = "Weight-only quantisation: linear weights of the blocks, rounded to nearest"
         yield Table(title, columns, tuple(rows), without_numbers(findings), _folders(each.out for each in findings))
 
@@ -287,7 +287,7 @@ def _healings(findings: Sequence[Healing]) -> Iterator[Table]:
     if not rows:
         return
     notes = healing_notes(findings)
-    columns = ("removed", "how", "text", "baseline", "before", "after", "nats over before", "took")
+    columns = ("removed", "how", "text", "baseline", "before", "after", "change, nats per token", "took")
     yield Table("Healing", columns, tuple(rows), tuple(notes), _folders(each.out for each in findings))
 
 

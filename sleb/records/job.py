@@ -29,12 +29,17 @@ class JobSettings(Record):
 
     format_version: int = FORMAT_VERSION
     kind: JobKind
-    device: Annotated[str, Option("Device", "auto, cpu, cuda:0 …, or all: spread over all GPUs.", EXECUTION)] = "auto"
+    device: Annotated[
+        str,
+        Option(
+            "Device", "Where to compute: auto, cpu, cuda:0 …, or all, which spreads the model over all GPUs.", EXECUTION
+        ),
+    ] = "auto"
     batch_size: Annotated[
         Annotated[int, Field(ge=1, le=MOST, strict=True)] | None,
         Option(
             "Batch size",
-            "Sequences at once; halved when memory runs out.",
+            "How many sequences are computed at once; halved when memory runs out.",
             EXECUTION,
             otherwise="chosen for the device",
         ),
@@ -44,7 +49,7 @@ class JobSettings(Record):
         Field(ge=1, le=4096, strict=True),
         Option(
             "Processes",
-            "Processes that share the sequences; one GPU each if there are any.",
+            "How many processes share the sequences; each has a GPU of its own where there are GPUs.",
             EXECUTION,
             in_form=False,
         ),
@@ -55,7 +60,7 @@ class JobSettings(Record):
             "Memory budget",
             "Memory for weights and hidden states; blocks that do not fit are read from disk when they are needed.",
             EXECUTION,
-            details="Of each process: of its GPU's memory, or of RAM without a GPU.",
+            details="It is per process: memory of its GPU, or RAM where there is none.",
             metavar="24GB",
             unit="bytes",
             in_form=False,
@@ -65,7 +70,8 @@ class JobSettings(Record):
         Literal["auto", "off"],
         Option(
             "Optimizations",
-            "In long searches, try faster ways through the blocks first; they round a little differently.",
+            "In long searches, first try faster ways of computing the blocks, and use those that pay; they round a "
+            "little differently.",
             EXECUTION,
             on_off=("auto", "off"),
             flag=True,

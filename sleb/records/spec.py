@@ -62,15 +62,17 @@ class CalibrationSpec(Record):
         Option("Tokens each", "Tokens of each sequence.", TEXT, unit="tokens", demo=256),
     ] = 2048
     sampling: Annotated[
-        Literal["random", "first"], Option("Windows", "Windows drawn without overlap, or the first ones.", TEXT)
+        Literal["random", "first"],
+        Option("Windows", "Whether windows are drawn at random, without overlap, or are the first of the text.", TEXT),
     ] = "random"
     bos: Annotated[
         Literal["auto", "yes", "no"],
-        Option("BOS token", "BOS at the head of every window; auto follows the tokenizer.", TEXT),
+        Option("BOS token", "Whether each window begins with a BOS token; auto follows the tokenizer.", TEXT),
     ] = "auto"
-    chat: Annotated[bool, Option("Conversations", "The column holds conversations: use the chat template.", TEXT)] = (
-        False
-    )
+    chat: Annotated[
+        bool,
+        Option("Conversations", "Read the text as conversations, and write them with the model's chat template.", TEXT),
+    ] = False
 
 
 def default_held_out(sequences: int) -> int:
@@ -85,12 +87,14 @@ class RunSpec(Record):
     kind: Literal["search", "analyze", "evaluate"] = "search"
     """`evaluate`: nothing is searched; the removal list was given."""
     model: str
-    revision: Annotated[str | None, Option("Revision", "Branch, tag or commit on the hub.", EXECUTION)] = None
+    revision: Annotated[str | None, Option("Revision", "Branch, tag or commit of the model on the hub.", EXECUTION)] = (
+        None
+    )
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Option(
             "Computed in",
-            "Type the model computes in; auto is what is fast on the device (16 bits where it can).",
+            "Number type in which the model computes; auto takes what is fast on the device, 16 bits where possible.",
             EXECUTION,
         ),
     ] = "auto"
@@ -99,7 +103,7 @@ class RunSpec(Record):
         Annotated[int, Field(ge=0, le=MOST, strict=True)] | None,
         Option(
             "Held-out sequences",
-            "Sequences that take no part in any choice.",
+            "How many more sequences to hold out: they take no part in any choice.",
             TEXT,
             details="They tell what a removal really costs.",
             otherwise="a quarter",
@@ -146,10 +150,10 @@ class RunSpec(Record):
         tuple[int, ...] | None,
         Option(
             "Protected blocks",
-            "Blocks never removed, or none.",
+            "Blocks that are never removed; none protects no block.",
             BLOCKS,
             name="protect",
-            details="Early exit and best chunk protect none by themselves.",
+            details="By default, early exit and best chunk protect none.",
             metavar="0,29",
             otherwise="first and last",
             search_only=True,
@@ -185,9 +189,9 @@ class RunSpec(Record):
         Field(ge=1e-6, le=1 - 1e-6),
         Option(
             "Confidence",
-            "Confidence of the interval that calls candidates tied, and of a race.",
+            "Confidence level of the interval that decides which candidates are tied, and of a race.",
             BLOCKS,
-            details="A race loses the best candidate in at most the rest of its steps.",
+            details="At 0.95, a race loses the best candidate in at most 5 % of its steps.",
             percent=(50, 99),
             search_only=True,
         ),
@@ -196,9 +200,10 @@ class RunSpec(Record):
         Literal["nll", "kl"],
         Option(
             "Objective",
-            "Score to minimize: nll of the text (the paper), or kl, the divergence from the baseline's predictions.",
+            "The score to minimise: nll, the negative log-likelihood of the text (the paper), or kl, the divergence "
+            "from the baseline's predictions.",
             BLOCKS,
-            details="As in EvoPress (arXiv 2410.14649). Metric1 has a measure of its own.",
+            details="kl is EvoPress's (arXiv 2410.14649). Metric1 has a measure of its own and takes neither.",
             search_only=True,
         ),
     ] = "nll"
@@ -206,7 +211,8 @@ class RunSpec(Record):
         Literal["auto", "full", "race"],
         Option(
             "Search",
-            "race drops candidates that cannot win; full scores all on everything; auto races from 32 sequences.",
+            "race drops candidates that can no longer win; full scores every candidate on all sequences; auto races "
+            "from 32 sequences on.",
             BLOCKS,
             details="A race takes several times less work for the same list, but for bad luck in at most 5 % of the "
             "steps.",
@@ -230,7 +236,7 @@ class RunSpec(Record):
     seed: Annotated[
         int,
         Field(ge=0, lt=2**63, strict=True),
-        Option("Seed", "Seed of everything that is drawn.", TEXT),
+        Option("Seed", "Seed of all random choices.", TEXT),
     ] = 0
     analysis: Annotated[
         bool,

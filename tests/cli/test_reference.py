@@ -27,7 +27,7 @@ def test_the_reference_names_every_option_of_every_command() -> None:
 
 def test_the_reference_takes_range_default_and_details_from_the_field() -> None:
     page = SCRIPT["page"]()
-    assert "| `--processes` | 1 to 4096 | `1` | Processes that share the sequences;" in page
+    assert "| `--processes` | 1 to 4096 | `1` | How many processes share the sequences;" in page
     assert "| `--sequence-length` | at least 2 tokens | 2048; 256 for demo | Tokens of each sequence. |" in page
     assert "| `--sequence-length` | at least 8 | `512` | Tokens of each sequence. |" in page  # of heal, another field
     assert "| `--ratio` | between 0 and 1 | 0.2; 0.1 for demo |" in page

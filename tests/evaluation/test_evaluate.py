@@ -256,6 +256,22 @@ def test_windows_longer_than_the_positions_are_refused(tmp_path: Path, text: Pat
     assert "positions of the model" in err
 
 
+def test_a_failure_is_shown_with_the_options_of_the_command_line(tmp_path: Path, text: Path) -> None:
+    model = tiny.save(tmp_path / "model")
+    with pytest.raises(OptionError, match="`window=128`"):
+        sleb.evaluate(model, removal_list=[2], perplexity=[str(text)], run_dir=tmp_path / "mine")
+    assert "--window 128" in command("show", tmp_path / "mine")[0]
+
+
+def test_where_no_text_is_named_the_demo_model_has_its_own(run: sleb.Run) -> None:
+    demo = run.model_copy(update={"spec": run.spec.model_copy(update={"model": "demo"})})
+    assert [request.usual_text(each) for each in ("demo", demo, run, run.run_id)] == [
+        "demo",
+        "demo",
+        *["wikitext2"] * 2,
+    ]
+
+
 def test_tables_and_times_that_nobody_wrote_are_left_out(run: sleb.Run, text: Path) -> None:
     first = evaluated(run.run_id, "--perplexity", text)["findings"]
     folder = run.run_dir / findings_folder.FOLDER
