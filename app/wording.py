@@ -56,6 +56,8 @@ def in_fields(error: object) -> str:
 def _field(name: str, value: str | None) -> str:
     if name in _SERVER_OPTIONS:
         return f"--{name.replace('_', '-')}"
+    if name == "replace":
+        return "“Replace an earlier export”"
     settings = (*settings_of(RunSpec), *settings_of(JobSettings))
     label = next((f"“{each.option.label}”" for each in settings if each.name == name), name.replace("_", " "))
     return label if value is None else f"{label} {value}"

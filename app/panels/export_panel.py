@@ -183,7 +183,7 @@ def _proof_card(export: Export) -> None:
             st.error(plain(in_fields(reason)))
         with st.container(horizontal=True, gap="large"):
             _sizes(proof)
-        st.markdown("\n".join(f"- {each}." for each in _checks(proof)))
+        st.markdown("\n".join(f"- {each[:1].upper()}{each[1:]}." for each in _checks(proof)))
         for note in proof.notes:
             st.info(plain(in_fields(note)))
         if proof.left_behind:

@@ -152,3 +152,7 @@ def test_a_notebook_is_told_of_what_it_misspells() -> None:
     with pytest.raises(OptionError, match="`method`: found 'metric9'"):
         specs.run_spec("x", method="metric9")
     assert specs.run_spec("x", method=Method.METRIC2, sequences=None).calibration.sequences == 128
+
+
+def test_a_page_calls_the_check_that_replaces_an_export_as_its_label_does() -> None:
+    assert in_fields("Replace it with `replace`.") == "Replace it with “Replace an earlier export”."
