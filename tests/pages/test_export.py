@@ -198,7 +198,7 @@ def test_what_an_export_left_behind_is_shown(runs: Path) -> None:
     job_folder.write_result(job.directory, {"out": "/home/me/small", "proof": made.model_dump(mode="json")})
     app = open_page("export", run="one")
     assert not app.exception
-    assert "the \\*defaults\\* are equal" in words(app)
+    assert "The \\*defaults\\* are equal" in words(app)
     assert [each.value for each in app.info] == ["Block 8 is now block 7."]
     assert [frame.value.to_dict("list") for frame in app.dataframe] == [
         {"File": ["run.sh"], "Reason": ["it is a program"]}
