@@ -135,11 +135,11 @@ def test_a_file_that_no_path_leads_to_is_refused(tmp_path: Path, name: str) -> N
         save_text(tmp_path / name, "text", replace=True)
 
 
-@pytest.mark.parametrize(("out", "found"), [(5, "found 5"), (None, "found None"), ("a\0b", "null character")])
-def test_what_is_no_path_is_refused_in_a_notebook(monkeypatch: pytest.MonkeyPatch, out: Any, found: str) -> None:
+@pytest.mark.parametrize(("out", "message"), [(5, "found 5"), (None, "found None"), ("a\0b", "null character")])
+def test_what_is_no_path_is_refused_in_a_notebook(monkeypatch: pytest.MonkeyPatch, out: Any, message: str) -> None:
     monkeypatch.setattr("sleb.api._loaded", lambda run: run)
-    with pytest.raises(OptionError, match=f"`out` .*{found}"):
+    with pytest.raises(OptionError, match=f"`out` .*{message}"):
         sleb.export_model("run", out)
     if out is not None:
-        with pytest.raises(OptionError, match=f"`run_dir` .*{found}"):
+        with pytest.raises(OptionError, match=f"`run_dir` .*{message}"):
             sleb.search("demo", run_dir=out)
