@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Unpack
 
 from sleb import specs
@@ -23,7 +22,7 @@ from sleb.records import (
     QuantizeSpec,
     Run,
 )
-from sleb.runtime import files, findings_folder, run_folder
+from sleb.runtime import findings_folder, run_folder
 from sleb.runtime.processes import job_processes
 from sleb.runtime.processes.progress import Watcher
 from sleb.specs import JobOptions, RunOptions, SearchOptions, job_spec, with_options
@@ -129,10 +128,10 @@ def export_model(
     cannot express the removal, or the proof fails.
     """
     exported = _loaded(run)
-    folder = str(files.expanded(Path(out)).absolute())
+    folder = specs.path_name(specs.text("`out`", out))
     if gguf is not None and format != "gguf":
         raise OptionError("`gguf` names the file that `format=gguf` cuts; add that, or leave it out.")
-    source = None if gguf is None else str(files.expanded(Path(gguf)).absolute())
+    source = specs.path_name(gguf)
     job = job_spec(
         "export",
         device,

@@ -24,11 +24,14 @@ def printable(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends.
+
+    Back quotes are escaped, too: what stands in them would be taken for a setting.
+    """
     shortened = Repr()
     shortened.maxstring = shortened.maxother = shortened.maxlong = 100
     try:
-        return printable(shortened.repr(value))
+        return printable(shortened.repr(value)).replace("`", r"\x60")
     except ValueError:  # Python does not write out numbers of thousands of digits
         return f"a number of {type(value).__name__} that is too long to show"
 
@@ -42,12 +45,21 @@ def sentence(text: str) -> str:
     return f"{line[: MOST_CHARACTERS - end - 3]} … {line[-end:]}"
 
 
-_SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`\n]*))?`")
+_SETTING = re.compile(r"(?<![^\s(])`([a-z][a-z_]*)(?:=([^`\n]*))?`(?![^\s.,;:!?)’'])")
+"""A setting in a message: a word of its own, which back quotes in the middle of a name or path are not."""
 
 
-def respelled(text: str, spell: Callable[[str, str | None], str]) -> str:
-    """A message in which `spell(name, value)` has written each setting; its value is None where none is given."""
-    return _SETTING.sub(lambda match: spell(match[1], match[2]), text)
+def respelled(text: str, spell: Callable[[str, str | None], str | None]) -> str:
+    """A message in which `spell(name, value)` has written each setting; its value is None where none is given.
+
+    Where it returns None, because there is no setting of that name, the text stays as it is.
+    """
+
+    def replacement(match: re.Match[str]) -> str:
+        spelled = spell(match[1], match[2])
+        return match[0] if spelled is None else spelled
+
+    return _SETTING.sub(replacement, text)
 
 
 def _escaped(character: str) -> str:
@@ -55,8 +67,11 @@ def _escaped(character: str) -> str:
 
 
 def excerpt(quotation: object, most: int = 200) -> str:
-    """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
-    text = str(quotation)[: 20 * most]
+    """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long.
+
+    Its back quotes become others: they enclose no setting.
+    """
+    text = str(quotation)[: 20 * most].replace("`", "'")
     plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"
 
@@ -97,11 +112,19 @@ class NotPermitted(BadInput):
 
     def __init__(self, kind: str, lacking: Mapping[str, str | bool]) -> None:
         self.kind, self.lacking = kind, dict(lacking)
-        settings = " ".join(f"`{name}={shlex.quote(str(value))}`" for name, value in lacking.items())
+        settings = " ".join(f"`{name}={_for_a_shell(str(value))}`" for name, value in lacking.items())
         super().__init__(
             f"This {kind} job needs permissions that no run folder can give by itself. If you agree, repeat the "
             f"command with {settings}."
         )
+
+
+def _for_a_shell(value: str) -> str:
+    """A value as one word of a shell, in one line and without back quotes, which would end the setting."""
+    if "`" not in value and value.isprintable():
+        return shlex.quote(value)
+    escaped = value.replace("\\", r"\\").replace("'", r"\'").replace("`", r"\x60")
+    return f"$'{printable(escaped).replace(chr(10), chr(92) + 'n')}'"
 
 
 class UnconfirmedNames(RunError):

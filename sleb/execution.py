@@ -14,7 +14,7 @@ from sleb.records import Forecast, JobSpec, JobState, Permissions, Run, RunSpec
 from sleb.runtime import job_folder, origin, run_folder
 from sleb.runtime.processes import distributed, job_processes
 from sleb.runtime.processes.progress import WaitingWatcher, Watcher
-from sleb.specs import JobOptions, job_spec
+from sleb.specs import JobOptions, job_spec, text
 
 
 def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
@@ -37,7 +37,7 @@ def start(
     spec: RunSpec, job: JobSpec, run_dir: str | PathLike[str] | None = None, watcher: Watcher | None = None
 ) -> Run:
     """Create a run and execute its first job here, with the permissions that the caller's job asks for."""
-    run = run_folder.create(spec, Path(run_dir) if run_dir is not None else None)
+    run = run_folder.create(spec, None if run_dir is None else Path(text("`run_dir`", run_dir)))
     return execute(run, job, watcher, Permissions.of(job, trust_paths=True))
 
 

@@ -248,6 +248,8 @@ def text(name: str, value: object) -> str:
         raise OptionError(f"{name} takes a name or a path; found {quoted(value)}.")
     if not _is_text(value):
         raise OptionError(f"{name} {quoted(value)} is not UTF-8 text; rename the file.")
+    if "\0" in value:
+        raise OptionError(f"{name} {quoted(value)} holds a null character, which no name has; leave it out.")
     return value
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
+
 import pytest
 
-from sleb.errors import MOST_CHARACTERS, SlebError, printable, quoted
+from app.wording import in_fields
+from sleb.cli.output import with_flags
+from sleb.errors import MOST_CHARACTERS, NotPermitted, SlebError, excerpt, printable, quoted
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,32 @@ def test_a_long_message_keeps_its_end_which_says_what_to_do() -> None:
     assert len(output) <= MOST_CHARACTERS
     assert output.startswith("Nothing is called xxx")
     assert output.endswith("xxx. Give another one.")
+
+
+@pytest.mark.parametrize("edge", [with_flags, in_fields])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/tmp/a`remove=3`b cannot be read.",
+        "/tmp/`remove`/model cannot be read.",
+        f"Nothing is called {quoted('`remove`')} or {quoted('a `trust_remote_code=True` b')}.",
+        f"The template refuses it ({excerpt('use `trust_remote_code=True`, please')}).",
+    ],
+)
+def test_back_quotes_of_others_are_no_settings(edge: Callable[[str], str], text: str) -> None:
+    assert edge(text) == text
+
+
+def test_the_command_line_spells_only_options_that_it_has() -> None:
+    assert with_flags("Give a `token=x` or `revision=main`.") == "Give a `token=x` or --revision main."
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [("/a folder", "'/a folder'"), ("/a`b'c", r"$'/a\x60b\'c'"), ("/a\nb", r"$'/a\nb'"), ("/a\x1b", r"$'/a\x1b'")],
+)
+def test_a_path_to_allow_can_be_typed_as_the_message_shows_it(path: str, shown: str) -> None:
+    message = with_flags(str(NotPermitted("heal", {"out": path})))
+    assert message.endswith(f"repeat the command with --out {shown}.")
+    echoed = subprocess.run(["bash", "-c", f"printf %s {shown}"], capture_output=True, check=True, text=True)
+    assert echoed.stdout == path

@@ -12,9 +12,9 @@ import pytest
 import typer
 
 import sleb
-from sleb import specs
 from sleb.cli.main import app
-from sleb.records import Permissions, requests
+from sleb.cli.output import with_flags
+from sleb.records import JobSettings, Permissions, RunSpec, requests
 from sleb.records.base import Record
 from sleb.records.options import settings_of
 from tests.support.paths import ROOT
@@ -84,7 +84,7 @@ def test_no_text_below_the_edges_names_an_option(package: str) -> None:
 @cache
 def settings() -> frozenset[str]:
     """All that a message can name: parameters of public functions, fields of what is asked, and permissions."""
-    names = {each.name for record in (specs.RunSpec, specs.JobSettings) for each in settings_of(record)}
+    names = {each.name for record in (RunSpec, JobSettings) for each in settings_of(record)}
     names |= set(Permissions.model_fields)
     for name in sleb.__all__:
         function = getattr(sleb, name)
@@ -113,6 +113,17 @@ def test_every_setting_that_a_message_names_is_there(package: str) -> None:
         if setting not in settings()
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("package", packages())
+def test_the_command_line_spells_every_setting_that_a_message_names(package: str) -> None:
+    kept = [
+        f"{name}:{line}: {text}"
+        for name, tree in trees(package)
+        for line, text in messages(tree)
+        if _SETTING.search(with_flags(text))
+    ]
+    assert not kept
 
 
 def test_the_test_sees_what_it_forbids() -> None:

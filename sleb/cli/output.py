@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 
 import typer
 
 from sleb.errors import SlebError, Stopped, printable, respelled, sentence
+from sleb.records import JobSettings, Permissions, RunSpec, requests
+from sleb.records.base import Record
+from sleb.records.options import settings_of
+
+_OF_COMMANDS = {"all_steps", "format", "gguf", "perplexity", "removal_list", "run_dir", "steps"}
+"""Settings that commands have beside the fields of records."""
 
 
 def with_flags(text: str) -> str:
@@ -14,7 +21,18 @@ def with_flags(text: str) -> str:
     return respelled(text, _flag)
 
 
-def _flag(name: str, value: str | None) -> str:
+@cache
+def _names() -> frozenset[str]:
+    """Settings that have an option; other words in back quotes are not ours."""
+    described = {each.name for record in (RunSpec, JobSettings) for each in settings_of(record)}
+    records = [each for each in vars(requests).values() if isinstance(each, type) and issubclass(each, Record)]
+    fields = (each.model_fields for each in (Permissions, *records))
+    return frozenset(described.union(_OF_COMMANDS, *fields))
+
+
+def _flag(name: str, value: str | None) -> str | None:
+    if name not in _names():
+        return None
     option = name.replace("_", "-")
     if value == "False":
         return f"--no-{option}"

@@ -148,16 +148,21 @@ def require_space(written: str, size: int, where: Path) -> None:
 
 def save_text(path: Path, text: str, *, replace: bool) -> None:
     """Write a file that somebody named. Raises `OptionError` where that would lose one that cannot be removed."""
-    target = expanded(path)
+    try:
+        target = expanded(path)
+        is_there = target.exists()
+        resolved = target.resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # no name for a file, or a link to itself
+        raise OptionError(f"{path} cannot be used ({getattr(error, 'strerror', None) or error}).") from error
     if target.is_dir() or str(path).endswith(os.sep):
         raise OptionError(f"{path} is a folder; name a file.")
-    if target.exists() and not target.is_file():  # a device or a pipe is written to, never replaced
+    if is_there and not target.is_file():  # a device or a pipe is written to, never replaced
         with writing(target), open(target, "w", encoding="utf-8") as file:
             file.write(text)
         return
-    if target.exists() and not replace:
+    if is_there and not replace:
         raise OptionError(f"{path} already exists; name another file, or add `replace`.")
-    target = target.resolve()
+    target = resolved
     with workspace(run_folder.home(), target) as own:
         replace_file(own / NEW, text)
         with writing(target):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from sleb.errors import RunError
+from sleb.errors import RunError, quoted
 from sleb.records import FORMAT_VERSION, JOB_SPEC, Analysis, JobSpec, RunSpec
 from sleb.runtime.files import MOST_BYTES, inside, read_json_inside, replace_file
 
@@ -68,9 +68,23 @@ def _read(validate: Callable[[Any], T], most: int, root: Path, *parts: str) -> T
     try:
         return validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RunError(f"{path} is damaged: {where}: {first['msg']}. Restore it, or delete the run.") from error
+        raise RunError(f"{path} is damaged: {_fault(error, data)}. Restore it, or delete the run.") from error
+
+
+def _fault(error: ValidationError, data: Any) -> str:
+    """What pydantic refused of a file, by the names that the file has."""
+    first = error.errors()[0]
+    where = list(first["loc"])
+    if first["type"].startswith("union_tag"):  # pydantic names neither the field nor, readably, what it takes
+        field = str(first["ctx"]["discriminator"]).strip("'")
+        expected = first["ctx"].get("expected_tags")
+        where.append(field)
+        message = f"Input should be one of {expected}" if expected else "Field required"
+    else:
+        message = first["msg"]
+    if isinstance(data, dict) and where[:1] == [data.get("kind")] and where[0] not in data:
+        where = where[1:]  # a member of a union, which the file does not name
+    return f"{'.'.join(map(str, where))}: {message}"
 
 
 def read_record_or_none(record: type[R], root: Path, *parts: str) -> R | None:
@@ -85,6 +99,6 @@ def read_record_or_none(record: type[R], root: Path, *parts: str) -> R | None:
 def other_version(path: Path, version: object) -> str:
     """The sentence about a file of a version that this program does not read."""
     return (
-        f"{path} is of version {version}, and this program reads version {FORMAT_VERSION}. "
+        f"{path} is of version {quoted(version)}, and this program reads version {FORMAT_VERSION}. "
         "Open it with the version of sleb that wrote it."
     )

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import sleb
 from sleb.errors import OptionError, StorageError
-from sleb.export.destination import PROOF, Destination, saving
+from sleb.export.destination import PROOF, Destination, save_text, saving
 from tests.support import tiny
 from tests.support.families import build
 
@@ -126,3 +126,20 @@ def _searched(model: Path, text: Path) -> sleb.Run:
     return sleb.search(
         str(model), remove=1, calibration=str(text), sequences=2, sequence_length=16, dtype="float32", analysis=False
     )
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/list.json", "x" * 300])
+def test_a_file_that_no_path_leads_to_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OptionError, match="cannot be used"):
+        save_text(tmp_path / name, "text", replace=True)
+
+
+@pytest.mark.parametrize(("out", "message"), [(5, "found 5"), (None, "found None"), ("a\0b", "null character")])
+def test_what_is_no_path_is_refused_in_a_notebook(monkeypatch: pytest.MonkeyPatch, out: Any, message: str) -> None:
+    monkeypatch.setattr("sleb.api._loaded", lambda run: run)
+    with pytest.raises(OptionError, match=f"`out` .*{message}"):
+        sleb.export_model("run", out)
+    if out is not None:
+        with pytest.raises(OptionError, match=f"`run_dir` .*{message}"):
+            sleb.search("demo", run_dir=out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -24,6 +26,7 @@ from sleb.records import (
     SearchJob,
     UnreadableJob,
 )
+from sleb.runtime.record_files import read_job_spec
 from sleb.worker import EXECUTORS
 
 VERSION_1 = {
@@ -80,3 +83,22 @@ def test_permissions_name_what_is_lacking() -> None:
     assert caught.value.lacking == {"allow_pickle": True, "out": "/a folder"}
     assert Permissions.of(export).granted(export) == export
     assert Permissions().granted(SearchJob()) == SearchJob()
+
+
+@pytest.mark.parametrize(
+    ("written", "fault"),
+    [
+        ({"kind": "zap`replace`"}, "kind: Input should be one of 'search', 'analyze'"),
+        ({"kind": ["search"]}, "kind: Input should be one of"),
+        ({}, "kind: Field required"),
+        ({"kind": "evaluate"}, "damaged: ask: Field required"),
+        ({"kind": "search", "processes": -1}, "damaged: processes: Input should be"),
+        ({"kind": "evaluate", "ask": {"kind": "generate"}}, "damaged: ask.kind: Input should be 'evaluate'"),
+        ({"kind": "search", "format_version": "1"}, "is of version '1'"),
+    ],
+)
+def test_a_damaged_file_is_told_by_the_names_that_it_has(tmp_path: Path, written: dict[str, Any], fault: str) -> None:
+    (tmp_path / "spec.json").write_text(json.dumps(written))
+    with pytest.raises(RunError, match=fault) as refused:
+        read_job_spec(tmp_path, "spec.json")
+    assert "zap" not in str(refused.value)
