@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from reprlib import Repr
 
 MOST_CHARACTERS = 1000
-"""Length of the longest message: a longer one echoes a file or an option that nobody wants to read in full."""
+"""Maximum length of a message in characters: a longer one repeats all of a file or an option."""
 
 
 def printable(text: str) -> str:
@@ -24,7 +24,7 @@ def printable(text: str) -> str:
 
 
 def quoted(value: object) -> str:
-    """What somebody gave, or a file holds, as a message shows it: in quotes, escaped, and no more than its ends."""
+    """A value as a message shows it: in quotes, escaped, and a long one without its middle."""
     shortened = Repr()
     shortened.maxstring = shortened.maxother = shortened.maxlong = 100
     try:
@@ -46,7 +46,7 @@ _SETTING = re.compile(r"`([a-z][a-z_]*)(?:=([^`\n]*))?`")
 
 
 def respelled(text: str, spell: Callable[[str, str | None], str]) -> str:
-    """A message in which `spell(name, value)` has written each setting; its value is None where none is given."""
+    """A message with each setting replaced by `spell(name, value)`; `value` is None where none is given."""
     return _SETTING.sub(lambda match: spell(match[1], match[2]), text)
 
 
@@ -55,7 +55,7 @@ def _escaped(character: str) -> str:
 
 
 def excerpt(quotation: object, most: int = 200) -> str:
-    """What a file or a library says, as a sentence may quote it: one line, no control characters, not too long."""
+    """Text from a file or a library, fit to be quoted: one line, no control characters, not too long."""
     text = str(quotation)[: 20 * most]
     plain = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return plain if len(plain) <= most else f"{plain[: most - 1]}…"
@@ -93,7 +93,7 @@ class RunError(BadInput):
 
 
 class NotPermitted(BadInput):
-    """A job needs permissions that only the command that executes it can give: `lacking`, by name."""
+    """A job needs permissions that only the command that executes it can give; `lacking` are their names."""
 
     def __init__(self, kind: str, lacking: Mapping[str, str | bool]) -> None:
         self.kind, self.lacking = kind, dict(lacking)
@@ -105,7 +105,7 @@ class NotPermitted(BadInput):
 
 
 class UnconfirmedNames(RunError):
-    """A run folder that this machine did not write names a model or texts that nobody has confirmed yet."""
+    """A run folder that this machine did not write names a model or texts that a user has yet to confirm."""
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -134,7 +134,7 @@ class NotNumbers(ScoringError, BadInput):
 
 
 def model_without(blocks: Sequence[int]) -> str:
-    """The model that a sentence begins with: the baseline, or the model without these blocks."""
+    """The subject of a sentence about a model: the baseline, or the model without these blocks."""
     return f"The model without blocks {sorted(blocks)}" if blocks else "The baseline"
 
 

@@ -1,4 +1,4 @@
-"""What a run is asked: the model, the method, the calibration text."""
+"""The request for a run: the model, the method, the calibration text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Method(StrEnum):
 
 
 class CalibrationSpec(Record):
-    """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
+    """The calibration text, and how it is cut. `sequences` counts rows for `wikitext2-rows`, else windows."""
 
     source: Annotated[
         str,
@@ -79,11 +79,11 @@ def default_held_out(sequences: int) -> int:
 
 
 class RunSpec(Record):
-    """What was asked; immutable once written. Permissions and devices are not part of it: see `JobSpec`."""
+    """The request for a run, immutable once written. Permissions and devices are not part of it: see `JobSpec`."""
 
     format_version: int = FORMAT_VERSION
     kind: Literal["search", "analyze", "evaluate"] = "search"
-    """`evaluate`: nothing is searched; the removal list was given."""
+    """What the run does first; with `evaluate` nothing is searched, and the removal list was given."""
     model: str
     revision: Annotated[str | None, Option("Revision", "Branch, tag or commit on the hub.", EXECUTION)] = None
     dtype: Annotated[
@@ -179,7 +179,7 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = None
-    """A share: 0.1 is ten per cent."""
+    """The allowed rise of the held-out perplexity as a share: 0.1 is ten per cent."""
     confidence: Annotated[
         float,
         Field(ge=1e-6, le=1 - 1e-6),
@@ -213,7 +213,7 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = "auto"
-    """See `races`."""
+    """How candidates are scored; `races` says what `auto` comes to."""
     refine: Annotated[
         Literal["none", "swap"],
         Option(
