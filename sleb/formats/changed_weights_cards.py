@@ -21,7 +21,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
 
 @dataclass(frozen=True)
 class Streamlined:
-    """What every card says of a model without blocks."""
+    """The facts about a streamlined model that every card states."""
 
     run: Run
     num_blocks: int

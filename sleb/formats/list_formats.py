@@ -1,6 +1,6 @@
 """A removal list in the formats of other tools. Knows records and strings; imports no torch, writes no file.
 
-Other tools count differently and say so badly ("21 to 29", with or without 29?), so every format that can
+Other tools count differently and say so unclearly ("21 to 29", with or without 29?), so every format that can
 carry a remark names the removed blocks, the kept blocks and the half-open ranges of kept blocks, all 0-based.
 """
 

@@ -173,7 +173,7 @@ def _make_ready(model: Any, dtype: torch.dtype, device: torch.device | None) -> 
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """What was dequantised may have kept the type of the checkpoint; float32 is some families' own choice."""
+    """Give 16-bit weights this type: dequantised ones may have another. Float32 stays: some families choose it."""
     if getattr(model, "hf_quantizer", None) is None:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dtype is not dtype:
@@ -193,7 +193,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def forget_quantisation(model: Any) -> None:
-    """The weights were dequantised while loading (GGUF); a quantiser still remembered refuses to save them."""
+    """Remove what is left of a quantiser that would refuse to save weights which loading has dequantised (GGUF)."""
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)

@@ -1,8 +1,8 @@
 """Conversations -> text by a tokenizer's own chat template. A template is a program: it runs where it can be ended.
 
-What a row says goes to the template as it is: tool calls, names, reasoning, tools. Changed is only what would else be
-written as something that nobody said: a field that is null is left out, as transformers does, and content is given as
-a text or as parts, whichever the template reads.
+What a row says goes to the template as it is: tool calls, names, reasoning, tools. Two things are changed, which
+the template would misread: a field that is null is left out, as transformers does, and content is given as a text or
+as parts, whichever the template reads.
 """
 
 from __future__ import annotations

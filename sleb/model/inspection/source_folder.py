@@ -62,7 +62,7 @@ def _weights(folder: Path) -> Iterator[Path]:
 
 
 def _of_hub(name: str, revision: str | None) -> SourceFolder | None:
-    """The snapshot in the cache. Where the hub answers, it tells of further files, and those are fetched."""
+    """The snapshot in the cache. Where the hub answers, the further files that it lists are fetched."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
