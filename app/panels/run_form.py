@@ -87,9 +87,9 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
 
 
 def draw() -> RunRequest | None:
-    """The controls; None where they do not make a run, with the sentence that says why."""
+    """Draw the controls; None, and the sentence that says why, where they do not make a run."""
     last = st.session_state.get("form-last")
-    if last is not None and _key("model") not in st.session_state:  # they were hidden, and forgot
+    if last is not None and _key("model") not in st.session_state:  # hidden controls lose their values
         _begin_with(last)
     try:
         request = _controls()
@@ -249,7 +249,7 @@ def _control(setting: Setting, column: DeltaGenerator, **how_shown: Any) -> Any:
 
 
 def _calibration(source: str) -> Callable[[], str | None]:
-    """Controls of the text; what they come to is asked for later, and raises `CalibrationError`."""
+    """Draw the controls of the text; returns a function that gives its source, or raises `CalibrationError`."""
     if source == "other":
         name = st.text_input(
             "File or data set",

@@ -344,7 +344,7 @@ def generate(
 
 
 def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, executed: Executed, as_json: bool) -> None:
-    """Find or make the run, execute the job here, print what answers it."""
+    """Find or make the run, execute the job here, print its findings."""
     for name in ("source", "texts"):
         if settings.get(name, "") is None:
             usual = _usual_text(lists.subject)
@@ -371,14 +371,14 @@ def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, execut
 
 
 def _usual_text(subject: str) -> str:
-    """The demo model comes with a text; the others' is fetched from the hub."""
+    """The default text: the demo model's own; for other models, one of the hub."""
     with suppress(RunError):
         subject = run_folder.load(subject).spec.model
     return "demo" if subject == "demo" else "wikitext2"
 
 
 def _blocks(text: str | None) -> list[int] | None:
-    """`[14, 23]` or `14,23`."""
+    """Read a removal list: `[14, 23]` or `14,23`."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(?:\[([^\[\]]*)\]|([^\[\]]*))\s*", text)
@@ -402,7 +402,7 @@ def _texts(text: str | None) -> tuple[str, ...] | None:
 
 
 def _shape(option: str, text: str) -> tuple[int, int] | None:
-    """`1x2048` -> (1, 2048)."""
+    """Read sequences and tokens: `1x2048` -> (1, 2048)."""
     if text.strip() == "none":
         return None
     match = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)

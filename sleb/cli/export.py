@@ -100,7 +100,7 @@ def _export_list(run: Run, format: str, steps: int | None, out: Path | None, rep
 
 
 def _print_proof(proof: Proof, out: Path) -> None:
-    """What was written, and how it was proven."""
+    """Print what was written, and how it was proven."""
     sizes = []
     if proof.bytes_before is not None:
         sizes = [("megabytes", f"{proof.bytes_before / 1e6:,.1f}", f"{proof.bytes_after / 1e6:,.1f}")]
