@@ -26,7 +26,7 @@ from sleb.runtime.processes import device_queue
 
 UPLOAD_BYTES = 8 << 20
 _SOURCES = {
-    "default": "The usual text",
+    "default": "The default text",
     "wikitext2": "WikiText-2",
     "c4": "C4",
     "wikitext2-rows": "WikiText-2 as in the paper's own program",
@@ -200,8 +200,8 @@ def _controls() -> RunRequest:
         format_func=lambda name: _SOURCES[name],
         index=list(_SOURCES).index(_first("source")),
         key=_key("source"),
-        help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8). "
-        "The usual text is WikiText-2; for the demo model, its own.",
+        help="The text whose likelihood decides: best one like what the model will be used for (paper, Table 8). "
+        "The default is WikiText-2; for the demo model, its own text.",
     )
     text = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):

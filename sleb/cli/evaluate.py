@@ -65,7 +65,7 @@ Perplexity = Annotated[
         metavar="TEXTS",
         rich_help_panel=MEASURED,
         help="wikitext2, c4 (published protocols), or files, separated by commas: .raw as WikiText rows, .jsonl and "
-        ".parquet (FILE:COLUMN) as documents, any other as one text; demo, the text that is there; none for none. "
+        ".parquet (FILE:COLUMN) as documents, any other as one text; demo, the installed text; none for no text. "
         "[default: wikitext2; demo for the demo model]",
     ),
 ]
@@ -149,10 +149,8 @@ class ExecutedWithinMemory(ExecutedInBatches):
 class Written:
     """Where a model is written."""
 
-    out: Annotated[Path | None, typer.Option(help="A folder for the model that comes out; proven.")] = None
-    replace: Annotated[
-        bool, typer.Option("--replace", help="What an earlier command left at --out can be replaced.")
-    ] = False
+    out: Annotated[Path | None, typer.Option(help="Folder for the resulting model, which is proven.")] = None
+    replace: Annotated[bool, typer.Option("--replace", help="Replace what an earlier command wrote to --out.")] = False
 
     def settings(self) -> dict[str, Any]:
         """The options as fields of a request."""
@@ -189,11 +187,9 @@ class Healing:
     )
     epochs: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Epochs of lora.")] = 1
     rank: Annotated[int, typer.Option(min=1, rich_help_panel=MEASURED, help="Rank of lora's adapters.")] = 8
-    learning_rate: Annotated[
-        float, typer.Option(rich_help_panel=MEASURED, help="Learning rate of lora, at its highest.")
-    ] = 1e-4
+    learning_rate: Annotated[float, typer.Option(rich_help_panel=MEASURED, help="Peak learning rate of lora.")] = 1e-4
     batch_sequences: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences of lora, per update.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Sequences per update of lora.")
     ] = 8
     seed: Seed = 0
 
@@ -247,14 +243,14 @@ def benchmark(
     executed: Executed,
     prompt: Annotated[
         str,
-        typer.Option(metavar="1x2048", rich_help_panel=MEASURED, help="Sequences x tokens of a prompt; none for none."),
+        typer.Option(metavar="1x2048", rich_help_panel=MEASURED, help="Prompts, sequences x tokens; none to skip."),
     ] = "1x2048",
     generation: Annotated[
         str,
-        typer.Option(metavar="64x128", rich_help_panel=MEASURED, help="Sequences x tokens generated; none for none."),
+        typer.Option(metavar="64x128", rich_help_panel=MEASURED, help="Generation, sequences x tokens; none to skip."),
     ] = "64x128",
     generation_prompt: Annotated[
-        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Tokens that generation begins from, each.")
+        int, typer.Option(min=1, rich_help_panel=MEASURED, help="Prompt tokens of each generated sequence.")
     ] = 64,
     prompt_repetitions: Annotated[
         int, typer.Option(min=1, rich_help_panel=MEASURED, help="Repetitions of the prompt, after one warm-up.")
@@ -335,8 +331,10 @@ def generate(
     lists: Lists,
     executed: Executed,
     prompt: Annotated[str, typer.Option(help="Text that both models continue.")],
-    tokens: Annotated[int, typer.Option(min=1, max=4096, help="How many tokens.")] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="As a user's message in the model's chat template.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens to generate.")] = 64,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the model's chat template, with the prompt as a user's message.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the baseline and the smaller model side by side, and show which predictions flipped."""

@@ -37,9 +37,7 @@ def export(
         Path | None,
         typer.Option(metavar="FILE", help="A GGUF file of the model, for gguf. [default: the model, if it is one]"),
     ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="What an earlier export left at --out can be replaced.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier export at --out.")] = False,
     device: Device = "cpu",
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
@@ -119,14 +117,14 @@ def _print_proof(proof: Proof, out: Path) -> None:
         "equal with and without cache."
     )
     if proof.checked:
-        put(f"Compared, too: {'; '.join(proof.checked)}.")
+        put(f"Also compared: {'; '.join(proof.checked)}.")
 
 
 def report(
     run: RunName,
     out: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
     steps: Annotated[int | None, typer.Option(min=1, help="The list after so many steps. [default: all]")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="A file that already exists can be replaced.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a file that already exists.")] = False,
 ) -> None:
     """Write a run as one HTML file to hand to a colleague: evidence, charts, list; needs no network to be read."""
     reported = api.load(run)

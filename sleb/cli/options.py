@@ -85,7 +85,9 @@ JobReplace = Annotated[
 ]
 JobTaskFolder = Annotated[
     Path | None,
-    typer.Option("--task-folder", metavar="DIR", rich_help_panel=EXECUTION, help="Allow the job these task files."),
+    typer.Option(
+        "--task-folder", metavar="DIR", rich_help_panel=EXECUTION, help="Allow the job to read these task files."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One machine-readable object on stdout.")]
 

@@ -29,7 +29,7 @@ def show(run: RunName, as_json: Json = False) -> None:
 
 
 def runs(
-    every: Annotated[bool, typer.Option("--all", help=f"On a screen, too: not only the newest {MOST_SHOWN}.")] = False,
+    every: Annotated[bool, typer.Option("--all", help=f"On a terminal, list more than {MOST_SHOWN}.")] = False,
     as_json: Json = False,
 ) -> None:
     """List all runs, newest first."""

@@ -42,13 +42,13 @@ def remarks(run: Run, format: str) -> tuple[str, ...]:
     lists = run.stack.per_block_lists
     if format == "mergekit" and lists:
         sentences.append(
-            f"The model's config has an entry for each block in {', '.join(lists)}, which mergekit 0.1.5 does not "
-            "shorten, and fails on: use `sleb export --format hf` instead, which does, and proves it."
+            f"The model's config has an entry for each block in {', '.join(lists)}, on which mergekit 0.1.5 "
+            "fails: use `sleb export --format hf` instead, which shortens them and proves the result."
         )
     elif format == "mergekit" and lists is None:
         sentences.append(
             "mergekit 0.1.5 fails where the model's config has a list with an entry for each block, such as the "
-            "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it, and proves it."
+            "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it and proves that."
         )
     if format == "mergekit" and run.spec.model == "demo":
         sentences.append(

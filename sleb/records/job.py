@@ -55,7 +55,7 @@ class JobSettings(Record):
             "Memory budget",
             "Memory for weights and hidden states; blocks that do not fit are read from disk when they are needed.",
             EXECUTION,
-            details="Of each process: of its GPU's memory, or of RAM without a GPU.",
+            details="For each process: of its GPU's memory, or of RAM without a GPU.",
             metavar="24GB",
             unit="bytes",
             in_form=False,
@@ -65,7 +65,7 @@ class JobSettings(Record):
         Literal["auto", "off"],
         Option(
             "Optimizations",
-            "In long searches, try faster ways through the blocks first; they round a little differently.",
+            "In long searches, try optimizations of the blocks first; they round a little differently.",
             EXECUTION,
             on_off=("auto", "off"),
             flag=True,

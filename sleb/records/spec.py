@@ -40,7 +40,7 @@ class CalibrationSpec(Record):
             "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN.",
             TEXT,
             name="calibration",
-            details="Its likelihood decides: best something like what the model will be used for (paper, Table 8).",
+            details="Its likelihood decides: choose text like what the model will be used for (paper, Table 8).",
             metavar="SPEC",
             demo="demo",
         ),
@@ -101,7 +101,7 @@ class RunSpec(Record):
             "Held-out sequences",
             "Sequences that take no part in any choice.",
             TEXT,
-            details="They tell what a removal really costs.",
+            details="They show what a removal really costs.",
             otherwise="a quarter",
             search_only=True,
         ),
@@ -187,7 +187,7 @@ class RunSpec(Record):
             "Confidence",
             "Confidence of the interval that calls candidates tied, and of a race.",
             BLOCKS,
-            details="A race loses the best candidate in at most the rest of its steps.",
+            details="At 0.95, a race loses the best candidate in at most 5 % of its steps.",
             percent=(50, 99),
             search_only=True,
         ),
@@ -230,7 +230,7 @@ class RunSpec(Record):
     seed: Annotated[
         int,
         Field(ge=0, lt=2**63, strict=True),
-        Option("Seed", "Seed of everything that is drawn.", TEXT),
+        Option("Seed", "Seed of all random choices.", TEXT),
     ] = 0
     analysis: Annotated[
         bool,
