@@ -62,7 +62,7 @@ def _section(name: str, command: Any) -> str:
     parameters = [each for each in command.params if each.name != "help"]
     arguments = [each for each in parameters if each.param_type_name == "argument"]
     usage = " ".join(["sleb", name, *(["[OPTIONS]"] * (len(parameters) > len(arguments))), *map(_name, arguments)])
-    head = f"\n## sleb {name}\n\n{intro}\n\n```sh\n{usage}\n```\n"
+    head = f"\n## sleb {name}\n\n{intro}\n\n```text\n{usage}\n```\n"
     return (
         head + "\n| option | values | default | what it is |\n|---|---|---|---|\n" + "\n".join(_rows(parameters)) + "\n"
     )

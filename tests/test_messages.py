@@ -12,9 +12,8 @@ import pytest
 import typer
 
 import sleb
-from sleb import specs
 from sleb.cli.main import app
-from sleb.records import Permissions, requests
+from sleb.records import JobSettings, Permissions, RunSpec, requests
 from sleb.records.base import Record
 from sleb.records.options import settings_of
 from tests.support.paths import ROOT
@@ -84,7 +83,7 @@ def test_no_text_below_the_edges_names_an_option(package: str) -> None:
 @cache
 def settings() -> frozenset[str]:
     """All that a message can name: parameters of public functions, fields of what is asked, and permissions."""
-    names = {each.name for record in (specs.RunSpec, specs.JobSpec) for each in settings_of(record)}
+    names = {each.name for record in (RunSpec, JobSettings) for each in settings_of(record)}
     names |= set(Permissions.model_fields)
     for name in sleb.__all__:
         function = getattr(sleb, name)

@@ -1,4 +1,4 @@
-"""Runs that are stopped keep what they finished, and say how to go on. What kills leave is in `test_kills.py`."""
+"""Runs that are stopped keep what they finished, and say how to go on; for kills see `runtime/test_kills.py`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def continued(
     """
     name = type(model).__name__
     if getattr(model, "generation_config", None) is None or not callable(getattr(model, "generate", None)):
-        raise ModelError(f"{name} cannot generate text (it has no `generate`).")
+        raise ModelError(f"{name} cannot generate text (it has no generate method).")
     settings = _greedy_settings(model, tokens, stop=stop, cached=cached)
     kwargs = _after_each_token(tick) if tick is not None else {}
     if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]

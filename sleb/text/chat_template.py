@@ -30,8 +30,10 @@ _ARGUMENTS = frozenset(
     }
 )
 """Arguments of `apply_chat_template` itself: a row that sets one changes more than its own text."""
-_SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-_SHAREGPT |= {"tool": "tool", "observation": "tool"}
+_SHAREGPT = {
+    **{"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"},
+    **{"system": "system", "tool": "tool", "observation": "tool"},
+}
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _BETWEEN_PARTS = "\n"  # as vLLM and llama.cpp join them for a template that reads no parts
 _SIGNS = ("sign 7f3a", "sign 9c41")  # not in any template

@@ -173,7 +173,7 @@ def test_a_job_from_elsewhere_is_worked_off(run: sleb.Run, text: Path) -> None:
         (["--removal-list", "[-1]"], "from 0 on"),
         (["--removal-list", "[a]"], "block indices such as"),
         (["--removal-list", "[1]", "--steps", "1"], "Give one of"),
-        (["--steps", "4"], "has 3 finished"),
+        (["--steps", "4"], "give 1 to 3"),
         (["--perplexity", "none"], "Nothing to evaluate"),
         (["--perplexity", "/nowhere.txt"], "file /nowhere.txt"),
         (["--perplexity", "wikitext3"], "No text"),
