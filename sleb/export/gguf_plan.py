@@ -19,7 +19,7 @@ from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
 from sleb.model import demo
 from sleb.model.inspection import gguf_header
-from sleb.records import ExportJob, Run
+from sleb.records import ExportJob, Run, is_gguf
 from sleb.runtime import files
 
 REMOVAL_LIST = "sleb.removal_list"
@@ -87,7 +87,7 @@ def source_of(run: Run, job: ExportJob) -> Path:
         path = files.expanded(Path(job.gguf))
     elif run.spec.model == "demo":
         path = demo.model_file()
-    elif run.spec.model.lower().endswith(".gguf"):
+    elif is_gguf(run.spec.model):
         path = files.expanded(Path(run.spec.model))
     else:
         beware = "" if run.stack is None or not _WINDOWS_UNSAID.match(run.stack.model_class) else _BEWARE

@@ -18,6 +18,7 @@ from sleb.model.inspection.library_errors import loaded_by, quieten_torchao
 from sleb.model.inspection.presence import is_path, require_code_elsewhere, require_file
 from sleb.model.streamed_loading import load_within
 from sleb.model.streaming import streamed_blocks
+from sleb.records import is_gguf
 from sleb.runtime import run_folder
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _located(name: str, revision: str | None, allow_pickle: bool, trust_remote_c
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if name == "demo":
         return _Source(name, str(demo.model_folder(convert_gguf)), options)
-    if name.lower().endswith(".gguf"):
+    if is_gguf(name):
         file = Path(name).expanduser()
         header = _header(file)
         return _Source(name, str(file.parent), options | {"gguf_file": file.name}, header)

@@ -73,6 +73,11 @@ class CalibrationSpec(Record):
     )
 
 
+def is_gguf(model: str) -> bool:
+    """Whether the name of a model is that of a GGUF file."""
+    return model.lower().endswith(".gguf")
+
+
 def default_held_out(sequences: int) -> int:
     """A quarter of the calibration set, at least one."""
     return max(1, round(sequences / 4))

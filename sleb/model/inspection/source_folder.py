@@ -12,6 +12,7 @@ from typing import Any
 from sleb.errors import excerpt
 from sleb.model.inspection import model_files
 from sleb.model.inspection.presence import is_path
+from sleb.records import is_gguf
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class SourceFolder:
 
 def source_folder(name: str, revision: str | None) -> SourceFolder | None:
     """The folder of a model in the Hugging Face layout, all its small files fetched; None for one that has none."""
-    if name == "demo" or name.lower().endswith(".gguf"):
+    if name == "demo" or is_gguf(name):
         return None
     if is_path(name):
         folder = Path(name).expanduser()
