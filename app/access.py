@@ -28,6 +28,7 @@ from sleb.records import (
     QuestionJob,
     Run,
     RunSpec,
+    is_gguf,
 )
 from sleb.runtime import files, run_folder
 from sleb.runtime.dashboard_files import ALLOW_PATH, READ_ONLY, SAMPLES, is_local
@@ -172,7 +173,7 @@ def may_inspect(model: str) -> bool:
 def _require_model(name: str) -> None:
     if rule().folders is None or name == "demo":
         return
-    if name.lower().endswith(".gguf") or not _is_hub_name(name):
+    if is_gguf(name) or not _is_hub_name(name):
         _require_readable(name)
 
 

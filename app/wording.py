@@ -29,8 +29,8 @@ STATES: dict[JobState, tuple[str, str, Colour]] = {
 # the first characters of each stops that.
 _EAGER = re.compile(r":(?=[a-z])|://?|www(?=\.)|@|[<>=-](?=[<>=-])", re.IGNORECASE)
 
-_SERVER_OPTIONS = ("allow_path", "read_only", "allow_pickle", "trust_remote_code")
-_OF_SERVER = r"--(?:allow-path(?: DIR)?|read-only|allow-pickle|trust-remote-code)\b"
+_SERVER_OPTIONS = ("--allow-path", "--read-only", "--allow-pickle", "--trust-remote-code")
+_OF_SERVER = re.compile(f"((?:{'|'.join(_SERVER_OPTIONS)})(?: DIR)?\\b)")
 
 
 def plain(text: object) -> str:
@@ -39,7 +39,7 @@ def plain(text: object) -> str:
     The server's own options stand as code, to be copied.
     """
     shown = "".join(char if char.isprintable() else " " for char in str(text))
-    parts = re.split(f"({_OF_SERVER})", shown)
+    parts = _OF_SERVER.split(shown)
     return "".join(f"`{part}`" if place % 2 else _escaped(part) for place, part in enumerate(parts))
 
 
@@ -54,8 +54,9 @@ def in_fields(error: object) -> str:
 
 
 def _field(name: str, value: str | None) -> str:
-    if name in _SERVER_OPTIONS:
-        return f"--{name.replace('_', '-')}"
+    option = f"--{name.replace('_', '-')}"
+    if option in _SERVER_OPTIONS:
+        return option
     if name == "replace":
         return "“Replace an earlier export”"
     settings = (*settings_of(RunSpec), *settings_of(JobSettings))

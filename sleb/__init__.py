@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the module that defines it: a command can be stopped before its imports are through."""
+    """Import a public name from its module when it is first used: importing `sleb` stays quick, and can be stopped."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sleb import api, errors, records

@@ -191,7 +191,7 @@ def evaluate(
         options: `device`, `batch_size`, `memory_budget`, `allow_pickle`, `trust_remote_code`; for a model `dtype`,
             `revision`, `run_dir`; `trust_paths` for a run folder from elsewhere, whose model is not read without.
 
-    Returns what answers the question, whether it was known before or is measured now. Raises `SlebError`.
+    Returns the findings that answer the question, kept from before or measured now. Raises `SlebError`.
     """
     folder = specs.path_name(task_folder)
     settings = dict(tasks=tuple(tasks), task_folder=folder, shots=shots, limit=limit, window=window, bos=bos)
@@ -272,7 +272,7 @@ def heal(
     """Perplexity before and after low-rank adapters were trained on the streamlined model (paper, Table 13).
 
     `settings` are those of `HealSpec` (source, rank, epochs, ...), and device, dtype and the like as for `evaluate`.
-    With how="linear" the cuts are repaired by a least-squares refit without training, with "both" before it.
+    how="linear" repairs the cuts by a least-squares refit instead of training; "both" does so before training.
     `out` is a folder for the healed model, or for its adapter with `adapter=True`.
     """
     own = {name: settings.pop(name) for name in list(settings) if name in HealSpec.model_fields}

@@ -23,7 +23,7 @@ import psutil
 from sleb.errors import WorkEnded, excerpt
 
 SECONDS = 10.0
-"""Seconds of processor time for work on a few pages of text, which takes a hundredth of it."""
+"""Seconds of processor time for work on a few pages of text, which takes a hundredth of that."""
 MEMORY = 1 << 30
 """Bytes of address space beyond what the libraries take."""
 _STARTING_SECONDS = 60.0  # by the clock, for a machine with other things to do
@@ -33,7 +33,7 @@ _TOO_DEEP = "it is nested too deeply"
 def call(
     work: Callable[..., Any], *arguments: Any, seconds: float = SECONDS, memory: int = MEMORY, answer: int = 64 << 20
 ) -> Any:
-    """`work(*arguments)`, done in a process of its own, which costs about a second.
+    """Call `work(*arguments)` in a process of its own, which costs about a second.
 
     `work` is a function at the top of a module, its arguments can be pickled, and what it returns can be written as
     JSON of at most `answer` bytes (dates and the like become text). `seconds` of processor time and `memory` bytes are
@@ -103,7 +103,7 @@ def _answered(seconds: float, memory: int, most: int, work: Callable[..., Any], 
 
 
 def _main() -> None:
-    """In the child: from a pickle of our own on its standard input to JSON on what was its standard output."""
+    """In the child: read our own pickle from standard input, do the work, write JSON to what was standard output."""
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is not an answer
     output.write(_answered(*pickle.load(sys.stdin.buffer)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from reprlib import Repr
 
 MOST_CHARACTERS = 1000
-"""Length of the longest message: a longer one echoes a file or an option that nobody wants to read in full."""
+"""Maximum length of a message in characters: a longer one repeats all of a file or an option."""
 
 
 def printable(text: str) -> str:
@@ -108,7 +108,7 @@ class RunError(BadInput):
 
 
 class NotPermitted(BadInput):
-    """A job needs permissions that only the command that executes it can give: `lacking`, by name."""
+    """A job needs permissions that only the command that executes it can give; `lacking` are their names."""
 
     def __init__(self, kind: str, lacking: Mapping[str, str | bool]) -> None:
         self.kind, self.lacking = kind, dict(lacking)
@@ -128,7 +128,7 @@ def _for_a_shell(value: str) -> str:
 
 
 class UnconfirmedNames(RunError):
-    """A run folder that this machine did not write names a model or texts that nobody has confirmed yet."""
+    """A run folder that this machine did not write names a model or texts that a user has yet to confirm."""
 
     def __init__(self, folder: str, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -157,7 +157,7 @@ class NotNumbers(ScoringError, BadInput):
 
 
 def model_without(blocks: Sequence[int]) -> str:
-    """The model that a sentence begins with: the baseline, or the model without these blocks."""
+    """The subject of a sentence about a model: the baseline, or the model without these blocks."""
     return f"The model without blocks {sorted(blocks)}" if blocks else "The baseline"
 
 

@@ -18,7 +18,7 @@ from sleb.specs import JobOptions, job_spec, text
 
 
 def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tuple[int, int | None]:
-    """What was given, or else what the last try of the same kind here had: it did not fit otherwise."""
+    """The given values; in place of None those of the last attempt on this machine, which were needed to fit."""
     ours = (job for job in reversed(run.jobs) if origin.is_written_here(run.run_dir, "jobs", job.name))
     last = next((job.spec for job in ours if job.spec.kind == run.spec.kind), None)
     if last is None:
@@ -27,7 +27,7 @@ def as_before(run: Run, processes: int | None, memory_budget: int | None) -> tup
 
 
 def resuming_job(run: Run, options: JobOptions, allow_pickle: bool, trust_remote_code: bool) -> JobSpec:
-    """A job that goes on with a run: as its last try here, but for the options that are given."""
+    """A job that resumes a run: the given options, and for the rest those of the last attempt on this machine."""
     processes, memory_budget = as_before(run, options.get("processes"), options.get("memory_budget"))
     given = options | {"processes": processes, "memory_budget": memory_budget}
     return job_spec(run.spec.kind, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, **given)
@@ -42,7 +42,7 @@ def start(
 
 
 def forecast(spec: RunSpec, job: JobSpec | None = None) -> Forecast:
-    """What a run will take: loads the model and times a few blocks. Writes nothing."""
+    """Forecast what a run will take: load the model and time a few blocks. Writes nothing."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from sleb.forecast import timing_probe
 
@@ -101,7 +101,7 @@ def work(job_dir: Path, watcher: Watcher | None = None, permissions: Permissions
 
 
 def _require_model(job_dir: Path) -> None:
-    """Whether there is a model to wait for."""
+    """Raises `ModelError`, before the job waits for its device, where its model does not exist."""
     presence.require_there(run_folder.load(job_dir.parent.parent), job_folder.load_job(job_dir).spec)
 
 

@@ -120,7 +120,7 @@ def _analysis_seconds(stack: BlockStack, sequences: float, per_unit: float, head
 
 
 def _passes(spec: RunSpec, scorer: Scorer, num_blocks: int, removing: int) -> float:
-    """Passes in which a streamed search reads the model, about: each round of each step, as if no candidate left."""
+    """About how many times a streamed search reads the model: the rounds of all steps, as if no candidate left."""
     sequences = spec.calibration.sequences
     fits = scorer.round_size([(block,) for block in range(num_blocks)])
     ends = (*looks_of(sequences), sequences) if spec.races else (sequences,)

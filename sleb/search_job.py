@@ -165,7 +165,7 @@ class Session:
     def _require_same_baseline(self, problem: Problem, scorer: Scorer) -> None:
         """Score the first sequence again: what a run goes on from must be of this model.
 
-        A run by an earlier version, which recorded weights alone, says from then on of what model it is.
+        A run by an earlier version, which recorded weights alone, is given the model's identity.
         """
         self.meter.phase("Comparing with the scores of the baseline")
         then = self.group.share(lambda: recorded_baseline.recorded(self.run))
@@ -334,7 +334,7 @@ def _described(
     drawing: int,
     meter: Meter,
 ) -> StackDescription:
-    """The description of model and text that the run has, once both are found to be the same; or a new one, written."""
+    """The run's description of model and text, after a check that both are the same; a new run's is written first."""
     if run.stack is not None:
         _require_same_text(run, text.tokens_hash)
         require_same_model(run, job, loaded)

@@ -27,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class RunOptions(TypedDict, total=False):
-    """Options of a run; what each is, its fields say (`RunSpec`, `CalibrationSpec`)."""
+    """Options of a run; the fields of `RunSpec` and `CalibrationSpec` describe each."""
 
     calibration: str | PathLike[str] | None
     sequences: int | None
@@ -53,7 +53,7 @@ class RunOptions(TypedDict, total=False):
 
 
 class JobOptions(TypedDict, total=False):
-    """Options of the job that executes a run; what each is, its fields say (`JobSettings`)."""
+    """Options of the job that executes a run; the fields of `JobSettings` describe each."""
 
     device: str
     batch_size: int | None
@@ -107,13 +107,13 @@ def _described(setting: Setting) -> str:
 
 
 def run_options(options: SearchOptions) -> RunOptions:
-    """Those options of a search that are the run's, and names that no option has: the run refuses them."""
+    """The options of a search that belong to its run, and unknown names, which the run refuses."""
     own = {name: value for name, value in options.items() if name not in JobOptions.__annotations__}
     return cast("RunOptions", own)
 
 
 def job_options(options: SearchOptions) -> JobOptions:
-    """Those options of a search that are the job's."""
+    """The options of a search that belong to its job."""
     return cast("JobOptions", {name: value for name, value in options.items() if name in JobOptions.__annotations__})
 
 
@@ -124,7 +124,7 @@ def run_spec(
     kind: Literal["search", "analyze", "evaluate"] = "search",
     **options: Unpack[RunOptions],
 ) -> RunSpec:
-    """A run as it is asked for, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
+    """The spec of a run, with the defaults of the paper, or of the demo. Raises `OptionError` out of range."""
     if kind not in get_args(RunSpec.model_fields["kind"].annotation):
         raise OptionError(f"A run of kind {quoted(kind)} does not exist; search and analyze are the two.")
     model = text("model", model)
@@ -218,7 +218,7 @@ def validated(record: type[R] | TypeAdapter[R], settings: dict[str, Any]) -> R:
 
 
 def writable(record: R) -> R:
-    """The record, which a file will hold. Raises `OptionError` for bytes of a command line that are not UTF-8 text."""
+    """The record, if a file can hold it. Raises `OptionError` for bytes of a command line that are not UTF-8 text."""
     try:
         record.model_dump_json()
     except PydanticSerializationError as error:
@@ -273,7 +273,7 @@ def absolute(name: str) -> str:
 
 
 def sentence(error: ValidationError) -> str:
-    """What pydantic refused, as one sentence about an option."""
+    """An error of pydantic as one sentence about an option."""
     first = error.errors()[0]
     if first["type"] == "value_error":
         return f"{first['ctx']['error']}."

@@ -20,14 +20,19 @@ VALUES = {
 DECORATORS = {
     *("cache", "lru_cache", "cached_property", "classmethod", "property", "staticmethod", "contextmanager"),
     *("contextlib.contextmanager", "dataclass", "field_validator", "model_validator", "runtime_checkable"),
-    *("torch.inference_mode", "torch.no_grad", "st.cache_data", "st.cache_resource", "st.dialog", "st.fragment"),
-    *("with_options",),  # writes a signature
+    *(
+        "torch.inference_mode",
+        "torch.no_grad",
+        "with_options",
+        "st.cache_data",
+        "st.cache_resource",
+        "st.dialog",
+        "st.fragment",
+    ),
 }
 """Decorators that only wrap what they decorate."""
 EXCEPTIONS = {
     "sleb.runtime.dashboard_files": "whether this is a checkout or an installed package does not change",
-    "sleb.model.inspection.stored_tensors": "a table is put together",
-    "sleb.text.chat_template": "a table is put together",
 }
 """Modules, or packages, that do something at import for a reason."""
 

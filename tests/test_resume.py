@@ -1,4 +1,4 @@
-"""Runs that are stopped keep what they finished, and say how to go on. See `runtime/test_kills.py` for kills."""
+"""Runs that are stopped keep what they finished, and say how to go on; for kills see `runtime/test_kills.py`."""
 
 from __future__ import annotations
 

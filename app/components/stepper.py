@@ -28,7 +28,7 @@ def payload(run: Run, evidence: Sequence[Comparison | None]) -> dict[str, Any]:
     assert run.trace is not None
     assert run.stack is not None
     whole = [step_comparison.bars(run, number, each) for number, each in enumerate(evidence, start=1)]
-    compared = [each.by_block for each in whole]  # one bar a block; words tell of all candidates
+    compared = [each.by_block for each in whole]  # one bar for each block; the words cover all candidates
     unit = step_comparison.unit_of(run)
     axes: dict[str, list[float]] = {}
     for name in ("rises", "differences"):

@@ -19,7 +19,7 @@ from sleb.errors import OptionError, SlebError
 from sleb.export import gguf_plan
 from sleb.export.destination import Destination
 from sleb.export.finished_exports import Export, read_exports
-from sleb.records import ExportJob, Job, JobState, Proof, Run
+from sleb.records import ExportJob, Job, JobState, Proof, Run, is_gguf
 from sleb.report.summaries import exported_model
 from sleb.runtime import files, job_folder
 from sleb.runtime.processes import job_processes
@@ -90,7 +90,7 @@ def name_of(run: Run, steps: int) -> str:
 
 def _kind(run: Run, disabled: bool) -> str:
     """Draw the choice of a folder or a GGUF file, which only a run of a GGUF file has."""
-    if run.spec.model != "demo" and not run.spec.model.lower().endswith(".gguf"):
+    if run.spec.model != "demo" and not is_gguf(run.spec.model):
         return FOLDER
     return st.segmented_control(
         "Written as", [FOLDER, GGUF], default=FOLDER, required=True, key="kind", bind="query-params",

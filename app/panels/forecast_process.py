@@ -18,7 +18,6 @@ from app.panels.forecast_worker import ForecastAnswer, ForecastRequest
 from sleb.records import Forecast, JobSpec, RunSpec
 
 PATIENCE_SECONDS = 900.0
-_PROGRAM = str(Path(forecast_worker.__file__))
 
 
 @dataclass
@@ -63,6 +62,6 @@ def begin(spec: RunSpec, job: JobSpec) -> TimingProbe:
     with tempfile.TemporaryFile() as request:
         request.write(ForecastRequest(spec=spec, job=job).model_dump_json().encode())
         request.seek(0)
-        command = [sys.executable, "-P", _PROGRAM]
+        command = [sys.executable, "-P", str(Path(forecast_worker.__file__).resolve())]
         process = subprocess.Popen(command, stdin=request, stdout=output, stderr=subprocess.DEVNULL)
     return TimingProbe(key_of(spec, job), process, output)

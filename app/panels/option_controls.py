@@ -14,7 +14,7 @@ from sleb.formats import spelling
 from sleb.records.options import Setting
 
 _LARGEST = 10**15
-"""The largest number that a browser holds exactly, and then some."""
+"""The largest number in a control; a browser holds larger ones, but not exactly."""
 
 
 def shown(setting: Setting, value: Any) -> Any:

@@ -26,7 +26,7 @@ from sleb.runtime.processes import device_queue
 
 UPLOAD_BYTES = 8 << 20
 _SOURCES = {
-    "default": "The usual text",
+    "default": "The default text",
     "wikitext2": "WikiText-2",
     "c4": "C4",
     "wikitext2-rows": "WikiText-2 as in the paper's own program",
@@ -87,9 +87,9 @@ def fill(spec: RunSpec, job: JobSpec | None = None) -> None:
 
 
 def draw() -> RunRequest | None:
-    """The controls; None where they do not make a run, with the sentence that says why."""
+    """Draw the controls; None, and the sentence that says why, where they do not make a run."""
     last = st.session_state.get("form-last")
-    if last is not None and _key("model") not in st.session_state:  # they were hidden, and forgot
+    if last is not None and _key("model") not in st.session_state:  # hidden controls lose their values
         _begin_with(last)
     try:
         request = _controls()
@@ -200,8 +200,8 @@ def _controls() -> RunRequest:
         format_func=lambda name: _SOURCES[name],
         index=list(_SOURCES).index(_first("source")),
         key=_key("source"),
-        help="The text whose likelihood decides. Best something like what the model will be used for (paper, Table 8). "
-        "The usual text is WikiText-2; for the demo model, its own.",
+        help="The text whose likelihood decides: best one like what the model will be used for (paper, Table 8). "
+        "The default is WikiText-2; for the demo model, its own text.",
     )
     text = _calibration(source)
     with st.expander("More choices", icon=":material/tune:"):
@@ -249,7 +249,7 @@ def _control(setting: Setting, column: DeltaGenerator, **how_shown: Any) -> Any:
 
 
 def _calibration(source: str) -> Callable[[], str | None]:
-    """Controls of the text; what they come to is asked for later, and raises `CalibrationError`."""
+    """Draw the controls of the text; returns a function that gives its source, or raises `CalibrationError`."""
     if source == "other":
         name = st.text_input(
             "File or data set",

@@ -54,13 +54,13 @@ _FILES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class BlockOutputs:
-    """What every block made of the sampled tokens: N blocks, T tokens, H hidden size, G generated tokens.
+    """The output of every block for the sampled tokens: N blocks, T tokens, H hidden size, G generated tokens.
 
     Read from disk, the arrays are memory-mapped and read-only: slicing `outputs` reads that slice alone.
     """
 
     model: str
-    """The name it was loaded by: for the screen, not part of the key."""
+    """The name that the model was loaded by, for the screen; not part of the key."""
     sequences: int
     """Sampled sequences; the last one may be cut."""
     sequence_length: int
@@ -89,7 +89,7 @@ class _FileCheck(Record):
 
 
 class _Meta(Record):
-    """What no array says, and the checksums by which the arrays are known to be whole."""
+    """The facts of an entry that no array holds, and the checksums of its arrays."""
 
     cache_version: int
     key: str
@@ -258,7 +258,7 @@ def _open(entry: Path, *, verify: bool) -> BlockOutputs:
 
 
 def _open_or_remove(entry: Path, *, verify: bool) -> BlockOutputs | None:
-    """Under the lock: the entry if it is sound after all."""
+    """Under the lock: read the entry once more, and remove it if it is damaged."""
     if not entry.is_dir():  # evicted a moment ago
         return None
     try:
@@ -292,7 +292,7 @@ def _make_room(root: Path, room: int, *, spare: str) -> None:
     entries = []
     for child in root.iterdir():
         if is_unfinished(child.name) or child.name.startswith(_UNFINISHED):
-            shutil.rmtree(child, ignore_errors=True)  # its writer died: the living one is us
+            shutil.rmtree(child, ignore_errors=True)  # its writer was killed: this process has the lock
         elif child.is_dir() and child.name != spare:
             entries.append(describe(child, FOLDER))
     total = sum(entry.bytes for entry in entries)

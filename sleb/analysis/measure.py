@@ -35,7 +35,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Which of the calibration tokens are looked at: whole sequences first, the last one cut."""
+    """The calibration tokens that are analysed: whole sequences first, the last one cut."""
 
     pieces: tuple[np.ndarray, ...]  # int64 (sequences, length) each: the whole sequences, then the cut one
     prompts: np.ndarray  # int64 (prompts, length): heads of calibration sequences, to be continued

@@ -153,8 +153,8 @@ def block_influence(
 ) -> np.ndarray:
     """Metric1's sums: 1 - cosine of a block's input and output, summed over all tokens of each sequence.
 
-    `ids` is int64 (sequences, length); the result is float64 (blocks, sequences). `watch` hears how many
-    sequences were done. Out of memory halves the batch.
+    `ids` is int64 (sequences, length); the result is float64 (blocks, sequences). `watch` is called with
+    the number of sequences done. Out of memory halves the batch.
     """
     import torch
 

@@ -388,7 +388,7 @@ def generate(
 
 
 def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, executed: Executed, as_json: bool) -> None:
-    """Find or make the run, execute the job here, print what answers it."""
+    """Find or make the run, execute the job here, print its findings."""
     for name in ("source", "texts"):
         if settings.get(name, "") is None:
             usual = request.usual_text(lists.subject)
@@ -415,7 +415,7 @@ def _execute(record: type[Any], settings: dict[str, Any], lists: OneList, execut
 
 
 def _blocks(text: str | None) -> list[int] | None:
-    """`[14, 23]` or `14,23`."""
+    """Read a removal list: `[14, 23]` or `14,23`."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(?:\[([^\[\]]*)\]|([^\[\]]*))\s*", text)
@@ -439,7 +439,7 @@ def _texts(text: str | None) -> tuple[str, ...] | None:
 
 
 def _shape(option: str, text: str) -> tuple[int, int] | None:
-    """`1x2048` -> (1, 2048)."""
+    """Read sequences and tokens: `1x2048` -> (1, 2048)."""
     if text.strip() == "none":
         return None
     match = re.fullmatch(r"\s*([0-9]{1,15})\s*x\s*([0-9]{1,15})\s*", text, re.IGNORECASE)

@@ -107,7 +107,7 @@ def _export_list(run: Run, format: str, steps: int | None, out: Path | None, rep
 
 
 def _print_proof(proof: Proof, out: Path) -> None:
-    """What was written, and how it was proven."""
+    """Print what was written, and how it was proven."""
     sizes = []
     if proof.bytes_before is not None:
         sizes = [("megabytes", f"{proof.bytes_before / 1e6:,.1f}", f"{proof.bytes_after / 1e6:,.1f}")]
@@ -126,7 +126,7 @@ def _print_proof(proof: Proof, out: Path) -> None:
         "equal with and without cache."
     )
     if proof.checked:
-        put(f"Compared, too: {'; '.join(proof.checked)}.")
+        put(f"Also compared: {'; '.join(proof.checked)}.")
 
 
 def report(

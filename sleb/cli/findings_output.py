@@ -20,7 +20,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     """Print findings, the baseline before the shorter lists before the longer ones."""
     for each in tables_of(findings):
         _titled(each.title, each.columns, each.rows)
-        for note in (*each.notes, *(f"Written, and proven then: {folder}" for folder in each.folders)):
+        for note in (*each.notes, *(f"Written and proven: {folder}" for folder in each.folders)):
             put(printable(note))
     _generations(of_kind(in_order(findings), Generation))
 

@@ -21,7 +21,7 @@ from sleb.runtime.processes import job_processes
 def confirm_names(run: Run, trust_paths: bool, *jobs: str) -> None:
     """Show what a run folder from elsewhere, and these jobs of it, would make this machine read; ask, and remember.
 
-    Raises `UnconfirmedNames` where nobody can be asked.
+    Raises `UnconfirmedNames` where no user can be asked.
     """
     names = origin.unconfirmed(run.run_dir, *jobs)
     if not names:
@@ -59,7 +59,7 @@ def execute_here(run: Run, job: JobSpec, permissions: Permissions, as_json: bool
 
 
 def prepare_job(run: Run, spec: JobSpec, as_json: bool) -> None:
-    """Write a job for `sleb work` to execute, and print its folder; what it needs to be allowed is said."""
+    """Write a job for `sleb work` to execute, and print its folder, with the permissions that it needs."""
     job = job_processes.next_job(run, spec)
     if needed := job_processes.permission_options(Permissions.of(spec).given):
         say(f"Give sleb work these options as well: {shlex.join(needed)}")
@@ -78,7 +78,7 @@ def print_all(run: Run, as_json: bool) -> None:
 
 
 def execute_evaluation(run: Run, job: JobSpec, permissions: Permissions, as_json: bool) -> None:
-    """Execute a job that judges lists here, and print what answers it."""
+    """Execute a job that evaluates lists here, and print its findings."""
     done = _evaluated(run, job, permissions, as_json)
     answers = request.answers(done)
     if as_json:

@@ -56,7 +56,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "work": work,
     "dashboard": dashboard,
 }
-"""In the order in which `--help` lists them."""
+"""Commands in the order in which `--help` lists them."""
 _PASSING_OPTIONS_ON = {"dashboard": {"allow_extra_args": True, "ignore_unknown_options": True}}
 
 for _name, _command in _COMMANDS.items():
@@ -77,16 +77,16 @@ def _common(
         bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What comes before any command."""
+    """Take the options before any command."""
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RefusedUsage: type[Exception] = typer.BadParameter.__bases__[0]
-"""What typer raises for options and commands that it cannot take."""
+"""Exceptions of typer for options and commands that it cannot take."""
 
 
 def main() -> None:
-    """One command: one sentence and an exit code instead of a traceback, unless it is a bug."""
+    """Run one command; an error is one sentence and an exit code, and only a bug is a traceback."""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process below this one imports a file of the folder it starts in
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
@@ -113,7 +113,7 @@ def main() -> None:
         fail("Stopped on request.")
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads any more, and Python flushes once again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # no reader is left, and Python flushes once more
         sys.exit(1)
     except (OSError, UnicodeError) as error:
         fail(str(error))
@@ -131,7 +131,7 @@ def _explain_usage(error: Any) -> None:
 
 
 class _ToScreen(logging.Handler):
-    """Warnings go to stderr as it is when they come: a live progress bar puts itself in its place."""
+    """Writes warnings to stderr as it is at that moment: a live progress bar takes its place."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(sentence(_COLOUR.sub("", self.format(record))))

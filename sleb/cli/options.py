@@ -139,6 +139,6 @@ class AllowedAgain(Allowed):
 
 
 def as_bytes(text: str | None) -> int | None:
-    """`24GB` -> 24 billion. Raises `OptionError`."""
+    """Read a size: `24GB` -> 24 billion. Raises `OptionError`."""
     (setting,) = (each for each in settings_of(JobSettings) if each.name == "memory_budget")
     return None if text is None else spelling.read(setting, text)

@@ -40,17 +40,17 @@ def _flag(name: str, value: str | None) -> str | None:
 
 
 def say(text: str) -> None:
-    """A remark, on stderr."""
+    """Print a remark on stderr."""
     typer.echo(printable(with_flags(text)), err=True)
 
 
 def fail(message: str) -> None:
-    """The last line of a command that did not do what it was asked, on stderr."""
+    """Print on stderr why a command could not do what it was asked."""
     typer.echo(f"sleb: {sentence(with_flags(message))}", err=True)
 
 
 def require_yes(question: str, otherwise: str, option: str) -> None:
-    """Asks on stderr, where typer would write a blank on stdout. Raises `SlebError` for no, `Stopped` for no answer.
+    """Ask on stderr; typer itself would write a blank on stdout. Raises `SlebError` for no, `Stopped` for no answer.
 
     `otherwise` is what does not happen then, and `option` what answers yes.
     """
@@ -68,5 +68,5 @@ def require_yes(question: str, otherwise: str, option: str) -> None:
 
 
 def put(text: str, *, newline: bool = True) -> None:
-    """A result, on stdout: on a terminal without what would steer it; a file or another program gets it as it is."""
+    """Print a result on stdout: a terminal gets it without what would steer it, a file or a program as it is."""
     typer.echo(printable(text) if sys.stdout.isatty() else text, nl=newline)

@@ -1,4 +1,4 @@
-"""Commands about what there is: show, runs, delete, import, cache."""
+"""Commands for existing runs and the cache: show, runs, delete, import, cache."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def search(
         typer.Option(
             "--dry-run",
             rich_help_panel=EXECUTION,
-            help="Only say what it would take, after timing a few blocks for some seconds.",
+            help="Only forecast time and memory, after timing a few blocks for some seconds.",
         ),
     ] = False,
     as_json: Json = False,

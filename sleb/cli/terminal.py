@@ -180,7 +180,7 @@ def describe_baseline(baseline: Baseline) -> str:
 
 
 def describe_step(step: Step, baseline: Baseline) -> str:
-    """What was decided, on what evidence, as a row under `describe_baseline`."""
+    """The decision of a step and its evidence, as a row under `describe_baseline`."""
     chosen = _chosen(step)
     margin = "others no number" if len(step.candidates) > 1 else "only candidate"
     if step.margin is not None:
@@ -275,7 +275,7 @@ def _budget(run: Run) -> str:
 
 
 def print_run(run: Run, console: Console | None = None) -> None:
-    """The whole run on stdout, or on another console."""
+    """Print the whole run on stdout, or on another console."""
     console = console or _Patient()
     kind = run.spec.method_or_kind
     console.print(_labelled("run", f"[bold]{shown(run.run_id)}[/] ({job_processes.state_of(run).value})"))
@@ -303,7 +303,7 @@ def print_run(run: Run, console: Console | None = None) -> None:
 
 
 def print_runs(runs: Sequence[Outline], every: bool) -> None:
-    """A line a run, newest first; on a screen the newest only, unless all are asked for."""
+    """Print a line for each run, newest first; on a screen the newest only, unless all are asked for."""
     shown_runs = runs if every or not Console().is_terminal else runs[:MOST_SHOWN]
     rows = []
     for run in shown_runs:
@@ -327,7 +327,7 @@ def print_runs(runs: Sequence[Outline], every: bool) -> None:
 
 
 def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """A table on stdout; cells are shown as they are, never as markup."""
+    """Print a table on stdout; cells are shown as they are, never as markup."""
     console = Console(highlight=False)
     if not console.is_terminal or len(rows) > MOST_SHOWN:  # a file has no edge to wrap at
         _print_lines(console, title, columns, rows)
@@ -341,7 +341,7 @@ def table(title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]])
 
 
 def _print_lines(console: Console, title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """The same table as plain lines that never wrap: Rich takes a millisecond for each row."""
+    """Print a table as plain lines that never wrap: Rich takes a millisecond for each row."""
     cells = [tuple(_on_one_line(cell) for cell in row) for row in (columns, *rows)]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     lines = [_on_one_line(title)] if title else []

@@ -1,6 +1,6 @@
 """lm-eval and the libraries below it, kept from disturbing the process they run in. Knows neither tasks nor models.
 
-What they print, draw, seed and warn about reaches nobody else (`apart`, `seeded`).
+What they print, draw, seed and warn about stays inside (`apart`, `seeded`).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def seeded(device: torch.device | None = None) -> Iterator[None]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What tasks raise, with the errors of libraries below lm-eval that do not descend from Python's."""
+    """Exceptions that tasks raise, with those of libraries below lm-eval that do not descend from Python's."""
     from datasets.exceptions import DatasetsError
     from jinja2 import TemplateError
     from yaml import YAMLError

@@ -107,7 +107,7 @@ def score(
 ) -> dict[RemovalList, np.ndarray]:
     """Nats of each list on every window of the scorer: float64 (windows,), in one sweep for all lists.
 
-    `known` are rows from before, NaN where a window is missing; `save` hears of the rows every few sweeps.
+    `known` are rows from before, NaN where a window is missing; `save` is called with the rows every few sweeps.
     """
     count = len(scorer.ids)
     nats = {each: np.full(count, np.nan) for each in lists}

@@ -270,7 +270,7 @@ def _truncated(leaf: Leaf, cut: set[Any]) -> int:
 
 
 class _Counter:
-    """A cache of answers to lm-eval, which tells by them how far it is, and refuses those that are not numbers."""
+    """A cache of answers to lm-eval, which counts them for the progress, and refuses those that are not numbers."""
 
     def __init__(self, leaf: Leaf, tell: Callable[[float], None], refusal: Callable[[], NotNumbers]) -> None:
         self._leaf, self._tell, self._refusal, self._count = leaf, tell, refusal, 0

@@ -296,7 +296,7 @@ def _resident_bytes(model: nn.Module) -> int:
 
 
 def _ids(subject: Subject, shape: _Shape) -> torch.Tensor:
-    """Ordinary tokens drawn blindly, the same ones every time: int64 (sequences, tokens)."""
+    """Ordinary tokens drawn at random, the same ones every time: int64 (sequences, tokens)."""
     known = subject.stack.config.vocab_size
     if hasattr(subject.tokenizer, "__len__"):
         known = min(known, len(subject.tokenizer))

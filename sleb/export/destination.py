@@ -1,4 +1,4 @@
-"""Where something is written that somebody named: what can be replaced there, and how. No torch.
+"""The destination that a user names: what can be replaced there, and how it is written. No torch.
 
 Nothing there is lost at any moment: everything is written into a workspace beside the destination and moved there when
 it is finished. A process that is killed leaves the old one in its place, or the new one, and a workspace that is
@@ -49,7 +49,7 @@ class Destination:
     """Whether what is there was left by an earlier export."""
 
     def require_free(self, *, look_inside: bool = True) -> None:
-        """It can be written: nothing is there, an empty folder, or an earlier export that can be removed.
+        """Require that nothing is there, an empty folder, or an earlier export that can be removed.
 
         Without `look_inside` anything counts as an earlier export, for a quick answer that another one follows. Raises
         `OptionError`.
@@ -120,7 +120,7 @@ class Destination:
 
 @contextmanager
 def saving(written: str = "model") -> Iterator[None]:
-    """Turns what a disk refuses while a model is written into one sentence, in whichever library's words it comes.
+    """Turn an error of the disk while a model is written, by whichever library, into one sentence.
 
     Raises `StorageError`.
     """
@@ -136,7 +136,7 @@ def saving(written: str = "model") -> Iterator[None]:
 
 
 def require_space(written: str, size: int, where: Path) -> None:
-    """The disk of a folder, which need not exist yet, has room for `size` bytes. Raises `StorageError`."""
+    """Require room for `size` bytes on the disk of a folder, which need not exist yet. Raises `StorageError`."""
     existing = next(folder for folder in (where, *where.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < size + _SPARE_BYTES:

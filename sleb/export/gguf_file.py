@@ -160,7 +160,7 @@ def _as_written(cut: Cut, key: str, field: Any) -> Any:
 
 
 def _since_the_first(cut: Cut, removal_list: Sequence[int]) -> tuple[int, list[int]]:
-    """Number of blocks and removal list, both of the first file where this one was cut already."""
+    """Number of blocks and removal list, both in terms of the first file, where this one was cut before."""
     before, earlier = value_of(cut.reader, BLOCKS_BEFORE), value_of(cut.reader, REMOVAL_LIST)
     if isinstance(before, int) and isinstance(earlier, list) and before - len(set(earlier)) == cut.num_blocks:
         left = [block for block in range(before) if block not in set(earlier)]

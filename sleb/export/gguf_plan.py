@@ -19,7 +19,7 @@ from sleb.export.destination import Destination
 from sleb.export.smaller_config import check_removal_list
 from sleb.model import demo
 from sleb.model.inspection import gguf_header
-from sleb.records import ExportJob, Run
+from sleb.records import ExportJob, Run, is_gguf
 from sleb.runtime import files
 
 REMOVAL_LIST = "sleb.removal_list"
@@ -41,7 +41,7 @@ _PERIODS = {"gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2, "plamo3": 8} |
 From its `load_swa_pattern` (release b11434): the last block of each period attends to everything.
 """
 _SCALED_BY_COUNT = {"gemma2": 46, "gemma3": 62}
-"""Their 27B models: llama.cpp tells them by the number of blocks, and scales the attention of no other like theirs."""
+"""Number of blocks by which llama.cpp recognises a 27B model, whose attention it scales like that of no other."""
 
 _WINDOWS_UNSAID = re.compile("Gemma[23](?!n)|GptOss")
 """Classes for which llama.cpp's converter (b11434) does not write which blocks have a window: it would lose them."""
@@ -51,7 +51,7 @@ _BEWARE = (
     "them off again; with `gguf`, a list with which that would go wrong is refused."
 )
 
-_NEUTRAL = re.compile(r"^(rope|classifier)\.|layer_norm|time_step")  # speak of blocks only at first sight
+_NEUTRAL = re.compile(r"^(rope|classifier)\.|layer_norm|time_step")  # names that only seem to be about blocks
 _OF_BLOCKS = re.compile(r"layer|block|interval|every|step|pattern|nextn")
 _INDICES = re.compile(r"layers$|indices|_idx$|_ids$|mapping")
 _SETTINGS_THAT_FOLLOW = ("block_count", "leading_dense_block_count", "nextn_predict_layers")
@@ -87,7 +87,7 @@ def source_of(run: Run, job: ExportJob) -> Path:
         path = files.expanded(Path(job.gguf))
     elif run.spec.model == "demo":
         path = demo.model_file()
-    elif run.spec.model.lower().endswith(".gguf"):
+    elif is_gguf(run.spec.model):
         path = files.expanded(Path(run.spec.model))
     else:
         beware = "" if run.stack is None or not _WINDOWS_UNSAID.match(run.stack.model_class) else _BEWARE
@@ -254,7 +254,7 @@ def refused(cut: Cut, reason: str, instead: str = "") -> ExportError:
 
 
 def _read(path: Path) -> Any:
-    """The file, open. Raises `ModelError` for what is not a GGUF file, or only a part of one."""
+    """Open a GGUF file. Raises `ModelError` for what is not a GGUF file, or only a part of one."""
     path = path.absolute()
     gguf_header.require_single(path, {})
     status = path.stat()

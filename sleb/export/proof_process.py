@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 EXPECTED = "proof-expected.safetensors"
 PROOF = "proof.json"
 ERROR = "proof-error.txt"
-"""Why the model could not be reloaded and compared, in one line; written in place of `PROOF`."""
+"""The file that says in one line why the model could not be reloaded and compared; written in place of `PROOF`."""
 
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, NotImplementedError)
-"""What a model raises that cannot do what it is asked."""
+"""Exceptions of a model that cannot do what it is asked."""
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generating that need `do_sample`."""
@@ -104,7 +104,7 @@ def reloaded(
     memory_budget: int | None,
     scratch: str,
 ) -> tuple[Any, dict[str, Any]]:
-    """The model as plain transformers load it, and what they say of its weights; `scratch` is a folder for blocks."""
+    """The model as plain transformers load it, and their report on its weights; `scratch` is a folder for blocks."""
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if memory_budget is not None:
         where = device if device == "cpu" else torch.device(device).index or 0
@@ -352,7 +352,7 @@ def greedy(model: Any, prompt: torch.Tensor, length: int) -> tuple[int, ...]:
 
 
 def generate_with_cache(model: Any, prompt: torch.Tensor, length: int) -> tuple[int, ...]:
-    """The same continuation by `generate`, the way everybody does it."""
+    """The most likely continuation by the model's own `generate`, with its cache."""
     # The model's own defaults may sample, penalise or stop: put aside, since the cache is what is tried.
     before = model.generation_config
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, use_cache=True, pad_token_id=0)
@@ -382,7 +382,7 @@ def disagreement(
 
 
 def die_with(parent: int) -> None:
-    """End this process when its parent ends: nobody waits for the proof any more."""
+    """End this process when its parent ends, which alone waits for the proof."""
 
     def watch() -> None:
         while os.getppid() == parent:

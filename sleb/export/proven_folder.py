@@ -95,7 +95,7 @@ class Written:
     gguf_file: str | None = None
     """The name of the GGUF file in the folder, where it holds one."""
     finished: tuple[nn.Module, ...] = ()
-    """Models that nobody needs any more: their memory is given back before the reload."""
+    """Models that are no longer needed: their memory is freed before the reload."""
     card: str | None = None
     """The model card, to which the proof is added."""
     corrections: dict[str, Any] = field(default_factory=dict)
@@ -158,7 +158,7 @@ class Exporter:
 
 
 def expect(model: nn.Module, tokenizer: Any, removal: Removal, origin: Origin | None = None) -> Expectation:
-    """Ask the model, which still has all its blocks, with the removed ones skipped.
+    """Record what the model, which still has all its blocks, answers with the removed ones skipped.
 
     Raises `ExportError` where it cannot run without them or predicts no numbers.
     """
@@ -330,7 +330,7 @@ def dtype_of(model: Any) -> str:
 
 
 def let_go(model: nn.Module) -> None:
-    """Give the memory of the weights back, for the process that loads them again."""
+    """Free the memory of the weights, for the process that loads them again."""
     streamed = streamed_blocks(model)
     if streamed is not None:
         streamed.forget()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MAX_READINGS = 32
 """Configs offered at most: the likeliest, then those that differ from it in one attribute, then in two."""
 
-_PER_BLOCK = re.compile("layer|block|idx|indices|pattern|types")  # names that speak of blocks
-_OTHER = re.compile("token|label|^mtp|^architectures$|^_")  # names that speak of something else
+_PER_BLOCK = re.compile("layer|block|idx|indices|pattern|types")  # names of settings about blocks
+_OTHER = re.compile("token|label|^mtp|^architectures$|^_")  # names of other settings
 _NUM_BLOCKS = re.compile(r"^(n|num)_?(hidden_|decoder_)?(layers?|blocks?)$")
 _COUNT = re.compile("layer|block|dense")
 _FROM_START = re.compile(r"first|start_index$|^num_dense_layers$|^max_window_layers$")
@@ -161,7 +161,7 @@ def _choices(text: PreTrainedConfig, stack: _Stack) -> dict[Path, list[Any]]:
 
 
 def _settings(data: Any, num_blocks: int, above: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every setting of a config that may speak of blocks, nested ones too."""
+    """Every setting of a config that may be about blocks, nested ones too."""
     for name, value in data.items():
         path = (*above, name)
         other = _OTHER_PART.search(str(name)) or (isinstance(value, dict) and "model_type" in value)
@@ -260,7 +260,7 @@ def _read(path: Path, value: Any, stack: _Stack) -> list[Any]:
         position = stack.position
         options = [{str(position[old]): by_block[old] for old in sorted(by_block) if old in position}]
     certain = isinstance(value, list | tuple | dict | str) and bool(_PER_BLOCK.search(name))
-    if not (options and certain):  # what surely speaks of blocks cannot stay as it is
+    if not (options and certain):  # what is certainly about blocks cannot stay as it is
         options.append(value)
     return [option for index, option in enumerate(options) if option not in options[:index]]
 
@@ -375,7 +375,7 @@ def _expanded(value: list[Any]) -> list[Any] | None:
 
 
 def _with_explicit_dense_blocks(data: dict[str, Any], num_blocks: int) -> dict[str, Any]:
-    """Qwen's mixtures place dense blocks by a period and a list; the list alone can place them anywhere."""
+    """Name dense blocks (Qwen's mixtures) by their list alone, without a period: a list can place them anywhere."""
     step = data.get("decoder_sparse_step")
     if "mlp_only_layers" not in data or not isinstance(step, int) or step <= 1:
         return data

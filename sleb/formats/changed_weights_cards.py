@@ -21,7 +21,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
 
 @dataclass(frozen=True)
 class Streamlined:
-    """What every card says of a model without blocks."""
+    """The facts about a streamlined model that every card states."""
 
     run: Run
     num_blocks: int
@@ -45,7 +45,7 @@ def adapter_card(model: Streamlined, measured: Sequence[Healing], base: str, *, 
     loading = [
         heading("How to load it"),
         f"The adapter belongs to the streamlined model in {where}, and to no other: the base model itself has "
-        "other blocks in these places. Hand both on together. `adapter_config.json` names it as "
+        "other blocks in these places. Distribute both together. `adapter_config.json` names it as "
         f"{code(f'./{base}')} (`base_model_name_or_path`), which is looked for in the folder that Python is "
         "started in: move it there, write into that field where it lies or what it is called on the "
         "hub, or load it by hand:",

@@ -1,6 +1,6 @@
 """A removal list in the formats of other tools. Knows records and strings; imports no torch, writes no file.
 
-Other tools count differently and say so badly ("21 to 29", with or without 29?), so every format that can
+Other tools count differently and say so unclearly ("21 to 29", with or without 29?), so every format that can
 carry a remark names the removed blocks, the kept blocks and the half-open ranges of kept blocks, all 0-based.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sleb.errors import OptionError, excerpt, quoted
-from sleb.records import Run, Step, finite
+from sleb.records import Run, Step, finite, is_gguf
 
 MODELS = ("hf", "gguf")
 """The formats that `sleb.export` writes: a model instead of a text."""
@@ -42,13 +42,13 @@ def remarks(run: Run, format: str) -> tuple[str, ...]:
     lists = run.stack.per_block_lists
     if format == "mergekit" and lists:
         sentences.append(
-            f"The model's config has an entry for each block in {', '.join(lists)}, which mergekit 0.1.5 does not "
-            "shorten, and fails on: use `sleb export --format hf` instead, which does, and proves it."
+            f"The model's config has an entry for each block in {', '.join(lists)}, on which mergekit 0.1.5 "
+            "fails: use `sleb export --format hf` instead, which shortens them and proves the result."
         )
     elif format == "mergekit" and lists is None:
         sentences.append(
             "mergekit 0.1.5 fails where the model's config has a list with an entry for each block, such as the "
-            "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it, and proves it."
+            "layer_types of Qwen2 and Qwen3: use `sleb export --format hf` then, which shortens it and proves that."
         )
     if format == "mergekit" and run.spec.model == "demo":
         sentences.append(
@@ -80,7 +80,7 @@ def _require_readable(run: Run, format: str) -> None:
     assert run.stack is not None
     tool = {"mergekit": "mergekit", "sleb": "the reference"}[format]
     model = run.spec.model
-    if model.lower().endswith(".gguf"):
+    if is_gguf(model):
         raise OptionError(
             f"{display_name(model)} is a GGUF file, which {tool} cannot read. Use `format=gguf`, or "
             "`format=llama-quantize` for llama.cpp's own tool; `format=hf` writes a folder without the blocks."
@@ -128,7 +128,7 @@ def is_hub_id(model: str) -> bool:
         validate_repo_id(model)
     except HFValidationError:
         return False
-    return model != "demo" and not model.lower().endswith(".gguf") and model.isascii()
+    return model != "demo" and not is_gguf(model) and model.isascii()
 
 
 def kept_ranges(num_blocks: int, removal_list: Sequence[int]) -> list[tuple[int, int]]:
@@ -282,8 +282,8 @@ def _llama_quantize(run: Run, steps: tuple[Step, ...], model_name: str) -> str:
     there.
     """
     blocks = ",".join(map(str, sorted(steps[-1].removal_list)))
-    if model_name.endswith(".gguf"):
-        source, target = model_name, model_name.removesuffix(".gguf") + "-streamlined.gguf"
+    if is_gguf(model_name):
+        source, target = model_name, model_name[: -len(".gguf")] + "-streamlined.gguf"
     else:
         source, target = "MODEL.gguf", "MODEL-streamlined.gguf"
     return shlex.join(["llama-quantize", "--prune-layers", blocks, source, target, "COPY"]) + "\n"

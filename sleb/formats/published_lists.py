@@ -95,5 +95,5 @@ def jaccard(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def shared_by_chance(num_removed: int, candidates: int) -> float:
-    """Blocks that two lists drawn blindly from so many candidates share on average."""
+    """The average number of blocks that two random lists share, drawn from so many candidates."""
     return num_removed**2 / candidates if candidates else 0.0

@@ -22,7 +22,7 @@ _ABSENT = object()
 
 
 class _Enough(Exception):
-    """Ends a forward pass after the last block; never leaves this file."""
+    """Raised to end a forward pass after the last block; never leaves this file."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class BlockStack:
 
     @contextmanager
     def resident(self, block: int, then: int | None = None) -> Iterator[None]:
-        """The weights of a block are in memory within it; those of block `then`, where streamed, are on their way."""
+        """A context with the weights of a block in memory; where streamed, those of block `then` are read meanwhile."""
         with self.streamed.resident(block, then) if self.streamed is not None else contextlib.nullcontext():
             yield
 
     @contextmanager
     def skipping(self, skipped: set[int] | frozenset[int] | tuple[int, ...]) -> Iterator[None]:
-        """Within it the blocks of `skipped` return their input; the reference implementation of the sweep."""
+        """A context in which the blocks of `skipped` return their input; the reference implementation of the sweep."""
         with self._replacing({block: self._passing_through(block) for block in skipped}):
             yield
 

@@ -46,7 +46,10 @@ def fast_dtype(stored: torch.dtype | None, device: torch.device) -> torch.dtype:
 
 
 def _cpu_is_faster_in(dtype: torch.dtype) -> bool:
-    """The best of twenty products each, in turn and by one thread: on a busy machine a few of many threads' lie."""
+    """Whether matrix products are faster in this type: the best of twenty each, alternating, on one thread.
+
+    On a busy machine, times of several threads are not reliable.
+    """
     pairs = [(torch.ones(256, 512, dtype=kind), torch.ones(512, 1024, dtype=kind)) for kind in (dtype, torch.float32)]
     best = [float("inf"), float("inf")]
     threads = torch.get_num_threads()

@@ -29,7 +29,7 @@ def continued(
 
     With `stop` each ends with the model's own end-of-sequence token, and the last to end ends them all; else there are
     exactly `tokens` new ones. Nothing else of the model's generation settings is used: they may sample, or penalise
-    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate, or not so.
+    repetition. `tick` is called after each token. Raises `ModelError` where the family cannot generate this way.
     """
     name = type(model).__name__
     if getattr(model, "generation_config", None) is None or not callable(getattr(model, "generate", None)):
@@ -37,7 +37,7 @@ def continued(
     settings = _greedy_settings(model, tokens, stop=stop, cached=cached)
     kwargs = _after_each_token(tick) if tick is not None else {}
     if getattr(model.config.get_text_config(), "output_router_logits", False):  # type: ignore[union-attr,operator]
-        kwargs["output_router_logits"] = False  # losses that nobody reads
+        kwargs["output_router_logits"] = False  # losses that are not used
     try:
         with _settings_aside(model), torch.inference_mode():
             done = model.generate(  # type: ignore[operator]
@@ -81,7 +81,7 @@ def _after_each_token(tick: Callable[[], None]) -> dict[str, Any]:
 
 @contextmanager
 def numbers_only(model: nn.Module, whose: str) -> Iterator[None]:
-    """Within it a forward pass whose logits are not numbers raises `NotNumbers`: greedy text would go on."""
+    """A context in which a forward pass without numbers raises `NotNumbers`: greedy text would go on."""
 
     def look(_model: Any, _args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
@@ -109,7 +109,7 @@ def ends_of(model: nn.Module) -> list[int]:
 
 @contextmanager
 def _settings_aside(model: Any) -> Iterator[None]:
-    """Within it the model has no generation settings, from which `generate` would fill in what is left open."""
+    """A context in which the model has no generation settings, which `generate` would use where none is given."""
     from transformers import GenerationConfig
 
     own = model.generation_config

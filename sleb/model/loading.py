@@ -18,6 +18,7 @@ from sleb.model.inspection.library_errors import loaded_by, quieten_torchao
 from sleb.model.inspection.presence import is_path, require_code_elsewhere, require_file
 from sleb.model.streamed_loading import load_within
 from sleb.model.streaming import streamed_blocks
+from sleb.records import is_gguf
 from sleb.runtime import run_folder
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _located(name: str, revision: str | None, allow_pickle: bool, trust_remote_c
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if name == "demo":
         return _Source(name, str(demo.model_folder(convert_gguf)), options)
-    if name.lower().endswith(".gguf"):
+    if is_gguf(name):
         file = Path(name).expanduser()
         header = _header(file)
         return _Source(name, str(file.parent), options | {"gguf_file": file.name}, header)
@@ -173,7 +174,7 @@ def _make_ready(model: Any, dtype: torch.dtype, device: torch.device | None) -> 
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """What was dequantised may have kept the type of the checkpoint; float32 is some families' own choice."""
+    """Give 16-bit weights this type: dequantised ones may have another. Float32 stays: some families choose it."""
     if getattr(model, "hf_quantizer", None) is None:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and parameter.dtype is not dtype:
@@ -193,7 +194,7 @@ def convert_gguf(source: Path, folder: Path) -> None:
 
 
 def forget_quantisation(model: Any) -> None:
-    """The weights were dequantised while loading (GGUF); a quantiser still remembered refuses to save them."""
+    """Remove what is left of a quantiser that would refuse to save weights which loading has dequantised (GGUF)."""
     for name in ("hf_quantizer", "quantization_method"):
         vars(model).pop(name, None)
     vars(model.config).pop("quantization_config", None)

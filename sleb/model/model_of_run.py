@@ -13,7 +13,7 @@ _NAMED = 3  # changes in one sentence
 
 
 def require_same_model(run: Run, job: JobSettings, loaded: LoadedModel) -> None:
-    """A list found on another model proves nothing about this one.
+    """Require the model that the run began with: a list found on another one proves nothing about it.
 
     A run by an earlier version recorded weights alone, and the rest is unknown here. Raises `RunError`,
     naming what has changed.
@@ -35,7 +35,7 @@ def require_same_model(run: Run, job: JobSettings, loaded: LoadedModel) -> None:
 
 
 def require_same_scoring(run: Run) -> None:
-    """Scores by one version of the scoring code do not go on with those of another. Raises `RunError`."""
+    """Require the version of the scoring code that began the run: scores of two do not compare. Raises `RunError`."""
     assert run.stack is not None
     if run.stack.scoring_version not in (None, SCORING_VERSION):
         raise RunError(

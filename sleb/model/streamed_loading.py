@@ -37,7 +37,7 @@ def load_within(
     options: dict[str, Any],
     load: Callable[..., tuple[Any, dict[str, Any]]],
 ) -> tuple[Any, dict[str, Any]]:
-    """A model and its loading report, within `budget` bytes; in memory as ever where it fits.
+    """A model and its loading report, within `budget` bytes; wholly in memory where it fits.
 
     `load(**kwargs)` is `from_pretrained` with everything that is always the same. Raises `OptionError` for a budget
     that is too small.
@@ -159,7 +159,7 @@ def _generation_config(model: Any, source: str, options: dict[str, Any]) -> None
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Within it a logger does not warn of parameters on the meta device, which are intended."""
+    """A context in which a logger does not warn of parameters on the meta device, which are intended."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)

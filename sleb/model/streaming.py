@@ -56,7 +56,7 @@ class _Weight:
 
 @dataclass
 class _Coming:
-    """A block on its way. The reader puts its tensors here; taking them leaves nothing behind."""
+    """A block that is being read. The reader puts its tensors here; taking them leaves nothing behind."""
 
     block: int
     tensors: list[torch.Tensor] = field(default_factory=list)
@@ -100,7 +100,7 @@ class StreamedBlocks:
         self._forwards = [self._streamed(index, block.forward) for index, block in enumerate(self._blocks)]
 
     def attach(self, model: nn.Module) -> None:
-        """Have the model's blocks read their weights when they run, and `streamed_blocks` know it."""
+        """Have the model's blocks read their weights when they run, and `streamed_blocks` return this."""
         for block, forward in zip(self._blocks, self._forwards, strict=True):
             block.forward = forward
         vars(model)[_OWNER] = self
@@ -111,9 +111,9 @@ class StreamedBlocks:
 
     @contextmanager
     def resident(self, block: int, then: int | None = None) -> Iterator[None]:
-        """The weights of a block are there within it; those of block `then` are read meanwhile, if there is room.
+        """A context with the weights of a block in memory; those of block `then` are read meanwhile, if there is room.
 
-        Within it another block can be asked for, and no third one.
+        In the context one further block can be entered, and no third one.
         """
         if not self._users[block]:
             self._make_room(block)

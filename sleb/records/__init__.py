@@ -61,7 +61,7 @@ from sleb.records.requests import (
     sorted_list,
 )
 from sleb.records.run import Forecast, Run, SelfCheck, StackDescription
-from sleb.records.spec import RACE_SEQUENCES, CalibrationSpec, Method, RunSpec, default_held_out
+from sleb.records.spec import RACE_SEQUENCES, CalibrationSpec, Method, RunSpec, default_held_out, is_gguf
 from sleb.records.trace import Baseline, Candidate, Step, Trace, steps_of_removal
 
 __all__ = [
@@ -135,6 +135,7 @@ __all__ = [
     "UnreadableJob",
     "default_held_out",
     "finite",
+    "is_gguf",
     "perplexity_of",
     "sorted_list",
     "steps_of_removal",

@@ -11,7 +11,7 @@ FORMAT_VERSION = 1
 """Version of the run folder. A folder of another version is refused, never guessed at."""
 
 MOST = 10**15
-"""No number that is asked for is larger: far above all use, and well within what files and libraries hold."""
+"""The largest number in any request: far above all use, and well within what files and libraries hold."""
 
 
 def finite(value: float | None) -> float | None:

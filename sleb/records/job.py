@@ -70,8 +70,8 @@ class JobSettings(Record):
         Literal["auto", "off"],
         Option(
             "Optimizations",
-            "In long searches, first try faster ways of computing the blocks, and use those that pay; they round a "
-            "little differently.",
+            "In long searches, try optimizations of the blocks first, and use those that pay; they round a little "
+            "differently.",
             EXECUTION,
             on_off=("auto", "off"),
             flag=True,

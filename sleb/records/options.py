@@ -176,7 +176,7 @@ def _setting(option: Option, path: tuple[str, ...], field: FieldInfo) -> Setting
 
 
 def _without_marks(annotation: Any) -> tuple[Any, list[Any]]:
-    """The type of a value that is not None, and what else the annotation says."""
+    """The type that an annotation has besides None, and its metadata."""
     if get_origin(annotation) is Annotated:
         inner, *marks = get_args(annotation)
         plain, more = _without_marks(inner)

@@ -33,7 +33,7 @@ class Permissions(Record):
 
     @classmethod
     def of(cls, job: JobSettings, *, trust_paths: bool = False) -> Permissions:
-        """What a job needs, allowed by the command that makes it; never for a job read from a run folder."""
+        """Permissions for all that a job needs, by the command that makes it; never for one read from a run folder."""
         return cls.model_validate(_needed(job) | {"trust_paths": trust_paths})
 
     @property

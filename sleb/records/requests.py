@@ -12,7 +12,7 @@ RemovalList = tuple[int, ...]
 """Original, 0-based block indices in ascending order: the order of removal makes no difference to a model."""
 
 NAMED_TEXTS = ("wikitext2", "c4", "demo")
-"""Texts by name, whatever files of that name there are: two with a published protocol, and the installed one."""
+"""Texts known by name, even where a file has that name: two with a published protocol, and the installed one."""
 
 
 class _Lists(Record):

@@ -57,7 +57,7 @@ class StackDescription(Record):
     identity: ModelIdentity | None = None
     """The model besides its weights; None in files of versions that looked at weights alone."""
     scoring_version: int | None = None
-    """`SCORING_VERSION` of the code that scores the run; None as above."""
+    """`SCORING_VERSION` of the code that scores the run; None in files of versions that looked at weights alone."""
     tokens_hash: str
     """Hash of the calibration and held-out token ids: a resumed run must see the same text."""
     sequences: int
@@ -80,7 +80,7 @@ class StackDescription(Record):
 
     @property
     def model_key(self) -> str | None:
-        """Equal for models that answer alike: weights, type, config, tokenizer, template and code; None as above."""
+        """Equal for models with the same weights, type, config, tokenizer, template and code; None where unknown."""
         if self.identity is None:
             return None
         return self.identity.key(self.weights_hash, self.dtype)

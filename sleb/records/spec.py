@@ -1,4 +1,4 @@
-"""What a run is asked: the model, the method, the calibration text."""
+"""The request for a run: the model, the method, the calibration text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Method(StrEnum):
 
 
 class CalibrationSpec(Record):
-    """Which text, cut how. `sequences` counts rows for `wikitext2-rows`, windows for every other source."""
+    """The calibration text, and how it is cut. `sequences` counts rows for `wikitext2-rows`, else windows."""
 
     source: Annotated[
         str,
@@ -40,7 +40,7 @@ class CalibrationSpec(Record):
             "(FILE:COLUMN), or a hub data set NAME:CONFIG:SPLIT:COLUMN.",
             TEXT,
             name="calibration",
-            details="Its likelihood decides: best something like what the model will be used for (paper, Table 8).",
+            details="Its likelihood decides: choose text like what the model will be used for (paper, Table 8).",
             metavar="SPEC",
             demo="demo",
         ),
@@ -75,17 +75,22 @@ class CalibrationSpec(Record):
     ] = False
 
 
+def is_gguf(model: str) -> bool:
+    """Whether the name of a model is that of a GGUF file."""
+    return model.lower().endswith(".gguf")
+
+
 def default_held_out(sequences: int) -> int:
     """A quarter of the calibration set, at least one."""
     return max(1, round(sequences / 4))
 
 
 class RunSpec(Record):
-    """What was asked; immutable once written. Permissions and devices are not part of it: see `JobSpec`."""
+    """The request for a run, immutable once written. Permissions and devices are not part of it: see `JobSpec`."""
 
     format_version: int = FORMAT_VERSION
     kind: Literal["search", "analyze", "evaluate"] = "search"
-    """`evaluate`: nothing is searched; the removal list was given."""
+    """What the run does first; with `evaluate` nothing is searched, and the removal list was given."""
     model: str
     revision: Annotated[str | None, Option("Revision", "Branch, tag or commit of the model on the hub.", EXECUTION)] = (
         None
@@ -105,7 +110,7 @@ class RunSpec(Record):
             "Held-out sequences",
             "How many more sequences to hold out: they take no part in any choice.",
             TEXT,
-            details="They tell what a removal really costs.",
+            details="They show what a removal really costs.",
             otherwise="a quarter",
             search_only=True,
         ),
@@ -183,7 +188,7 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = None
-    """A share: 0.1 is ten per cent."""
+    """The allowed rise of the held-out perplexity as a share: 0.1 is ten per cent."""
     confidence: Annotated[
         float,
         Field(ge=1e-6, le=1 - 1e-6),
@@ -219,7 +224,7 @@ class RunSpec(Record):
             search_only=True,
         ),
     ] = "auto"
-    """See `races`."""
+    """How candidates are scored; `races` says what `auto` comes to."""
     refine: Annotated[
         Literal["none", "swap"],
         Option(

@@ -37,7 +37,7 @@ PAPER = "https://arxiv.org/abs/2402.09025"
 
 
 def of(run: Run, steps: int | None = None) -> str:
-    """The report of a run folder, with the list after so many steps (all). Raises `RunError` without a list."""
+    """The report of a run folder, with its list after so many steps (None: all). Raises `RunError` without a list."""
     trace = run.require_trace()
     comparisons = [step_evidence.of(run, step) for step in trace.steps]
     return render(run, comparisons, read_exports(run), steps, findings_folder.findings(run.run_dir))

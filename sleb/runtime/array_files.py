@@ -18,12 +18,12 @@ from sleb.runtime.files import inside, read_regular
 MOST_ARRAY_BYTES = 512 << 20
 """Size in bytes above which arrays are not read: the scores of a step take megabytes."""
 NO_ARRAYS = (OSError, ValueError, RunError, KeyError, TypeError)
-"""Exceptions of reading an `.npz` file, and of looking for a name or a type in it, if it is missing or damaged."""
+"""Exceptions of reading an `.npz` file, or a name or a type in it, that is missing or damaged."""
 _DAMAGED = (
     KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, RecursionError, SyntaxError,
     RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError,
 )  # fmt: skip
-"""Exceptions of reading one, besides `ValueError`, that is damaged or was made to do damage."""
+"""Exceptions, besides `ValueError`, of reading an `.npz` file that is damaged or made to do damage."""
 
 
 def read_arrays(root: Path, *parts: str, most: int = MOST_ARRAY_BYTES) -> dict[str, np.ndarray]:

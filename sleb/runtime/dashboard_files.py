@@ -38,7 +38,7 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 def is_local(address: object) -> bool:
-    """Whether only this machine's users reach what listens there; without an address everybody does."""
+    """Whether only users of this machine can reach an address; a server without one can be reached from everywhere."""
     if not isinstance(address, str):
         return False
     with suppress(ValueError):

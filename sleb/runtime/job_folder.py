@@ -34,13 +34,13 @@ def create_job(directory: Path, spec: JobSpec) -> Job:
         origin.write_signed(partial, "spec.json", spec.model_dump_json(indent=1))
         replace_file(partial / "status.json", JobStatus().model_dump_json(indent=1))
         return load_job(_numbered(directory, partial, spec.kind))
-    except BaseException:  # a full disk, for one: half a job is none
+    except BaseException:  # such as a full disk: no incomplete job stays
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _numbered(directory: Path, partial: Path, kind: str) -> Path:
-    """Give a written job the next number that nobody has: it appears whole."""
+    """Give a written job the next free number; it appears whole."""
     number = max((number_of(each.name) for each in job_dirs(directory)), default=0)
     while True:
         number += 1
@@ -60,7 +60,7 @@ def read_jobs(directory: Path) -> tuple[Job, ...]:
     """Read the run's jobs, oldest first, as they were written."""
     jobs = []
     for job_dir in job_dirs(directory):
-        if not (job_dir / "spec.json").exists():  # a job being created is none yet
+        if not (job_dir / "spec.json").exists():  # a job that is still being created
             continue
         try:
             jobs.append(load_job(job_dir))

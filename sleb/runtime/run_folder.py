@@ -179,7 +179,7 @@ def delete(directory: Path) -> None:
             return
         try:
             remove(home(), directory)
-        except (OSError, StorageError):  # the mount point of a file system, for one
+        except (OSError, StorageError):  # such as the mount point of a file system
             for each in sorted(directory.iterdir(), key=lambda each: each.name == "spec.json"):
                 shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
             directory.rmdir()
@@ -281,7 +281,7 @@ def _fitting(analysis: Analysis | None, stack: StackDescription | None, director
 
 
 def _sentence(directory: Path, *parts: str) -> str | None:
-    """A file of a run folder with one sentence in it, if it exists."""
+    """The sentence that is a file of a run folder; None without the file."""
     path = inside(directory, *parts)
     try:
         return read_regular(path).decode(errors="replace")[:2000] if path.exists() else None

@@ -16,7 +16,7 @@ from sleb.scoring.token_loss import chunked_cross_entropy, token_nll
 log = logging.getLogger(__name__)
 
 MODEL_FAILURES = (LookupError, ArithmeticError, TypeError, AttributeError, ValueError, RuntimeError)
-"""What a model raises that cannot run without some of its blocks."""
+"""Exceptions of a model that cannot run without some of its blocks."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def require_same(run: Run, scorer: Scorer, then: np.ndarray, sequences: int) -> 
 
 
 def write_identity(run: Run, stack: StackDescription, loaded: LoadedModel) -> StackDescription:
-    """A run by an earlier version says from now on of what model it is: its scores agreed with this one's."""
+    """Record the identity of the model in a run by an earlier version, once its scores agreed with this model's."""
     stack = stack.model_copy(update={"identity": identity_of(loaded), "scoring_version": SCORING_VERSION})
     origin.write_stack(run.run_dir, stack)
     return stack

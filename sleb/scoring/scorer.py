@@ -27,8 +27,8 @@ class Scorer:
     """Scores skip sets on sequences of token ids; counts what it did.
 
     `ids` is (sequences, length) int64; every sequence has length - 1 predicted tokens. Out of memory halves the
-    batch and goes on. With `plain` every skip set is a forward pass of its own. `watch` hears of the work done, in
-    block evaluations, and where it is. Every rank of a `group` scores its share, and all get the whole.
+    batch and goes on. With `plain` every skip set is a forward pass of its own. `watch` is called with the work done,
+    in block evaluations, and where it is. Every rank of a `group` scores its share, and all get the whole.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Scorer:
 
     @contextmanager
     def losses_by(self, loss: Loss) -> Iterator[None]:
-        """Within it `score` takes losses from something that computes the same as `cross_entropy`."""
+        """A context in which `score` takes losses from something that computes the same as `cross_entropy`."""
         before, self.loss = self.loss, loss
         try:
             yield
@@ -86,7 +86,7 @@ class Scorer:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Within it nothing is counted: work that is on record already, or that nobody asked for."""
+        """A context in which work is not counted, since it is on record already or was not requested."""
         before = self.block_evaluations, self.head_evaluations
         try:
             yield

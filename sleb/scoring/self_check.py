@@ -81,9 +81,9 @@ def _plain_reference(stack: BlockStack, candidates: Sequence[int], ids: torch.Te
 
 
 def _streamed_reference(stack: BlockStack, candidates: Sequence[int], ids: torch.Tensor) -> tuple[Nats, dict[int, str]]:
-    """The same in one forward pass for all candidates: each has rows of its own, in which its block is undone.
+    """Nats of all candidates by one forward pass: each has rows of its own, in which its block is undone.
 
-    A pass of its own for each would read all weights as often. A block that others need is not noticed by its
+    One pass for each would read all weights as many times. A block that others need is not noticed by its
     failing here, but by the difference.
     """
     count, batch = len(candidates), len(ids)

@@ -72,7 +72,7 @@ def build(
 ) -> CalibrationSet:
     """Read, tokenise whole, cut into windows, draw. Raises `CalibrationError` where the text cannot give them.
 
-    A window has `sequence_length` tokens, of which the first is BOS where the tokenizer's habit is to add one. No two
+    A window has `sequence_length` tokens, of which the first is BOS where the tokenizer adds one by default. No two
     windows are equal, so that none that is held out is one that chose. `drawing` is `DRAWING`, or that of an earlier
     run whose text is wanted again.
     """

@@ -1,8 +1,8 @@
 """Conversations -> text by a tokenizer's own chat template. A template is a program: it runs where it can be ended.
 
-What a row says goes to the template as it is: tool calls, names, reasoning, tools. Changed is only what would else be
-written as something that nobody said: a field that is null is left out, as transformers does, and content is given as
-a text or as parts, whichever the template reads.
+What a row says goes to the template as it is: tool calls, names, reasoning, tools. Two things are changed, which
+the template would misread: a field that is null is left out, as transformers does, and content is given as a text or
+as parts, whichever the template reads.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ _ARGUMENTS = frozenset(
     }
 )
 """Arguments of `apply_chat_template` itself: a row that sets one changes more than its own text."""
-_SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-_SHAREGPT |= {"tool": "tool", "observation": "tool"}
+_SHAREGPT = {
+    **{"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"},
+    **{"system": "system", "tool": "tool", "observation": "tool"},
+}
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _BETWEEN_PARTS = "\n"  # as vLLM and llama.cpp join them for a template that reads no parts
 _SIGNS = ("sign 7f3a", "sign 9c41")  # not in any template

@@ -33,7 +33,7 @@ def count_distinct(windows: np.ndarray) -> int:
 
 
 def keep_passages(run_dir: Path, ids: np.ndarray) -> None:
-    """Keep in a run folder the hashes by which another text is known to repeat these windows, and no text."""
+    """Keep in a run folder hashes, not text, by which another text is found to repeat these windows."""
     size = max(1, min(_PASSAGE, ids.shape[1] // 2))
     passages = _passages(ids[:, 1:], size)[:, ::size]  # the first may be a BOS that another reading has not
     buffer = io.BytesIO()

@@ -255,6 +255,8 @@ def test_llama_quantize_names_the_gguf_file_of_the_run() -> None:
     line = parse_llama_quantize(render(make_run(spec={"model": "/some where/model.gguf"}), "llama-quantize"))
     assert line.input == "/some where/model.gguf"
     assert line.output == "/some where/model-streamlined.gguf"
+    line = parse_llama_quantize(render(make_run(spec={"model": "/models/MODEL.GGUF"}), "llama-quantize"))
+    assert (line.input, line.output) == ("/models/MODEL.GGUF", "/models/MODEL-streamlined.gguf")
     line = parse_llama_quantize(render(make_run(), "llama-quantize"))
     assert line.input.endswith(".gguf")
     assert line.output not in (line.input, "")

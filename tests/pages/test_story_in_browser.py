@@ -130,7 +130,7 @@ def test_the_form_remembers_what_it_does_not_show(tab: browser.Tab) -> None:
     fill(tab, Sequences="9")
     choose(tab, "Calibration text", "Upload a text")
     tab.shows("Choose a text to upload.")
-    choose(tab, "Calibration text", "The usual text")
+    choose(tab, "Calibration text", "The default text")
     tab.page.get_by_role("button", name="Start", exact=True).wait_for()
     holds("Confidence, per cent", "95")
     tab.page.get_by_text("New run").click()

@@ -104,7 +104,7 @@ class _Healing:
         self.subject = subject
         self.ask = ask
         self.request = request
-        """What bears on the weights: the settings that a finding keeps."""
+        """The settings that affect the weights, as a finding keeps them."""
         self.removal_list: RemovalList = ask.lists[-1]
         self.text = text
         self.folder = folder

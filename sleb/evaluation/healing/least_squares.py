@@ -26,7 +26,7 @@ from sleb.scoring.scorer import default_batch_size
 log = logging.getLogger(__name__)
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""How strongly a weight is held to what it was, as shares of the mean square of what goes in."""
+"""How strongly a weight is held to what it was, as shares of the mean square of the layer's inputs."""
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
@@ -228,7 +228,7 @@ class _Normal:
 def _run(
     stack: BlockStack, position: int, module: Any, inputs: BlockInputs, stream: Stream
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What goes into the layer, what comes out of it, and what comes out of the block."""
+    """The layer's inputs, its outputs, and the block's outputs."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = module.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
     try:
@@ -239,7 +239,7 @@ def _run(
 
 
 def _last_layer(stack: BlockStack, position: int, inputs: BlockInputs, stream: Stream) -> _Layer | None:
-    """The linear layer, if any, of which what is added to its output comes out of the block, times a constant.
+    """The linear layer, if any, whose output reaches the block's output as it is, or times a constant.
 
     That is tried: a norm behind the layer, or another layer that reads it, would change it.
     """
@@ -269,7 +269,7 @@ def _last_layer(stack: BlockStack, position: int, inputs: BlockInputs, stream: S
 def _scale(
     stack: BlockStack, position: int, module: Any, inputs: BlockInputs, stream: Stream, plain: torch.Tensor
 ) -> float | None:
-    """How far the block's output moves when the layer's moves by one; None where it does not just follow."""
+    """How far the block's output moves when the layer's moves by one; None where the two are not proportional."""
     pushes: list[torch.Tensor] = []
 
     def push(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor | None:

@@ -133,7 +133,7 @@ def train(
 
     One update every `batch_sequences`, by AdamW: the mean over predicted tokens of the cross-entropy, gradients clipped
     to norm 1, a learning rate that rises over the first updates and falls to nothing. Nothing is dropped out. `tell`
-    hears of the updates done, of all. Without `in_pieces` the logits of a whole sequence exist at once.
+    is called with the updates done and their total. Without `in_pieces` the logits of a whole sequence exist at once.
 
     Raises `NotNumbers` where the model predicts no numbers before anything is trained, `ScoringError` when the loss or
     its gradients are not numbers, or a single sequence does not fit into memory.

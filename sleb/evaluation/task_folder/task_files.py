@@ -55,7 +55,7 @@ class TaskFiles:
         self.folder = folder
         self.trusted = trusted
         self.restricted = folder is not None and not trusted
-        self._own: list[Any] = []  # tasks of lm-eval that nobody changed
+        self._own: list[Any] = []  # tasks of lm-eval as they are
         self._building: Path | None = None
         self._is_own = False
 

@@ -23,11 +23,11 @@ from types import FrameType
 from sleb.errors import OptionError, SlebError, WorkEnded, excerpt
 
 SECONDS_EACH = 10.0
-"""Seconds for one text, or what is done with one answer; a hundredth is plenty."""
+"""Seconds for one text, or for the work on one answer; a hundredth is plenty."""
 MEMORY_EACH = 2 << 30
-"""Bytes of memory for the same."""
+"""Bytes of memory for one text, or for the work on one answer."""
 SECONDS = 600
-"""Seconds of processor time, to load tasks and put all their questions."""
+"""Seconds of processor time to load tasks and build all their prompts."""
 MEMORY = 4 << 30
 LARGEST_FILE = 8 << 30
 """Most bytes of a file that loading writes: examples are unpacked and converted into a cache."""

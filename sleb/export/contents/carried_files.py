@@ -1,4 +1,4 @@
-"""What else lies in a model's folder: carried over into the smaller model's, or named as left behind. No torch.
+"""The other files of a model's folder: carried over into the smaller model's, or named as left behind. No torch.
 
 The folder may be a stranger's. No link is followed out of it, no program is carried over, no more is read than such
 files hold, and what describes the blocks of the baseline is left behind.

@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder was given, and what of its source it does not have."""
+    """The contents of a folder that was written, and what of its source it does not have."""
 
     files: dict[str, str] = field(default_factory=dict)
     """Names of the files that were carried over, and the SHA-256 of each."""
@@ -250,7 +250,7 @@ def _float_types(copy: tensor_files.Copy | None) -> set[str]:
 def renumbered_names(value: Any, prefix: str, removal: Removal, further: tuple[tuple[int, int], ...]) -> Any:
     """Settings in which modules are named, with the numbers that the blocks have now, without those of removed ones.
 
-    Raises `ExportError` where a pattern speaks of certain blocks.
+    Raises `ExportError` where a pattern is about certain blocks.
     """
     stack = re.escape(prefix.rpartition(".")[2])
     position = {block: index for index, block in enumerate(removal.kept)} | dict(further)

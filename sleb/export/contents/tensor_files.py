@@ -205,7 +205,7 @@ def _number(name: str, prefix: str) -> tuple[int | None, str]:
 
 
 def _prefix(stored: Mapping[str, StoredTensor], path: str, blocks: Sequence[Shapes]) -> str | None:
-    """What stands before a block's number: of all that could, what most of the blocks' tensors have."""
+    """The part of a tensor's name before the block's number: of all candidates, the one that most tensors have."""
     matches: dict[str, int] = {}
     numbers: dict[str, set[int]] = {}
     for name, tensor in stored.items():

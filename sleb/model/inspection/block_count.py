@@ -8,6 +8,7 @@ from typing import Any
 
 from sleb.errors import ModelError
 from sleb.model.inspection import gguf_header, model_files
+from sleb.records import is_gguf
 from sleb.runtime import files
 
 DEMO_BLOCKS = 30  # of SmolLM2-135M; a test asks the model itself
@@ -25,7 +26,7 @@ def num_blocks(model: str) -> int | None:
         path = files.expanded(Path(model))
         if path.is_dir():
             count = _of_config(model_files.read_config(path))
-        elif path.suffix == ".gguf" and path.is_file():
+        elif is_gguf(path.name) and path.is_file():
             count = _of_gguf(path)
     return count if count is not None and 0 < count <= MOST_BLOCKS else None
 

@@ -29,7 +29,7 @@ class Checkpoint:
         return None if self.scheme is not None else main_dtype(self.stored)
 
     def inspect(self) -> None:
-        """Raises `ModelError` where the files are not those of the config, or quantised as the loader cannot undo."""
+        """Raises `ModelError` where the files do not fit the config, or the loader cannot undo their quantisation."""
         beside = {} if quantisation.is_named(self.raw) else self._beside()
         self.scheme = quantisation.scheme_of(self.name, self.raw, self.config, beside)
         files = list(dict.fromkeys(files_by_key(self.source, self.options).values()))

@@ -1,6 +1,6 @@
 """A GGUF file's header, walked within bounds that follow from the file's size. Decodes no weight; needs no torch.
 
-The gguf library believes what a header announces: 49 bytes that speak of 2^40 entries take all the memory there is.
+The gguf library believes what a header announces: 49 bytes that announce 2^40 entries take all the memory there is.
 So every file is walked here before that library opens it, by offsets, without making an object for each entry.
 """
 
@@ -29,7 +29,7 @@ _STRING, _ARRAY = 8, 9
 _MOST_SETTINGS = 1 << 16
 _MOST_TENSORS = 1 << 17
 _MOST_ENTRIES = 3_000_000
-"""The limit for all lists together, of 1 kB each in the library; vocabularies with their merges have up to a third."""
+"""The most entries of all lists together; the library takes 1 kB for each. Vocabularies have up to a third."""
 _DEEPEST_LIST = 4
 _LONGEST_NAME = 1 << 16  # bytes, as the format has it
 _LONGEST_KEPT = 1 << 12  # bytes of a string setting that is handed on
@@ -62,7 +62,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a GGUF file, which fits into the file."""
+    """The header of a GGUF file, checked to fit into the file."""
 
     settings: dict[str, Any]
     """Numbers, and texts that are short; lists are left out."""

@@ -19,7 +19,7 @@ _COLOURS = re.compile(r"\x1b\[[\d;]*m")  # as transformers writes them itself
 
 
 def loaded_by(name: str, load: Callable[[], Loaded], scheme: Scheme | None = None) -> Loaded:
-    """What a library makes of a model's files, which `load` calls.
+    """Call `load`, by which a library reads a model's files, and return its result.
 
     Raises `ModelError`, in one sentence, for whatever the library raises about damaged or foreign files.
     """
@@ -37,7 +37,7 @@ def loaded_by(name: str, load: Callable[[], Loaded], scheme: Scheme | None = Non
 
 
 def _printable(record: logging.LogRecord) -> bool:
-    """What transformers tells of a model has names in it that come from its files."""
+    """Escape what transformers logs about a model: it has names in it that come from the model's files."""
     text = _COLOURS.sub("", record.getMessage())
     record.msg = "".join(char if char.isprintable() or char in "\n\t" else " " for char in text)[:_LONGEST_NOTE]
     record.args = ()
@@ -73,6 +73,6 @@ def quieten_libraries() -> None:
 
 
 def quieten_torchao() -> None:
-    """Transformers imports torchao where it is installed, which warns of kernels for other machines and of itself."""
+    """Silence torchao, which transformers imports where it is installed: it warns of kernels for other machines."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

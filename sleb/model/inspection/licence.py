@@ -12,6 +12,7 @@ from pathlib import Path
 from sleb.errors import ModelError
 from sleb.model import demo
 from sleb.model.inspection import gguf_header
+from sleb.records import is_gguf
 
 _HEAD_BYTES = 1 << 16
 _FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
@@ -29,7 +30,7 @@ _TITLES = (
 
 def of_model(model: str, revision: str | None) -> dict[str, str]:
     """`license`, `license_name` and `license_link` as a card has them; empty where the model names none."""
-    if model == "demo" or model.lower().endswith(".gguf"):
+    if model == "demo" or is_gguf(model):
         with suppress(ModelError, OSError):
             path = demo.model_file() if model == "demo" else Path(model).expanduser()
             named = gguf_header.settings(path).get("general.license")

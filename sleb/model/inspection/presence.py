@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb.errors import ModelError
-from sleb.records import ExportJob, JobSettings, Run
+from sleb.records import ExportJob, JobSettings, Run, is_gguf
 
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")  # lengths as on the hub
 
@@ -22,7 +22,7 @@ def require_there(run: Run, job: JobSettings) -> None:
     name = (job.gguf if isinstance(job, ExportJob) else None) or run.spec.model
     if name == "demo":
         return
-    if name.lower().endswith(".gguf"):
+    if is_gguf(name):
         require_file(Path(name).expanduser())
     elif not is_path(name):
         _require_on_hub(name, (run.stack.revision if run.stack else None) or run.spec.revision)

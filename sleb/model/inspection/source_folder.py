@@ -12,6 +12,7 @@ from typing import Any
 from sleb.errors import excerpt
 from sleb.model.inspection import model_files
 from sleb.model.inspection.presence import is_path
+from sleb.records import is_gguf
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class SourceFolder:
 
 def source_folder(name: str, revision: str | None) -> SourceFolder | None:
     """The folder of a model in the Hugging Face layout, all its small files fetched; None for one that has none."""
-    if name == "demo" or name.lower().endswith(".gguf"):
+    if name == "demo" or is_gguf(name):
         return None
     if is_path(name):
         folder = Path(name).expanduser()
@@ -62,7 +63,7 @@ def _weights(folder: Path) -> Iterator[Path]:
 
 
 def _of_hub(name: str, revision: str | None) -> SourceFolder | None:
-    """The snapshot in the cache. Where the hub answers, it tells of further files, and those are fetched."""
+    """The snapshot in the cache. Where the hub answers, the further files that it lists are fetched."""
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(name, "config.json", revision=revision)

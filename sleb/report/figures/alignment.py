@@ -90,7 +90,7 @@ def _removed_strip(blocks: Sequence[int]) -> go.Bar:
 
 
 def recorded_agreement(alignment: Alignment) -> go.Figure:
-    """Agreement on the calibration text and, where there is one, the model's own: for a page that nobody can click."""
+    """Agreement on the calibration text and, where there is one, the model's own: for a page without a server."""
 
     def line(shares: Iterable[float], name: str, colour: str, dash: str) -> go.Scatter:
         return go.Scatter(

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from sleb.report.figures import style
 from sleb.report.summaries.line_gates import proportional
 from sleb.report.summaries.list_curves import Curves, Line, Point
-from sleb.report.summaries.numbers import as_bytes, consecutive
+from sleb.report.summaries.numbers import as_bytes, consecutive, rise
 
 Panel = Literal["cost", "accuracy", "speed", "size"]
 PASSES, LIMIT = "rgba(0,158,115,0.13)", style.GREEN
@@ -229,8 +229,7 @@ def _hover(line: Line, point: Point, panel: Panel, over_baseline: bool) -> str:
             return f"{value} (too good: blocks were chosen on it)"
         if point.change is None or not point.removed or not math.isfinite(point.change):
             return value
-        error = f" ± {math.exp(point.change) * point.change_error:.1%}" if point.change_error else ""
-        return value if over_baseline or point.change > 5 else f"{value} ({math.expm1(point.change):+.1%}{error})"
+        return value if over_baseline or point.change > 5 else f"{value} ({rise(point.change, point.change_error)})"
     if panel == "accuracy":
         error = f" ± {100 * (point.high - point.value):.1f}" if point.high is not None else ""
         return f"{100 * point.value:.1f}{error} %"

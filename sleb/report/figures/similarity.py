@@ -100,7 +100,7 @@ def heatmap(
 
 
 def recorded_heatmap(similarity: Similarity) -> go.Figure:
-    """Mean cosine similarity as a run recorded it, without choices: for a page that nobody can click."""
+    """Mean cosine similarity as a run recorded it, without choices: for a page without a server."""
     count = len(similarity.mean)
     names = [label(block) for block in range(EMBEDDING, count - 1)]
     every = max(1, math.ceil(count / 16))

@@ -23,7 +23,7 @@ class Side:
     text: str
     """The text on which its blocks were chosen, as the page names it."""
     source: str
-    """The same as the search was given it."""
+    """The text, as the search was given it."""
     removal_list: RemovalList
     """Blocks in the order of the stack."""
     findings: Sequence[Finding]

@@ -24,7 +24,7 @@ UNITS = {"nll": "nats per token", "kl": "nats of divergence per token", "metric1
 """Units of scores, by what was compared."""
 
 SHORT_UNITS = {"nll": "nats", "kl": "nats of divergence", "metric1": "1 − cosine"}
-"""The same without "per token"."""
+"""Units of scores without "per token", for narrow columns."""
 
 
 def unit_of(run: Run) -> str:

@@ -123,7 +123,7 @@ class IndexFile:
 
 
 def _is_of_the_moment(error: sqlite3.Error) -> bool:
-    """Whether something else than the file is to blame. An error of our own has no code, and is about the moment."""
+    """Whether an error is temporary and the file sound. An error of our own has no code, and counts as temporary."""
     code = getattr(error, "sqlite_errorcode", None)
     return isinstance(error, sqlite3.OperationalError) if code is None else (code & 0xFF) in _NOT_NOW
 

@@ -53,9 +53,9 @@ def devices(device: str, processes: int) -> list[str]:
 
 @contextmanager
 def holding(home: Path, device: str, waiting: Callable[[int], None]) -> Iterator[None]:
-    """Hold the device, after everybody who came before. `waiting` hears how many those are, when it changes.
+    """Hold the device, after all jobs that came before. `waiting` is called with their number when it changes.
 
-    Where the queue cannot be written (a read-only home), nobody waits, and the log says so.
+    Where the queue cannot be written (a read-only home), no job waits, and the log says so.
     """
     folder = _folder(home, device)
     try:

@@ -100,7 +100,7 @@ def executing(
     """Hold the run's lock, wait for the device, keep the status, and write how it ended.
 
     Raises `RunBusy` if another process holds the run. SIGTERM is turned into `Stopped`, raised wherever the main
-    thread is. `watch` hears of the waiting. `processes` on this host, if not as many as the job says. What `require`
+    thread is. `watch` is told of the waiting. `processes` on this host, if not as many as the job says. What `require`
     refuses is refused before the waiting.
     """
     run_dir = job_dir.parent.parent
@@ -151,7 +151,7 @@ def _ending_recorded(reporter: Reporter) -> Iterator[None]:
 
 
 def _close_failed(reporter: Reporter, message: str) -> None:
-    with contextlib.suppress(StorageError):  # a full disk is what it may have failed of
+    with contextlib.suppress(StorageError):  # a full disk may be why it failed
         reporter.close(JobState.FAILED, message)
 
 
@@ -178,15 +178,15 @@ def state_of(run: Run) -> JobState:
 
 
 def last_word(job: Job) -> str:
-    """Why a job that no process executes brought nothing, or no more; of a job as `derived` gives it."""
+    """Why an ended job gave no result, or only a part of one; `job` is as `derived` gives it."""
     never_began = "No process has taken it up." if job.status.state is JobState.QUEUED else "It ended without a word."
     return job.status.message or never_began
 
 
 def unanswered(run: Run) -> Job | None:
-    """The newest job whose question about lists was not answered to its end: asked again, it goes on where it was.
+    """The newest job that did not finish its question about lists: asked again, it goes on where it was.
 
-    Of those that failed only the very last: what it failed of may be the question itself.
+    A failed one counts only if it is the last of all: the question itself may be why it failed.
     """
     own = [job for job in watched(run).jobs if job.ask is not None]
     answered = [job.ask for job in own if job.status.state is JobState.FINISHED]
@@ -205,7 +205,7 @@ def active(run: Run) -> Job | None:
 
 
 def is_active(job: Job) -> bool:
-    """Whether a process executes it, waits with it, or is about to take it up; of a job as `derived` gives it."""
+    """Whether a process executes it, waits with it, or is about to take it up; `job` is as `derived` gives it."""
     if job.status.state is JobState.QUEUED and job.status.pid is None:
         return _silence(job.status) < STARTING_SECONDS
     return job.status.state in (JobState.QUEUED, JobState.RUNNING)
@@ -218,9 +218,9 @@ def require_idle(run: Run) -> None:
 
 
 def require_allowed(job: Job, permissions: Permissions) -> None:
-    """Raises `NotPermitted` where a job needs more than it is given, `UnconfirmedNames` where a stranger wrote it.
+    """Raises `NotPermitted` where a job needs more permissions, `UnconfirmedNames` where it is from elsewhere.
 
-    Raises `RunError` for a search in a run that searches nothing, which would read what nobody was asked about.
+    Raises `RunError` for a search in a run that searches nothing: it would read what no user confirmed.
     """
     run_dir = job.directory.parent.parent
     permissions.granted(job.spec)
@@ -367,7 +367,7 @@ def stopping_on_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Ignore a second, impatient Ctrl-C while the last words are written."""
+    """Ignore a second Ctrl-C while the final status is written."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""How far a job is, and what wants to hear of it. Knows work done and clocks; knows no model and no screen."""
+"""The progress of a job, and who is told of it. Knows work done and clocks; knows no model and no screen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sleb.records import Attempt, Baseline, Progress, StackDescription, Step
 
 
 class Watcher:
-    """Hears what happens while it happens; the command line draws it. Does nothing by itself."""
+    """Is called while a job works; the command line draws what it is told. Does nothing by itself."""
 
     def waiting(self, progress: Progress) -> None:
         """Called when the number of jobs that hold or await the device before this one changes."""
@@ -101,7 +101,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """`90` -> `1 min 30 s`."""
+    """Seconds in words: `90` -> `1 min 30 s`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -12,7 +12,7 @@ _HERE = -100  # AT_FDCWD
 _SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 OLD = "old"
-"""What stood at the destination, inside a workspace, where two names cannot be swapped at once."""
+"""The name, in a workspace, of what stood at the destination, where two names cannot be swapped at once."""
 
 
 def put_in_place(new: Path, target: Path) -> None:

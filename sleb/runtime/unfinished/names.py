@@ -33,12 +33,12 @@ _NAME = re.compile(
 
 
 def temporary(target: Path) -> Path:
-    """A name beside `target` that nobody has, for what will become it."""
+    """An unused name beside `target`, for what will become it."""
     return target.with_name(f"{prefix(target.name)}{secrets.token_hex(4)}{SUFFIX}")
 
 
 def prefix(target: str) -> str:
-    """What such a name begins with; eight characters of chance and `SUFFIX` follow."""
+    """The beginning of a temporary name; eight random characters and `SUFFIX` follow."""
     return f".{_shown(target)}.{_own(os.getpid())}."
 
 
@@ -54,7 +54,7 @@ def becomes(name: str, target: str) -> bool:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether it has such a name, and the process that it names has ended."""
+    """Whether a path has a temporary name, and the process in that name has ended."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         return False

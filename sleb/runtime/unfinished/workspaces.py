@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _TARGET = "target.json"  # in a workspace: the name that its content is to have, beside it
 _REMOVED = "removed"
 NEW = "new"
-"""What becomes of the target, inside its workspace."""
+"""The name, in a workspace, of what becomes the target."""
 
 
 @contextmanager
@@ -51,7 +51,7 @@ def workspace(home: Path, target: Path) -> Iterator[Path]:
 
 
 def remove(home: Path, target: Path) -> None:
-    """Take a folder away in one move, so that nobody sees half of it, then delete it. Raises `OSError`."""
+    """Take a folder away in one move, so that no reader sees half of it, then delete it. Raises `OSError`."""
     with workspace(home, target) as folder:
         os.rename(target, folder / _REMOVED)
 

@@ -31,7 +31,7 @@ class PiecewiseAttention:
 
     @contextmanager
     def on(self, scorer: Scorer) -> Iterator[None]:
-        """Within it transformers, which looks its attention up in one table at each call, has another entry there."""
+        """A context in which transformers' table of attention functions, read at each call, has this one in it."""
         self.functions["sdpa"] = self.attend
         try:
             yield

@@ -54,17 +54,17 @@ class Optimization(Protocol):
     name: str
 
     def on(self, scorer: Scorer) -> AbstractContextManager[None]:
-        """Within it the blocks of the scorer's stack run this way, and the scorer takes its losses so."""
+        """A context in which the scorer's blocks, and its losses, are computed this way."""
 
 
 @contextmanager
 def optimized(
     scorer: Scorer, ahead: float, *, compile: Compile = "auto", known: Collection[str] | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Within it the scorer uses the optimizations that `choose` gives for its batches; yields their names.
+    """A context in which the scorer uses the optimizations that `choose` gives for its batches; yields their names.
 
-    `ahead` and `compile` are as there. With `known` names nothing is timed: a run that is resumed, and every rank,
-    computes as the first one did.
+    `ahead` and `compile` are those of `choose`. With `known` names nothing is timed: a resumed run, and every
+    rank, computes as the first one did.
     """
     with ExitStack() as switched:
         if known is None:

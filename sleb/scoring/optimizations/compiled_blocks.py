@@ -32,7 +32,7 @@ class CompiledBlocks:
 
     @contextmanager
     def on(self, scorer: Scorer) -> Iterator[None]:
-        """Within it the blocks have another `forward`, and the scorer another loss."""
+        """A context in which the blocks have a compiled `forward`, and the scorer a compiled loss."""
         import torch._inductor.config as inductor
 
         # Without processes of its own: a worker that is stopped must not leave any behind.

@@ -93,7 +93,7 @@ class PackedWeights:
 
     @contextmanager
     def on(self, scorer: Scorer) -> Iterator[None]:
-        """Within it the layers have another `forward`."""
+        """A context in which the layers have a `forward` that uses the packed weights."""
         packed = _operator().packed
         packed.update(self.packed)
         try:
