@@ -25,9 +25,9 @@ def with_flags(text: str) -> str:
 def _names() -> frozenset[str]:
     """Settings that have an option; other words in back quotes are not ours."""
     described = {each.name for record in (RunSpec, JobSettings) for each in settings_of(record)}
-    records = [each for each in vars(requests).values() if isinstance(each, type) and issubclass(each, Record)]
-    fields = (each.model_fields for each in (Permissions, *records))
-    return frozenset(described.union(_OF_COMMANDS, *fields))
+    records: list[type[Record]] = [Permissions]
+    records += [each for each in vars(requests).values() if isinstance(each, type) and issubclass(each, Record)]
+    return frozenset(described.union(_OF_COMMANDS, *(each.model_fields for each in records)))
 
 
 def _flag(name: str, value: str | None) -> str | None:
