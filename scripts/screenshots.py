@@ -27,6 +27,8 @@ def main() -> None:
         for name, (path, height) in SHOTS.items():
             with browser.tab(address, viewport={"width": 1400, "height": height}, color_scheme="light") as tab:
                 tab.open(path)
+                tab.page.wait_for_timeout(2000)
+                tab.page.wait_for_function("() => !document.querySelector('[data-testid=stSkeleton]')")
                 tab.page.wait_for_timeout(3000)  # charts and fonts
                 tab.page.screenshot(path=TARGET / f"{name}.png")
                 print(f"Took {TARGET / name}.png")

@@ -98,7 +98,8 @@ def number_to_remove(num_blocks: int, available: int, num_remove: int | None, ra
     if not 1 <= wanted <= min(available, num_blocks - 1):
         raise OptionError(
             f"Asked to remove {wanted} of {num_blocks} blocks; {min(available, num_blocks - 1)} may be removed "
-            f"({num_blocks - available} protected, at least one must stay). Lower `remove` or `ratio`."
+            f"({num_blocks - available} protected or not among the candidates, at least one must stay). "
+            "Lower `remove` or `ratio`."
         )
     return wanted
 
@@ -109,9 +110,10 @@ def require_possible(method: Method, num_blocks: int, num_remove: int, protected
     if method is Method.EARLY_EXIT:
         hit = [block for block in range(num_blocks - num_remove, num_blocks) if block in kept]
         if hit:
+            last = "the last block" if num_remove == 1 else f"the last {num_remove} blocks"
             raise OptionError(
-                f"Early exit removes the last {num_remove} blocks, and block {hit[-1]} is protected. "
-                "Leave it out of `protect`, or lower `remove`."
+                f"Early exit removes {last}, and block {hit[-1]} is protected. Leave it out of `protect`, or lower "
+                "`remove`."
             )
     if method is Method.BEST_CHUNK and not contiguous_chunks(num_blocks, num_remove, kept):
         raise OptionError(

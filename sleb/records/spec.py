@@ -266,6 +266,8 @@ class RunSpec(Record):
     def _one_target(self) -> RunSpec:
         if self.num_remove is not None and self.ratio is not None:
             raise ValueError("give either the number of blocks to remove or the ratio, not both")
+        if self.candidates == ():
+            raise ValueError("`candidates` names no block that can be removed; name some, or leave it out")
         if self.objective != "nll" and self.method is Method.METRIC1:
             raise ValueError("Metric1 compares hidden states; `objective` is for the other methods")
         if self.refine != "none" and self.method is not Method.METRIC3:
