@@ -302,7 +302,7 @@ class Session:
         """Standard error of the rise over the baseline on the held-out sequences, per token."""
         try:
             before = trace_file.read_scores(self.run.run_dir, "baseline")["nats"][problem.held_out]
-        except (RunError, KeyError, IndexError):  # someone tidied up; the rise itself stands in the trace
+        except (RunError, KeyError, IndexError):  # the scores were deleted; the rise itself is in the trace
             return None
         _, error = mean_and_error(nats - before, problem.token_counts[problem.held_out])
         return float(error) if np.isfinite(error) else None

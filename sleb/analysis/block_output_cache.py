@@ -162,13 +162,13 @@ def read(home: Path, key: str, *, verify: bool = True) -> BlockOutputs | None:
         outputs = _open(entry, verify=verify)
     except (OSError, _Damaged):
         try:
-            with lock_of(home):  # once more, with no writer at work: it may have been replaced under our eyes
+            with lock_of(home):  # once more, with no writer at work: it may have been replaced meanwhile
                 outputs = _open_or_remove(entry, verify=verify)
         except OSError as failure:
             log.warning("The damaged cache entry %s could not be removed: %s", entry, failure)
             return None
     if outputs is not None:
-        with contextlib.suppress(OSError):  # a read-only cache is still a cache
+        with contextlib.suppress(OSError):  # a read-only cache can still be read
             os.utime(entry / META)
     return outputs
 

@@ -88,7 +88,7 @@ _RefusedUsage: type[Exception] = typer.BadParameter.__bases__[0]
 def main() -> None:
     """Run one command; an error is one sentence and an exit code, and only a bug is a traceback."""
     os.environ["PYTHONSAFEPATH"] = "1"  # no process below this one imports a file of the folder it starts in
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells every retry; we tell the end
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it logs every retry; the end is reported here
     os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars; ours says how far the whole is
     handler = _ToScreen()
     handler.setLevel(logging.WARNING)

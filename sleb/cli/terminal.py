@@ -42,7 +42,7 @@ class _Patient(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         try:
             super().print(*objects, **options)
-        except OSError:  # a full disk behind stdout, for one
+        except OSError:  # such as a full disk behind stdout
             self.quiet = True
 
 

@@ -24,7 +24,7 @@ from sleb.text import chat_template
 
 log = logging.getLogger(__name__)
 
-_AGREES = 0.9  # of the tokens generated with a cache; what rounding turns over at a near tie is less
+_AGREES = 0.9  # share of tokens generated with a cache; near ties that rounding decides are fewer
 _LOGIT_BYTES = 64 << 20  # of one chunk of float32 logits
 
 
@@ -290,7 +290,7 @@ def piece_after(tokenizer: Any, context: Sequence[int], token: int) -> str:
     own = token_text(tokenizer, token)
     return own or str(
         tokenizer.convert_ids_to_tokens(token) or f"<{token}>"
-    )  # a model may know more than its tokenizer
+    )  # the model's vocabulary may be larger than the tokenizer's
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:

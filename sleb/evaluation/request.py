@@ -52,7 +52,7 @@ def subject_run(
                 raise OptionError(f"`{option}` is for a model; run {directory.name} has its own. Leave it out.")
         run_folder.refuse_sample(directory)
         return run_folder.load(directory)
-    given = sorted_list(_list(removal_list))  # the order of removal is nothing to a model
+    given = sorted_list(_list(removal_list))  # the order of removal makes no difference to a model
     spec = specs.run_spec(str(subject), kind="evaluate", dtype=dtype, revision=revision)  # type: ignore[arg-type]
     try:
         spec = RunSpec.model_validate(spec.model_dump() | {"given": given, "held_out": 0, "analysis": False})

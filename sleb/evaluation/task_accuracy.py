@@ -142,7 +142,7 @@ def _opened(subject: Subject, removed: RemovalList) -> Iterator[Any]:
             model = subject.model
         else:
             model = opened.enter_context(subject.without(removed))
-        with apart(logging.ERROR), _keeping_weights(model):  # that the model is already loaded is not news
+        with apart(logging.ERROR), _keeping_weights(model):  # without the warning that the model is already loaded
             lm = _counting()(
                 pretrained=model,
                 backend="causal",

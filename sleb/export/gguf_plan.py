@@ -113,7 +113,7 @@ def plan_cut(source: Path, removal_list: Sequence[int]) -> Cut:
     """
     try:
         return _planned(source, removal_list)
-    except (*FAILURES, ArithmeticError) as error:  # a setting of another type than it should be, for one
+    except (*FAILURES, ArithmeticError) as error:  # such as a setting of the wrong type
         raise ModelError(
             f"{source} says what no model does ({type(error).__name__}: {excerpt(error)}); fetch it again."
         ) from error

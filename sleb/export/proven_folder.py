@@ -310,7 +310,7 @@ def _proof_ids(model: nn.Module, tokenizer: Any) -> torch.Tensor:
     wanted = PROOF_SEQUENCES * length
     if tokenizer is not None:
         ids = tokenizer(PROOF_TEXT, add_special_tokens=False)["input_ids"]
-        if len(set(ids)) > PROMPT_LENGTH:  # not a toy that knows no words
+        if len(set(ids)) > PROMPT_LENGTH:  # not a test's tokenizer without words
             ids = (ids * (wanted // len(ids) + 1))[:wanted]
             return torch.tensor(ids).reshape(PROOF_SEQUENCES, length)
     special = set(getattr(tokenizer, "all_special_ids", None) or [])

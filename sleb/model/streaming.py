@@ -180,7 +180,7 @@ class StreamedBlocks:
         """A forward pass outside the sweep loads its blocks as well, one after the other."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            # Who has the block already knows better which one is next.
+            # The caller that has the block already knows which one is next.
             then = None if self._users[block] else self._following(block)
             with self.resident(block, then):
                 return forward(*args, **kwargs)

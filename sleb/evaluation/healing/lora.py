@@ -34,10 +34,10 @@ from sleb.scoring.token_loss import cross_entropy
 log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0
-_WARM_UP = 0.05  # of all updates
+_WARM_UP = 0.05  # share of all updates
 _LARGEST_GRADIENT = 1.0  # norm over all adapters
 _ALPHA = 2  # times the rank: what an adapter adds is scaled by alpha / rank
-_LOSSES = 200  # kept at most
+_LOSSES = 200  # the most losses that are kept
 _LOGIT_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk of float32 logits; its gradients come on top
 _FIRST, _SECOND = "exp_avg", "exp_avg_sq"  # AdamW's moments
 

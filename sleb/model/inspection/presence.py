@@ -90,5 +90,5 @@ def _require_on_hub(name: str, revision: str | None) -> None:
         if "401" in text:  # private, perhaps
             return
         raise not_there(name, text.splitlines()[0] if text else type(error).__name__) from error
-    except (OSError, ValueError, RuntimeError):  # no answer is not an answer
+    except (OSError, ValueError, RuntimeError):  # the hub did not answer: the model may exist
         return

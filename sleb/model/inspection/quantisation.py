@@ -53,7 +53,7 @@ def scheme_of(name: str, raw: Mapping[str, Any], config: Any, beside: Mapping[st
         if place.endswith("quantization_config") and settings in read:
             continue
         if any(settings == other for where, other in named if where != place and other in read):
-            continue  # said twice
+            continue  # named in two places
         raise _skipped(name, _scheme(settings), f"its config under {excerpt(place, 80)}")
     if not named:
         for file, settings in beside.items():

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Shared = TypeVar("Shared")
 
-MEETING = timedelta(minutes=10)  # so long may processes take to start after each other
+MEETING = timedelta(minutes=10)  # the longest time between the starts of two processes
 PATIENCE = timedelta(hours=2)  # a rank that is silent for longer is lost: loading may take one of them that long
 LEAVING_SECONDS = 10.0
 _PARENT = "SLEB_PARENT"  # the process id of the first rank, where it started the others itself

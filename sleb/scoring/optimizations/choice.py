@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 Compile = Literal["auto", "yes", "no"]
 
-LEAST_WALKS = 150.0  # up the stack that must lie ahead: a trial takes six for each optimization
+LEAST_WALKS = 150.0  # walks up the stack that must lie ahead: a trial takes six for each optimization
 LEAST_GAIN = 1.03  # what an optimization must gain to be used
 COMPILE_SECONDS = 30.0  # on two cores, with nothing in the compiler's cache: 13 to 32 measured
-COMPILE_GAIN = 1.1  # assumed before it is known
-_ROUNDS = 2  # of timing, all blocks in each
+COMPILE_GAIN = 1.1  # assumed before it is measured
+_ROUNDS = 2  # rounds of timing, all blocks in each
 
 # What transformers, torch's compiler, the C++ compiler it calls and missing operators raise.
 _FAILURES = (

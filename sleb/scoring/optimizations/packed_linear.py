@@ -14,7 +14,7 @@ from torch import nn
 from sleb.model.block_stack import BlockStack
 from sleb.scoring.scorer import Scorer
 
-_PACKED_SHARE = 0.25  # of the free memory, for packed copies of weights
+_PACKED_SHARE = 0.25  # share of the free memory for packed copies of weights
 
 
 def pack(weight: torch.Tensor, rows: int) -> torch.Tensor:
