@@ -13,25 +13,24 @@ import torch
 import sleb
 
 
-def record(path: Path, name: str, ratio: float, lowest: float, highest: float, settings: str) -> str:
-    """Write the ratio under its name and return one line that puts the last recorded one beside it.
+def record(path: Path, name: str, settings: str, ratio: float, lowest: float, highest: float) -> str:
+    """Write a ratio under its name and settings, and return one line that puts the last recorded one beside it.
 
     The file is tracked: committing it makes this run the one that later runs are compared with.
     """
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    last = earlier.get(name)
+    key = f"{name} ({settings})"
+    last = earlier.get(key)
     now = {
         "ratio": round(ratio, 3),
         "lowest": round(lowest, 3),
         "highest": round(highest, 3),
-        "settings": settings,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": f"sleb {sleb.__version__}, torch {torch.__version__}",
         "date": datetime.now(UTC).date().isoformat(),
     }
-    path.write_text(json.dumps(earlier | {name: now}, indent=2) + "\n")
-    line = f"{name}: {ratio:.2f} ({lowest:.2f} to {highest:.2f})"
+    path.write_text(json.dumps(earlier | {key: now}, indent=2) + "\n")
+    line = f"{key}: {ratio:.2f} (rounds {lowest:.2f} to {highest:.2f})"
     if last is None:
         return f"{line}; nothing was recorded before"
-    same = "" if last["settings"] == settings else f", at other settings: {last['settings']}"
-    return f"{line}; last recorded: {last['ratio']:.2f} ({last['date']}, {last['machine']}{same})"
+    return f"{line}; last recorded: {last['ratio']:.2f} ({last['date']}; {last['machine']})"

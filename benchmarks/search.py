@@ -105,7 +105,7 @@ def main() -> None:
         middle, lowest, highest = statistics.median(ratios), min(ratios), max(ratios)
         print(f"{name} / sweep: {middle:.2f} (rounds {lowest:.2f} to {highest:.2f})")
         if args.record and name == "plain":
-            print(f"  {record(args.record, f'{name} / sweep', middle, lowest, highest, settings)}")
+            print(record(args.record, f"{name} / sweep", settings, middle, lowest, highest))
     print(f"ceiling on this model: {ceiling:.2f} (logits cost {head / block:.1f} blocks)")
     print(f"largest difference of a score: {largest:.3g} nats")
     if not args.no_forecast:
