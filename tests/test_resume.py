@@ -31,6 +31,8 @@ def slow_run(tmp_path: Path) -> tuple[Path, list[str]]:
         str(text),
         "--sequences",
         "64",
+        "--search",
+        "full",
     ]
     command += [
         "--sequence-length",

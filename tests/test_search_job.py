@@ -312,11 +312,10 @@ def test_a_list_is_not_exported_on_other_weights(tmp_path: Path, text_file: Path
 def test_what_appears_at_the_target_meanwhile_is_kept(
     tiny_model: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sleb.export import checkpoint
-    from sleb.export.proven_folder import prove
+    from sleb.export import proven_folder
 
     run = sleb.search(str(tiny_model), **options(text_file, remove=1))
-    proving = prove
+    proving = proven_folder.prove
 
     def slow_proof(*arguments: Any) -> Any:
         proof = proving(*arguments)
@@ -324,7 +323,7 @@ def test_what_appears_at_the_target_meanwhile_is_kept(
         (tmp_path / "smaller" / "precious.txt").write_text("mine")
         return proof
 
-    monkeypatch.setattr(checkpoint, "prove", slow_proof)
+    monkeypatch.setattr(proven_folder, "prove", slow_proof)
     with pytest.raises(OptionError, match="not empty"):
         sleb.export_model(run, tmp_path / "smaller")
     assert [path.name for path in (tmp_path / "smaller").iterdir()] == ["precious.txt"]

@@ -388,9 +388,9 @@ def test_a_folder_needs_a_gguf_file_of_the_same_model(source: Path, text_file: P
     seven = gguf_files.write(tmp_path / "seven.gguf", num_blocks=7)
     with pytest.raises(OptionError, match="it has 7 blocks, and the model has 6"):
         sleb.export_model(run, out, format="gguf", gguf=seven)
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(ModelError, match="There is no file"):
         sleb.export_model(run, out, format="gguf", gguf=tmp_path / "nothing.gguf")
-    with pytest.raises(OptionError, match="--gguf"):
+    with pytest.raises(OptionError, match="`gguf` names the file"):
         sleb.export_model(run, tmp_path / "out", gguf=source)
     other = gguf_files.write(tmp_path / "other.gguf", seed=1)  # as another quantisation of the model would be
     proof = sleb.export_model(run, out, format="gguf", gguf=other)
@@ -502,7 +502,7 @@ def test_the_card_of_a_file(home: Path, tmp_path: Path) -> None:
     assert "gguf_file='out.gguf'" in exported_model.snippet(out)
     assert exported_model.snippet(out).strip() in [each.value for each in app.code]
     out.unlink()
-    assert "The file is no longer there" in words(app.run())
+    assert "The file is missing: it was moved or deleted" in words(app.run())
 
 
 def test_the_sample_is_cut_from_a_copy(home: Path, started: list[Job], tmp_path: Path) -> None:

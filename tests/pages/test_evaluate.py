@@ -91,7 +91,7 @@ def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
     result = traces(app)
     assert list(result) == [
         "wikitext2", "c4 ≈", "held-out", "calibration", "piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge",
-        "mean", "prompt", "generation", "predicted from blocks", "weights", "int8", "int4", "with KV cache",
+        "mean", "prompt", "generation", "predicted", "weights", "int8", "int4", "with KV cache",
     ]  # fmt: skip
     assert all(each.get("xaxis", "x") == "x" for each in result.values())  # one axis for all panels
     assert {each["yaxis"] for each in result.values()} == {"y", "y2", "y3", "y4"}
@@ -107,8 +107,8 @@ def test_everything_that_was_found_is_in_the_panels(full: Run) -> None:
     assert result["calibration"]["line"]["dash"] == result["held-out"]["line"]["dash"] == "dot"
     assert "too good" in result["calibration"]["customdata"][2]
     assert result["c4 ≈"]["marker"]["symbol"].endswith("-open")
-    assert result["predicted from blocks"]["y"] == [12 / (12 - each) for each in range(5)]
-    assert result["predicted from blocks"]["line"]["dash"] == "dash"
+    assert result["predicted"]["y"] == [12 / (12 - each) for each in range(5)]
+    assert result["predicted"]["line"]["dash"] == "dash"
     shown = words(app)
     assert "estimates from a part" in shown
     assert "too good" in shown
@@ -134,7 +134,7 @@ def test_what_was_not_measured_says_with_which_button(runs: Path) -> None:
     for name in ("Evaluate", "Time it"):
         assert f"<b>{name}</b>" in expected
         assert name in labels
-    assert list(traces(app)) == ["held-out", "calibration", "predicted from blocks", "weights", ""]
+    assert list(traces(app)) == ["held-out", "calibration", "predicted", "weights", ""]
     assert app.toggle(key="lost-gate").disabled
     judged.keep(run_folder.load("bare"), [judged.perplexity(run_folder.load("bare"), (), 0.0)])
     app.run()

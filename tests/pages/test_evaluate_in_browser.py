@@ -104,7 +104,7 @@ def test_panels_are_read_together_and_the_proposed_list_is_taken(tab: browser.Ta
     hover = tab.page.locator(".hoverlayer")
     hover.get_by_text("3 blocks removed").wait_for()
     words = hover.text_content() or ""
-    for name in ("wikitext2", "too good", "piqa", "generation", "predicted from blocks", "parameters"):
+    for name in ("wikitext2", "too good", "piqa", "generation", "predicted", "parameters"):
         assert name in words
     worse = tab.page.get_by_role("spinbutton", name="At most … % worse: the limit")
     worse.fill("20")

@@ -213,7 +213,7 @@ def _proportional(curves: Curves, most: int, axis: str) -> go.Scatter:
         y=[proportional(curves.num_blocks, each) for each in numbers],
         yaxis=f"y{axis}",
         legend=f"legend{axis}",
-        name="predicted from blocks",
+        name="predicted",
         mode="lines",
         line=dict(color=style.GREY, dash="dash", width=2),
         customdata=[f"{proportional(curves.num_blocks, each):.2f}×, predicted" for each in numbers],

@@ -28,7 +28,7 @@ def stored(folder: Path, *prefixes: str, **others: torch.Tensor) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("prefixes", "path", "found"),
+    ("prefixes", "path", "result"),
     [
         (("model.layers",), "model.layers", "model.layers"),
         (("h",), "transformer.h", "h"),  # without the name of the whole
